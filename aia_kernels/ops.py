@@ -1,0 +1,136 @@
+"""The operators: every schema and every fake implementation, and nowhere else.
+
+The passes below are raw operators without autograd. A backend implements each under the same name and signature: C++
+for the CPU and CUDA C++ for CUDA devices register theirs with the dispatcher (csrc/register.cpp); Triton's are plain
+Python functions (aia_kernels/triton). The algorithm (attention_in_attention.py) is written once in terms of them.
+
+Common to all of them:
+
+* x, grad_y and y are [B, T, C, H, W] tensors in one of the storage orders of maps.ORDERS, float16, bfloat16, float32
+  or float64; grad_y has the strides of x.
+* Packed maps are contiguous [B, M] or [B, 2, M] in the accumulation type (maps.accumulate_dtype). ``context`` is
+  maps.CHANNEL or maps.SPACETIME; an absent optional map has context maps.NONE.
+* The gate *field* of a packed gate is G = g_C for CHANNEL and G = (g_T + g_H + g_W) / 3 for SPACETIME, broadcast over
+  the axes that each map lacks.
+* The unpooled field of a gradient of pooled features is U = sum over the pooled axes d of grad_mean / size(d) +
+  grad_max where the index along d equals argmax.
+* B >= 1 and every axis has at least one element: empty inputs are answered before an operator is called.
+
+Traffic in units of |X|, the bytes of x, stands beside each schema; packed maps come on top.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import maps
+
+NAMESPACE = "aia_kernels"
+
+_SCHEMAS = {
+    # Pooled features [B, 2, M] of A = x * G (A = x without a gate) and the index of the maximum [B, M] in
+    # maps.index_dtype. The first index wins ties; NaN wins over numbers, the first NaN over later ones. Reads 1 |X|.
+    "pool": "(Tensor x, int context, Tensor? gate, int gate_context) -> (Tensor pooled, Tensor argmax)",
+    # The transpose of pool with respect to x, joined with that of the outer recalibration:
+    #     grad_x = grad_y * G(gate) + U(grad_pooled, argmax)                                          one context
+    #     grad_x = grad_y * G(gate) + G(inner_gate) * U(grad_pooled, argmax) + U(inner_grad_pooled, inner_argmax)
+    # gate, grad_pooled and argmax belong to `context`; inner_grad_pooled and inner_argmax to `inner_context`.
+    # Reads 1 |X|, writes 1 |X|.
+    "unpool": "(Tensor grad_y, Tensor gate, Tensor grad_pooled, Tensor argmax, int context, Tensor? inner_gate, "
+    "int inner_gate_context, Tensor? inner_grad_pooled, Tensor? inner_argmax, int inner_context) -> Tensor",
+    # The transpose of pool with respect to its gate: the gradient [B, M] of each map of a gate of gate_context that
+    # multiplied x, given the gradient of the pooled features: sum of x * U over the axes that the map lacks, divided
+    # by the number of maps of gate_context. Reads 1 |X|.
+    "unpool_reduce": "(Tensor x, Tensor grad_pooled, Tensor argmax, int context, int gate_context) -> Tensor",
+    # Convolution 2 -> 1, 3x3x3, zero padding 1, no bias, of each of the n maps packed in pooled [B, 2, M]. weight is
+    # [n, 2, 3, 3, 3] in stored order (maps.arrange_weight), dims the 3 n stored lengths. Returns z [B, M] and moments
+    # [n, 2]: mean and biased variance of each z over the batch and the map.
+    "gate_conv": "(Tensor pooled, Tensor weight, int[] dims) -> (Tensor z, Tensor moments)",
+    # Gates [B, M]: sigmoid(weight * xhat + bias), xhat = (z - mean) * rstd. norm is [n, 4]: mean, rstd, weight, bias.
+    "gate_activate": "(Tensor z, Tensor norm, int[] dims) -> Tensor",
+    # With g the gate and du = grad_gate * g * (1 - g): [n, 2], the sums of du and of du * xhat over batch and map,
+    # which are the gradients of the norm's bias and weight.
+    "gate_backward_reduce": "(Tensor grad_gate, Tensor z, Tensor norm, int[] dims) -> Tensor",
+    # dz = weight * rstd * (du - correction[:, 0] - xhat * correction[:, 1]), then through the convolution: returns
+    # grad_pooled [B, 2, M] and grad_weight [n, 2, 3, 3, 3]. correction [n, 2] is the mean of du and of du * xhat under
+    # batch statistics and zero under fixed ones.
+    "gate_backward": "(Tensor grad_gate, Tensor z, Tensor norm, Tensor correction, Tensor pooled, Tensor weight, "
+    "int[] dims) -> (Tensor grad_pooled, Tensor grad_weight)",
+    # y = x * G(gate). Reads 1 |X|, writes 1 |X|.
+    "recalibrate": "(Tensor x, Tensor gate, int context) -> Tensor",
+    # The gradient [B, M] of each map of the gate of recalibrate: sum of grad_y * x over the axes that the map lacks,
+    # divided by the number of maps. Reads 2 |X|.
+    "recalibrate_reduce": "(Tensor grad_y, Tensor x, int context) -> Tensor",
+}
+
+PASSES = tuple(_SCHEMAS)
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def _map_like(x: Tensor, context: int, *lead: int, dtype: torch.dtype | None = None) -> Tensor:
+    size = maps.packed_size(x.shape, context)
+    return x.new_empty((x.shape[0], *lead, size), dtype=dtype or maps.accumulate_dtype(x.dtype))
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"{NAMESPACE}::{name}")
+
+
+@_fake("pool")
+def _(x, context, gate, gate_context):
+    return _map_like(x, context, 2), _map_like(x, context, dtype=maps.index_dtype(x.shape, context))
+
+
+@_fake("unpool")
+def _(
+    grad_y,
+    gate,
+    grad_pooled,
+    argmax,
+    context,
+    inner_gate,
+    inner_gate_context,
+    inner_grad_pooled,
+    inner_argmax,
+    inner_context,
+):
+    return torch.empty_like(grad_y)
+
+
+@_fake("unpool_reduce")
+def _(x, grad_pooled, argmax, context, gate_context):
+    return _map_like(x, gate_context)
+
+
+@_fake("gate_conv")
+def _(pooled, weight, dims):
+    return pooled.new_empty((pooled.shape[0], pooled.shape[2])), weight.new_empty((weight.shape[0], 2))
+
+
+@_fake("gate_activate")
+def _(z, norm, dims):
+    return torch.empty_like(z)
+
+
+@_fake("gate_backward_reduce")
+def _(grad_gate, z, norm, dims):
+    return norm.new_empty((norm.shape[0], 2))
+
+
+@_fake("gate_backward")
+def _(grad_gate, z, norm, correction, pooled, weight, dims):
+    return torch.empty_like(pooled), torch.empty_like(weight)
+
+
+@_fake("recalibrate")
+def _(x, gate, context):
+    return torch.empty_like(x)
+
+
+@_fake("recalibrate_reduce")
+def _(grad_y, x, context):
+    return _map_like(x, context)

@@ -1,0 +1,110 @@
+// What the CPU passes look like from outside: plain pointers and sizes, no torch header, one set of functions per
+// instruction level. Each function does the units [begin, end) of its pass; units are independent and their number
+// does not depend on the number of threads, so results do not either.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace aia::cpu {
+
+enum Context : int { kNone = 0, kChannel = 1, kSpacetime = 3 };
+enum class Scalar : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Index : int { kUInt8, kInt16, kInt32 };
+
+// x [B, T, C, H, W], stored so that the positions (h, w) of a plane are evenly spaced. Strides in elements.
+struct Volume {
+  int64_t B, T, C, H, W;
+  int64_t stride_b, stride_t, stride_c, stride_p;
+  Scalar scalar;
+
+  int64_t map_t() const { return H * W * C; }
+  int64_t map_h() const { return T * W * C; }
+  int64_t map_w() const { return T * H * C; }
+  // M, the elements per clip of the packed maps of a context. Spacetime maps are stored [H, W, C], [T, W, C] and
+  // [T, H, C] whatever the order of x: their lanes are channels.
+  int64_t packed(int context) const {
+    return context == kChannel ? T * H * W : context == kSpacetime ? map_t() + map_h() + map_w() : 0;
+  }
+};
+
+// A packed gate [B, M], or none.
+struct Gate {
+  const void* maps;
+  int context;
+};
+
+// Packed gradients of pooled features [B, 2, M] (maximum, mean) with the index of the maximum [B, M], or none.
+struct Unpooled {
+  const void* grad;
+  const void* argmax;
+  Index index;
+  int context;
+};
+
+// Up to three maps [D0, D1, D2] packed in each clip, as the gate passes see them.
+struct PackedDims {
+  int64_t B;
+  int n;
+  int64_t dims[3][3];
+
+  int64_t numel(int map) const { return dims[map][0] * dims[map][1] * dims[map][2]; }
+  int64_t offset(int map) const {
+    int64_t sum = 0;
+    for (int i = 0; i < map; ++i) sum += numel(i);
+    return sum;
+  }
+  int64_t packed() const { return offset(n); }
+  // Units of the passes that walk a map slab by slab: one slab of the outermost axis of one map of one clip.
+  int64_t slabs() const {
+    int64_t sum = 0;
+    for (int i = 0; i < n; ++i) sum += B * dims[i][0];
+    return sum;
+  }
+};
+
+constexpr int kLanes = 16;
+constexpr int64_t kTilePositions = 128;  // 8 KiB of float lanes: a few such buffers stay in the L1 cache
+
+// Rows of a plane in one tile of x, and blocks of lanes along its channels.
+inline int64_t tile_rows(const Volume& x) { return std::clamp<int64_t>(kTilePositions / x.W, 1, x.H); }
+inline int64_t channel_blocks(const Volume& x) { return (x.C + kLanes - 1) / kLanes; }
+
+// Units of a pass over x that reduces to the maps of `context`: the tiles of every frame for the channel maps, the
+// channel blocks of every clip for the spacetime maps. Elementwise passes take the units of kSpacetime.
+inline int64_t units(const Volume& x, int context) {
+  return context == kChannel ? x.B * x.T * ((x.H + tile_rows(x) - 1) / tile_rows(x)) : x.B * channel_blocks(x);
+}
+
+#define AIA_DECLARE_CPU_PASSES(level)                                                                                 \
+  namespace level {                                                                                                   \
+  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, Index, int64_t, int64_t);    \
+  void unpool(const Volume&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,       \
+              int64_t, int64_t);                                                                                      \
+  void unpool_reduce(const Volume&, const void* x, Unpooled, int gate_context, void* grad_gate, int64_t, int64_t);    \
+  void recalibrate(const Volume&, const void* x, Gate, void* y, int64_t, int64_t);                                    \
+  void recalibrate_reduce(const Volume&, const void* grad_y, const void* x, int context, void* grad_gate, int64_t,    \
+                          int64_t);                                                                                   \
+  template <class A>                                                                                                  \
+  struct GatePasses {                                                                                                 \
+    static void conv(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t, int64_t);   \
+    static void activate(const PackedDims&, const A* z, const A* norm, A* gate, int64_t, int64_t);                    \
+    static void backward_reduce(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,    \
+                                int64_t, int64_t);                                                                    \
+    static void backward_norm(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction,  \
+                              A* grad_z, int64_t, int64_t);                                                           \
+    static void backward_conv(const PackedDims&, const A* grad_z, const A* pooled, const A* weight, A* grad_pooled,   \
+                              double* partial, int64_t, int64_t);                                                     \
+  };                                                                                                                  \
+  }
+
+AIA_DECLARE_CPU_PASSES(base)
+#ifdef AIA_CPU_X86
+AIA_DECLARE_CPU_PASSES(v3)
+AIA_DECLARE_CPU_PASSES(v4)
+#endif
+
+// Doubles of partial results per slab: count, mean and sum of squared deviations; two sums; the weight's gradient.
+constexpr int kMomentPartials = 3, kNormPartials = 2, kWeightPartials = 54;
+
+}  // namespace aia::cpu

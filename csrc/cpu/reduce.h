@@ -1,0 +1,151 @@
+// Reductions of a value over x, given tile by tile, to the maps of a context.
+//
+// `fill(tile, values)` writes the value at each position and channel of a tile; `emit(tile, offset, accumulator, length,
+// lanes)` receives each finished group of elements: its offset in the packed maps of the clip and the number of elements
+// it was reduced over.
+#pragma once
+
+#include <limits>
+
+#include "tile.h"
+
+namespace aia::cpu::AIA_CPU_LEVEL {
+
+template <class A>
+struct Sum {
+  Vec<A> sum{};
+
+  AIA_INLINE void add(Vec<A> v, IVec<A>) { sum += v; }
+  AIA_INLINE void add_where(IVec<A> valid, Vec<A> v, IVec<A>) { sum += valid ? v : Vec<A>{}; }
+  // Sixteen accumulators, one per position with lanes along channels, into one with lanes along the positions.
+  static Sum across_lanes(const Sum* from) {
+    Vec<A> sums[kLanes];
+    for (int i = 0; i < kLanes; ++i) sums[i] = from[i].sum;
+    transpose(sums);
+    Sum total;
+    for (const Vec<A>& s : sums) total.sum += s;
+    return total;
+  }
+};
+
+template <class A>
+struct SumAndMax {
+  Vec<A> sum{}, max = splat(-std::numeric_limits<A>::infinity());
+  IVec<A> argmax{};
+
+  AIA_INLINE void add(Vec<A> v, IVec<A> index) {
+    sum += v;
+    max_first<A>(v, index, max, argmax);
+  }
+  AIA_INLINE void add_where(IVec<A> valid, Vec<A> v, IVec<A> index) {
+    sum += valid ? v : Vec<A>{};
+    max_first<A>(valid ? v : splat(-std::numeric_limits<A>::infinity()), index, max, argmax);
+  }
+  static SumAndMax across_lanes(const SumAndMax* from) {
+    Vec<A> sums[kLanes], maxima[kLanes];
+    IVec<A> indices[kLanes];
+    for (int i = 0; i < kLanes; ++i) sums[i] = from[i].sum, maxima[i] = from[i].max, indices[i] = from[i].argmax;
+    transpose(sums);
+    transpose(maxima);
+    transpose(indices);
+    SumAndMax total{sums[0], maxima[0], indices[0]};
+    for (int i = 1; i < kLanes; ++i) {
+      total.sum += sums[i];
+      // Each lane met its channels in order, but the lanes did not: among equals the smaller index must win.
+      const Vec<A> v = maxima[i];
+      const IVec<A> equal = (v == total.max) | ((v != v) & (total.max != total.max));
+      const IVec<A> above = ~(v <= total.max) & (total.max == total.max);
+      const IVec<A> take = above | (equal & (indices[i] < total.argmax));
+      total.max = take ? v : total.max;
+      total.argmax = take ? indices[i] : total.argmax;
+    }
+    return total;
+  }
+};
+
+// Over T, H and W at once: unit = one block of channels of one clip.
+template <class A, class Accumulator, class Fill, class Emit>
+void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
+  const int64_t capacity = tile_capacity(x);
+  Buffer<A> values(capacity);
+  std::unique_ptr<Accumulator[]> over_t(new Accumulator[capacity]), over_h(new Accumulator[x.T * x.W]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    std::fill_n(over_h.get(), x.T * x.W, Accumulator{});
+    for_each_tile(x, unit, [&](const Tile& at) {
+      fill(at, static_cast<Vec<A>*>(values));
+      const Vec<A>* __restrict v = values;
+      Accumulator* __restrict acc_t = over_t.get();
+      Accumulator* __restrict acc_h = over_h.get() + at.t * x.W;
+      if (at.t == 0) std::fill_n(acc_t, at.rows * x.W, Accumulator{});
+      for (int64_t r = 0; r < at.rows; ++r) {
+        Accumulator acc_w;
+        const IVec<A> t = splat_index<A>(at.t), h = splat_index<A>(at.h + r);
+        IVec<A> w{};
+        for (int64_t i = 0; i < x.W; ++i, ++w) {
+          const Vec<A> value = v[r * x.W + i];
+          acc_w.add(value, w);
+          acc_t[r * x.W + i].add(value, t);
+          acc_h[i].add(value, h);
+        }
+        emit(at, x.map_t() + x.map_h() + (at.t * x.H + at.h + r) * x.C + at.c, acc_w, x.W, at.lanes);
+      }
+      if (at.t == x.T - 1)
+        for (int64_t i = 0; i < at.rows * x.W; ++i) emit(at, (at.h * x.W + i) * x.C + at.c, acc_t[i], x.T, at.lanes);
+      if (at.h + at.rows == x.H)
+        for (int64_t i = 0; i < x.W; ++i)
+          emit(at, x.map_t() + (at.t * x.W + i) * x.C + at.c, acc_h[i], x.H, at.lanes);
+    });
+  }
+}
+
+// Over C: unit = the rows of one tile of one frame.
+template <class A, class Accumulator, class Fill, class Emit>
+void reduce_channel(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
+  const int64_t capacity = (tile_capacity(x) + kLanes - 1) / kLanes * kLanes;
+  const int64_t tiles = (x.H + tile_rows(x) - 1) / tile_rows(x);
+  Buffer<A> values(capacity);
+  std::unique_ptr<Accumulator[]> over_c(new Accumulator[capacity]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    Tile at{unit / tiles / x.T, unit / tiles % x.T, 0, unit % tiles * tile_rows(x), 0, kLanes};
+    at.rows = std::min(tile_rows(x), x.H - at.h);
+    const int64_t n = at.rows * x.W;
+    Accumulator* __restrict acc = over_c.get();
+    std::fill_n(acc, n, Accumulator{});
+    for (at.c = 0; at.c < x.C; at.c += kLanes) {
+      at.lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - at.c));
+      fill(at, static_cast<Vec<A>*>(values));
+      const Vec<A>* __restrict v = values;
+      const IVec<A> channel = iota<A>() + splat_index<A>(at.c);
+      if (at.lanes == kLanes) {
+        for (int64_t i = 0; i < n; ++i) acc[i].add(v[i], channel);
+      } else {
+        const IVec<A> valid = iota<A>() < splat_index<A>(at.lanes);
+        for (int64_t i = 0; i < n; ++i) acc[i].add_where(valid, v[i], channel);
+      }
+    }
+    for (int64_t i = 0; i < n; i += kLanes)
+      emit(at, (at.t * x.H + at.h) * x.W + i, Accumulator::across_lanes(acc + i), x.C,
+           static_cast<int>(std::min<int64_t>(kLanes, n - i)));
+  }
+}
+
+template <class A, class Accumulator, class Fill, class Emit>
+void reduce(const Volume& x, int context, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
+  if (context == kChannel)
+    reduce_channel<A, Accumulator>(x, begin, end, fill, emit);
+  else
+    reduce_spacetime<A, Accumulator>(x, begin, end, fill, emit);
+}
+
+// The gradient of each map of a gate from the products that the maps gate: their sum over the axes that the map
+// lacks, divided by the number of maps.
+template <class A, class Fill>
+void reduce_to_gate(const Volume& x, int context, A* grad_gate, int64_t begin, int64_t end, Fill&& fill) {
+  const A share = A(1) / static_cast<A>(context);
+  reduce<A, Sum<A>>(x, context, begin, end, fill,
+                    [&](const Tile& at, int64_t offset, const Sum<A>& total, int64_t, int lanes) {
+                      store(grad_gate + at.b * x.packed(context) + offset, total.sum * share, lanes);
+                    });
+}
+
+}  // namespace aia::cpu::AIA_CPU_LEVEL

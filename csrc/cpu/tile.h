@@ -1,0 +1,119 @@
+// Tiles of x: the positions of a few rows of one plane, sixteen channels wide, held as [positions][16 channels].
+//
+// Lanes are channels in every pass that meets a spacetime map. Where x is stored with its channels apart the tile is
+// transposed on the way in and out, about five vector operations per sixteen elements; after that every loop runs over
+// whole vectors without a remainder, be the plane 56 wide or 7.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "lanes.h"
+#include "passes.h"
+
+namespace aia::cpu::AIA_CPU_LEVEL {
+
+// Where a tile lies: rows [h, h + rows) of frame t of clip b, channels [c, c + lanes).
+struct Tile {
+  int64_t b, t, c, h, rows;
+  int lanes;
+};
+
+inline int64_t tile_capacity(const Volume& x) { return tile_rows(x) * x.W; }
+
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t vectors)
+      : data_(static_cast<Vec<A>*>(::operator new(vectors * sizeof(Vec<A>), std::align_val_t{alignof(Vec<A>)}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{alignof(Vec<A>)}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator Vec<A>*() { return data_; }
+
+ private:
+  Vec<A>* data_;
+};
+
+inline int64_t tile_offset(const Volume& x, const Tile& at) {
+  return at.b * x.stride_b + at.t * x.stride_t + at.c * x.stride_c + at.h * x.W * x.stride_p;
+}
+
+template <class T, class A = Accumulate<T>>
+void load_tile(const Volume& x, const Tile& at, const T* data, Vec<A>* tile) {
+  const T* source = data + tile_offset(x, at);
+  const int64_t n = at.rows * x.W;
+  if (x.stride_c == 1) {
+    for (int64_t i = 0; i < n; ++i) tile[i] = load(source + i * x.stride_p, at.lanes);
+  } else if (n < kLanes) {
+    for (int64_t i = 0; i < n; ++i) {
+      T part[kLanes] = {};
+      for (int c = 0; c < at.lanes; ++c) part[c] = source[c * x.stride_c + i];
+      tile[i] = load(part);
+    }
+  } else {
+    // The last block overlaps the one before it, which spares a remainder loop.
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t first = std::min(i, n - kLanes);
+      Vec<A> block[kLanes];
+      for (int c = 0; c < kLanes; ++c) block[c] = load(source + std::min(c, at.lanes - 1) * x.stride_c + first);
+      transpose(block);
+      for (int p = 0; p < kLanes; ++p) tile[first + p] = block[p];
+    }
+  }
+}
+
+template <class T, class A = Accumulate<T>>
+void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
+  T* target = data + tile_offset(x, at);
+  const int64_t n = at.rows * x.W;
+  if (x.stride_c == 1) {
+    for (int64_t i = 0; i < n; ++i) store(target + i * x.stride_p, tile[i], at.lanes);
+  } else if (n < kLanes) {
+    for (int64_t i = 0; i < n; ++i) {
+      T part[kLanes];
+      store(part, tile[i]);
+      for (int c = 0; c < at.lanes; ++c) target[c * x.stride_c + i] = part[c];
+    }
+  } else {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t first = std::min(i, n - kLanes);
+      Vec<A> block[kLanes];
+      for (int p = 0; p < kLanes; ++p) block[p] = tile[first + p];
+      transpose(block);
+      for (int c = 0; c < at.lanes; ++c) store(target + c * x.stride_c + first, block[c]);
+    }
+  }
+}
+
+// The channel blocks [begin, end) of all clips, each as its tiles: rows outermost, then frames, so that what the
+// frames share (the T map of the rows) stays in cache. `each(tile)` is called for every tile.
+template <class Each>
+void for_each_tile(const Volume& x, int64_t block, Each&& each) {
+  const int64_t b = block / channel_blocks(x), c = block % channel_blocks(x) * kLanes;
+  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - c));
+  for (int64_t h = 0; h < x.H; h += tile_rows(x))
+    for (int64_t t = 0; t < x.T; ++t) each(Tile{b, t, c, h, std::min(tile_rows(x), x.H - h), lanes});
+}
+
+// Calls body with a value of the storage type, or of the index type, that the argument names.
+template <class Body>
+void with_scalar(Scalar scalar, Body&& body) {
+  switch (scalar) {
+    case Scalar::kFloat32: return body(float{});
+    case Scalar::kFloat64: return body(double{});
+    case Scalar::kBFloat16: return body(bf16{});
+    case Scalar::kFloat16: return body(f16{});
+  }
+}
+template <class Body>
+void with_index(Index index, Body&& body) {
+  switch (index) {
+    case Index::kUInt8: return body(uint8_t{});
+    case Index::kInt16: return body(int16_t{});
+    case Index::kInt32: return body(int32_t{});
+  }
+}
+
+}  // namespace aia::cpu::AIA_CPU_LEVEL

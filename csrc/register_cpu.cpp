@@ -1,0 +1,424 @@
+// The CPU implementations of the operators that aia_kernels/ops.py defines: checks, allocation, choice of the
+// instruction level, and the split over threads. The work itself is in cpu/.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/passes.h"
+
+namespace {
+
+using aia::cpu::Context;
+using aia::cpu::Gate;
+using aia::cpu::Index;
+using aia::cpu::PackedDims;
+using aia::cpu::Scalar;
+using aia::cpu::Unpooled;
+using aia::cpu::Volume;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The passes of the best instruction level that this processor has.
+struct Level {
+  decltype(&aia::cpu::base::pool) pool;
+  decltype(&aia::cpu::base::unpool) unpool;
+  decltype(&aia::cpu::base::unpool_reduce) unpool_reduce;
+  decltype(&aia::cpu::base::recalibrate) recalibrate;
+  decltype(&aia::cpu::base::recalibrate_reduce) recalibrate_reduce;
+};
+
+template <class A>
+struct GateLevel {
+  decltype(&aia::cpu::base::GatePasses<A>::conv) conv;
+  decltype(&aia::cpu::base::GatePasses<A>::activate) activate;
+  decltype(&aia::cpu::base::GatePasses<A>::backward_reduce) backward_reduce;
+  decltype(&aia::cpu::base::GatePasses<A>::backward_norm) backward_norm;
+  decltype(&aia::cpu::base::GatePasses<A>::backward_conv) backward_conv;
+};
+
+#define AIA_LEVEL(level) \
+  Level { level::pool, level::unpool, level::unpool_reduce, level::recalibrate, level::recalibrate_reduce }
+#define AIA_GATE_LEVEL(level, A)                                                                       \
+  GateLevel<A> {                                                                                       \
+    level::GatePasses<A>::conv, level::GatePasses<A>::activate, level::GatePasses<A>::backward_reduce, \
+        level::GatePasses<A>::backward_norm, level::GatePasses<A>::backward_conv                       \
+  }
+
+template <class Pick>
+auto pick_level(Pick&& pick) {
+#ifdef AIA_CPU_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma"))
+    return pick(2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return pick(1);
+#endif
+  return pick(0);
+}
+
+const Level& passes() {
+  static const Level level = pick_level([](int best) {
+#ifdef AIA_CPU_X86
+    if (best == 2) return AIA_LEVEL(aia::cpu::v4);
+    if (best == 1) return AIA_LEVEL(aia::cpu::v3);
+#endif
+    (void)best;
+    return AIA_LEVEL(aia::cpu::base);
+  });
+  return level;
+}
+
+template <class A>
+const GateLevel<A>& gate_passes() {
+  static const GateLevel<A> level = pick_level([](int best) {
+#ifdef AIA_CPU_X86
+    if (best == 2) return AIA_GATE_LEVEL(aia::cpu::v4, A);
+    if (best == 1) return AIA_GATE_LEVEL(aia::cpu::v3, A);
+#endif
+    (void)best;
+    return AIA_GATE_LEVEL(aia::cpu::base, A);
+  });
+  return level;
+}
+
+template <class Body>
+void parallel(int64_t units, const Body& body) {
+  torch::stable::parallel_for(0, units, 1, body);
+}
+
+Scalar scalar_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Scalar::kFloat32;
+    case ScalarType::Double: return Scalar::kFloat64;
+    case ScalarType::BFloat16: return Scalar::kBFloat16;
+    case ScalarType::Half: return Scalar::kFloat16;
+    default: STD_TORCH_CHECK(false, "x must be float16, bfloat16, float32 or float64");
+  }
+}
+
+ScalarType map_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Volume volume_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 5, "x must be [B, T, C, H, W], got ", x.dim(), " axes");
+  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty");
+  Volume v{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), x.stride(0), x.stride(1), x.stride(2), x.stride(4),
+           scalar_of(x)};
+  // Strides of axes of length one are arbitrary: give them the value that the dense orders would.
+  if (v.W == 1) v.stride_p = v.H == 1 ? 1 : x.stride(3);
+  const bool lines = v.H == 1 || v.W == 1 || x.stride(3) == v.W * v.stride_p;
+  if (v.C == 1) v.stride_c = v.stride_p == 1 ? v.H * v.W : 1;
+  if (v.H * v.W == 1 && v.stride_c == 1) v.stride_p = v.C;
+  STD_TORCH_CHECK(lines && (v.stride_c == 1 || v.stride_p == 1), "x must be stored densely in an order of maps.ORDERS");
+  return v;
+}
+
+void check_map(const Tensor& map, const Volume& v, int64_t context, std::vector<int64_t> lead, const Tensor& x,
+               const char* name) {
+  lead.push_back(v.packed(static_cast<int>(context)));
+  bool fits = map.dim() == static_cast<int64_t>(lead.size()) && map.is_contiguous();
+  for (size_t i = 0; fits && i < lead.size(); ++i) fits = map.size(static_cast<int64_t>(i)) == lead[i];
+  STD_TORCH_CHECK(fits, name, " must be a contiguous packed map of its context");
+  STD_TORCH_CHECK(map.scalar_type() == map_type(x), name, " must have the accumulation type of x");
+}
+
+void check_context(int64_t context) {
+  STD_TORCH_CHECK(context == aia::cpu::kChannel || context == aia::cpu::kSpacetime, "context must be 1 or 3, got ",
+                  context);
+}
+
+void check_same(const Tensor& a, const Tensor& b, const char* names) {
+  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type();
+  for (int64_t i = 0; same && i < a.dim(); ++i)
+    same = a.size(i) == b.size(i) && (a.size(i) == 1 || a.stride(i) == b.stride(i));
+  STD_TORCH_CHECK(same, names, " must agree in shape, strides and dtype");
+}
+
+Gate gate_of(const std::optional<Tensor>& maps, int64_t context, const Volume& v, const Tensor& x) {
+  if (!maps || context == aia::cpu::kNone) return Gate{nullptr, aia::cpu::kNone};
+  check_context(context);
+  check_map(*maps, v, context, {v.B}, x, "gate");
+  return Gate{maps->const_data_ptr(), static_cast<int>(context)};
+}
+
+Index index_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return Index::kUInt8;
+    case ScalarType::Short: return Index::kInt16;
+    case ScalarType::Int: return Index::kInt32;
+    default: STD_TORCH_CHECK(false, "argmax must be uint8, int16 or int32");
+  }
+}
+
+Unpooled unpooled_of(const std::optional<Tensor>& grad, const std::optional<Tensor>& argmax, int64_t context,
+                     const Volume& v, const Tensor& x) {
+  if (!grad || !argmax || context == aia::cpu::kNone)
+    return Unpooled{nullptr, nullptr, Index::kUInt8, aia::cpu::kNone};
+  check_context(context);
+  check_map(*grad, v, context, {v.B, 2}, x, "grad_pooled");
+  STD_TORCH_CHECK(argmax->is_contiguous() && argmax->numel() == v.B * v.packed(static_cast<int>(context)),
+                  "argmax must be a contiguous packed map of its context");
+  return Unpooled{grad->const_data_ptr(), argmax->const_data_ptr(), index_of(argmax->scalar_type()),
+                  static_cast<int>(context)};
+}
+
+ScalarType index_type(const Volume& v, int64_t context) {
+  const int64_t longest = context == aia::cpu::kChannel ? v.C : std::max(v.T, std::max(v.H, v.W));
+  return longest <= 256 ? ScalarType::Byte : longest <= 32768 ? ScalarType::Short : ScalarType::Int;
+}
+
+// An output like x. The C library returns blocks of this size to the system when they are freed, so each new one is
+// paid for page by page, several times what writing it costs; large pages take most of that away.
+Tensor output_like(const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kAlwaysMapped = size_t{32} << 20, kPage = size_t{2} << 20;
+  const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
+  if (bytes >= kAlwaysMapped) {
+    const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+    const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+  }
+#endif
+  return out;
+}
+
+std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
+  const Volume v = volume_of(x);
+  check_context(context);
+  const Gate inner = gate_of(gate, gate_context, v, x);
+  const int64_t packed = v.packed(static_cast<int>(context));
+  Tensor pooled = torch::stable::new_empty(x, {v.B, 2, packed}, map_type(x));
+  Tensor argmax = torch::stable::new_empty(x, {v.B, packed}, index_type(v, context));
+  const Index index = index_of(argmax.scalar_type());
+  const void* data = x.const_data_ptr();
+  void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
+  parallel(aia::cpu::units(v, static_cast<int>(context)), [&](int64_t begin, int64_t end) {
+    passes().pool(v, data, inner, static_cast<int>(context), out, arg, index, begin, end);
+  });
+  return {pooled, argmax};
+}
+
+Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_pooled, const Tensor& argmax,
+              int64_t context, std::optional<Tensor> inner_gate, int64_t inner_gate_context,
+              std::optional<Tensor> inner_grad_pooled, std::optional<Tensor> inner_argmax, int64_t inner_context) {
+  const Volume v = volume_of(grad_y);
+  check_context(context);
+  const Gate outer_gate = gate_of(gate, context, v, grad_y);
+  const Unpooled outer = unpooled_of(grad_pooled, argmax, context, v, grad_y);
+  const Gate inside = gate_of(inner_gate, inner_gate_context, v, grad_y);
+  const Unpooled inner = unpooled_of(inner_grad_pooled, inner_argmax, inner_context, v, grad_y);
+  Tensor grad_x = output_like(grad_y);
+  const void* data = grad_y.const_data_ptr();
+  void* out = grad_x.mutable_data_ptr();
+  parallel(aia::cpu::units(v, aia::cpu::kSpacetime), [&](int64_t begin, int64_t end) {
+    passes().unpool(v, data, outer_gate, outer, inside, inner, out, begin, end);
+  });
+  return grad_x;
+}
+
+Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& argmax, int64_t context,
+                     int64_t gate_context) {
+  const Volume v = volume_of(x);
+  check_context(context);
+  check_context(gate_context);
+  const Unpooled from = unpooled_of(grad_pooled, argmax, context, v, x);
+  Tensor grad_gate = torch::stable::new_empty(x, {v.B, v.packed(static_cast<int>(gate_context))}, map_type(x));
+  const void* data = x.const_data_ptr();
+  void* out = grad_gate.mutable_data_ptr();
+  parallel(aia::cpu::units(v, static_cast<int>(gate_context)), [&](int64_t begin, int64_t end) {
+    passes().unpool_reduce(v, data, from, static_cast<int>(gate_context), out, begin, end);
+  });
+  return grad_gate;
+}
+
+Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
+  const Volume v = volume_of(x);
+  check_context(context);
+  const Gate outer = gate_of(gate, context, v, x);
+  Tensor y = output_like(x);
+  const void* data = x.const_data_ptr();
+  void* out = y.mutable_data_ptr();
+  parallel(aia::cpu::units(v, aia::cpu::kSpacetime), [&](int64_t begin, int64_t end) {
+    passes().recalibrate(v, data, outer, out, begin, end);
+  });
+  return y;
+}
+
+Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context) {
+  const Volume v = volume_of(x);
+  check_context(context);
+  check_same(grad_y, x, "grad_y and x");
+  Tensor grad_gate = torch::stable::new_empty(x, {v.B, v.packed(static_cast<int>(context))}, map_type(x));
+  const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
+  void* out = grad_gate.mutable_data_ptr();
+  parallel(aia::cpu::units(v, static_cast<int>(context)), [&](int64_t begin, int64_t end) {
+    passes().recalibrate_reduce(v, grad, data, static_cast<int>(context), out, begin, end);
+  });
+  return grad_gate;
+}
+
+PackedDims dims_of(const std::vector<int64_t>& dims, const Tensor& map) {
+  const size_t n = dims.size() / 3;
+  STD_TORCH_CHECK((n == 1 || n == 3) && dims.size() == 3 * n, "dims must hold three lengths for each of 1 or 3 maps");
+  PackedDims d{map.size(0), static_cast<int>(n), {}};
+  for (size_t i = 0; i < dims.size(); ++i) d.dims[i / 3][i % 3] = dims[i];
+  STD_TORCH_CHECK(map.is_contiguous() && map.size(map.dim() - 1) == d.packed() && map.numel() > 0,
+                  "a packed map must be contiguous and as long as dims say");
+  return d;
+}
+
+void check_parameters(const Tensor& parameters, const Tensor& map, int64_t n, int64_t per_map, const char* name) {
+  STD_TORCH_CHECK(parameters.is_contiguous() && parameters.numel() == n * per_map &&
+                      parameters.scalar_type() == map.scalar_type(),
+                  name, " must be contiguous, of the type of the maps, with ", per_map, " values for each map");
+}
+
+// Calls body with a value of the type of the maps.
+template <class Body>
+void with_map_type(const Tensor& map, Body&& body) {
+  if (map.scalar_type() == ScalarType::Double)
+    body(double{});
+  else if (map.scalar_type() == ScalarType::Float)
+    body(float{});
+  else
+    STD_TORCH_CHECK(false, "packed maps must be float32 or float64");
+}
+
+template <class A>
+const A* data(const Tensor& t) {
+  return static_cast<const A*>(t.const_data_ptr());
+}
+template <class A>
+A* mutable_data(Tensor& t) {
+  return static_cast<A*>(t.mutable_data_ptr());
+}
+
+// Calls add(map, values) for the partial results of every slab, in a fixed order.
+template <class Add>
+void for_partials(const PackedDims& d, const std::vector<double>& partial, int per_slab, Add&& add) {
+  int64_t slab = 0;
+  for (int map = 0; map < d.n; ++map)
+    for (int64_t i = 0; i < d.B * d.dims[map][0]; ++i, ++slab) add(map, partial.data() + slab * per_slab);
+}
+
+std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight, std::vector<int64_t> dims) {
+  const PackedDims d = dims_of(dims, pooled);
+  STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
+  check_parameters(weight, pooled, d.n, 54, "weight");
+  Tensor z = torch::stable::new_empty(pooled, {d.B, d.packed()});
+  Tensor moments = torch::stable::new_empty(pooled, {d.n, 2});
+  std::vector<double> partial(d.slabs() * aia::cpu::kMomentPartials);
+  with_map_type(pooled, [&](auto type) {
+    using A = decltype(type);
+    const A *in = data<A>(pooled), *w = data<A>(weight);
+    A* out = mutable_data<A>(z);
+    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
+      gate_passes<A>().conv(d, in, w, out, partial.data(), begin, end);
+    });
+    double count[3] = {}, mean[3] = {}, squares[3] = {};
+    for_partials(d, partial, aia::cpu::kMomentPartials, [&](int map, const double* p) {  // Chan's update
+      const double total = count[map] + p[0], delta = p[1] - mean[map];
+      mean[map] += delta * p[0] / total;
+      squares[map] += p[2] + delta * delta * count[map] * p[0] / total;
+      count[map] = total;
+    });
+    for (int map = 0; map < d.n; ++map) {
+      mutable_data<A>(moments)[map * 2] = static_cast<A>(mean[map]);
+      mutable_data<A>(moments)[map * 2 + 1] = static_cast<A>(squares[map] / count[map]);
+    }
+  });
+  return {z, moments};
+}
+
+Tensor gate_activate(const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
+  const PackedDims d = dims_of(dims, z);
+  check_parameters(norm, z, d.n, 4, "norm");
+  Tensor gate = torch::stable::empty_like(z);
+  with_map_type(z, [&](auto type) {
+    using A = decltype(type);
+    const A *in = data<A>(z), *bn = data<A>(norm);
+    A* out = mutable_data<A>(gate);
+    parallel(d.slabs(),
+             [&](int64_t begin, int64_t end) { gate_passes<A>().activate(d, in, bn, out, begin, end); });
+  });
+  return gate;
+}
+
+Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
+  const PackedDims d = dims_of(dims, z);
+  check_same(grad_gate, z, "grad_gate and z");
+  check_parameters(norm, z, d.n, 4, "norm");
+  Tensor sums = torch::stable::new_empty(z, {d.n, 2});
+  std::vector<double> partial(d.slabs() * aia::cpu::kNormPartials);
+  with_map_type(z, [&](auto type) {
+    using A = decltype(type);
+    const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm);
+    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
+      gate_passes<A>().backward_reduce(d, grad, in, bn, partial.data(), begin, end);
+    });
+    double total[3][2] = {};
+    for_partials(d, partial, aia::cpu::kNormPartials,
+                 [&](int map, const double* p) { total[map][0] += p[0], total[map][1] += p[1]; });
+    for (int i = 0; i < 2 * d.n; ++i) mutable_data<A>(sums)[i] = static_cast<A>(total[i / 2][i % 2]);
+  });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z, const Tensor& norm,
+                                         const Tensor& correction, const Tensor& pooled, const Tensor& weight,
+                                         std::vector<int64_t> dims) {
+  const PackedDims d = dims_of(dims, z);
+  check_same(grad_gate, z, "grad_gate and z");
+  check_parameters(norm, z, d.n, 4, "norm");
+  check_parameters(correction, z, d.n, 2, "correction");
+  check_parameters(weight, z, d.n, 54, "weight");
+  STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
+                  "pooled must be [B, 2, M], of the type of z");
+  Tensor grad_z = torch::stable::empty_like(z);
+  Tensor grad_pooled = torch::stable::empty_like(pooled);
+  Tensor grad_weight = torch::stable::empty_like(weight);
+  std::vector<double> partial(d.slabs() * aia::cpu::kWeightPartials);
+  with_map_type(z, [&](auto type) {
+    using A = decltype(type);
+    const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *mean = data<A>(correction);
+    const A *features = data<A>(pooled), *w = data<A>(weight);
+    A *dz = mutable_data<A>(grad_z), *out = mutable_data<A>(grad_pooled);
+    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
+      gate_passes<A>().backward_norm(d, grad, in, bn, mean, dz, begin, end);
+    });
+    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
+      gate_passes<A>().backward_conv(d, dz, features, w, out, partial.data(), begin, end);
+    });
+    std::vector<double> total(d.n * 54);
+    for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {
+      for (int i = 0; i < 54; ++i) total[map * 54 + i] += p[i];
+    });
+    for (int i = 0; i < d.n * 54; ++i) mutable_data<A>(grad_weight)[i] = static_cast<A>(total[i]);
+  });
+  return {grad_pooled, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
+  m.impl("pool", TORCH_BOX(&pool));
+  m.impl("unpool", TORCH_BOX(&unpool));
+  m.impl("unpool_reduce", TORCH_BOX(&unpool_reduce));
+  m.impl("gate_conv", TORCH_BOX(&gate_conv));
+  m.impl("gate_activate", TORCH_BOX(&gate_activate));
+  m.impl("gate_backward_reduce", TORCH_BOX(&gate_backward_reduce));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward));
+  m.impl("recalibrate", TORCH_BOX(&recalibrate));
+  m.impl("recalibrate_reduce", TORCH_BOX(&recalibrate_reduce));
+}
