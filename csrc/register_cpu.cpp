@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<
   const Index index = index_of(argmax.scalar_type());
   const void* data = x.const_data_ptr();
   void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
-  parallel(aia::cpu::units(v, static_cast<int>(context)), [&](int64_t begin, int64_t end) {
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), inner.context), [&](int64_t begin, int64_t end) {
     passes().pool(v, data, inner, static_cast<int>(context), out, arg, index, begin, end);
   });
   return {pooled, argmax};
@@ -221,7 +221,8 @@ Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_poole
   Tensor grad_x = output_like(grad_y);
   const void* data = grad_y.const_data_ptr();
   void* out = grad_x.mutable_data_ptr();
-  parallel(aia::cpu::units(v, aia::cpu::kSpacetime), [&](int64_t begin, int64_t end) {
+  const int highest = std::max({outer.context, inside.context, inner.context});
+  parallel(aia::cpu::elementwise_units(v, highest), [&](int64_t begin, int64_t end) {
     passes().unpool(v, data, outer_gate, outer, inside, inner, out, begin, end);
   });
   return grad_x;
@@ -236,7 +237,7 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
   Tensor grad_gate = torch::stable::new_empty(x, {v.B, v.packed(static_cast<int>(gate_context))}, map_type(x));
   const void* data = x.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
-  parallel(aia::cpu::units(v, static_cast<int>(gate_context)), [&](int64_t begin, int64_t end) {
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
     passes().unpool_reduce(v, data, from, static_cast<int>(gate_context), out, begin, end);
   });
   return grad_gate;
@@ -249,7 +250,7 @@ Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
   Tensor y = output_like(x);
   const void* data = x.const_data_ptr();
   void* out = y.mutable_data_ptr();
-  parallel(aia::cpu::units(v, aia::cpu::kSpacetime), [&](int64_t begin, int64_t end) {
+  parallel(aia::cpu::elementwise_units(v, outer.context), [&](int64_t begin, int64_t end) {
     passes().recalibrate(v, data, outer, out, begin, end);
   });
   return y;
@@ -262,7 +263,7 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   Tensor grad_gate = torch::stable::new_empty(x, {v.B, v.packed(static_cast<int>(context))}, map_type(x));
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
-  parallel(aia::cpu::units(v, static_cast<int>(context)), [&](int64_t begin, int64_t end) {
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)), [&](int64_t begin, int64_t end) {
     passes().recalibrate_reduce(v, grad, data, static_cast<int>(context), out, begin, end);
   });
   return grad_gate;

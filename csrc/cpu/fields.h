@@ -16,60 +16,67 @@ struct SpacetimeRows {
         w(clip + x.map_t() + x.map_h() + (at.t * x.H + at.h) * x.C + at.c) {}
 };
 
-// tile *= G.
-template <class A>
-void multiply_by_gate(const Volume& x, const Tile& at, const Gate& gate, Vec<A>* tile) {
+// tile = G * values, or tile += G * values.
+template <class A, bool kAdd = false>
+void multiply_by_gate(const Volume& x, const Tile& at, const Gate& gate, const Vec<A>* values, Vec<A>* tile) {
   const A* clip = static_cast<const A*>(gate.maps) + at.b * x.packed(gate.context);
+  const int64_t W = x.W, C = x.C, rows = at.rows;
+  const auto put = [&](int64_t i, Vec<A> product) { tile[i] = kAdd ? tile[i] + product : product; };
   if (gate.context == kChannel) {
-    const A* g = clip + (at.t * x.H + at.h) * x.W;
-    for (int64_t i = 0; i < at.rows * x.W; ++i) tile[i] *= g[i];
+    const A* g = clip + (at.t * x.H + at.h) * W;
+    for (int64_t i = 0; i < rows * W; ++i) put(i, values[i] * g[i]);
   } else {
     const SpacetimeRows<A> g(x, at, clip);
-    for (int64_t r = 0; r < at.rows; ++r) {
-      const Vec<A> gw = load(g.w + r * x.C, at.lanes);
-      for (int64_t w = 0; w < x.W; ++w) {
-        const int64_t i = r * x.W + w;
-        tile[i] *= (load(g.t + i * x.C, at.lanes) + load(g.h + w * x.C, at.lanes) + gw) * A(1.0 / 3);
+    with_lanes(at.lanes, [&](auto n) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const Vec<A> gw = load(g.w + r * C, n);
+        for (int64_t w = 0; w < W; ++w) {
+          const int64_t i = r * W + w;
+          put(i, (load(g.t + i * C, n) + load(g.h + w * C, n) + gw) * A(1.0 / 3) * values[i]);
+        }
       }
-    }
+    });
   }
 }
 
-// tile = U.
-template <class A>
+// tile = U, or tile += U.
+template <class A, bool kAdd = false>
 void unpool_tile(const Volume& x, const Tile& at, const Unpooled& from, Vec<A>* tile) {
   const int64_t packed = x.packed(from.context);
   const A* grad_max = static_cast<const A*>(from.grad) + at.b * 2 * packed;
   const A* grad_mean = grad_max + packed;
+  const int64_t W = x.W, C = x.C, rows = at.rows;
+  const auto put = [&](int64_t i, Vec<A> u) { tile[i] = kAdd ? tile[i] + u : u; };
   with_index(from.index, [&](auto index) {
     using I = decltype(index);
     const I* argmax = static_cast<const I*>(from.argmax) + at.b * packed;
     if (from.context == kChannel) {
-      const int64_t first = (at.t * x.H + at.h) * x.W;
+      const int64_t first = (at.t * x.H + at.h) * W;
       const IVec<A> channel = iota<A>() + splat_index<A>(at.c);
-      const A share = A(1) / static_cast<A>(x.C);
-      for (int64_t i = 0; i < at.rows * x.W; ++i) {
-        const Vec<A> peak = splat<A>(grad_max[first + i]);
-        tile[i] = (channel == splat_index<A>(argmax[first + i]) ? peak : Vec<A>{}) + grad_mean[first + i] * share;
+      const A share = A(1) / static_cast<A>(C);
+      for (int64_t i = 0; i < rows * W; ++i) {
+        const Vec<A> mean = splat<A>(grad_mean[first + i] * share), peak = splat<A>(grad_max[first + i]);
+        put(i, add_where<A>(channel == splat_index<A>(argmax[first + i]), mean, peak));
       }
     } else {
       const SpacetimeRows<A> peak(x, at, grad_max), mean(x, at, grad_mean);
       const SpacetimeRows<I> arg(x, at, argmax);
       const A share_t = A(1) / static_cast<A>(x.T), share_h = A(1) / static_cast<A>(x.H);
-      const A share_w = A(1) / static_cast<A>(x.W);
-      const int n = at.lanes;
-      for (int64_t r = 0; r < at.rows; ++r) {
-        const Vec<A> peak_w = load(peak.w + r * x.C, n), mean_w = load(mean.w + r * x.C, n) * share_w;
-        const IVec<A> arg_w = load_index<A>(arg.w + r * x.C, n);
-        for (int64_t w = 0; w < x.W; ++w) {
-          const int64_t i = r * x.W + w;
-          Vec<A> u = mean_w + load(mean.t + i * x.C, n) * share_t + load(mean.h + w * x.C, n) * share_h;
-          u += load_index<A>(arg.t + i * x.C, n) == splat_index<A>(at.t) ? load(peak.t + i * x.C, n) : Vec<A>{};
-          u += load_index<A>(arg.h + w * x.C, n) == splat_index<A>(at.h + r) ? load(peak.h + w * x.C, n) : Vec<A>{};
-          u += arg_w == splat_index<A>(w) ? peak_w : Vec<A>{};
-          tile[i] = u;
+      const A share_w = A(1) / static_cast<A>(W);
+      const IVec<A> t = splat_index<A>(at.t);
+      with_lanes(at.lanes, [&](auto n) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vec<A> peak_w = load(peak.w + r * C, n), mean_w = load(mean.w + r * C, n) * share_w;
+          const IVec<A> arg_w = load_index<A>(arg.w + r * C, n), h = splat_index<A>(at.h + r);
+          for (int64_t w = 0; w < W; ++w) {
+            const int64_t i = r * W + w;
+            Vec<A> u = mean_w + load(mean.t + i * C, n) * share_t + load(mean.h + w * C, n) * share_h;
+            u = add_where<A>(load_index<A>(arg.t + i * C, n) == t, u, load(peak.t + i * C, n));
+            u = add_where<A>(load_index<A>(arg.h + w * C, n) == h, u, load(peak.h + w * C, n));
+            put(i, add_where<A>(arg_w == splat_index<A>(w), u, peak_w));
+          }
         }
-      }
+      });
     }
   });
 }

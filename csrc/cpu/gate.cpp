@@ -4,7 +4,8 @@
 // A row is the innermost axis of a map, the lanes run along it (channels, in spacetime maps). The convolution along
 // the row is done last: first, for each of its three taps, the sum over the other two axes, S_k[c] = sum w[.., k] P[c];
 // then z[c] = S_0[c - 1] + S_1[c] + S_2[c + 1]. So every load is shared by three products, none is shifted, and rows
-// outside the map are skipped instead of padded. Two rows and nine neighbours make 54 multiply-adds per element.
+// outside the map are skipped instead of padded. Two features and 27 neighbours make 54 multiply-adds per element. The
+// transpose with respect to the features is the same correlation with the taps mirrored.
 #include <cmath>
 #include <vector>
 
@@ -38,39 +39,77 @@ void for_each_slab(const PackedDims& maps, int64_t begin, int64_t end, Each&& ea
   }
 }
 
-// A row with zeros on both sides, so that neighbours beyond its ends read as padding.
-template <class A>
-class PaddedRow {
- public:
-  explicit PaddedRow(int64_t length) : data_(length + 4 * kLanes, A(0)) {}
-  A* operator()() { return data_.data() + kLanes; }
-  void end_at(int64_t length) { std::fill_n(data_.data() + kLanes + length, 2 * kLanes, A(0)); }
-
- private:
-  std::vector<A> data_;
-};
-
 // The taps that stay inside the map along one axis: the source index is d + k - 1.
 struct Taps {
   int first, last;
   Taps(int64_t d, int64_t size) : first(d == 0), last(d + 1 < size ? 3 : 2) {}
 };
 
-// sums[k][block] += weight[.., k] * row, for kBlocks blocks of lanes.
-template <class A, int kBlocks>
-AIA_INLINE void add_row(Vec<A> (&sums)[3][kBlocks], const A* row, const A* weight, int lanes) {
-  for (int j = 0; j < kBlocks; ++j) {
-    const Vec<A> value = kBlocks == 1 ? load(row, lanes) : load(row + j * kLanes);
-    for (int k = 0; k < 3; ++k) sums[k][j] += value * weight[k];
-  }
-}
+// out[d1][c] = sum over sources and taps of weight[source][k0][k1][k2] * source[k0 - 1][d1 + k1 - 1][c + k2 - 1], where
+// sources point to the slab itself and their neighbours lie a plane before and behind.
+template <class A>
+class Correlation {
+ public:
+  explicit Correlation(int64_t longest) : pitch_(longest + 4 * kLanes), rows_(6 * pitch_, A(0)) {}
 
-// Blocks of one row's S_k: four vectors at a time, then one by one, the last one partial.
-template <class A, class Body4, class Body1>
-AIA_INLINE void for_blocks(int64_t length, Body4&& four, Body1&& one) {
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= length; c += 4 * kLanes) four(c);
-  for (; c < length; c += kLanes) one(c, static_cast<int>(std::min<int64_t>(kLanes, length - c)));
+  void operator()(const Slab& slab, const A* const* sources, int count, const A* weight, A* out) {
+    const int64_t length = slab.length();
+    const Taps t0(slab.d0, slab.dims[0]);
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 3; ++k) std::fill_n(row(half, k) + length, 2 * kLanes, A(0));
+    // A row is finished one row late: reading shifted what was stored just before would wait for the stores.
+    for (int64_t d1 = 0; d1 <= slab.rows(); ++d1) {
+      if (d1 < slab.rows()) {
+        const Taps t1(d1, slab.rows());
+        int64_t c = 0;
+        for (; c + 4 * kLanes <= length; c += 4 * kLanes)
+          partial_sums<4>(slab, sources, count, weight, t0, t1, d1, c, std::integral_constant<int, kLanes>{});
+        for (; c + kLanes <= length; c += kLanes)
+          partial_sums<1>(slab, sources, count, weight, t0, t1, d1, c, std::integral_constant<int, kLanes>{});
+        if (c < length) partial_sums<1>(slab, sources, count, weight, t0, t1, d1, c, static_cast<int>(length - c));
+      }
+      if (d1 > 0) finish(d1 - 1, length, out + (d1 - 1) * length);
+    }
+  }
+
+ private:
+  A* row(int64_t d1, int k) { return rows_.data() + (d1 % 2 * 3 + k) * pitch_ + kLanes; }
+
+  template <int kBlocks, class Lanes>
+  AIA_INLINE void partial_sums(const Slab& slab, const A* const* sources, int count, const A* weight, Taps t0, Taps t1,
+                               int64_t d1, int64_t c, Lanes lanes) {
+    const int64_t length = slab.length(), plane = slab.rows() * length;
+    Vec<A> sums[3][kBlocks] = {};
+    for (int i = 0; i < count; ++i)
+      for (int k0 = t0.first; k0 < t0.last; ++k0)
+        for (int k1 = t1.first; k1 < t1.last; ++k1) {
+          const A* source = sources[i] + (k0 - 1) * plane + (d1 + k1 - 1) * length + c;
+          const A* w = weight + ((i * 3 + k0) * 3 + k1) * 3;
+          for (int j = 0; j < kBlocks; ++j) {
+            const Vec<A> value = load(source + j * kLanes, lanes);
+            for (int k = 0; k < 3; ++k) sums[k][j] += value * w[k];
+          }
+        }
+    for (int k = 0; k < 3; ++k)
+      for (int j = 0; j < kBlocks; ++j) store(row(d1, k) + c + j * kLanes, sums[k][j]);
+  }
+
+  void finish(int64_t d1, int64_t length, A* out) {
+    const A *before = row(d1, 0) - 1, *here = row(d1, 1), *after = row(d1, 2) + 1;
+    int64_t c = 0;
+    for (; c + kLanes <= length; c += kLanes) store(out + c, load(before + c) + load(here + c) + load(after + c));
+    if (c < length)
+      store(out + c, load(before + c) + load(here + c) + load(after + c), static_cast<int>(length - c));
+  }
+
+  int64_t pitch_;
+  std::vector<A> rows_;  // S_k of two consecutive rows, each with zeros on both sides
+};
+
+inline int64_t longest_row(const PackedDims& maps) {
+  int64_t longest = 0;
+  for (int i = 0; i < maps.n; ++i) longest = std::max(longest, maps.dims[i][2]);
+  return longest;
 }
 
 template <class A>
@@ -118,6 +157,34 @@ AIA_INLINE void for_slab_vectors(const Slab& slab, Body&& body) {
   for (int64_t i = 0; i < size; i += kLanes) body(i, static_cast<int>(std::min<int64_t>(kLanes, size - i)));
 }
 
+// out[i][k1][k2] = sum over d, c of features[i][d + k1 - 1][c] * framed[d][c - k2 + 1], the products of the weight's
+// taps in one plane: features are rows without a frame (zeros stand in above and below), framed has zeros on both sides.
+template <class A>
+void weight_taps(const A* const (&features)[2], const A* framed, const A* zeros, int64_t rows, int64_t length,
+                 int64_t pitch, double* out) {
+  Vec<A> sums[2][3][3] = {};
+  for (int64_t d = 0; d < rows; ++d) {
+    const A* feature[2][3];
+    for (int i = 0; i < 2; ++i)
+      for (int k = 0; k < 3; ++k)
+        feature[i][k] = d + k >= 1 && d + k <= rows ? features[i] + (d + k - 1) * length : zeros;
+    const A* dz = framed + d * pitch;
+    const auto add = [&](int64_t c, auto n) {
+      const Vec<A> near[3] = {load(dz + c + 1), load(dz + c), load(dz + c - 1)};
+      for (int i = 0; i < 2; ++i)
+        for (int k1 = 0; k1 < 3; ++k1) {
+          const Vec<A> value = load(feature[i][k1] + c, n);
+          for (int k2 = 0; k2 < 3; ++k2) sums[i][k1][k2] += value * near[k2];
+        }
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= length; c += kLanes) add(c, std::integral_constant<int, kLanes>{});
+    if (c < length) add(c, static_cast<int>(length - c));
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < 9; ++k) out[i * 27 + k] = sum_lanes<A>(sums[i][k / 3][k % 3]);
+}
+
 template <class A>
 AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
   return iota<A>() < splat_index<A>(lanes) ? v : Vec<A>{};
@@ -128,36 +195,13 @@ AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
 template <class A>
 void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial,
                          int64_t begin, int64_t end) {
-  const int64_t packed = maps.packed();
-  int64_t longest = 0;
-  for (int i = 0; i < maps.n; ++i) longest = std::max(longest, maps.dims[i][2]);
-  PaddedRow<A> rows[3] = {PaddedRow<A>(longest), PaddedRow<A>(longest), PaddedRow<A>(longest)};
+  Correlation<A> correlation(longest_row(maps));
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t length = slab.length(), plane = slab.rows() * length;
-    const A* maximum = pooled + slab.b * 2 * packed + slab.start();
-    const A* w = weight + slab.map * 54;
-    A* out = z + slab.b * packed + slab.start();
-    const Taps t0(slab.d0, slab.dims[0]);
-    for (int64_t d1 = 0; d1 < slab.rows(); ++d1) {
-      const Taps t1(d1, slab.rows());
-      const auto block = [&]<int kBlocks>(int64_t c, int lanes) {
-        Vec<A> sums[3][kBlocks] = {};
-        for (int i = 0; i < 2; ++i)
-          for (int k0 = t0.first; k0 < t0.last; ++k0)
-            for (int k1 = t1.first; k1 < t1.last; ++k1)
-              add_row<A, kBlocks>(sums, maximum + i * packed + (k0 - 1) * plane + (d1 + k1 - 1) * length + c,
-                                  w + ((i * 3 + k0) * 3 + k1) * 3, lanes);
-        for (int k = 0; k < 3; ++k)
-          for (int j = 0; j < kBlocks; ++j) store(rows[k]() + c + j * kLanes, sums[k][j]);
-      };
-      for_blocks<A>(
-          length, [&](int64_t c) { block.template operator()<4>(c, kLanes); },
-          [&](int64_t c, int lanes) { block.template operator()<1>(c, lanes); });
-      for (PaddedRow<A>& row : rows) row.end_at(length);
-      for (int64_t c = 0; c < length; c += kLanes)
-        store(out + d1 * length + c, load(rows[0]() + c - 1) + load(rows[1]() + c) + load(rows[2]() + c + 1),
-              static_cast<int>(std::min<int64_t>(kLanes, length - c)));
-    }
+    const int64_t plane = slab.rows() * slab.length();
+    const A* maximum = pooled + slab.b * 2 * maps.packed() + slab.start();
+    const A* features[2] = {maximum, maximum + maps.packed()};
+    A* out = z + slab.b * maps.packed() + slab.start();
+    correlation(slab, features, 2, weight + slab.map * 54, out);
     Vec<A> sum{}, squares{};
     for_slab_vectors<A>(slab, [&](int64_t i, int n) { sum += load(out + i, n); });
     const A mean = sum_lanes<A>(sum) / static_cast<A>(plane);
@@ -219,69 +263,28 @@ template <class A>
 void GatePasses<A>::backward_conv(const PackedDims& maps, const A* grad_z, const A* pooled, const A* weight,
                                   A* grad_pooled, double* partial, int64_t begin, int64_t end) {
   const int64_t packed = maps.packed();
-  int64_t longest = 0, largest = 0;
-  for (int i = 0; i < maps.n; ++i) {
-    longest = std::max(longest, maps.dims[i][2]);
+  int64_t largest = 0;
+  for (int i = 0; i < maps.n; ++i)
     largest = std::max(largest, maps.dims[i][1] * (maps.dims[i][2] + 4 * kLanes));
-  }
-  PaddedRow<A> rows[3] = {PaddedRow<A>(longest), PaddedRow<A>(longest), PaddedRow<A>(longest)};
-  std::vector<A> padded(largest);
+  Correlation<A> correlation(longest_row(maps));
+  std::vector<A> frame(largest), zeros(longest_row(maps) + kLanes, A(0));
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t length = slab.length(), plane = slab.rows() * length;
     const A* dz = grad_z + slab.b * packed + slab.start();
-    const A* w = weight + slab.map * 54;
-    const Taps t0(slab.d0, slab.dims[0]);
-    // Correlation with the mirrored taps: output d reads dz at d - k + 1, which lies inside for the mirrored range.
-    for (int i = 0; i < 2; ++i) {
-      A* out = grad_pooled + (slab.b * 2 + i) * packed + slab.start();
-      for (int64_t d1 = 0; d1 < slab.rows(); ++d1) {
-        const Taps t1(d1, slab.rows());
-        const auto block = [&]<int kBlocks>(int64_t c, int lanes) {
-          Vec<A> sums[3][kBlocks] = {};
-          for (int k0 = t0.first; k0 < t0.last; ++k0)
-            for (int k1 = t1.first; k1 < t1.last; ++k1)
-              add_row<A, kBlocks>(sums, dz + (k0 - 1) * plane + (d1 + k1 - 1) * length + c,
-                                  w + ((i * 3 + 2 - k0) * 3 + 2 - k1) * 3, lanes);
-          for (int k = 0; k < 3; ++k)
-            for (int j = 0; j < kBlocks; ++j) store(rows[k]() + c + j * kLanes, sums[k][j]);
-        };
-        for_blocks<A>(
-            length, [&](int64_t c) { block.template operator()<4>(c, kLanes); },
-            [&](int64_t c, int lanes) { block.template operator()<1>(c, lanes); });
-        for (PaddedRow<A>& row : rows) row.end_at(length);
-        for (int64_t c = 0; c < length; c += kLanes)
-          store(out + d1 * length + c, load(rows[0]() + c + 1) + load(rows[1]() + c) + load(rows[2]() + c - 1),
-                static_cast<int>(std::min<int64_t>(kLanes, length - c)));
-      }
-    }
-    // The weight: for each tap, the product of dz with the pooled row it met. dz moves against the taps of the row.
+    A mirrored[54];
+    for (int i = 0; i < 54; ++i) mirrored[i] = weight[slab.map * 54 + i / 27 * 27 + 26 - i % 27];
+    for (int i = 0; i < 2; ++i)
+      correlation(slab, &dz, 1, mirrored + i * 27, grad_pooled + (slab.b * 2 + i) * packed + slab.start());
     const int64_t pitch = length + 4 * kLanes;
-    std::fill_n(padded.data(), slab.rows() * pitch, A(0));
-    for (int64_t d1 = 0; d1 < slab.rows(); ++d1)
-      std::copy_n(dz + d1 * length, length, padded.data() + d1 * pitch + kLanes);
+    A* framed = frame.data() + kLanes;
+    std::fill_n(frame.data(), slab.rows() * pitch, A(0));
+    for (int64_t d1 = 0; d1 < slab.rows(); ++d1) std::copy_n(dz + d1 * length, length, framed + d1 * pitch);
     double* grad_weight = partial + slab.index * kWeightPartials;
     std::fill_n(grad_weight, kWeightPartials, 0.0);
-    for (int i = 0; i < 2; ++i) {
-      for (int k0 = t0.first; k0 < t0.last; ++k0) {
-        const A* source = pooled + (slab.b * 2 + i) * packed + slab.start() + (k0 - 1) * plane;
-        Vec<A> sums[3][3] = {};
-        for (int64_t s1 = 0; s1 < slab.rows(); ++s1) {  // the pooled row; dz is at s1 - k1 + 1
-          const A* row = source + s1 * length;
-          const A* near[3];
-          for (int k1 = 0; k1 < 3; ++k1) {
-            const int64_t d1 = s1 - k1 + 1;
-            near[k1] = d1 >= 0 && d1 < slab.rows() ? padded.data() + d1 * pitch + kLanes : nullptr;
-          }
-          for (int64_t c = 0; c < length; c += kLanes) {
-            const Vec<A> value = load(row + c, static_cast<int>(std::min<int64_t>(kLanes, length - c)));
-            for (int k1 = 0; k1 < 3; ++k1)
-              if (near[k1])
-                for (int k2 = 0; k2 < 3; ++k2) sums[k1][k2] += value * load(near[k1] + c - k2 + 1);
-          }
-        }
-        for (int k1 = 0; k1 < 3; ++k1)
-          for (int k2 = 0; k2 < 3; ++k2) grad_weight[((i * 3 + k0) * 3 + k1) * 3 + k2] = sum_lanes<A>(sums[k1][k2]);
-      }
+    const Taps t0(slab.d0, slab.dims[0]);
+    for (int k0 = t0.first; k0 < t0.last; ++k0) {
+      const A* maximum = pooled + slab.b * 2 * packed + slab.start() + (k0 - 1) * plane;
+      weight_taps({maximum, maximum + packed}, framed, zeros.data(), slab.rows(), length, pitch, grad_weight + k0 * 9);
     }
   });
 }

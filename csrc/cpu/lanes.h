@@ -9,7 +9,7 @@
 
 #include "passes.h"
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -166,34 +166,65 @@ AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
 
+// Calls body with the number of lanes, as a constant when it is full: the loads and stores inside lose their branch.
+template <class Body>
+AIA_INLINE void with_lanes(int lanes, Body&& body) {
+  if (lanes == kLanes)
+    body(std::integral_constant<int, kLanes>{});
+  else
+    body(lanes);
+}
+
+// Indices of the smallest type make up nearly all there are; for them compilers need help to find the one instruction.
 template <class A, class Index>
 AIA_INLINE IVec<A> load_index(const Index* p, int n) {
-  typedef Index Packed __attribute__((vector_size(sizeof(Index) * kLanes)));
-  Packed packed{};
-  if (n >= kLanes) {
-    __builtin_memcpy(&packed, p, sizeof packed);
-  } else {
-    for (int i = 0; i < n; ++i) packed[i] = p[i];
+  Index part[kLanes] = {};
+  if (n < kLanes) {
+    for (int i = 0; i < n; ++i) part[i] = p[i];
+    p = part;
   }
-  return __builtin_convertvector(packed, IVec<A>);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
+    return detail::bit_cast<IVec<A>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+  IVec<A> wide;
+  for (int i = 0; i < kLanes; ++i) wide[i] = p[i];
+  return wide;
 }
 template <class A, class Index>
 AIA_INLINE void store_index(Index* p, IVec<A> index, int n) {
-  typedef Index Packed __attribute__((vector_size(sizeof(Index) * kLanes)));
-  const Packed packed = __builtin_convertvector(index, Packed);
-  if (n >= kLanes) {
-    __builtin_memcpy(p, &packed, sizeof packed);
-  } else {
-    for (int i = 0; i < n; ++i) p[i] = packed[i];
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
+    if (n >= kLanes)
+      return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(detail::bit_cast<__m512i>(index)));
   }
+#endif
+  for (int i = 0; i < n; ++i) p[i] = static_cast<Index>(index[i]);
 }
 
 // Running maximum with the semantics of torch.max(dim): the first index wins ties, the first NaN wins over all.
 template <class A>
 AIA_INLINE void max_first(Vec<A> v, IVec<A> index, Vec<A>& best, IVec<A>& best_index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {  // GCC spends two instructions more on the masks of the portable form
+    const __m512 value = detail::bit_cast<__m512>(v), old = detail::bit_cast<__m512>(best);
+    const __mmask16 ordered = _mm512_cmp_ps_mask(old, old, _CMP_ORD_Q);
+    const __mmask16 take = _mm512_mask_cmp_ps_mask(ordered, value, old, _CMP_NLE_UQ);
+    best = detail::bit_cast<Vec<A>>(_mm512_mask_mov_ps(old, take, value));
+    best_index = detail::bit_cast<IVec<A>>(_mm512_mask_mov_epi32(detail::bit_cast<__m512i>(best_index), take,
+                                                                 detail::bit_cast<__m512i>(index)));
+    return;
+  }
+#endif
   const IVec<A> take = ~(v <= best) & (best == best);
   best = take ? v : best;
   best_index = take ? index : best_index;
+}
+
+// v + addend in the lanes where the condition holds.
+template <class A>
+AIA_INLINE Vec<A> add_where(IVec<A> condition, Vec<A> v, Vec<A> addend) {
+  return v + (condition ? addend : Vec<A>{});
 }
 
 template <class A>

@@ -64,16 +64,35 @@ struct PackedDims {
 };
 
 constexpr int kLanes = 16;
-constexpr int64_t kTilePositions = 128;  // 8 KiB of float lanes: a few such buffers stay in the L1 cache
+constexpr int64_t kTilePositions = 256;  // 16 KiB of float lanes: two such buffers stay in the L1 cache
 
 // Rows of a plane in one tile of x, and blocks of lanes along its channels.
 inline int64_t tile_rows(const Volume& x) { return std::clamp<int64_t>(kTilePositions / x.W, 1, x.H); }
 inline int64_t channel_blocks(const Volume& x) { return (x.C + kLanes - 1) / kLanes; }
 
-// Units of a pass over x that reduces to the maps of `context`: the tiles of every frame for the channel maps, the
-// channel blocks of every clip for the spacetime maps. Elementwise passes take the units of kSpacetime.
-inline int64_t units(const Volume& x, int context) {
-  return context == kChannel ? x.B * x.T * ((x.H + tile_rows(x) - 1) / tile_rows(x)) : x.B * channel_blocks(x);
+// Whether a pass that meets maps of contexts up to `highest` runs its lanes along positions instead of channels: it
+// meets no spacetime map, and the positions lie adjacent in planes large enough that their remainder costs little.
+inline bool lanes_along_positions(const Volume& x, int highest) {
+  return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= 8 * kLanes;
+}
+
+// Rows of a frame in one unit of a reduction over channels. Along positions each channel is one run, the longer the better
+// foreseen by the hardware; the accumulators of a run stay in the L1 cache.
+constexpr int64_t kRunPositions = 1024;
+inline int64_t unit_rows(const Volume& x, int highest) {
+  return lanes_along_positions(x, highest) ? std::clamp<int64_t>(kRunPositions / x.W, 1, x.H) : tile_rows(x);
+}
+
+// Units of a pass over x that meets maps of contexts up to `highest`: runs of rows of every frame where it reduces over
+// channels, blocks of channels of every clip where it reduces over space and time. An elementwise pass has the latter
+// too, or, with lanes along positions, blocks of channels of every frame, which lie in one piece.
+inline int64_t block_units(const Volume& x) { return x.B * channel_blocks(x); }
+inline int64_t reduction_units(const Volume& x, int context, int highest) {
+  const int64_t rows = unit_rows(x, highest);
+  return context == kChannel ? x.B * x.T * ((x.H + rows - 1) / rows) : block_units(x);
+}
+inline int64_t elementwise_units(const Volume& x, int highest) {
+  return block_units(x) * (lanes_along_positions(x, highest) ? x.T : 1);
 }
 
 #define AIA_DECLARE_CPU_PASSES(level)                                                                                 \

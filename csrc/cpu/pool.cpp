@@ -13,18 +13,32 @@ void pool_as(const Volume& x, const T* data, const Gate& gate, int context, Accu
   const int64_t packed = x.packed(context);
   with_index(index, [&](auto index_value) {
     using I = decltype(index_value);
-    reduce<A, SumAndMax<A>>(
-        x, context, begin, end,
-        [&](const Tile& at, Vec<A>* tile) {
-          load_tile(x, at, data, tile);
-          if (gate.context) multiply_by_gate<A>(x, at, gate, tile);
-        },
-        [&](const Tile& at, int64_t offset, const SumAndMax<A>& total, int64_t length, int lanes) {
-          A* maximum = pooled + at.b * 2 * packed + offset;
-          store(maximum, total.max, lanes);
-          store(maximum + packed, total.sum * (A(1) / static_cast<A>(length)), lanes);
-          store_index<A>(static_cast<I*>(argmax) + at.b * packed + offset, total.argmax, lanes);
-        });
+    const auto emit = [&](const Tile& at, int64_t offset, const SumAndMax<A>& total, int64_t length, int lanes) {
+      A* maximum = pooled + at.b * 2 * packed + offset;
+      store(maximum, total.max, lanes);
+      store(maximum + packed, total.sum * (A(1) / static_cast<A>(length)), lanes);
+      store_index<A>(static_cast<I*>(argmax) + at.b * packed + offset, total.argmax, lanes);
+    };
+    if (context == kChannel && lanes_along_positions(x, gate.context)) {
+      reduce_channel_rows<A, SumAndMax<A>>(
+          x, begin, end,
+          [&](const Tile& at) {
+            const A* g = gate.context ? map_row<A>(x, at, gate.maps, packed) : nullptr;
+            return [source = data + tile_offset(x, at), stride = x.stride_c, g](int64_t c, int64_t i, auto n) {
+              const Vec<A> value = load_channel(source, stride, c, i, n);
+              return g ? value * load(g + i, n) : value;
+            };
+          },
+          emit);
+    } else {
+      reduce<A, SumAndMax<A>>(
+          x, context, begin, end,
+          [&](const Tile& at, Vec<A>* tile) {
+            load_tile(x, at, data, tile);
+            if (gate.context) multiply_by_gate<A>(x, at, gate, tile, tile);
+          },
+          emit);
+    }
   });
 }
 
@@ -32,20 +46,38 @@ template <class T>
 void unpool_as(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& outer, const Gate& inner_gate,
                const Unpooled& inner, T* grad_x, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
+  if (lanes_along_positions(x, std::max({outer.context, inner_gate.context, inner.context}))) {
+    with_index(outer.index, [&](auto index) {
+      using Field = ChannelUnpooled<A, decltype(index)>;  // both contexts pool over C: one index type serves them
+      for (int64_t unit = begin; unit < end; ++unit) {
+        for_channels_of_unit(x, unit, [&](const Tile& at, int64_t c, int64_t row) {
+          const Field u(x, at, outer), v(x, at, inner.context ? inner : outer);
+          const A* g = map_row<A>(x, at, gate.maps, x.packed(kChannel));
+          const A* h = inner_gate.context ? map_row<A>(x, at, inner_gate.maps, x.packed(kChannel)) : nullptr;
+          for_positions(x.H * x.W, [&](int64_t i, auto n) {
+            Vec<A> field = u(c, i, n);
+            if (h) field *= load(h + i, n);
+            if (inner.context) field += v(c, i, n);
+            store(grad_x + row + i, load(grad_y + row + i, n) * load(g + i, n) + field, n);
+          });
+        });
+      }
+    });
+    return;
+  }
   const int64_t capacity = tile_capacity(x);
   Buffer<A> tile(capacity), field(capacity);
   for (int64_t unit = begin; unit < end; ++unit) {
     for_each_tile(x, unit, [&](const Tile& at) {
-      const int64_t n = at.rows * x.W;
       load_tile(x, at, grad_y, static_cast<Vec<A>*>(tile));
-      multiply_by_gate<A>(x, at, gate, tile);
-      unpool_tile<A>(x, at, outer, field);
-      if (inner_gate.context) multiply_by_gate<A>(x, at, inner_gate, field);
-      for (int64_t i = 0; i < n; ++i) tile[i] += field[i];
-      if (inner.context) {
-        unpool_tile<A>(x, at, inner, field);
-        for (int64_t i = 0; i < n; ++i) tile[i] += field[i];
+      multiply_by_gate<A>(x, at, gate, tile, tile);
+      if (inner_gate.context) {
+        unpool_tile<A>(x, at, outer, field);
+        multiply_by_gate<A, true>(x, at, inner_gate, field, tile);
+      } else {
+        unpool_tile<A, true>(x, at, outer, tile);
       }
+      if (inner.context) unpool_tile<A, true>(x, at, inner, tile);
       store_tile(x, at, static_cast<const Vec<A>*>(tile), grad_x);
     });
   }
@@ -55,12 +87,29 @@ template <class T>
 void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int gate_context,
                       Accumulate<T>* grad_gate, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
+  if (gate_context == kChannel && lanes_along_positions(x, from.context)) {
+    with_index(from.index, [&](auto index) {
+      reduce_channel_rows<A, Sum<A>>(
+          x, begin, end,
+          [&](const Tile& at) {
+            return [source = data + tile_offset(x, at), stride = x.stride_c,
+                    u = ChannelUnpooled<A, decltype(index)>(x, at, from)](int64_t c, int64_t i, auto n) {
+              return load_channel(source, stride, c, i, n) * u(c, i, n);
+            };
+          },
+          emit_gate(x, gate_context, grad_gate));
+    });
+    return;
+  }
   Buffer<A> field(tile_capacity(x));
-  reduce_to_gate<A>(x, gate_context, grad_gate, begin, end, [&](const Tile& at, Vec<A>* tile) {
-    load_tile(x, at, data, tile);
-    unpool_tile<A>(x, at, from, field);
-    for (int64_t i = 0; i < at.rows * x.W; ++i) tile[i] *= field[i];
-  });
+  reduce<A, Sum<A>>(
+      x, gate_context, begin, end,
+      [&](const Tile& at, Vec<A>* tile) {
+        load_tile(x, at, data, tile);
+        unpool_tile<A>(x, at, from, field);
+        for (int64_t i = 0; i < at.rows * x.W; ++i) tile[i] *= field[i];
+      },
+      emit_gate(x, gate_context, grad_gate));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "tile.h"
+#include "rows.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
@@ -63,6 +63,31 @@ struct SumAndMax {
   }
 };
 
+// Rows walked side by side: as many independent chains of maxima along W, and one visit to the H accumulators for all.
+constexpr int kRows = 4;
+
+template <class A, int kCount, class Accumulator, class Emit>
+AIA_INLINE void reduce_rows(const Volume& x, const Tile& at, int64_t r, const Vec<A>* __restrict v,
+                            Accumulator* __restrict acc_t, Accumulator* __restrict acc_h, Emit&& emit) {
+  const int64_t W = x.W;
+  const IVec<A> t = splat_index<A>(at.t);
+  IVec<A> h[kCount], w{};
+  Accumulator acc_w[kCount];
+  for (int k = 0; k < kCount; ++k) h[k] = splat_index<A>(at.h + r + k);
+  for (int64_t i = 0; i < W; ++i, ++w) {
+    Accumulator over_h = acc_h[i];
+    for (int k = 0; k < kCount; ++k) {
+      const Vec<A> value = v[(r + k) * W + i];
+      acc_w[k].add(value, w);
+      acc_t[(r + k) * W + i].add(value, t);
+      over_h.add(value, h[k]);
+    }
+    acc_h[i] = over_h;
+  }
+  for (int k = 0; k < kCount; ++k)
+    emit(at, x.map_t() + x.map_h() + (at.t * x.H + at.h + r + k) * x.C + at.c, acc_w[k], W, at.lanes);
+}
+
 // Over T, H and W at once: unit = one block of channels of one clip.
 template <class A, class Accumulator, class Fill, class Emit>
 void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
@@ -77,18 +102,10 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
       Accumulator* __restrict acc_t = over_t.get();
       Accumulator* __restrict acc_h = over_h.get() + at.t * x.W;
       if (at.t == 0) std::fill_n(acc_t, at.rows * x.W, Accumulator{});
-      for (int64_t r = 0; r < at.rows; ++r) {
-        Accumulator acc_w;
-        const IVec<A> t = splat_index<A>(at.t), h = splat_index<A>(at.h + r);
-        IVec<A> w{};
-        for (int64_t i = 0; i < x.W; ++i, ++w) {
-          const Vec<A> value = v[r * x.W + i];
-          acc_w.add(value, w);
-          acc_t[r * x.W + i].add(value, t);
-          acc_h[i].add(value, h);
-        }
-        emit(at, x.map_t() + x.map_h() + (at.t * x.H + at.h + r) * x.C + at.c, acc_w, x.W, at.lanes);
-      }
+      int64_t r = 0;
+      for (; r + kRows <= at.rows; r += kRows)
+        reduce_rows<A, kRows>(x, at, r, v, acc_t, acc_h, emit);
+      for (; r < at.rows; ++r) reduce_rows<A, 1>(x, at, r, v, acc_t, acc_h, emit);
       if (at.t == x.T - 1)
         for (int64_t i = 0; i < at.rows * x.W; ++i) emit(at, (at.h * x.W + i) * x.C + at.c, acc_t[i], x.T, at.lanes);
       if (at.h + at.rows == x.H)
@@ -102,17 +119,16 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
 template <class A, class Accumulator, class Fill, class Emit>
 void reduce_channel(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
   const int64_t capacity = (tile_capacity(x) + kLanes - 1) / kLanes * kLanes;
-  const int64_t tiles = (x.H + tile_rows(x) - 1) / tile_rows(x);
   Buffer<A> values(capacity);
   std::unique_ptr<Accumulator[]> over_c(new Accumulator[capacity]);
   for (int64_t unit = begin; unit < end; ++unit) {
-    Tile at{unit / tiles / x.T, unit / tiles % x.T, 0, unit % tiles * tile_rows(x), 0, kLanes};
-    at.rows = std::min(tile_rows(x), x.H - at.h);
+    Tile at = rows_of_unit(x, unit, kSpacetime);
     const int64_t n = at.rows * x.W;
     Accumulator* __restrict acc = over_c.get();
     std::fill_n(acc, n, Accumulator{});
     for (at.c = 0; at.c < x.C; at.c += kLanes) {
       at.lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - at.c));
+      at.ahead = kLanes * x.stride_c;
       fill(at, static_cast<Vec<A>*>(values));
       const Vec<A>* __restrict v = values;
       const IVec<A> channel = iota<A>() + splat_index<A>(at.c);
@@ -137,15 +153,14 @@ void reduce(const Volume& x, int context, int64_t begin, int64_t end, Fill&& fil
     reduce_spacetime<A, Accumulator>(x, begin, end, fill, emit);
 }
 
-// The gradient of each map of a gate from the products that the maps gate: their sum over the axes that the map
-// lacks, divided by the number of maps.
-template <class A, class Fill>
-void reduce_to_gate(const Volume& x, int context, A* grad_gate, int64_t begin, int64_t end, Fill&& fill) {
-  const A share = A(1) / static_cast<A>(context);
-  reduce<A, Sum<A>>(x, context, begin, end, fill,
-                    [&](const Tile& at, int64_t offset, const Sum<A>& total, int64_t, int lanes) {
-                      store(grad_gate + at.b * x.packed(context) + offset, total.sum * share, lanes);
-                    });
+// Receives the gradient of each map of a gate, summed over the axes that the map lacks, and divides it by the number of
+// maps.
+template <class A>
+auto emit_gate(const Volume& x, int context, A* grad_gate) {
+  return [&x, context, grad_gate, share = A(1) / static_cast<A>(context)](
+             const Tile& at, int64_t offset, const Sum<A>& total, int64_t, int lanes) {
+    store(grad_gate + at.b * x.packed(context) + offset, total.sum * share, lanes);
+  };
 }
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

@@ -14,10 +14,12 @@
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
-// Where a tile lies: rows [h, h + rows) of frame t of clip b, channels [c, c + lanes).
+// Where a tile lies: rows [h, h + rows) of frame t of clip b, channels [c, c + lanes). `ahead` is the distance in
+// elements to the tile that will be read next: sixteen short runs are more than the hardware foresees.
 struct Tile {
   int64_t b, t, c, h, rows;
   int lanes;
+  int64_t ahead = 0;
 };
 
 inline int64_t tile_capacity(const Volume& x) { return tile_rows(x) * x.W; }
@@ -43,13 +45,18 @@ inline int64_t tile_offset(const Volume& x, const Tile& at) {
 template <class T, class A = Accumulate<T>>
 void load_tile(const Volume& x, const Tile& at, const T* data, Vec<A>* tile) {
   const T* source = data + tile_offset(x, at);
-  const int64_t n = at.rows * x.W;
-  if (x.stride_c == 1) {
-    for (int64_t i = 0; i < n; ++i) tile[i] = load(source + i * x.stride_p, at.lanes);
+  const int64_t n = at.rows * x.W, stride_c = x.stride_c, stride_p = x.stride_p, ahead = at.ahead;
+  if (stride_c == 1) {
+    with_lanes(at.lanes, [&](auto lanes) {
+      for (int64_t i = 0; i < n; ++i) {
+        __builtin_prefetch(source + i * stride_p + ahead);
+        tile[i] = load(source + i * stride_p, lanes);
+      }
+    });
   } else if (n < kLanes) {
     for (int64_t i = 0; i < n; ++i) {
       T part[kLanes] = {};
-      for (int c = 0; c < at.lanes; ++c) part[c] = source[c * x.stride_c + i];
+      for (int c = 0; c < at.lanes; ++c) part[c] = source[c * stride_c + i];
       tile[i] = load(part);
     }
   } else {
@@ -57,7 +64,11 @@ void load_tile(const Volume& x, const Tile& at, const T* data, Vec<A>* tile) {
     for (int64_t i = 0; i < n; i += kLanes) {
       const int64_t first = std::min(i, n - kLanes);
       Vec<A> block[kLanes];
-      for (int c = 0; c < kLanes; ++c) block[c] = load(source + std::min(c, at.lanes - 1) * x.stride_c + first);
+      for (int c = 0; c < kLanes; ++c) {
+        const T* row = source + std::min(c, at.lanes - 1) * stride_c + first;
+        __builtin_prefetch(row + ahead);
+        block[c] = load(row);
+      }
       transpose(block);
       for (int p = 0; p < kLanes; ++p) tile[first + p] = block[p];
     }
@@ -67,34 +78,41 @@ void load_tile(const Volume& x, const Tile& at, const T* data, Vec<A>* tile) {
 template <class T, class A = Accumulate<T>>
 void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
   T* target = data + tile_offset(x, at);
-  const int64_t n = at.rows * x.W;
-  if (x.stride_c == 1) {
-    for (int64_t i = 0; i < n; ++i) store(target + i * x.stride_p, tile[i], at.lanes);
-  } else if (n < kLanes) {
-    for (int64_t i = 0; i < n; ++i) {
-      T part[kLanes];
-      store(part, tile[i]);
-      for (int c = 0; c < at.lanes; ++c) target[c * x.stride_c + i] = part[c];
+  const int64_t n = at.rows * x.W, stride_c = x.stride_c, stride_p = x.stride_p;
+  with_lanes(at.lanes, [&](auto lanes) {
+    if (stride_c == 1) {
+      for (int64_t i = 0; i < n; ++i) store(target + i * stride_p, tile[i], lanes);
+    } else if (n < kLanes) {
+      for (int64_t i = 0; i < n; ++i) {
+        T part[kLanes];
+        store(part, tile[i]);
+        for (int c = 0; c < lanes; ++c) target[c * stride_c + i] = part[c];
+      }
+    } else {
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const int64_t first = std::min(i, n - kLanes);
+        Vec<A> block[kLanes];
+        for (int p = 0; p < kLanes; ++p) block[p] = tile[first + p];
+        transpose(block);
+        for (int c = 0; c < lanes; ++c) store(target + c * stride_c + first, block[c]);
+      }
     }
-  } else {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int64_t first = std::min(i, n - kLanes);
-      Vec<A> block[kLanes];
-      for (int p = 0; p < kLanes; ++p) block[p] = tile[first + p];
-      transpose(block);
-      for (int c = 0; c < at.lanes; ++c) store(target + c * x.stride_c + first, block[c]);
-    }
-  }
+  });
 }
 
-// The channel blocks [begin, end) of all clips, each as its tiles: rows outermost, then frames, so that what the
-// frames share (the T map of the rows) stays in cache. `each(tile)` is called for every tile.
+// The tiles of one block of channels of one clip: rows outermost, then frames, so that what the frames share (the T
+// map of the rows) stays in cache. Calls each(tile).
 template <class Each>
 void for_each_tile(const Volume& x, int64_t block, Each&& each) {
-  const int64_t b = block / channel_blocks(x), c = block % channel_blocks(x) * kLanes;
+  const int64_t b = block / channel_blocks(x), c = block % channel_blocks(x) * kLanes, step = tile_rows(x);
   const int lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - c));
-  for (int64_t h = 0; h < x.H; h += tile_rows(x))
-    for (int64_t t = 0; t < x.T; ++t) each(Tile{b, t, c, h, std::min(tile_rows(x), x.H - h), lanes});
+  for (int64_t h = 0; h < x.H; h += step)
+    for (int64_t t = 0; t < x.T; ++t) {
+      Tile at{b, t, c, h, std::min(step, x.H - h), lanes};
+      const Tile next{b, t + 1 < x.T ? t + 1 : 0, c, t + 1 < x.T ? h : h + step, 0, 0};
+      at.ahead = tile_offset(x, next) - tile_offset(x, at);
+      each(at);
+    }
 }
 
 // Calls body with a value of the storage type, or of the index type, that the argument names.
