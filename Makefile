@@ -1,0 +1,48 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RESULTS ?= benchmarks/results
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+CPP := $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint demo bench gpu clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED)  ## make .venv and build (PYTHON=python3.12, TORCH=torch==2.13.0)
+	@$(BIN)/python -m aia_kernels
+
+# Debian splits ensurepip from Python; pip alone can fill an environment too.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+$(INSTALLED): setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "setuptools>=65" wheel ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[all]"
+	@touch $@
+
+test: lint  ## lint, then every test (ARGS="-k pool" for some)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+demo: $(INSTALLED)  ## run every unit on a real video, fused beside published (VIDEO=path)
+	$(BIN)/python -m benchmarks.demo $(if $(VIDEO),--video "$(VIDEO)") $(ARGS)
+
+bench: $(INSTALLED)  ## microbenchmarks: rows and plots in benchmarks/results
+	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.plot
+
+gpu:  ## on a GPU without a network: build, test, sanitize, bench with this Python (RESULTS=dir)
+	PYTHON=$(PYTHON) .ci/gpu "$(RESULTS)"
+
+clean:  ## remove what the build made, and .venv
+	rm -rf build dist *.egg-info aia_kernels/_C.so $(VENV) .pytest_cache .ruff_cache .hypothesis
