@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import maps
+from .reference import UNITS
 
 NAMESPACE = "aia_kernels"
 
@@ -134,3 +135,45 @@ def _(x, gate, context):
 @_fake("recalibrate_reduce")
 def _(grad_y, x, context):
     return _map_like(x, context)
+
+
+# The whole unit, for torch.compile and torch.export: opaque to the tracer, differentiable, without side effects. The
+# meaning of the arguments and results is that of forward and backward in attention_in_attention.py; what is kept of an
+# absent inner context is empty. unit and backend are names; fixed is None when every gate uses the batch's statistics.
+_UNIT_SCHEMAS = {
+    "unit_forward": "(Tensor x, Tensor weight, Tensor affine, Tensor? fixed, str unit, str backend, bool[] batch, "
+    "float[] eps, str[] groups) -> (Tensor y, Tensor inner_pooled, Tensor inner_argmax, Tensor inner_norm, "
+    "Tensor outer_pooled, Tensor outer_argmax, Tensor outer_norm, Tensor statistics)",
+    "unit_backward": "(Tensor grad_y, Tensor x, Tensor weight, Tensor inner_pooled, Tensor inner_argmax, "
+    "Tensor inner_norm, Tensor outer_pooled, Tensor outer_argmax, Tensor outer_norm, Tensor statistics, str unit, "
+    "str backend, bool[] batch, float[] eps, str[] groups) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_affine)",
+}
+
+for _name, _schema in _UNIT_SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+def implement(name: str, function) -> None:
+    """Register the implementation of a unit operator, the same for every device."""
+    _library.impl(name, function, "CompositeExplicitAutograd")
+
+
+def _kept_like(x: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.uint8 if context == maps.NONE else maps.index_dtype(x.shape, context)
+    norm = x.new_empty((context, 4), dtype=maps.accumulate_dtype(x.dtype))
+    return _map_like(x, context, 2), _map_like(x, context, dtype=index), norm
+
+
+@_fake("unit_forward")
+def _(x, weight, affine, fixed, unit, backend, batch, eps, groups):
+    described, n = UNITS[unit], len(batch)
+    statistics = x.new_empty((n, 3), dtype=maps.accumulate_dtype(x.dtype))
+    kept = *_kept_like(x, described.inner), *_kept_like(x, described.outer)
+    return torch.empty_like(x), *kept, statistics
+
+
+@_fake("unit_backward")
+def _(grad_y, x, weight, *kept_and_settings):
+    n, dtype = weight.shape[0], maps.accumulate_dtype(x.dtype)
+    grad_weight, grad_affine = x.new_empty(weight.shape, dtype=dtype), x.new_empty((n, 2), dtype=dtype)
+    return torch.empty_like(x), grad_weight, grad_affine

@@ -1,0 +1,66 @@
+"""``python -m aia_kernels``: what is installed, which backends can run, why others cannot, and whether they are right.
+
+The self-check runs every unit forward and backward on each backend that can run here and holds every result, values and
+gradients, against the reference in float64 (testing.py has the budget).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import __version__, backends, modules, testing
+from .reference import UNITS
+
+SHAPE = testing.Shape(1, 4, 6, 5, 3)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} (compute {'.'.join(map(str, torch.cuda.get_device_capability()))})"
+    return f"CPU, {torch.get_num_threads()} threads; torch sees no CUDA device"
+
+
+def self_check(backend: str) -> tuple[str, bool]:
+    """One line on the agreement of a backend with the float64 reference, and whether it is within its budget."""
+    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    worst = []
+    for name in UNITS:
+        module = testing.randomise(getattr(modules, name)(SHAPE.t)).to(device)
+        x, grad_y = (testing.make_input(SHAPE, torch.float32, seed=seed, device=device) for seed in (0, 1))
+        worst.append((testing.compare(module, x, grad_y, backend)[0], name))
+    excess, name = max(worst, key=lambda pair: pair[0].ratio)
+    verdict = "right" if excess.ratio <= 1 else "WRONG"
+    return f"{verdict}: worst error {excess.error:.1e} of {excess.budget:.1e} allowed ({name}, {excess.name})", (
+        excess.ratio <= 1
+    )
+
+
+def main() -> int:
+    versions = f"torch {torch.__version__}, triton {_version('triton')}, Python {platform.python_version()}"
+    print(f"aia_kernels {__version__}, {versions}")
+    print(f"{platform.platform()}, {_device()}\n")
+    print(f"backend in force: {backends.chosen_backend()}")
+    healthy = True
+    for name, reason in backends.available_backends().items():
+        if reason is None:
+            line, right = self_check(name)
+            healthy &= right
+            print(f"  {name:<10} can run; {line}")
+        else:
+            print(f"  {name:<10} cannot: {reason}")
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Backends: who can run what, and why not.
+
+========= =============== ==========================================================================
+name      runs on         what it is
+========= =============== ==========================================================================
+reference any device      the specification in plain PyTorch (aia_kernels/reference), under autograd
+cpu       CPU             C++ passes (csrc/cpu)
+triton    CUDA            Triton passes (aia_kernels/triton); CPU tensors under TRITON_INTERPRET=1
+cuda      CUDA            CUDA C++ passes (csrc/cuda)
+========= =============== ==========================================================================
+
+The choice is, first that speaks: use_backend (a context, for this thread or task), set_backend (the process), the
+variable AIA_KERNELS_BACKEND, "auto". A backend named explicitly runs or raises with the reason; only "auto" chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from . import _extension, ops
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: What "auto" tries, in order, by type of device; the reference runs everywhere.
+AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
+
+_process_choice = os.environ.get("AIA_KERNELS_BACKEND") or "auto"
+_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("aia_kernels_backend", default=None)
+
+
+def _check_name(name: str) -> None:
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"unknown backend {name!r}; expected one of: auto, {', '.join(NAMES)}")
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of this process: one of NAMES or "auto"."""
+    global _process_choice
+    _check_name(name)
+    _process_choice = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a with block, for this thread or task only."""
+    _check_name(name)
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def chosen_backend() -> str:
+    """The name in force: one of NAMES or "auto"."""
+    name = _choice.get() or _process_choice
+    _check_name(name)
+    return name
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        return "triton is not installed; pip install triton"
+    try:
+        importlib.import_module(".triton", __package__)
+    except Exception as error:
+        return f"the Triton kernels do not import: {error}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing_passes(dispatch_key: str) -> tuple[str, ...]:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(name for name in ops.PASSES if not has_kernel(f"{ops.NAMESPACE}::{name}", dispatch_key))
+
+
+def _compiled_reason(dispatch_key: str, reason: str | None) -> str | None:
+    if reason is not None:
+        return reason
+    if missing := _missing_passes(dispatch_key):
+        return f"the {dispatch_key} extension does not have these passes yet: {', '.join(missing)}"
+    return None
+
+
+@functools.cache
+def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None if backend ``name`` can run tensors of this kind, else the reason in one sentence."""
+    if name == "reference":
+        return None
+    if dtype not in DTYPES:
+        return f"the {name} backend takes {', '.join(map(str, DTYPES))}, not {dtype}"
+    needed = "cpu" if name == "cpu" else "cuda"
+    if name == "triton" and _interpreted():
+        needed = "cpu"
+    if device_type != needed:
+        hint = " unless TRITON_INTERPRET=1 is set" if name == "triton" and needed == "cuda" else ""
+        return f"the {name} backend runs on {needed} tensors{hint}, and these are on {device_type}"
+    if name == "triton":
+        return _triton_missing()
+    if name == "cpu":
+        return _compiled_reason("CPU", _extension.load())
+    return _compiled_reason("CUDA", _extension.cuda_reason())
+
+
+def available_backends() -> dict[str, str | None]:
+    """Each backend's name, with None if it can run on this machine, else the reason in one sentence."""
+    reasons: dict[str, str | None] = {}
+    for name in NAMES:
+        device = "cpu" if name in ("reference", "cpu") or (name == "triton" and _interpreted()) else "cuda"
+        reason = why_not(name, device, torch.float32)
+        if reason is None and device == "cuda" and not torch.cuda.is_available():
+            hint = "; set TRITON_INTERPRET=1 to run it in the interpreter" if name == "triton" else ""
+            reason = f"torch sees no CUDA device here{hint}"
+        reasons[name] = reason
+    return reasons
+
+
+@functools.cache
+def _resolve(choice: str, device_type: str, dtype: torch.dtype) -> str:
+    if choice != "auto":
+        if (reason := why_not(choice, device_type, dtype)) is not None:
+            raise RuntimeError(f"backend {choice!r} was asked for, but {reason}")
+        return choice
+    # The interpreter is for tests: it is never chosen, only asked for.
+    candidates = [name for name in AUTO.get(device_type, ()) if not (name == "triton" and _interpreted())]
+    return next((name for name in candidates if why_not(name, device_type, dtype) is None), "reference")
+
+
+def select(device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs tensors of this kind. Under torch.compile it is settled when the call is traced."""
+    return _resolve(chosen_backend(), device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.
+select._dynamo_marked_constant = True
+
+
+def _any_order(order: str) -> str:
+    return order
+
+
+def _channels_last(order: str) -> str:
+    return "THWC"
+
+
+@functools.cache
+def passes(name: str) -> Any:
+    """The passes of a backend other than the reference: the names of ops.PASSES, and map_order."""
+    if name == "triton":
+        module = importlib.import_module(".triton", __package__)
+        found = {p: getattr(module, p) for p in ops.PASSES}
+    else:
+        found = {p: getattr(getattr(torch.ops, ops.NAMESPACE), p).default for p in ops.PASSES}
+    # The CPU's kernels have channels as vector lanes whatever the storage of x (csrc/cpu).
+    return SimpleNamespace(**found, map_order=_channels_last if name == "cpu" else _any_order)

@@ -1,0 +1,217 @@
+"""The units as functions: validate, choose a road, call.
+
+The roads of a call that has something to compute:
+
+1. under torch.compile or torch.export: the registered operators (operators.py);
+2. under a functorch transform (torch.func.grad, vmap): the reference;
+3. where gradients are wanted: AttentionInAttentionFunction;
+4. otherwise: the passes, keeping nothing.
+
+The backend ``reference`` takes its own formula on all four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import attention_in_attention as algorithm
+from . import backends, maps, operators
+from .reference import UNITS, Gate, Norm, Unit
+from .reference import attention_in_attention as reference
+
+__all__ = ["ST", "C", "CinST", "Gate", "Norm", "STinC", "STinC2", "attention_in_attention"]
+
+WEIGHT_SHAPE = (1, 2, 3, 3, 3)
+
+
+def C(x: Tensor, c: Gate, num_segments: int = 8) -> Tensor:
+    """y = x * g_C(x). See attention_in_attention."""
+    return attention_in_attention(x, "C", (c,), num_segments)
+
+
+def ST(x: Tensor, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
+    """y = x * (g_T(x) + g_H(x) + g_W(x)) / 3. See attention_in_attention."""
+    return attention_in_attention(x, "ST", (t, h, w), num_segments)
+
+
+def CinST(x: Tensor, c: Gate, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
+    """y = x * G_ST(x * g_C(x)): channel attention inside spacetime attention. See attention_in_attention."""
+    return attention_in_attention(x, "CinST", (c, t, h, w), num_segments)
+
+
+def STinC(x: Tensor, c: Gate, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
+    """y = x * g_C(x * G_ST(x)): spacetime attention inside channel attention. See attention_in_attention."""
+    return attention_in_attention(x, "STinC", (c, t, h, w), num_segments)
+
+
+def STinC2(x: Tensor, c: Gate, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
+    """STinC with each spacetime gate averaged over C after its sigmoid. See attention_in_attention."""
+    return attention_in_attention(x, "STinC2", (c, t, h, w), num_segments)
+
+
+def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segments: int = 8) -> Tensor:
+    """Apply a unit of arXiv 2204.09303: y = x * G_outer(x * G_inner(x)).
+
+    x: [B * T, C, H, W] with T = num_segments, contiguous or channels_last; or [B, C, T, H, W], contiguous or
+    channels_last_3d, and then num_segments is not used; other strides cost a copy. float32, bfloat16, float16, float64.
+    unit: "C", "ST", "CinST", "STinC" or "STinC2". gates: one Gate per letter of C, T, H, W that the unit has, in this
+    order. Returns y, shaped and stored as x. Running statistics are updated where a norm says so.
+    """
+    described = _unit(unit)
+    _validate(x, described, gates, num_segments)
+    if x.numel() == 0:
+        if any(map(_group_name, gates)):
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
+        return _empty(x, gates)
+    dense = _dense(x, num_segments)
+    backend = backends.select(x.device.type, x.dtype)
+    compiling = torch.compiler.is_compiling()
+    if backend == "reference" or (not compiling and torch._C._are_functorch_transforms_active()):
+        clips = algorithm.as_clips(dense, num_segments)
+        y, statistics = reference(clips, described, gates)
+        y = algorithm.as_input(y, x.ndim)
+    else:
+        fixed = _fixed(gates)
+        plan = algorithm.Plan(
+            described,
+            None if compiling else backends.passes(backend),
+            tuple(gate.norm is not None and gate.norm.uses_batch for gate in gates),
+            tuple(0.0 if gate.norm is None else gate.norm.eps for gate in gates),
+            tuple(map(_group_name, gates)),
+        )
+        parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
+        if compiling:
+            y, statistics = _operator(dense, num_segments, plan, backend, fixed, parameters)
+        elif torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
+            y, statistics = algorithm.AttentionInAttentionFunction.apply(dense, num_segments, plan, fixed, *parameters)
+        else:
+            clips = algorithm.as_clips(dense, num_segments)
+            result = algorithm.forward(plan, clips, parameters[::3], algorithm.pack_affine(parameters), fixed)
+            y, statistics = algorithm.as_input(result.y, x.ndim), result.statistics
+    update_running_statistics([gate.norm for gate in gates], statistics)
+    return y
+
+
+def update_running_statistics(norms: Sequence[Norm | None], statistics: Tensor) -> None:
+    """Move the running statistics of each norm that says so toward those of its batch, as torch's batch norm does.
+
+    statistics [n, 3]: mean, biased variance and share, one over the size N of the batch. The running variance is
+    unbiased: var * N / (N - 1) = var / (1 - share).
+    """
+    rows = [i for i, norm in enumerate(norms) if norm is not None and norm.updates]
+    if not rows:
+        return
+    statistics = statistics.detach()
+    new = torch.stack((statistics[:, 0], statistics[:, 1] / (1 - statistics[:, 2])))
+    with torch.no_grad():
+        tracked = [norms[i].num_batches_tracked for i in rows if norms[i].num_batches_tracked is not None]
+        if tracked:
+            torch._foreach_add_(tracked, 1)
+        buffers = [buffer for i in rows for buffer in (norms[i].running_mean, norms[i].running_var)]
+        latest = [new[k, i : i + 1].to(norms[i].running_mean.dtype) for i in rows for k in (0, 1)]
+        momenta = [norms[i].momentum for i in rows]
+        if None not in momenta and len(set(momenta)) == 1:
+            torch._foreach_lerp_(buffers, latest, momenta[0])
+            return
+        for k, (buffer, value) in enumerate(zip(buffers, latest, strict=True)):
+            norm = norms[rows[k // 2]]
+            factor = norm.momentum
+            if factor is None:
+                factor = norm.num_batches_tracked.reciprocal().to(buffer.dtype)
+            buffer.lerp_(value, factor)
+
+
+def _operator(x: Tensor, num_segments: int, plan, backend: str, fixed, parameters) -> tuple[Tensor, Tensor]:
+    clips = algorithm.as_clips(x, num_segments)
+    dtype = maps.accumulate_dtype(x.dtype)
+    weight, affine = torch.cat(parameters[::3]).to(dtype), algorithm.pack_affine(parameters).to(dtype)
+    y, *_, statistics = operators.unit_forward(
+        clips, weight, affine, fixed, plan.unit.name, backend, plan.batch, plan.eps, plan.groups
+    )
+    return algorithm.as_input(y, x.ndim), statistics
+
+
+def _fixed(gates: Sequence[Gate]) -> Tensor | None:
+    """[n, 2]: running mean and variance of each gate, 0 and 1 where there is none; None if all use the batch's."""
+    if all(gate.norm is not None and gate.norm.uses_batch for gate in gates):
+        return None
+    flat = []
+    for weight, norm in gates:
+        known = norm is not None and norm.running_mean is not None
+        flat += norm[2:4] if known else (weight.new_zeros(1), weight.new_ones(1))
+    return torch.cat(flat).detach().view(-1, 2)
+
+
+def _group_name(gate: Gate) -> str:
+    norm = gate.norm
+    return norm.process_group.group_name if norm and norm.training and norm.process_group is not None else ""
+
+
+def _dense(x: Tensor, num_segments: int) -> Tensor:
+    """x itself if it is stored in one of maps.ORDERS, else a copy that is."""
+
+    def fits(a: Tensor) -> bool:
+        return maps.storage_order(algorithm.as_clips(a, num_segments)) is not None
+
+    if fits(x):
+        return x
+    copy = x.clone()  # keeps channels last
+    return copy if fits(copy) else x.contiguous()
+
+
+def _empty(x: Tensor, gates: Sequence[Gate]) -> Tensor:
+    """The answer to an empty x: an empty y, whose gradients are zero in x and in every parameter."""
+    parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else ())) if p is not None]
+    return torch.empty_like(x).copy_(x * sum(p.sum() for p in parameters).to(x.dtype))
+
+
+def _unit(unit: str) -> Unit:
+    if unit not in UNITS:
+        raise ValueError(f"unit: got {unit!r}, expected one of {', '.join(UNITS)}")
+    return UNITS[unit]
+
+
+def _clip_sizes(x: Tensor, num_segments: int) -> tuple[int, ...]:
+    b, c, *rest = x.shape
+    return (b // num_segments, num_segments, c, *rest) if x.ndim == 4 else (b, rest[0], c, *rest[1:])
+
+
+def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"x: got {x.dtype}, expected a floating-point tensor")
+    if x.ndim not in (4, 5):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B * T, C, H, W] or [B, C, T, H, W]")
+    if x.ndim == 4:
+        if num_segments < 1:
+            raise ValueError(f"num_segments: got {num_segments}, expected at least 1")
+        if x.shape[0] % num_segments:
+            raise ValueError(
+                f"x: got a batch of {x.shape[0]} frames, expected a multiple of num_segments = {num_segments}"
+            )
+    if len(gates) != len(unit.letters):
+        raise ValueError(f"gates: got {len(gates)}, expected {len(unit.letters)} for unit {unit.name}: {unit.letters}")
+    expected = (x.dtype,)
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        # Under autocast parameters stay in float32 and activations come in either type.
+        autocast = torch.get_autocast_dtype(x.device.type)
+        expected = (torch.float32,) if x.dtype in (torch.float32, autocast) else (x.dtype,)
+    length = maps.lengths(_clip_sizes(x, num_segments))
+    for letter, (weight, norm) in zip(unit.letters, gates, strict=True):
+        if norm and norm.uses_batch and not norm.process_group and 0 < x.numel() == length[letter]:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per map for BN in training")
+        if tuple(weight.shape) != WEIGHT_SHAPE:
+            raise ValueError(f"weight of gate {letter}: got shape {tuple(weight.shape)}, expected {WEIGHT_SHAPE}")
+        for name, p in (("weight", weight), *(zip(Norm._fields[:4], norm[:4], strict=True) if norm else ())):
+            if p is None:
+                continue
+            if p.device != x.device:
+                raise ValueError(f"{name} of gate {letter}: got device {p.device}, expected that of x, {x.device}")
+            if name in ("weight", "bias") and p.dtype not in expected:
+                raise TypeError(f"{name} of gate {letter}: got {p.dtype}, expected {expected[0]}, as x is {x.dtype}")
+            if p is not weight and p.numel() != 1:
+                raise ValueError(f"{name} of gate {letter}: got shape {tuple(p.shape)}, expected (1,)")

@@ -1,0 +1,142 @@
+"""The units as modules: the published names, parameters and initialisation, so that published checkpoints load.
+
+Each gate d of C, T, H, W is two real submodules, ``<d>_conv`` (Conv3d 2 -> 1, 3x3x3, padding 1, no bias) and ``<d>_bn``
+(BatchNorm3d(1)), which hold its parameters, mode and settings and may be frozen, converted to SyncBatchNorm or
+parametrised as usual. Their forward is not called, unless somebody must see the call: a submodule that is of another
+kind or has hooks is run, and the unit is computed by the reference around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional
+from .attention_in_attention import as_clips, as_input
+from .reference import UNITS, Gate, Norm, Unit, compose
+
+_PLAIN_FORWARDS = (nn.Conv3d.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _kaiming(weight: Tensor) -> None:
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+class AttentionInAttention(nn.Module):
+    """Base of the units: y = x * G_outer(x * G_inner(x)), arXiv 2204.09303.
+
+    x: [B * num_segments, C, H, W], contiguous or channels_last, or [B, C, T, H, W], contiguous or channels_last_3d, and
+    then T comes from the tensor. y is shaped and stored as x.
+    """
+
+    unit: Unit
+    #: Initialisers of the convolutions after their construction, in the published order: it decides the random numbers.
+    initialisers: tuple[tuple[str, Callable[[Tensor], object]], ...] = ()
+
+    def __init__(self, num_segments: int = 8, use_BN: bool = True):
+        super().__init__()
+        self.num_segments = num_segments
+        self.use_BN = use_BN
+        for letter in self.unit.letters:
+            self.add_module(f"{letter}_conv", nn.Conv3d(2, 1, kernel_size=3, padding=1, bias=False))
+            if use_BN:
+                self.add_module(f"{letter}_bn", nn.BatchNorm3d(1))
+        for letter, initialise in self.initialisers:
+            initialise(self.get_submodule(f"{letter}_conv").weight)
+
+    def extra_repr(self) -> str:
+        return f"num_segments={self.num_segments}, use_BN={self.use_BN}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = []
+        for letter in self.unit.letters:
+            conv = getattr(self, f"{letter}_conv")
+            bn = getattr(self, f"{letter}_bn") if self.use_BN else None
+            if _must_be_called(conv) or (bn is not None and _must_be_called(bn)):
+                return self._through_submodules(x)
+            gates.append(Gate(conv.weight, None if bn is None else _norm(bn)))
+        return functional.attention_in_attention(x, self.unit.name, gates, self.num_segments)
+
+    def _through_submodules(self, x: Tensor) -> Tensor:
+        def gate(letter: str, pooled: Tensor) -> Tensor:
+            z = getattr(self, f"{letter}_conv")(pooled)
+            return (getattr(self, f"{letter}_bn")(z) if self.use_BN else z).sigmoid()[:, 0]
+
+        return as_input(compose(as_clips(x, self.num_segments), self.unit, gate), x.ndim)
+
+
+def _must_be_called(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or type(module).forward not in _PLAIN_FORWARDS
+
+
+def _norm(bn: _BatchNorm) -> Norm:
+    group = None
+    if isinstance(bn, nn.SyncBatchNorm) and bn.training:
+        group = _group_to_synchronise(bn)
+    return Norm(
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.num_batches_tracked,
+        bn.training,
+        bn.momentum,
+        bn.eps,
+        bn.track_running_stats,
+        group,
+    )
+
+
+def _group_to_synchronise(bn: nn.SyncBatchNorm):
+    """The process group whose members share the statistics, None where there is nobody to share with."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = bn.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+class C(AttentionInAttention):
+    """Channel attention: y = x * g_C(x)."""
+
+    unit = UNITS["C"]
+    initialisers = (("C", _kaiming),)
+
+
+class ST(AttentionInAttention):
+    """Spacetime attention: y = x * (g_T(x) + g_H(x) + g_W(x)) / 3."""
+
+    unit = UNITS["ST"]
+    initialisers = (("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
+
+
+class CinST(AttentionInAttention):
+    """Channel attention inside spacetime attention: y = x * G_ST(x * g_C(x)).
+
+    As published, H_conv is initialised twice and W_conv keeps Conv3d's default.
+    """
+
+    unit = UNITS["CinST"]
+    initialisers = (
+        ("C", _kaiming),
+        ("T", nn.init.xavier_normal_),
+        ("H", nn.init.xavier_normal_),
+        ("H", nn.init.xavier_normal_),
+    )
+
+
+class STinC(AttentionInAttention):
+    """Spacetime attention inside channel attention: y = x * g_C(x * G_ST(x))."""
+
+    unit = UNITS["STinC"]
+    initialisers = (("C", nn.init.xavier_normal_), ("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
+
+
+class STinC2(STinC):
+    """STinC with each spacetime gate averaged over the channels after its sigmoid."""
+
+    unit = UNITS["STinC2"]

@@ -1,0 +1,88 @@
+"""A gate, g = sigmoid(BN(conv3d(P))), in plain PyTorch, and the parameters that it takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..maps import accumulate_dtype
+
+
+class Norm(NamedTuple):
+    """The batch normalisation of one gate, field for field as torch.nn.BatchNorm3d(1) holds it.
+
+    weight and bias are [1] or None (1 and 0); running_mean and running_var are [1] or None (then the batch's
+    statistics serve in evaluation too); num_batches_tracked is an integer scalar or None. momentum None means a
+    cumulative average. track says whether training updates the running statistics. process_group is the group over
+    which training shares its statistics, as torch.nn.SyncBatchNorm does, or None.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    training: bool = False
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    track: bool = True
+    process_group: Any = None
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether this call normalises by the statistics of its batch."""
+        return self.training or self.running_mean is None
+
+    @property
+    def updates(self) -> bool:
+        """Whether this call updates the running statistics."""
+        return self.training and self.track and self.running_mean is not None
+
+
+class Gate(NamedTuple):
+    """One gate: the weight [1, 2, 3, 3, 3] of its convolution, in the axis order of maps.GATE_AXES, and its norm."""
+
+    weight: Tensor
+    norm: Norm | None = None
+
+
+def batch_statistics(z: Tensor, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of z, and the number of its elements, over the members of a process group if given."""
+    count = z.new_full((), z.numel())
+    if process_group is None:
+        return z.mean(), z.var(correction=0), count
+    from torch.distributed.nn.functional import all_reduce
+
+    total, count = all_reduce(torch.stack((z.sum(), count)), group=process_group).unbind()
+    mean = total / count
+    return mean, all_reduce((z - mean).square().sum(), group=process_group) / count, count
+
+
+def gate(pooled: Tensor, parameters: Gate) -> tuple[Tensor, Tensor]:
+    """g = sigmoid(BN(conv3d(P))) of pooled features P [B, 2, i, j, k]; returns g [B, i, j, k] and statistics [3].
+
+    The convolution is 2 -> 1, 3x3x3, padding 1, no bias. BN computes in maps.accumulate_dtype, as torch's does. The
+    statistics are the mean and biased variance that BN used and the share of one element in them, 1 / count, or 0 where
+    they are not the batch's (0, 1 and 0 without BN). Updating the running ones is the caller's business.
+    """
+    weight, norm = parameters
+    dtype = accumulate_dtype(pooled.dtype)
+    z = F.conv3d(pooled, weight.to(pooled.dtype), padding=1)[:, 0]
+    if norm is None:
+        return z.sigmoid(), torch.stack([z.new_full((), value, dtype=dtype) for value in (0, 1, 0)])
+    u = z.to(dtype)
+    if norm.uses_batch:
+        mean, var, count = batch_statistics(u, norm.process_group if norm.training else None)
+        share = count.reciprocal()
+    else:
+        mean, var = norm.running_mean[0].to(dtype), norm.running_var[0].to(dtype)
+        share = torch.zeros_like(mean)
+    u = (u - mean) * torch.rsqrt(var + norm.eps)
+    if norm.weight is not None:
+        u = u * norm.weight.to(dtype)
+    if norm.bias is not None:
+        u = u + norm.bias.to(dtype)
+    return u.to(z.dtype).sigmoid(), torch.stack((mean, var, share)).detach()

@@ -1,0 +1,150 @@
+"""Inputs and error budgets, shared by tests, benchmarks and the self-check.
+
+A backend is measured against the reference in float64. Its budget is twice the error that the reference itself makes in
+the low precision, plus a rounding band: one rounding of the result to its own type and four of the accumulation type
+(the last steps, such as a momentum), and eight times what the result moves when every parameter and every element of
+grad_y is perturbed by one rounding of the accumulation type (a term passes about eight roundings on its way). The band
+is there because one evaluation of the reference can be right by luck, above all where a result is one number, the sum
+of thousands of terms that cancel; the perturbation measures how much accuracy the terms allow. x itself is not
+perturbed: that would break the ties that a low precision makes, and a tie decides which element gets a gradient.
+For float64, which has nothing more exact beside it, the reference's own error is that in float32, scaled down.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, maps
+
+LAYOUTS = ("contiguous", "channels_last", "5d", "channels_last_3d")
+
+
+class Shape(NamedTuple):
+    """B clips of T frames with C channels of H x W."""
+
+    b: int
+    t: int
+    c: int
+    h: int
+    w: int
+
+
+#: Named shapes for tests: odd, prime and degenerate sizes beside small cuts of a real network's.
+SHAPES = {
+    "small": Shape(2, 4, 6, 5, 3),
+    "prime": Shape(2, 3, 7, 5, 11),
+    "one frame": Shape(3, 1, 5, 4, 6),
+    "one channel": Shape(2, 4, 1, 5, 3),
+    "one row": Shape(2, 3, 4, 1, 7),
+    "one column": Shape(2, 3, 4, 7, 1),
+    "one pixel": Shape(2, 3, 17, 1, 1),
+    "only channels": Shape(5, 1, 33, 1, 1),
+    "one clip": Shape(1, 8, 16, 7, 7),
+    "stage 5": Shape(2, 4, 40, 7, 7),
+    "stage 3": Shape(1, 4, 9, 28, 28),
+    "wide": Shape(1, 2, 3, 2, 300),
+}
+
+
+def make_input(shape: Shape, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0, device="cpu") -> Tensor:
+    """Normal numbers, the same for all types and layouts but for rounding: [B * T, C, H, W] or, 5d, [B, C, T, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    clips = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    if layout in ("5d", "channels_last_3d"):
+        x = clips.transpose(1, 2).contiguous()
+        return x.contiguous(memory_format=torch.channels_last_3d) if layout == "channels_last_3d" else x
+    x = clips.flatten(0, 1)
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and floating-point buffer a value that no default hides behind."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point():
+                r = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                if name.endswith("running_var"):
+                    r = 0.5 + 0.3 * r.abs()
+                elif tensor.ndim == 1:
+                    r = (1 if name.endswith("weight") else 0) + 0.3 * r
+                else:
+                    r = 0.4 * r
+                tensor.copy_(r)
+    return module
+
+
+def run(module: nn.Module, x: Tensor, grad_y: Tensor, backend: str) -> dict[str, Tensor]:
+    """y, the gradients of x and of every parameter, and the buffers after one forward and backward of a copy."""
+    module = copy.deepcopy(module)
+    x = x.detach().requires_grad_()
+    with backends.use_backend(backend):
+        y = module(x)
+        y.backward(grad_y)
+    results = {"y": y.detach(), "grad x": x.grad}
+    results |= {f"grad {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return results | {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+
+
+class Excess(NamedTuple):
+    """One result beside its budget; ``ratio`` above 1 is a failure."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.budget
+
+
+def compare(module: nn.Module, x: Tensor, grad_y: Tensor, backend: str, low: nn.Module | None = None) -> list[Excess]:
+    """Errors and budgets of every result of a module, against the reference in float64; the worst ratio first.
+
+    ``low`` is the module whose reference sets the budget: by default a copy of module in the type of x.
+    """
+    double = copy.deepcopy(module).double()
+    exact = run(double, x.double(), grad_y.double(), "reference")
+    coarse_dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+    low = low or copy.deepcopy(module).to(coarse_dtype)
+    coarse = run(low, x.to(coarse_dtype), grad_y.to(coarse_dtype), "reference")
+    scaled = torch.finfo(x.dtype).eps / torch.finfo(coarse_dtype).eps
+    found = run(module, x, grad_y, backend)
+    moved = dict.fromkeys(exact, 0.0)
+    for seed in range(3):
+        perturbed = _perturbed(double, x, grad_y, seed)
+        moved = {name: max(moved[name], _distance(perturbed[name], exact[name])) for name in exact}
+    excesses = []
+    for name, result in found.items():
+        scale = exact[name].abs().max().item()
+        roundings = torch.finfo(result.dtype).eps + 4 * torch.finfo(maps.accumulate_dtype(x.dtype)).eps
+        band = roundings * (scale or 1.0) + 8 * moved[name]
+        budget = 2 * scaled * _distance(coarse[name], exact[name]) + band
+        excesses.append(Excess(name, _distance(result, exact[name]), budget))
+    return sorted(excesses, key=lambda excess: -excess.ratio)
+
+
+def _distance(found: Tensor, exact: Tensor) -> float:
+    distance = (found.double() - exact).abs().max().item()
+    return math.inf if math.isnan(distance) else distance
+
+
+def _perturbed(double: nn.Module, x: Tensor, grad_y: Tensor, seed: int) -> dict[str, Tensor]:
+    """Results of the reference with parameters and grad_y off by about one rounding of the accumulation type."""
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.finfo(maps.accumulate_dtype(x.dtype)).eps
+
+    def off(tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        return tensor.double() * (1 + eps * noise)
+
+    module = copy.deepcopy(double)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(off(p))
+    return run(module, x.double(), off(grad_y), "reference")

@@ -1,0 +1,147 @@
+"""torch.compile: one graph, dynamic batch, the same numbers; the operators it records satisfy opcheck."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import aia_kernels
+from aia_kernels import backends, operators, testing
+from aia_kernels.reference import UNITS
+from aia_kernels.testing import SHAPES, Shape, make_input, randomise
+
+SHAPE = SHAPES["small"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def train_step(call, x, grad_y, module):
+    x = x.detach().requires_grad_()
+    y = call(x)
+    module.zero_grad()
+    y.backward(grad_y)
+    return {
+        "y": y.detach(),
+        "x": x.grad,
+        **{k: p.grad for k, p in module.named_parameters()},
+        **dict(module.named_buffers()),
+    }
+
+
+def assert_equal_steps(found, expected):
+    for name, value in expected.items():
+        # Both roads run the same passes; only sums around them may be fused otherwise. float64 leaves ample room.
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", UNITS)
+def test_full_graph_with_dynamic_batch(name, train, backend_on):
+    _, device = backend_on
+    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(device).train(train)
+    expected = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for clips in (2, 3, 5):
+        shape = SHAPE._replace(b=clips)
+        x, grad_y = (make_input(shape, torch.float64, seed=clips + k, device=device) for k in (0, 1))
+        assert_equal_steps(train_step(compiled, x, grad_y, module), train_step(expected, x, grad_y, expected))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_layouts(layout, backend_on):
+    _, device = backend_on
+    module = randomise(aia_kernels.CinST(SHAPE.t)).double().to(device)
+    expected = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x, grad_y = (make_input(SHAPE, torch.float64, layout, seed, device) for seed in (0, 1))
+    found = train_step(compiled, x, grad_y, module)
+    assert_equal_steps(found, train_step(expected, x, grad_y, expected))
+    assert found["y"].stride() == found["x"].stride() == x.stride()
+
+
+def test_inductor_around_the_unit(backend_on):
+    """The unit between operations that inductor fuses and may want to lay out otherwise."""
+    _, device = backend_on
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unit = randomise(aia_kernels.STinC(SHAPE.t))
+
+        def forward(self, x):
+            return self.unit(x.relu() * 2).sin()
+
+    module = Block().double().to(device)
+    expected = copy.deepcopy(module)
+    x, grad_y = (make_input(SHAPE, torch.float64, "channels_last", seed, device) for seed in (0, 1))
+    compiled = torch.compile(module, fullgraph=True)
+    assert_equal_steps(train_step(compiled, x, grad_y, module), train_step(expected, x, grad_y, expected))
+
+
+def test_second_derivative_is_refused(backend_on):
+    backend, device = backend_on
+    if backend == "reference":
+        pytest.skip("the reference is traced, not recorded as an operator")
+    args = unit_arguments(backend, device)
+    y = operators.unit_forward(*args)[0]
+    (grad_x,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad_x.sum().backward()
+
+
+def unit_arguments(backend, device, name="CinST", batch=(True, False, True, True)):
+    n, shape = len(UNITS[name].letters), Shape(2, 2, 3, 2, 4)
+    x = make_input(shape, torch.float64, device=device).unflatten(0, (shape.b, shape.t)).requires_grad_()
+    weight = torch.randn(n, 2, 3, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    affine = torch.randn(n, 2, dtype=torch.float64, device=device, requires_grad=True)
+    fixed = torch.rand(n, 2, dtype=torch.float64, device=device)
+    return x, weight, affine, fixed, name, backend, list(batch[:n]), [1e-5] * n, [""] * n
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_opcheck_of_the_unit(name, backend_on):
+    backend, device = backend_on
+    if backend == "reference":
+        pytest.skip("the reference is traced, not recorded as an operator")
+    torch.library.opcheck(operators.unit_forward, unit_arguments(backend, device, name))
+
+
+@pytest.mark.parametrize("context", [1, 3], ids=["channel", "spacetime"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_opcheck_of_the_passes(backend, context):
+    if (reason := aia_kernels.available_backends()[backend]) is not None:
+        pytest.skip(reason)
+    from aia_kernels import maps
+
+    passes = backends.passes(backend)
+    shape = (2, 3, 4, 5, 6)
+    x, grad_y = (torch.randn(shape, device=backend) for _ in range(2))
+    dims = [n for d in maps.map_dims(shape, context, passes.map_order("TCHW")) for n in d]
+    norm = torch.rand(context, 4, device=backend)
+    weight = torch.randn(context, 2, 3, 3, 3, device=backend)
+    pooled, argmax = passes.pool(x, context, None, 0)
+    z, _ = passes.gate_conv(pooled, weight, dims)
+    gate = passes.gate_activate(z, norm, dims)
+    calls = {
+        "pool": (x, context, gate, context),
+        "gate_conv": (pooled, weight, dims),
+        "gate_activate": (z, norm, dims),
+        "gate_backward_reduce": (gate, z, norm, dims),
+        "gate_backward": (gate, z, norm, norm[:, :2].contiguous(), pooled, weight, dims),
+        "recalibrate": (x, gate, context),
+        "recalibrate_reduce": (grad_y, x, context),
+        "unpool_reduce": (x, pooled, argmax, context, context),
+        "unpool": (grad_y, gate, pooled, argmax, context, gate, context, pooled, argmax, context),
+    }
+    for name, arguments in calls.items():
+        # No autograd formula on purpose: derivatives belong to the unit.
+        torch.library.opcheck(getattr(passes, name), arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,47 @@
+"""Two runs give the same bits, on any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import aia_kernels
+from aia_kernels import testing
+from aia_kernels.reference import UNITS
+from aia_kernels.testing import SHAPES, make_input, randomise
+
+
+def assert_same_bits(first, second):
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", UNITS)
+def test_same_bits_twice(name, dtype, backend_on):
+    backend, device = backend_on
+    if backend == "reference" and device == "cuda":
+        pytest.skip("the reference is as deterministic as torch's convolutions")
+    shape = SHAPES["stage 5"]
+    module = randomise(getattr(aia_kernels, name)(shape.t)).to(device, dtype)
+    x, grad_y = (make_input(shape, dtype, seed=seed, device=device) for seed in (0, 1))
+    assert_same_bits(*(testing.run(module, x, grad_y, backend) for _ in range(2)))
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("name", UNITS)
+def test_same_bits_on_one_thread_and_two(name, layout):
+    if (reason := aia_kernels.available_backends()["cpu"]) is not None:
+        pytest.skip(reason)
+    threads = torch.get_num_threads()
+    shape = testing.Shape(3, 4, 24, 14, 14)
+    module = randomise(getattr(aia_kernels, name)(shape.t))
+    x, grad_y = (make_input(shape, torch.float32, layout, seed) for seed in (0, 1))
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(testing.run(module, x, grad_y, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_bits(*results)

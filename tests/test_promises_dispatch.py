@@ -1,0 +1,110 @@
+"""The choice of backend: who is chosen, who is refused and why, and that the chosen one is the one that runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import skip_unless_runnable
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import aia_kernels
+from aia_kernels import backends, ops
+
+X = torch.randn(4, 3, 4, 5)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators of this package that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == ops.NAMESPACE:
+            self.names.add(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def ran(backend: str) -> set[str]:
+    module = aia_kernels.CinST(2)
+    with Recorder() as recorder, backends.use_backend(backend):
+        module(X.clone().requires_grad_()).sum().backward()
+    return recorder.names
+
+
+def test_the_chosen_backend_runs():
+    assert ran("reference") == set()
+    skip_unless_runnable("cpu", "cpu")
+    assert ran("cpu") == ran("auto") == set(ops.PASSES)
+
+
+def test_triton_runs_when_asked(monkeypatch):
+    skip_unless_runnable("triton", "cpu")
+    passes = backends.passes("triton")
+    calls = []
+    original = passes.recalibrate
+    monkeypatch.setattr(passes, "recalibrate", lambda *args: calls.append(args) or original(*args))
+    with backends.use_backend("triton"), torch.no_grad():
+        aia_kernels.C(2)(X[:, :2, :2, :2])
+    assert len(calls) == 1
+
+
+def test_auto_takes_the_reference_where_nothing_is_built(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda name, *_: None if name == "reference" else "it was not built")
+    monkeypatch.setattr(backends, "_resolve", backends._resolve.__wrapped__)
+    assert backends.select("cpu", torch.float32) == "reference"
+    with backends.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for, but it was not built"):
+        aia_kernels.C(2)(X)
+
+
+def test_every_name_has_a_sentence_or_none():
+    available = aia_kernels.available_backends()
+    assert tuple(available) == backends.NAMES
+    assert available["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in available.values())
+
+
+def test_unknown_name():
+    for choose in (aia_kernels.set_backend, lambda name: aia_kernels.use_backend(name).__enter__()):
+        with pytest.raises(ValueError, match=r"unknown backend 'tpu'; expected one of: auto, reference, cpu"):
+            choose("tpu")
+
+
+def test_wrong_device_is_refused():
+    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' was asked for, but .* runs on cuda"):
+        aia_kernels.C(2)(X)
+
+
+def test_use_backend_is_for_this_thread_and_set_backend_for_all(monkeypatch):
+    monkeypatch.setattr(backends, "_process_choice", "auto")
+    seen = []
+    with backends.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.chosen_backend()))
+        thread.start()
+        thread.join()
+        assert backends.chosen_backend() == "reference"
+    assert seen == ["auto"]
+    backends.set_backend("reference")
+    thread = threading.Thread(target=lambda: seen.append(backends.chosen_backend()))
+    thread.start()
+    thread.join()
+    assert seen == ["auto", "reference"]
+
+
+def test_environment_variable():
+    code = "import aia_kernels.backends as b; print(b.chosen_backend())"
+    for value, expected in (("reference", "reference"), ("", "auto")):
+        environment = {**os.environ, "AIA_KERNELS_BACKEND": value}
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == expected
+    environment["AIA_KERNELS_BACKEND"] = "tpu"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "unknown backend 'tpu'" in found.stderr

@@ -1,0 +1,69 @@
+"""A fresh process: the import is light, and the package works with Triton blocked and with nothing compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+x = torch.randn(4, 3, 4, 5, requires_grad=True)
+aia_kernels.STinC(2)(x).sum().backward()
+assert x.grad is not None
+"""
+BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
+NOTHING_COMPILED = """
+from pathlib import Path
+from aia_kernels import _extension
+_extension.LIBRARY = Path("there/is/no/such/library.so")
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_does_not_import_triton():
+    heavy = run("import sys, aia_kernels; print(*{'triton', 'torch._dynamo', 'torch._inductor'} & set(sys.modules))")
+    assert heavy.split() == []
+
+
+def test_without_triton():
+    reasons = "reasons = aia_kernels.available_backends(); assert 'not installed' in reasons['triton'], reasons"
+    run(f"{BLOCK_TRITON}import torch, aia_kernels\n{STEP}\n{reasons}", TRITON_INTERPRET="1")
+
+
+def test_with_nothing_compiled():
+    reasons = "reasons = aia_kernels.available_backends(); assert 'not built' in reasons['cpu'], reasons"
+    chosen = "assert aia_kernels.backends.select('cpu', torch.float32) == 'reference'"
+    run(f"{BLOCK_TRITON}import torch, aia_kernels\n{NOTHING_COMPILED}\n{STEP}\n{reasons}\n{chosen}")
+
+
+def test_the_reference_alone():
+    """It needs the maps' bookkeeping and torch, and none of the machinery."""
+    code = """
+import sys, types, importlib.util
+from pathlib import Path
+root = Path(importlib.util.find_spec("aia_kernels").origin).parent
+package = types.ModuleType("aia_kernels")
+package.__path__ = [str(root)]
+sys.modules["aia_kernels"] = package
+import aia_kernels.reference
+mine = {m for m in sys.modules if m.startswith("aia_kernels")}
+print(*sorted(m for m in mine if not m.startswith("aia_kernels.reference")))
+"""
+    assert run(code).split() == ["aia_kernels", "aia_kernels.maps"]
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_command_line(interpret):
+    """The triton backend is left out of the self-check in the interpreter here: it has tests of its own."""
+    environment = {"TRITON_INTERPRET": interpret}
+    text = run(f"{BLOCK_TRITON}from aia_kernels.__main__ import main; raise SystemExit(main())", **environment)
+    for word in ("aia_kernels", "torch", "backend in force", "reference  can run; right", "triton     cannot:"):
+        assert word in text
