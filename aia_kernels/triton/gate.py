@@ -1,0 +1,299 @@
+"""The gate on packed maps: 3x3x3 convolution 2 -> 1, normalisation, sigmoid, and their transposes.
+
+All maps of a context share a launch: program (i, m) takes tasks i, i + P, i + 2P, ... of map m, a task being a block
+of one map of one clip. Sums over the batch and a map are kept lane by lane in a program, reduced once at its end and
+then joined over the P programs in their order, so two runs give the same bits.
+
+A convolution holds its 27 taps as an axis of a block, [32, BLOCK], next to BLOCK neighbouring elements of the map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+#: Elements of a map in a block of taps: with 27 taps and two accumulators, one element to each of 128 threads.
+TAPPED = 4096 if INTERPRETED else 128
+
+#: Elements of a map in a block of an elementwise pass.
+FLAT = 1 << 16 if INTERPRETED else 1024
+
+#: Most programs for a map, the length of the sums joined at the end: 4 on each SM of an H200.
+PROGRAMS = 512
+
+
+@triton.constexpr_function
+def map_count(dims):
+    return len(dims) // 3
+
+
+@triton.constexpr_function
+def map_size(dims, i):
+    return math.prod(dims[3 * i : 3 * i + 3])
+
+
+@triton.jit
+def geometry(m, DIMS: tl.constexpr):
+    """Start in the packed tensor, size and the three lengths of map m."""
+    start = tl.zeros([], tl.int32)
+    size = start + map_size(DIMS, 0)
+    d0, d1, d2 = start + DIMS[0], start + DIMS[1], start + DIMS[2]
+    for i in tl.static_range(1, map_count(DIMS)):
+        start = tl.where(m >= i, start + map_size(DIMS, i - 1), start)
+        size = tl.where(m >= i, map_size(DIMS, i), size)
+        d0 = tl.where(m >= i, DIMS[3 * i], d0)
+        d1 = tl.where(m >= i, DIMS[3 * i + 1], d1)
+        d2 = tl.where(m >= i, DIMS[3 * i + 2], d2)
+    return start, size, d0, d1, d2
+
+
+@triton.jit
+def elements(task, start, size, M: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a task: its clip (int64), positions in the map [BLOCK], offsets [BLOCK] in a packed [B, M], which exist."""
+    blocks = tl.cdiv(size, BLOCK)
+    b = (task // blocks).to(tl.int64)
+    position = task % blocks * BLOCK + tl.arange(0, BLOCK)
+    return b, position, b * M + start + position, position < size
+
+
+@triton.jit
+def neighbours(position, d0, d1, d2, SIGN: tl.constexpr):
+    """For each tap [32, 1] and position [1, BLOCK]: the distance in memory to the neighbour at +tap or -tap, and
+    whether tap and neighbour exist."""
+    tap = tl.arange(0, 32)[:, None]
+    k0, k1, k2 = (tap // 9 - 1) * SIGN, (tap // 3 % 3 - 1) * SIGN, (tap % 3 - 1) * SIGN
+    i0, i1, i2 = (position // (d1 * d2))[None, :] + k0, (position // d2 % d1)[None, :] + k1, (position % d2)[None, :] + k2
+    valid = (tap < 27) & (i0 >= 0) & (i0 < d0) & (i1 >= 0) & (i1 < d1) & (i2 >= 0) & (i2 < d2)
+    return (k0 * d1 + k1) * d2 + k2, valid
+
+
+@triton.jit
+def load_taps(weight_ptr, m, CHANNEL: tl.constexpr):
+    """The 27 taps of a channel (0 maximum, 1 mean) of map m, [32, 1]."""
+    tap = tl.arange(0, 32)[:, None]
+    return tl.load(weight_ptr + m * 54 + CHANNEL * 27 + tap, mask=tap < 27, other=0)
+
+
+@triton.jit
+def normalised(z, norm_ptr, m):
+    """xhat and the gate sigmoid(weight * xhat + bias)."""
+    mean, rstd = tl.load(norm_ptr + 4 * m), tl.load(norm_ptr + 4 * m + 1)
+    weight, bias = tl.load(norm_ptr + 4 * m + 2), tl.load(norm_ptr + 4 * m + 3)
+    xhat = (z - mean) * rstd
+    return xhat, 1 / (1 + tl.exp(-(weight * xhat + bias)))
+
+
+@triton.jit
+def join_moments(count, mean, squares):
+    """Count, mean and sum of squared deviations of the union of samples (of none, mean and squares are 0)."""
+    total = tl.sum(count, 0)
+    joined = tl.sum(count * mean, 0) / tl.maximum(total, 1)
+    return total, joined, tl.sum(squares + count * (mean - joined) * (mean - joined), 0)
+
+
+@triton.jit
+def conv_kernel(
+    pooled_ptr, weight_ptr, z_ptr, partial_ptr, batch, DIMS: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr
+):
+    """z = conv(pooled), and count, mean and squared deviations of the z of this program: partial [n, P, 3]."""
+    m = tl.program_id(1)
+    start, size, d0, d1, d2 = geometry(m, DIMS)
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    weight_max, weight_mean = load_taps(weight_ptr, m, 0), load_taps(weight_ptr, m, 1)
+    count, mean, squares = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        b, position, at, exists = elements(task, start, size, M, BLOCK)
+        distance, valid = neighbours(position, d0, d1, d2, 1)
+        near = pooled_ptr + (at + b * M)[None, :] + distance
+        valid &= exists[None, :]
+        z = tl.sum(weight_max * tl.load(near, mask=valid, other=0), 0)
+        z += tl.sum(weight_mean * tl.load(near + M, mask=valid, other=0), 0)
+        tl.store(z_ptr + at, z, mask=exists)
+        count += tl.where(exists, 1.0, 0.0)
+        change = tl.where(exists, z - mean, 0)
+        mean += change / tl.maximum(count, 1)
+        squares += tl.where(exists, change * (z - mean), 0)
+    count_all, mean_all, squares_all = join_moments(count, mean, squares)
+    partial_ptr += (m * tl.num_programs(0) + tl.program_id(0)) * 3
+    tl.store(partial_ptr, count_all)
+    tl.store(partial_ptr + 1, mean_all)
+    tl.store(partial_ptr + 2, squares_all)
+
+
+@triton.jit
+def moments_kernel(partial_ptr, moments_ptr, programs, BLOCK: tl.constexpr):
+    """Mean and biased variance [n, 2] of each map, from partial [n, P, 3]."""
+    m = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    partial_ptr += (m * programs + i) * 3
+    valid = i < programs
+    count = tl.load(partial_ptr, mask=valid, other=0)
+    mean = tl.load(partial_ptr + 1, mask=valid, other=0)
+    squares = tl.load(partial_ptr + 2, mask=valid, other=0)
+    count, mean, squares = join_moments(count, mean, squares)
+    tl.store(moments_ptr + 2 * m, mean)
+    tl.store(moments_ptr + 2 * m + 1, squares / count)
+
+
+@triton.jit
+def activate_kernel(z_ptr, norm_ptr, gate_ptr, batch, DIMS: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    """gate = sigmoid(weight * xhat + bias)."""
+    m = tl.program_id(1)
+    start, size, d0, d1, d2 = geometry(m, DIMS)
+    for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        b, position, at, exists = elements(task, start, size, M, BLOCK)
+        xhat, gate = normalised(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        tl.store(gate_ptr + at, gate, mask=exists)
+
+
+@triton.jit
+def backward_reduce_kernel(
+    grad_gate_ptr, z_ptr, norm_ptr, partial_ptr, batch, DIMS: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sums of du and of du * xhat of this program, partial [n, P, 2]; du = grad_gate * gate * (1 - gate)."""
+    m = tl.program_id(1)
+    start, size, d0, d1, d2 = geometry(m, DIMS)
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    sum_du, sum_du_xhat = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        b, position, at, exists = elements(task, start, size, M, BLOCK)
+        xhat, gate = normalised(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        du = tl.load(grad_gate_ptr + at, mask=exists, other=0) * gate * (1 - gate)
+        sum_du += du
+        sum_du_xhat += du * xhat
+    partial_ptr += (m * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(partial_ptr, tl.sum(sum_du, 0))
+    tl.store(partial_ptr + 1, tl.sum(sum_du_xhat, 0))
+
+
+@triton.jit
+def grad_z_kernel(
+    grad_gate_ptr,
+    z_ptr,
+    norm_ptr,
+    correction_ptr,
+    grad_z_ptr,
+    batch,
+    DIMS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dz = weight * rstd * (du - correction[0] - xhat * correction[1])."""
+    m = tl.program_id(1)
+    start, size, d0, d1, d2 = geometry(m, DIMS)
+    scale = tl.load(norm_ptr + 4 * m + 1) * tl.load(norm_ptr + 4 * m + 2)
+    mean_du, mean_du_xhat = tl.load(correction_ptr + 2 * m), tl.load(correction_ptr + 2 * m + 1)
+    for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        b, position, at, exists = elements(task, start, size, M, BLOCK)
+        xhat, gate = normalised(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        du = tl.load(grad_gate_ptr + at, mask=exists, other=0) * gate * (1 - gate)
+        tl.store(grad_z_ptr + at, scale * (du - mean_du - xhat * mean_du_xhat), mask=exists)
+
+
+@triton.jit
+def conv_backward_kernel(
+    grad_z_ptr,
+    pooled_ptr,
+    weight_ptr,
+    grad_pooled_ptr,
+    partial_ptr,
+    batch,
+    DIMS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad_pooled[p] = sum over taps k of weight[k] * dz[p - k], and the share of this program, partial [n, P, 54], of
+    grad_weight[k] = sum over p of pooled[p] * dz[p - k]: both read the same neighbours of dz."""
+    m = tl.program_id(1)
+    start, size, d0, d1, d2 = geometry(m, DIMS)
+    ACC: tl.constexpr = grad_z_ptr.dtype.element_ty
+    weight_max, weight_mean = load_taps(weight_ptr, m, 0), load_taps(weight_ptr, m, 1)
+    grad_max, grad_mean = tl.zeros([32, BLOCK], ACC), tl.zeros([32, BLOCK], ACC)
+    for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        b, position, at, exists = elements(task, start, size, M, BLOCK)
+        distance, valid = neighbours(position, d0, d1, d2, -1)
+        near = tl.load(grad_z_ptr + at[None, :] + distance, mask=valid & exists[None, :], other=0)
+        at += b * M
+        tl.store(grad_pooled_ptr + at, tl.sum(weight_max * near, 0), mask=exists)
+        tl.store(grad_pooled_ptr + at + M, tl.sum(weight_mean * near, 0), mask=exists)
+        grad_max += tl.load(pooled_ptr + at, mask=exists, other=0)[None, :] * near
+        grad_mean += tl.load(pooled_ptr + at + M, mask=exists, other=0)[None, :] * near
+    tap = tl.arange(0, 32)
+    partial_ptr += (m * tl.num_programs(0) + tl.program_id(0)) * 54 + tap
+    tl.store(partial_ptr, tl.sum(grad_max, 1), mask=tap < 27)
+    tl.store(partial_ptr + 27, tl.sum(grad_mean, 1), mask=tap < 27)
+
+
+def gate_conv(pooled: Tensor, weight: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """z [B, M], the convolution of each map of pooled [B, 2, M], and its moments [n, 2]: mean and biased variance."""
+    tiles.check_packed(pooled=pooled, weight=weight)
+    z = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
+    partial = _partial(z, dims, TAPPED, 3)
+    _start(conv_kernel, z, dims, TAPPED, pooled, weight, z, partial)
+    moments = weight.new_empty((weight.shape[0], 2))
+    programs = partial.shape[1]
+    block = triton.next_power_of_2(programs)
+    tiles.start(moments_kernel, z, (weight.shape[0],), partial, moments, programs, BLOCK=block)
+    return z, moments
+
+
+def gate_activate(z: Tensor, norm: Tensor, dims: Sequence[int]) -> Tensor:
+    """Gates [B, M], sigmoid(weight * (z - mean) * rstd + bias), with norm [n, 4]: mean, rstd, weight, bias."""
+    tiles.check_packed(z=z, norm=norm)
+    gate = torch.empty_like(z)
+    _start(activate_kernel, z, dims, FLAT, z, norm, gate)
+    return gate
+
+
+def gate_backward_reduce(grad_gate: Tensor, z: Tensor, norm: Tensor, dims: Sequence[int]) -> Tensor:
+    """[n, 2]: sums over batch and map of du and of du * xhat."""
+    tiles.check_packed(grad_gate=grad_gate, z=z, norm=norm)
+    partial = _partial(z, dims, FLAT, 2)
+    _start(backward_reduce_kernel, z, dims, FLAT, grad_gate, z, norm, partial)
+    return partial.sum(1)
+
+
+def gate_backward(
+    grad_gate: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    correction: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    dims: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of pooled [B, 2, M] and of weight [n, 2, 3, 3, 3], through sigmoid, normalisation and convolution."""
+    tiles.check_packed(grad_gate=grad_gate, z=z, norm=norm, correction=correction, pooled=pooled, weight=weight)
+    grad_z, grad_pooled = torch.empty_like(z), torch.empty_like(pooled)
+    partial = _partial(z, dims, TAPPED, 54)
+    _start(grad_z_kernel, z, dims, FLAT, grad_gate, z, norm, correction, grad_z)
+    _start(conv_backward_kernel, z, dims, TAPPED, grad_z, pooled, weight, grad_pooled, partial)
+    return grad_pooled, partial.sum(1).view_as(weight)
+
+
+def _programs(z: Tensor, dims: Sequence[int], block: int) -> int:
+    largest = max(map_size.fn(dims, i) for i in range(len(dims) // 3))
+    return min(z.shape[0] * triton.cdiv(largest, block), PROGRAMS)
+
+
+def _partial(z: Tensor, dims: Sequence[int], block: int, width: int) -> Tensor:
+    """Room for the sums of each program of a launch: [n, P, width]."""
+    return z.new_empty((len(dims) // 3, _programs(z, dims, block), width))
+
+
+def _start(kernel, z: Tensor, dims: Sequence[int], block: int, *args) -> None:
+    """Launch P programs for each map."""
+    grid = (_programs(z, dims, block), len(dims) // 3)
+    warps = 8 if z.element_size() == 8 else 4
+    tiles.start(
+        kernel, z, grid, *args, z.shape[0], DIMS=tuple(dims), M=z.shape[1], BLOCK=block, num_warps=warps
+    )

@@ -1,0 +1,99 @@
+"""Compiles Triton kernels for named GPUs without one, and reads what the machine code says about itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+}
+
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass
+class Launch:
+    kernel: triton.JITFunction
+    arguments: tuple
+    constants: dict
+
+
+@dataclass
+class MachineCode:
+    """Registers and bytes of local memory of a thread, bytes of shared memory, counts of instructions by name."""
+
+    registers: int
+    local: int
+    shared: int
+    instructions: dict[str, int]
+
+    def count(self, prefix: str) -> int:
+        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+
+
+@contextlib.contextmanager
+def recorded(tiles):
+    """Collect launches instead of making them; the passes may then be called with tensors on the meta device."""
+    launches = []
+    original = tiles.start
+    tiles.start = lambda kernel, x, grid, *args, **constants: launches.append(Launch(kernel, args, constants))
+    try:
+        yield launches
+    finally:
+        tiles.start = original
+
+
+def machine_code(launch: Launch, capability: int) -> MachineCode:
+    """What the launch would compile to. Tensors begin at multiples of 16 bytes, as the allocator returns them."""
+    constants = dict(launch.constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
+    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
+    for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = ALIGNED
+        elif value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = ALIGNED
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={name: signature[name] for name in launch.kernel.arg_names},
+        constexprs={(launch.kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    instructions: dict[str, int] = {}
+    for name in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE):
+        instructions[name] = instructions.get(name, 0) + 1
+    return MachineCode(registers, stack + local, compiled.metadata.shared, instructions)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = os.path.join(os.path.dirname(nvidia.__file__), "bin", name)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
