@@ -177,29 +177,35 @@ ScalarType index_type(const Volume& v, int64_t context) {
   return longest <= 256 ? ScalarType::Byte : longest <= 32768 ? ScalarType::Short : ScalarType::Int;
 }
 
-// An output like x. The C library returns blocks of this size to the system when they are freed, so each new one is
-// paid for page by page, several times what writing it costs; large pages take most of that away.
-Tensor output_like(const Tensor& x) {
-  Tensor out = torch::stable::empty_like(x);
+// Large blocks go back to the system when they are freed, so each new one is paid for page by page, several times what
+// writing it costs. Large pages take most of that away. The advice may be refused, which changes nothing.
+Tensor with_large_pages(Tensor out) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kAlwaysMapped = size_t{32} << 20, kPage = size_t{2} << 20;
+  constexpr size_t kLarge = size_t{4} << 20, kPage = size_t{2} << 20;
   const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
-  if (bytes >= kAlwaysMapped) {
+  if (bytes >= kLarge) {
     const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
     const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   }
 #endif
   return out;
+}
+
+Tensor output_like(const Tensor& x) { return with_large_pages(torch::stable::empty_like(x)); }
+
+// A packed map [B, M] or [B, 2, M] of a context of x.
+Tensor new_map(const Tensor& x, std::vector<int64_t> lead, const Volume& v, int64_t context, ScalarType type) {
+  lead.push_back(v.packed(static_cast<int>(context)));
+  return with_large_pages(torch::stable::new_empty(x, lead, type));
 }
 
 std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
   const Volume v = volume_of(x);
   check_context(context);
   const Gate inner = gate_of(gate, gate_context, v, x);
-  const int64_t packed = v.packed(static_cast<int>(context));
-  Tensor pooled = torch::stable::new_empty(x, {v.B, 2, packed}, map_type(x));
-  Tensor argmax = torch::stable::new_empty(x, {v.B, packed}, index_type(v, context));
+  Tensor pooled = new_map(x, {v.B, 2}, v, context, map_type(x));
+  Tensor argmax = new_map(x, {v.B}, v, context, index_type(v, context));
   const Index index = index_of(argmax.scalar_type());
   const void* data = x.const_data_ptr();
   void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
@@ -234,7 +240,7 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
   check_context(context);
   check_context(gate_context);
   const Unpooled from = unpooled_of(grad_pooled, argmax, context, v, x);
-  Tensor grad_gate = torch::stable::new_empty(x, {v.B, v.packed(static_cast<int>(gate_context))}, map_type(x));
+  Tensor grad_gate = new_map(x, {v.B}, v, gate_context, map_type(x));
   const void* data = x.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
@@ -260,7 +266,7 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   const Volume v = volume_of(x);
   check_context(context);
   check_same(grad_y, x, "grad_y and x");
-  Tensor grad_gate = torch::stable::new_empty(x, {v.B, v.packed(static_cast<int>(context))}, map_type(x));
+  Tensor grad_gate = new_map(x, {v.B}, v, context, map_type(x));
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)), [&](int64_t begin, int64_t end) {
@@ -317,7 +323,7 @@ std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight,
   const PackedDims d = dims_of(dims, pooled);
   STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
   check_parameters(weight, pooled, d.n, 54, "weight");
-  Tensor z = torch::stable::new_empty(pooled, {d.B, d.packed()});
+  Tensor z = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
   Tensor moments = torch::stable::new_empty(pooled, {d.n, 2});
   std::vector<double> partial(d.slabs() * aia::cpu::kMomentPartials);
   with_map_type(pooled, [&](auto type) {
@@ -345,7 +351,7 @@ std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight,
 Tensor gate_activate(const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
   const PackedDims d = dims_of(dims, z);
   check_parameters(norm, z, d.n, 4, "norm");
-  Tensor gate = torch::stable::empty_like(z);
+  Tensor gate = output_like(z);
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
     const A *in = data<A>(z), *bn = data<A>(norm);
@@ -386,8 +392,8 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& 
   check_parameters(weight, z, d.n, 54, "weight");
   STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
                   "pooled must be [B, 2, M], of the type of z");
-  Tensor grad_z = torch::stable::empty_like(z);
-  Tensor grad_pooled = torch::stable::empty_like(pooled);
+  Tensor grad_z = output_like(z);
+  Tensor grad_pooled = output_like(pooled);
   Tensor grad_weight = torch::stable::empty_like(weight);
   std::vector<double> partial(d.slabs() * aia::cpu::kWeightPartials);
   with_map_type(z, [&](auto type) {

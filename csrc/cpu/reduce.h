@@ -103,8 +103,8 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
       Accumulator* __restrict acc_h = over_h.get() + at.t * x.W;
       if (at.t == 0) std::fill_n(acc_t, at.rows * x.W, Accumulator{});
       int64_t r = 0;
-      for (; r + kRows <= at.rows; r += kRows)
-        reduce_rows<A, kRows>(x, at, r, v, acc_t, acc_h, emit);
+      for (; r + kRows <= at.rows; r += kRows) reduce_rows<A, kRows>(x, at, r, v, acc_t, acc_h, emit);
+      for (; r + 2 <= at.rows; r += 2) reduce_rows<A, 2>(x, at, r, v, acc_t, acc_h, emit);
       for (; r < at.rows; ++r) reduce_rows<A, 1>(x, at, r, v, acc_t, acc_h, emit);
       if (at.t == x.T - 1)
         for (int64_t i = 0; i < at.rows * x.W; ++i) emit(at, (at.h * x.W + i) * x.C + at.c, acc_t[i], x.T, at.lanes);
