@@ -1,0 +1,1 @@
+"""Benchmarks and the demo: the published eager flow, a registry of inputs, a runner, plots."""
