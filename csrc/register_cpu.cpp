@@ -112,8 +112,8 @@ ScalarType map_type(const Tensor& x) {
 Volume volume_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 5, "x must be [B, T, C, H, W], got ", x.dim(), " axes");
   STD_TORCH_CHECK(x.numel() > 0, "x must not be empty");
-  Volume v{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), x.stride(0), x.stride(1), x.stride(2), x.stride(4),
-           scalar_of(x)};
+  Volume v{x.size(0),   x.size(1),   x.size(2),   x.size(3),   x.size(4),
+           x.stride(0), x.stride(1), x.stride(2), x.stride(4), scalar_of(x)};
   // Strides of axes of length one are arbitrary: give them the value that the dense orders would.
   if (v.W == 1) v.stride_p = v.H == 1 ? 1 : x.stride(3);
   const bool lines = v.H == 1 || v.W == 1 || x.stride(3) == v.W * v.stride_p;
@@ -162,8 +162,7 @@ Index index_of(ScalarType type) {
 
 Unpooled unpooled_of(const std::optional<Tensor>& grad, const std::optional<Tensor>& argmax, int64_t context,
                      const Volume& v, const Tensor& x) {
-  if (!grad || !argmax || context == aia::cpu::kNone)
-    return Unpooled{nullptr, nullptr, Index::kUInt8, aia::cpu::kNone};
+  if (!grad || !argmax || context == aia::cpu::kNone) return Unpooled{nullptr, nullptr, Index::kUInt8, aia::cpu::kNone};
   check_context(context);
   check_map(*grad, v, context, {v.B, 2}, x, "grad_pooled");
   STD_TORCH_CHECK(argmax->is_contiguous() && argmax->numel() == v.B * v.packed(static_cast<int>(context)),
@@ -256,9 +255,8 @@ Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
   Tensor y = output_like(x);
   const void* data = x.const_data_ptr();
   void* out = y.mutable_data_ptr();
-  parallel(aia::cpu::elementwise_units(v, outer.context), [&](int64_t begin, int64_t end) {
-    passes().recalibrate(v, data, outer, out, begin, end);
-  });
+  parallel(aia::cpu::elementwise_units(v, outer.context),
+           [&](int64_t begin, int64_t end) { passes().recalibrate(v, data, outer, out, begin, end); });
   return y;
 }
 
@@ -269,9 +267,10 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   Tensor grad_gate = new_map(x, {v.B}, v, context, map_type(x));
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
-  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)), [&](int64_t begin, int64_t end) {
-    passes().recalibrate_reduce(v, grad, data, static_cast<int>(context), out, begin, end);
-  });
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)),
+           [&](int64_t begin, int64_t end) {
+             passes().recalibrate_reduce(v, grad, data, static_cast<int>(context), out, begin, end);
+           });
   return grad_gate;
 }
 
@@ -286,9 +285,9 @@ PackedDims dims_of(const std::vector<int64_t>& dims, const Tensor& map) {
 }
 
 void check_parameters(const Tensor& parameters, const Tensor& map, int64_t n, int64_t per_map, const char* name) {
-  STD_TORCH_CHECK(parameters.is_contiguous() && parameters.numel() == n * per_map &&
-                      parameters.scalar_type() == map.scalar_type(),
-                  name, " must be contiguous, of the type of the maps, with ", per_map, " values for each map");
+  STD_TORCH_CHECK(
+      parameters.is_contiguous() && parameters.numel() == n * per_map && parameters.scalar_type() == map.scalar_type(),
+      name, " must be contiguous, of the type of the maps, with ", per_map, " values for each map");
 }
 
 // Calls body with a value of the type of the maps.
@@ -330,9 +329,8 @@ std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight,
     using A = decltype(type);
     const A *in = data<A>(pooled), *w = data<A>(weight);
     A* out = mutable_data<A>(z);
-    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
-      gate_passes<A>().conv(d, in, w, out, partial.data(), begin, end);
-    });
+    parallel(d.slabs(),
+             [&](int64_t begin, int64_t end) { gate_passes<A>().conv(d, in, w, out, partial.data(), begin, end); });
     double count[3] = {}, mean[3] = {}, squares[3] = {};
     for_partials(d, partial, aia::cpu::kMomentPartials, [&](int map, const double* p) {  // Chan's update
       const double total = count[map] + p[0], delta = p[1] - mean[map];
@@ -356,8 +354,7 @@ Tensor gate_activate(const Tensor& z, const Tensor& norm, std::vector<int64_t> d
     using A = decltype(type);
     const A *in = data<A>(z), *bn = data<A>(norm);
     A* out = mutable_data<A>(gate);
-    parallel(d.slabs(),
-             [&](int64_t begin, int64_t end) { gate_passes<A>().activate(d, in, bn, out, begin, end); });
+    parallel(d.slabs(), [&](int64_t begin, int64_t end) { gate_passes<A>().activate(d, in, bn, out, begin, end); });
   });
   return gate;
 }

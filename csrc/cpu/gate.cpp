@@ -98,8 +98,7 @@ class Correlation {
     const A *before = row(d1, 0) - 1, *here = row(d1, 1), *after = row(d1, 2) + 1;
     int64_t c = 0;
     for (; c + kLanes <= length; c += kLanes) store(out + c, load(before + c) + load(here + c) + load(after + c));
-    if (c < length)
-      store(out + c, load(before + c) + load(here + c) + load(after + c), static_cast<int>(length - c));
+    if (c < length) store(out + c, load(before + c) + load(here + c) + load(after + c), static_cast<int>(length - c));
   }
 
   int64_t pitch_;
@@ -158,7 +157,8 @@ AIA_INLINE void for_slab_vectors(const Slab& slab, Body&& body) {
 }
 
 // out[i][k1][k2] = sum over d, c of features[i][d + k1 - 1][c] * framed[d][c - k2 + 1], the products of the weight's
-// taps in one plane: features are rows without a frame (zeros stand in above and below), framed has zeros on both sides.
+// taps in one plane: features are rows without a frame (zeros stand in above and below), framed has zeros on both
+// sides.
 template <class A>
 void weight_taps(const A* const (&features)[2], const A* framed, const A* zeros, int64_t rows, int64_t length,
                  int64_t pitch, double* out) {
@@ -193,8 +193,8 @@ AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
 }  // namespace
 
 template <class A>
-void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial,
-                         int64_t begin, int64_t end) {
+void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial, int64_t begin,
+                         int64_t end) {
   Correlation<A> correlation(longest_row(maps));
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t plane = slab.rows() * slab.length();
@@ -219,9 +219,8 @@ void GatePasses<A>::activate(const PackedDims& maps, const A* z, const A* norm, 
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t start = slab.b * maps.packed() + slab.start();
     const Norm<A> bn(norm + slab.map * 4);
-    for_slab_vectors<A>(slab, [&](int64_t i, int n) {
-      store(gate + start + i, bn.gate(bn.normalized(load(z + start + i, n))), n);
-    });
+    for_slab_vectors<A>(
+        slab, [&](int64_t i, int n) { store(gate + start + i, bn.gate(bn.normalized(load(z + start + i, n))), n); });
   });
 }
 
@@ -264,8 +263,7 @@ void GatePasses<A>::backward_conv(const PackedDims& maps, const A* grad_z, const
                                   A* grad_pooled, double* partial, int64_t begin, int64_t end) {
   const int64_t packed = maps.packed();
   int64_t largest = 0;
-  for (int i = 0; i < maps.n; ++i)
-    largest = std::max(largest, maps.dims[i][1] * (maps.dims[i][2] + 4 * kLanes));
+  for (int i = 0; i < maps.n; ++i) largest = std::max(largest, maps.dims[i][1] * (maps.dims[i][2] + 4 * kLanes));
   Correlation<A> correlation(longest_row(maps));
   std::vector<A> frame(largest), zeros(longest_row(maps) + kLanes, A(0));
   for_each_slab(maps, begin, end, [&](const Slab& slab) {

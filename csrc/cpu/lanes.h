@@ -211,8 +211,8 @@ AIA_INLINE void max_first(Vec<A> v, IVec<A> index, Vec<A>& best, IVec<A>& best_i
     const __mmask16 ordered = _mm512_cmp_ps_mask(old, old, _CMP_ORD_Q);
     const __mmask16 take = _mm512_mask_cmp_ps_mask(ordered, value, old, _CMP_NLE_UQ);
     best = detail::bit_cast<Vec<A>>(_mm512_mask_mov_ps(old, take, value));
-    best_index = detail::bit_cast<IVec<A>>(_mm512_mask_mov_epi32(detail::bit_cast<__m512i>(best_index), take,
-                                                                 detail::bit_cast<__m512i>(index)));
+    best_index = detail::bit_cast<IVec<A>>(
+        _mm512_mask_mov_epi32(detail::bit_cast<__m512i>(best_index), take, detail::bit_cast<__m512i>(index)));
     return;
   }
 #endif
@@ -239,22 +239,23 @@ AIA_INLINE A sum_lanes(Vec<A> v) {
 // 16 x 16 transpose in place, by halving: at distance s, blocks of s lanes change places between rows i and i + s.
 template <class V>
 AIA_INLINE void transpose(V (&r)[kLanes]) {
-#define AIA_SWAP(i, s, ...)                                      \
-  {                                                              \
-    const V low = r[i], high = r[i + s];                         \
-    constexpr int d = s;                                         \
-    r[i] = AIA_LOW(low, high, d);                                \
-    r[i + s] = AIA_HIGH(low, high, d);                           \
+#define AIA_SWAP(i, s, ...)              \
+  {                                      \
+    const V low = r[i], high = r[i + s]; \
+    constexpr int d = s;                 \
+    r[i] = AIA_LOW(low, high, d);        \
+    r[i + s] = AIA_HIGH(low, high, d);   \
   }
 #define AIA_LANE_LOW(l, d) (((l) & (d)) ? (l) - (d) + kLanes : (l))
 #define AIA_LANE_HIGH(l, d) (((l) & (d)) ? (l) + kLanes : (l) + (d))
-#define AIA_ALL(f, d)                                                                                               \
-  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), f(10, d), f(11, d),     \
+#define AIA_ALL(f, d)                                                                                           \
+  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), f(10, d), f(11, d), \
       f(12, d), f(13, d), f(14, d), f(15, d)
 #define AIA_LOW(a, b, d) __builtin_shufflevector(a, b, AIA_ALL(AIA_LANE_LOW, d))
 #define AIA_HIGH(a, b, d) __builtin_shufflevector(a, b, AIA_ALL(AIA_LANE_HIGH, d))
 #define AIA_STAGE(s, i0, i1, i2, i3, i4, i5, i6, i7) \
-  AIA_SWAP(i0, s) AIA_SWAP(i1, s) AIA_SWAP(i2, s) AIA_SWAP(i3, s) AIA_SWAP(i4, s) AIA_SWAP(i5, s) AIA_SWAP(i6, s) AIA_SWAP(i7, s)
+  AIA_SWAP(i0, s)                                    \
+  AIA_SWAP(i1, s) AIA_SWAP(i2, s) AIA_SWAP(i3, s) AIA_SWAP(i4, s) AIA_SWAP(i5, s) AIA_SWAP(i6, s) AIA_SWAP(i7, s)
   AIA_STAGE(8, 0, 1, 2, 3, 4, 5, 6, 7)
   AIA_STAGE(4, 0, 1, 2, 3, 8, 9, 10, 11)
   AIA_STAGE(2, 0, 1, 4, 5, 8, 9, 12, 13)

@@ -76,8 +76,8 @@ inline bool lanes_along_positions(const Volume& x, int highest) {
   return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= 8 * kLanes;
 }
 
-// Rows of a frame in one unit of a reduction over channels. Along positions each channel is one run, the longer the better
-// foreseen by the hardware; the accumulators of a run stay in the L1 cache.
+// Rows of a frame in one unit of a reduction over channels. Along positions each channel is one run, the longer the
+// better foreseen by the hardware; the accumulators of a run stay in the L1 cache.
 constexpr int64_t kRunPositions = 1024;
 inline int64_t unit_rows(const Volume& x, int highest) {
   return lanes_along_positions(x, highest) ? std::clamp<int64_t>(kRunPositions / x.W, 1, x.H) : tile_rows(x);
@@ -95,26 +95,26 @@ inline int64_t elementwise_units(const Volume& x, int highest) {
   return block_units(x) * (lanes_along_positions(x, highest) ? x.T : 1);
 }
 
-#define AIA_DECLARE_CPU_PASSES(level)                                                                                 \
-  namespace level {                                                                                                   \
-  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, Index, int64_t, int64_t);    \
-  void unpool(const Volume&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,       \
-              int64_t, int64_t);                                                                                      \
-  void unpool_reduce(const Volume&, const void* x, Unpooled, int gate_context, void* grad_gate, int64_t, int64_t);    \
-  void recalibrate(const Volume&, const void* x, Gate, void* y, int64_t, int64_t);                                    \
-  void recalibrate_reduce(const Volume&, const void* grad_y, const void* x, int context, void* grad_gate, int64_t,    \
-                          int64_t);                                                                                   \
-  template <class A>                                                                                                  \
-  struct GatePasses {                                                                                                 \
-    static void conv(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t, int64_t);   \
-    static void activate(const PackedDims&, const A* z, const A* norm, A* gate, int64_t, int64_t);                    \
-    static void backward_reduce(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,    \
-                                int64_t, int64_t);                                                                    \
-    static void backward_norm(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction,  \
-                              A* grad_z, int64_t, int64_t);                                                           \
-    static void backward_conv(const PackedDims&, const A* grad_z, const A* pooled, const A* weight, A* grad_pooled,   \
-                              double* partial, int64_t, int64_t);                                                     \
-  };                                                                                                                  \
+#define AIA_DECLARE_CPU_PASSES(level)                                                                                \
+  namespace level {                                                                                                  \
+  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, Index, int64_t, int64_t);   \
+  void unpool(const Volume&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,      \
+              int64_t, int64_t);                                                                                     \
+  void unpool_reduce(const Volume&, const void* x, Unpooled, int gate_context, void* grad_gate, int64_t, int64_t);   \
+  void recalibrate(const Volume&, const void* x, Gate, void* y, int64_t, int64_t);                                   \
+  void recalibrate_reduce(const Volume&, const void* grad_y, const void* x, int context, void* grad_gate, int64_t,   \
+                          int64_t);                                                                                  \
+  template <class A>                                                                                                 \
+  struct GatePasses {                                                                                                \
+    static void conv(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t, int64_t);  \
+    static void activate(const PackedDims&, const A* z, const A* norm, A* gate, int64_t, int64_t);                   \
+    static void backward_reduce(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,   \
+                                int64_t, int64_t);                                                                   \
+    static void backward_norm(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction, \
+                              A* grad_z, int64_t, int64_t);                                                          \
+    static void backward_conv(const PackedDims&, const A* grad_z, const A* pooled, const A* weight, A* grad_pooled,  \
+                              double* partial, int64_t, int64_t);                                                    \
+  };                                                                                                                 \
   }
 
 AIA_DECLARE_CPU_PASSES(base)

@@ -84,8 +84,8 @@ void unpool_as(const Volume& x, const T* grad_y, const Gate& gate, const Unpoole
 }
 
 template <class T>
-void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int gate_context,
-                      Accumulate<T>* grad_gate, int64_t begin, int64_t end) {
+void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int gate_context, Accumulate<T>* grad_gate,
+                      int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   if (gate_context == kChannel && lanes_along_positions(x, from.context)) {
     with_index(from.index, [&](auto index) {
@@ -135,8 +135,8 @@ void unpool_reduce(const Volume& x, const void* data, Unpooled from, int gate_co
                    int64_t end) {
   with_scalar(x.scalar, [&](auto scalar) {
     using T = decltype(scalar);
-    unpool_reduce_as(x, static_cast<const T*>(data), from, gate_context, static_cast<Accumulate<T>*>(grad_gate),
-                     begin, end);
+    unpool_reduce_as(x, static_cast<const T*>(data), from, gate_context, static_cast<Accumulate<T>*>(grad_gate), begin,
+                     end);
   });
 }
 

@@ -1,8 +1,8 @@
 // Reductions of a value over x, given tile by tile, to the maps of a context.
 //
-// `fill(tile, values)` writes the value at each position and channel of a tile; `emit(tile, offset, accumulator, length,
-// lanes)` receives each finished group of elements: its offset in the packed maps of the clip and the number of elements
-// it was reduced over.
+// `fill(tile, values)` writes the value at each position and channel of a tile; `emit(tile, offset, accumulator,
+// length, lanes)` receives each finished group of elements: its offset in the packed maps of the clip and the number of
+// elements it was reduced over.
 #pragma once
 
 #include <limits>
@@ -109,8 +109,7 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
       if (at.t == x.T - 1)
         for (int64_t i = 0; i < at.rows * x.W; ++i) emit(at, (at.h * x.W + i) * x.C + at.c, acc_t[i], x.T, at.lanes);
       if (at.h + at.rows == x.H)
-        for (int64_t i = 0; i < x.W; ++i)
-          emit(at, x.map_t() + (at.t * x.W + i) * x.C + at.c, acc_h[i], x.H, at.lanes);
+        for (int64_t i = 0; i < x.W; ++i) emit(at, x.map_t() + (at.t * x.W + i) * x.C + at.c, acc_h[i], x.H, at.lanes);
     });
   }
 }
@@ -157,8 +156,8 @@ void reduce(const Volume& x, int context, int64_t begin, int64_t end, Fill&& fil
 // maps.
 template <class A>
 auto emit_gate(const Volume& x, int context, A* grad_gate) {
-  return [&x, context, grad_gate, share = A(1) / static_cast<A>(context)](
-             const Tile& at, int64_t offset, const Sum<A>& total, int64_t, int lanes) {
+  return [&x, context, grad_gate, share = A(1) / static_cast<A>(context)](const Tile& at, int64_t offset,
+                                                                          const Sum<A>& total, int64_t, int lanes) {
     store(grad_gate + at.b * x.packed(context) + offset, total.sum * share, lanes);
   };
 }
