@@ -67,7 +67,10 @@ constexpr int kLanes = 16;
 constexpr int64_t kTilePositions = 256;  // 16 KiB of float lanes: two such buffers stay in the L1 cache
 
 // Rows of a plane in one tile of x, and blocks of lanes along its channels.
-inline int64_t tile_rows(const Volume& x) { return std::clamp<int64_t>(kTilePositions / x.W, 1, x.H); }
+inline int64_t tile_rows(const Volume& x) {
+  const int64_t rows = std::clamp<int64_t>(kTilePositions / x.W, 1, x.H);
+  return rows < x.H && rows > 4 ? rows / 4 * 4 : rows;  // the reductions walk four rows side by side
+}
 inline int64_t channel_blocks(const Volume& x) { return (x.C + kLanes - 1) / kLanes; }
 
 // Whether a pass that meets maps of contexts up to `highest` runs its lanes along positions instead of channels: it
