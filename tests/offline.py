@@ -37,15 +37,20 @@ class Launch:
 
 @dataclass
 class MachineCode:
-    """Registers and bytes of local memory of a thread, bytes of shared memory, counts of instructions by name."""
+    """Registers of a thread, its bytes of local memory, the bytes of shared memory, and instruction counts by name."""
 
     registers: int
     local: int
     shared: int
     instructions: dict[str, int]
 
-    def count(self, prefix: str) -> int:
-        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+    def count(self, *names: str, wide: bool | None = None) -> int:
+        """Instructions that are one of these up to suffixes; of them only the 128-bit ones, or only the others."""
+        return sum(
+            n
+            for instruction, n in self.instructions.items()
+            if instruction.split(".")[0] in names and (wide is None or (".128" in instruction) == wide)
+        )
 
 
 @contextlib.contextmanager

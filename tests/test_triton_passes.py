@@ -1,4 +1,4 @@
-"""The passes of the Triton backend against the plain ones in float64: in the interpreter, or on a GPU where there is one.
+"""The passes of the Triton backend against the plain ones in float64, in the interpreter or on a GPU.
 
 Error bounds. Every x-sized pass is linear in each of its inputs, so a sum of n products is off by at most (n + 8)
 roundings of the accumulation type on the sum of the products' magnitudes (8 covers what makes one product: three maps
@@ -20,8 +20,8 @@ from aia_kernels import maps
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from aia_kernels import triton as passes  # noqa: E402
-from aia_kernels.triton import tiles  # noqa: E402
+from aia_kernels import triton as passes
+from aia_kernels.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 plain = PlainPasses()
@@ -185,6 +185,39 @@ def test_pool_gated(case, context, gate_context):
         agrees(m, chosen, chosen.abs(), 1)
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("runs")], indirect=True)
+def test_cases_in_runs(case):
+    """The cases named so take the road of contiguous runs in every kernel with a tile for them."""
+    x = activation(case)
+    assert tiles.elementwise(x).run and tiles.tile(x, whole="TW", looped="H").run
+
+
+def test_cases_that_walk(monkeypatch):
+    """Small tiles do make kernels walk, and refuse to hold all of T and W where these are long."""
+    for name, case in CASES.items():
+        monkeypatch.setattr(tiles, "ELEMENTS", case.elements or 1 << 20)
+        tile = tiles.tile(activation(case), whole="TW", looped="H")
+        if name.startswith("walking"):
+            assert tile.block[2] < case.shape[3], name
+        assert (tile is None) == name.endswith("axis by axis"), name
+
+
+@each("prime", "runs", "runs of several rows, ragged", "walking THWC")
+def test_wide_offsets(case, monkeypatch):
+    """64-bit offsets inside a clip, as a clip of 2^31 elements has them, change nothing."""
+    x = activation(case)
+
+    def run():
+        gate = torch.ones(x.shape[0], maps.packed_size(x.shape, maps.CHANNEL), device=DEVICE)
+        outputs = *passes.pool(x, maps.CHANNEL, None, maps.NONE), *passes.pool(x, maps.SPACETIME, gate, maps.CHANNEL)
+        return *outputs, passes.recalibrate(x, gate, maps.CHANNEL)
+
+    narrow, tile = run(), tiles.tile
+    monkeypatch.setattr(tiles, "tile", lambda *args, **axes: (t := tile(*args, **axes)) and t._replace(wide=True))
+    for first, second in zip(narrow, run(), strict=True):
+        assert torch.equal(first, second)
+
+
 def special(case: Case, kind: str) -> Tensor:
     x = torch.randint(-2, 3, case.shape, dtype=torch.float64)
     if kind == "nan":
@@ -308,8 +341,8 @@ def gate(request) -> GateCase:
     return GateCase(*GATES[request.param])
 
 
-#: Roundings of xhat and of the gate, as the derivative of neither exceeds a few with numbers of the order of one:
-#: a difference, a product, an affine map, an exponential (2 units, on an argument that is 2 roundings off), 1 / (1 + e).
+#: Roundings of xhat and of the gate, as the derivative of neither exceeds a few with numbers of the order of one: a
+#: difference, a product, an affine map, an exponential (2 units, its argument 2 roundings off), 1 / (1 + e).
 GATE_ROUNDINGS = 32
 
 
@@ -332,13 +365,12 @@ def test_gate_activate(gate):
     assert ((got.cpu().double() - want).abs() <= GATE_ROUNDINGS * gate.eps).all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
 def test_gate_saturates():
-    """Far from zero a gate is exactly 0 or 1, and nothing overflows to NaN."""
+    """Far from zero a gate is exactly 0 or 1: the exponential may overflow, but not to NaN."""
     z = torch.tensor([[-1e30, -200.0, 200.0, 1e30]], device=DEVICE)
     norm = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=DEVICE)
-    with pytest.warns(RuntimeWarning) if DEVICE == "cpu" else pytest.MonkeyPatch.context():
-        gates = passes.gate_activate(z, norm, (1, 1, 4))
-    assert gates.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    assert passes.gate_activate(z, norm, (1, 1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
 def test_gate_backward_reduce(gate):
@@ -360,7 +392,6 @@ def test_gate_backward(gate):
     xhat = (z + gate.spread(norm[:, 0])) * gate.spread(norm[:, 1])
     scale = gate.spread(norm[:, 1] * norm[:, 2])
     dz = scale * (grad + gate.spread(correction[:, 0]) + xhat * gate.spread(correction[:, 1]))
-    # The transposed convolution of these magnitudes: gate_backward with no normalisation, whose correction is -dz.
     sum_pooled, sum_weight = conv_backward(dz, pooled, weight, gate.dims)
     assert ((grad_pooled.cpu().double() - want_pooled).abs() <= (GATE_ROUNDINGS + 27) * gate.eps * sum_pooled).all()
     bound = (GATE_ROUNDINGS + gate.count) * gate.eps * sum_weight
@@ -375,7 +406,7 @@ def conv_backward(dz: Tensor, pooled: Tensor, weight: Tensor, dims) -> tuple[Ten
 
 
 def test_many_programs(monkeypatch):
-    """More tasks than programs: lanes carry moments and weight gradients from task to task, and two runs agree in bits."""
+    """More tasks than programs: lanes carry moments and weight gradients along, and two runs agree in bits."""
     from aia_kernels.triton import gate as room
 
     monkeypatch.setattr(room, "TAPPED", 16)

@@ -42,36 +42,48 @@ def map_size(dims, i):
 
 
 @triton.jit
-def geometry(m, DIMS: tl.constexpr):
-    """Start in the packed tensor, size and the three lengths of map m."""
+def place(m, DIMS: tl.constexpr):
+    """Start of map m in the packed tensor, and its size."""
     start = tl.zeros([], tl.int32)
     size = start + map_size(DIMS, 0)
-    d0, d1, d2 = start + DIMS[0], start + DIMS[1], start + DIMS[2]
     for i in tl.static_range(1, map_count(DIMS)):
         start = tl.where(m >= i, start + map_size(DIMS, i - 1), start)
         size = tl.where(m >= i, map_size(DIMS, i), size)
-        d0 = tl.where(m >= i, DIMS[3 * i], d0)
-        d1 = tl.where(m >= i, DIMS[3 * i + 1], d1)
-        d2 = tl.where(m >= i, DIMS[3 * i + 2], d2)
-    return start, size, d0, d1, d2
+    return start, size
+
+
+@triton.jit
+def length(m, AXIS: tl.constexpr, DIMS: tl.constexpr):
+    """Length of an axis (0 to 2, in stored order) of map m."""
+    found = tl.zeros([], tl.int32) + DIMS[AXIS]
+    for i in tl.static_range(1, map_count(DIMS)):
+        found = tl.where(m >= i, DIMS[3 * i + AXIS], found)
+    return found
+
+
+@triton.jit
+def split(task, size, BLOCK: tl.constexpr):
+    """Clip (int64) of a task, and its positions [BLOCK] in the map."""
+    blocks = tl.cdiv(size, BLOCK)
+    return (task // blocks).to(tl.int64), task % blocks * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
 def elements(task, start, size, M: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a task: its clip (int64), positions in the map [BLOCK], offsets [BLOCK] in a packed [B, M], which exist."""
-    blocks = tl.cdiv(size, BLOCK)
-    b = (task // blocks).to(tl.int64)
-    position = task % blocks * BLOCK + tl.arange(0, BLOCK)
-    return b, position, b * M + start + position, position < size
+    """Offsets [BLOCK] of the elements of a task in a packed [B, M], and which exist."""
+    b, position = split(task, size, BLOCK)
+    return b * M + start + position, position < size
 
 
 @triton.jit
-def neighbours(position, d0, d1, d2, SIGN: tl.constexpr):
-    """For each tap [32, 1] and position [1, BLOCK]: the distance in memory to the neighbour at +tap or -tap, and
-    whether tap and neighbour exist."""
+def neighbours(position, m, SIGN: tl.constexpr, DIMS: tl.constexpr):
+    """For each tap [32, 1] and position [1, BLOCK] of map m: the distance in memory to the neighbour at +tap or -tap,
+    and whether tap and neighbour exist."""
+    d0, d1, d2 = length(m, 0, DIMS), length(m, 1, DIMS), length(m, 2, DIMS)
     tap = tl.arange(0, 32)[:, None]
     k0, k1, k2 = (tap // 9 - 1) * SIGN, (tap // 3 % 3 - 1) * SIGN, (tap % 3 - 1) * SIGN
-    i0, i1, i2 = (position // (d1 * d2))[None, :] + k0, (position // d2 % d1)[None, :] + k1, (position % d2)[None, :] + k2
+    position = position[None, :]
+    i0, i1, i2 = position // (d1 * d2) + k0, position // d2 % d1 + k1, position % d2 + k2
     valid = (tap < 27) & (i0 >= 0) & (i0 < d0) & (i1 >= 0) & (i1 < d1) & (i2 >= 0) & (i2 < d2)
     return (k0 * d1 + k1) * d2 + k2, valid
 
@@ -84,12 +96,15 @@ def load_taps(weight_ptr, m, CHANNEL: tl.constexpr):
 
 
 @triton.jit
-def normalised(z, norm_ptr, m):
-    """xhat and the gate sigmoid(weight * xhat + bias)."""
-    mean, rstd = tl.load(norm_ptr + 4 * m), tl.load(norm_ptr + 4 * m + 1)
-    weight, bias = tl.load(norm_ptr + 4 * m + 2), tl.load(norm_ptr + 4 * m + 3)
-    xhat = (z - mean) * rstd
-    return xhat, 1 / (1 + tl.exp(-(weight * xhat + bias)))
+def normalise(z, norm_ptr, m):
+    """xhat = (z - mean) * rstd."""
+    return (z - tl.load(norm_ptr + 4 * m)) * tl.load(norm_ptr + 4 * m + 1)
+
+
+@triton.jit
+def activate(xhat, norm_ptr, m):
+    """sigmoid(weight * xhat + bias)."""
+    return 1 / (1 + tl.exp(-(tl.load(norm_ptr + 4 * m + 2) * xhat + tl.load(norm_ptr + 4 * m + 3))))
 
 
 @triton.jit
@@ -106,13 +121,14 @@ def conv_kernel(
 ):
     """z = conv(pooled), and count, mean and squared deviations of the z of this program: partial [n, P, 3]."""
     m = tl.program_id(1)
-    start, size, d0, d1, d2 = geometry(m, DIMS)
+    start, size = place(m, DIMS)
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     weight_max, weight_mean = load_taps(weight_ptr, m, 0), load_taps(weight_ptr, m, 1)
     count, mean, squares = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
-        b, position, at, exists = elements(task, start, size, M, BLOCK)
-        distance, valid = neighbours(position, d0, d1, d2, 1)
+        b, position = split(task, size, BLOCK)
+        at, exists = b * M + start + position, position < size
+        distance, valid = neighbours(position, m, 1, DIMS)
         near = pooled_ptr + (at + b * M)[None, :] + distance
         valid &= exists[None, :]
         z = tl.sum(weight_max * tl.load(near, mask=valid, other=0), 0)
@@ -148,11 +164,11 @@ def moments_kernel(partial_ptr, moments_ptr, programs, BLOCK: tl.constexpr):
 def activate_kernel(z_ptr, norm_ptr, gate_ptr, batch, DIMS: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
     """gate = sigmoid(weight * xhat + bias)."""
     m = tl.program_id(1)
-    start, size, d0, d1, d2 = geometry(m, DIMS)
+    start, size = place(m, DIMS)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
-        b, position, at, exists = elements(task, start, size, M, BLOCK)
-        xhat, gate = normalised(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
-        tl.store(gate_ptr + at, gate, mask=exists)
+        at, exists = elements(task, start, size, M, BLOCK)
+        xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        tl.store(gate_ptr + at, activate(xhat, norm_ptr, m), mask=exists)
 
 
 @triton.jit
@@ -161,12 +177,13 @@ def backward_reduce_kernel(
 ):
     """Sums of du and of du * xhat of this program, partial [n, P, 2]; du = grad_gate * gate * (1 - gate)."""
     m = tl.program_id(1)
-    start, size, d0, d1, d2 = geometry(m, DIMS)
+    start, size = place(m, DIMS)
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     sum_du, sum_du_xhat = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
-        b, position, at, exists = elements(task, start, size, M, BLOCK)
-        xhat, gate = normalised(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        at, exists = elements(task, start, size, M, BLOCK)
+        xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        gate = activate(xhat, norm_ptr, m)
         du = tl.load(grad_gate_ptr + at, mask=exists, other=0) * gate * (1 - gate)
         sum_du += du
         sum_du_xhat += du * xhat
@@ -189,12 +206,13 @@ def grad_z_kernel(
 ):
     """dz = weight * rstd * (du - correction[0] - xhat * correction[1])."""
     m = tl.program_id(1)
-    start, size, d0, d1, d2 = geometry(m, DIMS)
+    start, size = place(m, DIMS)
     scale = tl.load(norm_ptr + 4 * m + 1) * tl.load(norm_ptr + 4 * m + 2)
     mean_du, mean_du_xhat = tl.load(correction_ptr + 2 * m), tl.load(correction_ptr + 2 * m + 1)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
-        b, position, at, exists = elements(task, start, size, M, BLOCK)
-        xhat, gate = normalised(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        at, exists = elements(task, start, size, M, BLOCK)
+        xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        gate = activate(xhat, norm_ptr, m)
         du = tl.load(grad_gate_ptr + at, mask=exists, other=0) * gate * (1 - gate)
         tl.store(grad_z_ptr + at, scale * (du - mean_du - xhat * mean_du_xhat), mask=exists)
 
@@ -214,13 +232,14 @@ def conv_backward_kernel(
     """grad_pooled[p] = sum over taps k of weight[k] * dz[p - k], and the share of this program, partial [n, P, 54], of
     grad_weight[k] = sum over p of pooled[p] * dz[p - k]: both read the same neighbours of dz."""
     m = tl.program_id(1)
-    start, size, d0, d1, d2 = geometry(m, DIMS)
+    start, size = place(m, DIMS)
     ACC: tl.constexpr = grad_z_ptr.dtype.element_ty
     weight_max, weight_mean = load_taps(weight_ptr, m, 0), load_taps(weight_ptr, m, 1)
     grad_max, grad_mean = tl.zeros([32, BLOCK], ACC), tl.zeros([32, BLOCK], ACC)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
-        b, position, at, exists = elements(task, start, size, M, BLOCK)
-        distance, valid = neighbours(position, d0, d1, d2, -1)
+        b, position = split(task, size, BLOCK)
+        at, exists = b * M + start + position, position < size
+        distance, valid = neighbours(position, m, -1, DIMS)
         near = tl.load(grad_z_ptr + at[None, :] + distance, mask=valid & exists[None, :], other=0)
         at += b * M
         tl.store(grad_pooled_ptr + at, tl.sum(weight_max * near, 0), mask=exists)
@@ -294,6 +313,4 @@ def _start(kernel, z: Tensor, dims: Sequence[int], block: int, *args) -> None:
     """Launch P programs for each map."""
     grid = (_programs(z, dims, block), len(dims) // 3)
     warps = 8 if z.element_size() == 8 else 4
-    tiles.start(
-        kernel, z, grid, *args, z.shape[0], DIMS=tuple(dims), M=z.shape[1], BLOCK=block, num_warps=warps
-    )
+    tiles.start(kernel, z, grid, *args, z.shape[0], DIMS=tuple(dims), M=z.shape[1], BLOCK=block, num_warps=warps)

@@ -26,6 +26,17 @@ from .tiles import (
 )
 
 
+@triton.constexpr_function
+def key_type(acc):
+    """The integer type as wide as an accumulation type."""
+    return tl.int64 if acc.primitive_bitwidth == 64 else tl.int32
+
+
+@triton.constexpr_function
+def least_key(acc):
+    return -(2 ** (acc.primitive_bitwidth - 1))
+
+
 @triton.jit
 def gated(x_ptr, gate_ptr, b, origin, at, TILE: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr):
     """A = x * G at a tile (A = x for GATE 0), zero outside, and the ordering key of each element."""
@@ -33,14 +44,13 @@ def gated(x_ptr, gate_ptr, b, origin, at, TILE: tl.constexpr, GATE: tl.constexpr
     if GATE > 0:
         a *= load_gate(gate_ptr, b, at, TILE, GATE)
     valid = inside(at, TILE, X)
-    KEY: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32
-    return tl.where(valid, a, 0), tl.where(valid, order_key(a), -(2 ** (KEY.primitive_bitwidth - 1)))
+    return tl.where(valid, a, 0), tl.where(valid, order_key(a), least_key(ACC))
 
 
 @triton.jit
 def order_key(a):
     """An integer that orders as torch.max does: NaN above all numbers, equal NaNs, -0 equal to 0."""
-    KEY: tl.constexpr = tl.int64 if a.dtype == tl.float64 else tl.int32
+    KEY: tl.constexpr = key_type(a.dtype)
     LARGEST: tl.constexpr = 2 ** (KEY.primitive_bitwidth - 1) - 1
     bits = tl.where(a == 0, 0.0, a).to(KEY, bitcast=True)
     return tl.where(a == a, bits ^ ((bits >> (KEY.primitive_bitwidth - 1)) & LARGEST), LARGEST)
@@ -78,9 +88,12 @@ def store_features(
 @triton.jit
 def empty_features(TILE: tl.constexpr, ACC: tl.constexpr):
     """Key (below every number's), index and sum of nothing, element by element of a tile."""
-    KEY: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32
-    key = tl.full(block_of(TILE, X), -(2 ** (KEY.primitive_bitwidth - 1)), KEY)
-    return key, tl.zeros(block_of(TILE, X), tl.int32), tl.zeros(block_of(TILE, X), ACC)
+    KEY: tl.constexpr = key_type(ACC)
+    return (
+        tl.full(block_of(TILE, X), least_key(ACC), KEY),
+        tl.zeros(block_of(TILE, X), tl.int32),
+        tl.zeros(block_of(TILE, X), ACC),
+    )
 
 
 @triton.jit
@@ -224,6 +237,7 @@ def unpool(
         CONTEXT=context,
         INNER_GATE=inner_gate_context,
         INNER=inner_context,
+        most_warps=16,
     )
     return grad_x
 

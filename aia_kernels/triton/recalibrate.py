@@ -102,7 +102,7 @@ def recalibrate(x: Tensor, gate: Tensor, context: int) -> Tensor:
 
 
 def recalibrate_reduce(grad_y: Tensor, x: Tensor, context: int) -> Tensor:
-    """Gradients [B, M] of the gates of recalibrate: sums of grad_y * x over what each map lacks, by the number of maps."""
+    """Gradients [B, M] of the gates of recalibrate: sums of grad_y * x over what a map lacks, by the number of maps."""
     tiles.check_like("grad_y", grad_y, x)
     return product_sum(x, grad_y, None, maps.NONE, context)
 
@@ -113,9 +113,7 @@ def product_sum(x: Tensor, factor: Tensor, argmax: Tensor | None, factor_context
     F is a tensor like x (factor_context NONE) or U(factor, argmax) of a context. Reads each x-sized tensor once, or
     once for each axis where T x W outgrows a tile.
     """
-    out = x.new_empty(
-        (x.shape[0], maps.packed_size(x.shape, context)), dtype=maps.accumulate_dtype(x.dtype)
-    )
+    out = x.new_empty((x.shape[0], maps.packed_size(x.shape, context)), dtype=maps.accumulate_dtype(x.dtype))
     arguments = (x, factor, argmax, out)
     # U takes more registers than a second tensor: 16 warps, or the compiler spills.
     constants = {"FACTOR": factor_context, "CONTEXT": context, "most_warps": 16 if factor_context else 8}

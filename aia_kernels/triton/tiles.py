@@ -349,7 +349,7 @@ def load_gate(gate_ptr, b, at, TILE: tl.constexpr, CONTEXT: tl.constexpr):
 
 @triton.jit
 def unpooled_over(grad_ptr, argmax_ptr, b, at, TILE: tl.constexpr, CONTEXT: tl.constexpr, AXIS: tl.constexpr):
-    """One term of U: grad_mean / size + grad_max where this element was the maximum along AXIS (0 to 3 in T, C, H, W)."""
+    """One term of U: grad_mean / size + grad_max where this element was the maximum along AXIS."""
     M: tl.constexpr = packed_size(TILE, CONTEXT)
     at_map = segment(TILE, CONTEXT, AXIS) + offsets(at, TILE, AXIS)
     valid = inside(at, TILE, AXIS)

@@ -1,0 +1,179 @@
+"""Every Triton kernel, as it would be launched, compiled for sm_80, sm_90 and sm_100 without a GPU.
+
+Held here: no spill (no LDL or STL, no local memory), and 16-byte global accesses on the x-sized streams: loads (LDG,
+or LDGSTS where a kernel walks and the next tiles are in flight) and stores (STG) of y and grad_x.
+
+What to expect of the machine code (triton 3.9; 3.6 is alike): a thread holds 16 elements of x, so it reads them with 4
+accesses in float32 and 2 in 16 bits. Registers of 256 threads: recalibrate 30 to 80, sums of grad_y * x 40 to 130, pool
+over C 50 to 128, pool over T, H and W 80 to 160; of 512 threads: unpool and sums of x * U up to 128. Where channels
+are innermost, pool over T, H and W at 56 x 56 takes 255: runs of 64 bytes (32 in 16 bits) ask for a tile of 8 x 16 x 64
+there, 32 elements a thread. Shared memory stays under 72 KiB.
+
+Rows of 14 elements and planes of 7 x 7 are not multiples of 16 bytes: there a tile is read as runs of planes (see
+aia_kernels/triton/tiles.py). Narrow loads remain, outside the table, in the reductions over C of 28 x 28 in 16
+bits, where whole planes would leave too few programs, and in those of CTHW order where a plane is not a multiple of 16
+bytes, because the planes of a frame are not neighbours there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[1]
+
+#: Case -> order, dtype, [B, T, C, H, W], the GPUs to compile for.
+CASES = {
+    "56x56 fp32": ("TCHW", "float32", (8, 8, 64, 56, 56), (80, 90, 100)),
+    "56x56 bf16 channels_last": ("THWC", "bfloat16", (8, 8, 64, 56, 56), (80, 90, 100)),
+    "14x14 bf16": ("TCHW", "bfloat16", (8, 8, 256, 14, 14), (80, 90, 100)),
+    "56x56 bf16": ("TCHW", "bfloat16", (8, 8, 64, 56, 56), (90,)),
+    "56x56 fp32 channels_last": ("THWC", "float32", (8, 8, 64, 56, 56), (90,)),
+    "14x14 fp32": ("TCHW", "float32", (8, 8, 256, 14, 14), (90,)),
+    "7x7 bf16": ("TCHW", "bfloat16", (8, 8, 512, 7, 7), (90,)),
+}
+
+#: A clip of more than 2^31 elements, whose offsets take 64 bits; compiled, as no machine that tests this holds it.
+WIDE = ("TCHW", "bfloat16", (1, 8, 64, 2112, 2112))
+
+#: The kernels that a case compiles.
+X_KERNELS = {
+    "pool_kernel",
+    "pool_over_kernel",
+    "recalibrate_kernel",
+    "unpool_kernel",
+    "product_sum_kernel",
+    "product_sum_over_kernel",
+}
+GATE_KERNELS = {
+    "conv_kernel",
+    "moments_kernel",
+    "activate_kernel",
+    "backward_reduce_kernel",
+    "grad_z_kernel",
+    "conv_backward_kernel",
+}
+KERNELS = dict.fromkeys(CASES, X_KERNELS) | {"gates": GATE_KERNELS, "wide": {"pool_over_kernel", "recalibrate_kernel"}}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """One row for each kernel, case and GPU, from a process in which Triton compiles instead of interpreting."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_no_spills(compiled, case):
+    rows = [row for row in compiled if row["case"] == case]
+    assert {row["kernel"] for row in rows} == KERNELS[case]
+    assert [row for row in rows if row["spills"] or row["local"]] == []
+    assert all(row["shared"] <= 72 * 1024 for row in rows)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wide_accesses(compiled, case):
+    rows = [row for row in compiled if row["case"] == case]
+    assert {row["capability"] for row in rows} == set(CASES[case][-1])
+    for row in rows:
+        assert row["wide_loads"] >= row["loads_of_x"], row
+        assert row["wide_stores"] >= row["stores_of_x"], row
+        if row["stores_of_x"]:
+            assert row["narrow_stores"] == 0, row
+        if not row["reads_maps"]:
+            assert row["narrow_loads"] == 0, row
+
+
+def main() -> None:
+    """Print a row of JSON for each kernel: runs in its own process."""
+    import offline
+    import torch
+
+    from aia_kernels import maps
+    from aia_kernels import triton as passes
+    from aia_kernels.triton import tiles
+
+    def activation(order, dtype, shape):
+        axes = [0, *(1 + "TCHW".index(letter) for letter in order)]
+        stored = torch.empty([shape[i] for i in axes], dtype=getattr(torch, dtype), device="meta")
+        return stored.permute([axes.index(i) for i in range(5)])
+
+    def packed(x, context, *lead, index=False):
+        dtype = maps.index_dtype(x.shape, context) if index else maps.accumulate_dtype(x.dtype)
+        return x.new_empty((x.shape[0], *lead, maps.packed_size(x.shape, context)), dtype=dtype)
+
+    def features(x, context):
+        return packed(x, context, 2), packed(x, context, index=True)
+
+    def x_passes(x):
+        """What CinST and STinC call."""
+        for inner, outer in ((1, 3), (3, 1)):
+            passes.pool(x, inner, None, 0)
+            passes.pool(x, outer, packed(x, inner), inner)
+            passes.recalibrate(x, packed(x, outer), outer)
+            passes.recalibrate_reduce(x, x, outer)
+            passes.unpool_reduce(x, *features(x, outer), outer, inner)
+            inner_arguments = (packed(x, inner), inner, *features(x, inner), inner)
+            passes.unpool(x, packed(x, outer), *features(x, outer), outer, *inner_arguments)
+
+    def gate_passes(x):
+        dims = [d for m in maps.map_dims(x.shape, maps.SPACETIME, "TCHW") for d in m]
+        pooled, weight, norm = packed(x, 3, 2), x.new_empty(3, 2, 3, 3, 3), x.new_empty(3, 4)
+        z, _ = passes.gate_conv(pooled, weight, dims)
+        passes.gate_activate(z, norm, dims)
+        passes.gate_backward_reduce(z, z, norm, dims)
+        passes.gate_backward(z, z, norm, x.new_empty(3, 2), pooled, weight, dims)
+
+    def wide_passes(x):
+        passes.pool(x, 1, None, 0)
+        passes.pool(x, 3, packed(x, 1), 1)
+        passes.recalibrate(x, packed(x, 1), 1)
+
+    def report(case, x, capabilities, call):
+        with offline.recorded(tiles) as launches:
+            call(x)
+        for launch in launches:
+            for capability in capabilities:
+                print(json.dumps(row(case, x, launch, capability)))
+
+    def row(case, x, launch, capability):
+        code = offline.machine_code(launch, capability)
+        kernel, found = launch.kernel.fn.__name__, {}
+        if "TILE" in launch.constants:
+            threads = 32 * launch.constants["num_warps"]
+            accesses = math.prod(launch.constants["TILE"].block) * x.element_size() // (16 * threads)
+            elementwise = kernel in ("recalibrate_kernel", "unpool_kernel")
+            found = {
+                "loads_of_x": accesses * (2 if launch.constants.get("FACTOR") == 0 else 1),
+                "stores_of_x": accesses if elementwise else 0,
+                "reads_maps": elementwise or launch.constants.get("GATE", 0) + launch.constants.get("FACTOR", 0) > 0,
+                "wide_loads": code.count("LDG", "LDGSTS", wide=True),
+                "narrow_loads": code.count("LDG", "LDGSTS", wide=False),
+                "wide_stores": code.count("STG", wide=True),
+                "narrow_stores": code.count("STG", wide=False),
+            }
+        spills = code.count("LDL", "STL")
+        numbers = {name: value for name, value in dataclasses.asdict(code).items() if name != "instructions"}
+        return {"case": case, "kernel": kernel, "capability": capability, "spills": spills, **numbers, **found}
+
+    for case, (order, dtype, shape, capabilities) in CASES.items():
+        report(case, activation(order, dtype, shape), capabilities, x_passes)
+    report("gates", activation("TCHW", "float32", (8, 8, 64, 56, 56)), (80, 90, 100), gate_passes)
+    report("gates", activation("TCHW", "float64", (8, 8, 64, 56, 56)), (90,), gate_passes)
+    report("wide", activation(*WIDE), (90,), wide_passes)
+
+
+if __name__ == "__main__":
+    main()
