@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/installed
 CPP := $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help install test lint demo bench gpu clean
 
 help:  ## list the targets

@@ -77,17 +77,14 @@ def run_ninja(torch, nvcc, without_cuda):
     if not info.exists() or info.read_text() != text:
         info.write_text(text)
 
-    lines = []
+    lines, objects = [], []
     for rule, compiler in (("cxx", CXX), ("nvcc", f"{nvcc} -ccbin {CXX} {CUDA_FLAGS}")):
         lines += [f"rule {rule}", f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out"]
         lines += ["  deps = gcc", "  depfile = $out.d"]
-    linker = (
-        f"{nvcc} -ccbin {CXX} -cudart static -nodlink" if nvcc else CXX
-    )  # nvcc knows where its runtime library lies
+    # nvcc knows where its runtime library lies.
+    linker = f"{nvcc} -ccbin {CXX} -cudart static -nodlink" if nvcc else CXX
     linker += f' -shared -Xlinker -z -Xlinker defs $in -o $out "-L{torch}/lib" -ltorch_cpu'
     lines += ["rule link", f"  command = {linker}"]
-
-    objects = []
 
     def compile(rule, source, flags, suffix=".o"):
         objects.append(source.stem + suffix)  # sources as seen from BUILD, so that the root may hold spaces

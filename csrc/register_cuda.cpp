@@ -44,16 +44,11 @@ class Launch {
 
 Scalar scalar_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Scalar::kFloat32;
-    case ScalarType::Double:
-      return Scalar::kFloat64;
-    case ScalarType::BFloat16:
-      return Scalar::kBFloat16;
-    case ScalarType::Half:
-      return Scalar::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
+    case ScalarType::Float: return Scalar::kFloat32;
+    case ScalarType::Double: return Scalar::kFloat64;
+    case ScalarType::BFloat16: return Scalar::kBFloat16;
+    case ScalarType::Half: return Scalar::kFloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
   }
 }
 
@@ -85,7 +80,7 @@ int64_t packed(const Shape& s, int64_t context) {
 Shape shape_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 5, name, " must be [B, T, C, H, W], got ", x.dim(), " axes");
   STD_TORCH_CHECK(x.numel() > 0, name, " must not be empty");
-  constexpr int64_t kLimit = int64_t{1} << 31;
+  constexpr int64_t kLimit = int64_t{1} << 30;
   bool fits = x.numel() / x.size(0) < kLimit;
   for (int axis = 1; axis < 5; ++axis) fits = fits && x.size(axis) < kLimit;
   const Shape shape{x.size(0),
@@ -96,7 +91,7 @@ Shape shape_of(const Tensor& x, const char* name) {
                     order_of(x, name),
                     scalar_of(x, name)};
   STD_TORCH_CHECK(fits && packed(shape, aia::cuda::kSpacetime) < kLimit, "one clip of ", name,
-                  " and its packed maps must hold fewer than 2^31 elements each");
+                  " and its packed maps must hold fewer than 2^30 elements each");
   return shape;
 }
 

@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// A block's array in shared memory, uninitialised.
-#define AIA_SHARED(type, name, count) __shared__ type name[count]
+// A block's array in shared memory, uninitialised, aligned for vectors.
+#define AIA_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 
 namespace aia::cuda {
 

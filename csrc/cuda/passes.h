@@ -11,7 +11,7 @@ enum class Scalar : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Order : int { kTCHW, kTHWC, kCTHW };
 
 // x [B, T, C, H, W], stored densely in an order. Map order: that of x with the pooled letter struck out. A clip and its
-// packed maps hold fewer than 2^31 elements each, so offsets are 64-bit between clips and 32-bit within one.
+// packed maps hold fewer than 2^30 elements each, so offsets are 64-bit between clips and 32-bit within one.
 struct Shape {
   int64_t B;
   int T, C, H, W;

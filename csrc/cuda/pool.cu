@@ -99,14 +99,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class Body>
 int with_scalar(Scalar scalar, Body&& body) {
   switch (scalar) {
-    case Scalar::kFloat32:
-      return body(float{});
-    case Scalar::kFloat64:
-      return body(double{});
-    case Scalar::kBFloat16:
-      return body(BFloat16{});
-    default:
-      return body(Float16{});
+    case Scalar::kFloat32: return body(float{});
+    case Scalar::kFloat64: return body(double{});
+    case Scalar::kBFloat16: return body(BFloat16{});
+    default: return body(Float16{});
   }
 }
 

@@ -1,0 +1,165 @@
+// CUDA on the host, for tests: stands in for the toolkit when csrc/cuda is compiled by a C++ compiler.
+//
+// Blocks run one after the other. The threads of a block are fibers: one runs until its next barrier, then the next
+// one does, and when all have arrived the round starts again. So a missing barrier shows as a thread that reads what
+// its neighbours have not yet written, the same way on every run, in forward or in backward order of the threads.
+// Shared memory starts as NaN, and lies on the heap where AddressSanitizer sees its bounds.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define AIA_SHARED(type, name, count) type* const name = aia::emulator::block.shared<type>(count)
+
+namespace aia::emulator {
+
+struct Index {
+  int x;
+};
+
+using Site = std::string;  // file:line of a barrier
+
+inline Site site_of(const std::source_location& where) {
+  return std::string(where.file_name()) + ":" + std::to_string(where.line());
+}
+
+class Block {
+ public:
+  bool backward = false;    // the order in which threads run between barriers
+  Site dropped;             // a barrier that is to be skipped, to see whether anything notices
+  std::set<Site> barriers;  // all that were met
+
+  // Runs one block to its end.
+  void run(int threads, std::function<void()> kernel) {
+    kernel_ = std::move(kernel);
+    shared_.clear();
+    while (fibers_.size() < static_cast<size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
+    for (int i = 0; i < threads; ++i) start(*fibers_[i]);
+    for (int finished = 0; finished < threads;) {
+      for (int i = 0; i < threads; ++i) finished += resume(backward ? threads - 1 - i : i);
+      check_round(threads, finished);
+    }
+  }
+
+  // Called by a thread: waits for the others.
+  void barrier(const std::source_location& where) {
+    const Site site = site_of(where);
+    barriers.insert(site);
+    if (site == dropped) return;
+    Fiber& self = *fibers_[current_];
+    self.waits_at = site;
+    swapcontext(&self.context, &scheduler_);
+  }
+
+  // Called by a thread: the array declared there, the same one for all threads of the block.
+  template <class T>
+  T* shared(size_t count, const std::source_location& where = std::source_location::current()) {
+    std::unique_ptr<std::byte[]>& bytes = shared_[site_of(where)];
+    if (!bytes) {
+      bytes = std::make_unique<std::byte[]>(count * sizeof(T));
+      std::memset(bytes.get(), 0xff, count * sizeof(T));
+    }
+    return reinterpret_cast<T*>(bytes.get());
+  }
+
+ private:
+  static constexpr size_t kStack = size_t{128} << 10;
+
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<std::byte[]> stack = std::make_unique<std::byte[]>(kStack);
+    Site waits_at;
+    bool done;
+  };
+
+  static void enter();
+  void start(Fiber& fiber);
+  bool resume(int thread);
+  void check_round(int threads, int finished) const;
+
+  std::function<void()> kernel_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::map<Site, std::unique_ptr<std::byte[]>> shared_;
+  ucontext_t scheduler_;
+  int current_ = 0;
+};
+
+inline Block block;
+
+}  // namespace aia::emulator
+
+inline aia::emulator::Index threadIdx, blockIdx;
+
+inline void __syncthreads(const std::source_location& where = std::source_location::current()) {
+  aia::emulator::block.barrier(where);
+}
+
+using std::min;
+
+namespace aia::emulator {
+
+inline void Block::enter() {
+  block.kernel_();
+  block.fibers_[block.current_]->done = true;
+}
+
+inline void Block::start(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = &scheduler_;
+  fiber.done = false;
+  fiber.waits_at.clear();
+  makecontext(&fiber.context, enter, 0);
+}
+
+// Runs a thread up to its next barrier; true when it has come to its end.
+inline bool Block::resume(int thread) {
+  Fiber& fiber = *fibers_[thread];
+  if (fiber.done) return false;
+  current_ = threadIdx.x = thread;
+  swapcontext(&scheduler_, &fiber.context);
+  return fiber.done;
+}
+
+// After a round, either all threads have finished or all wait at one barrier.
+inline void Block::check_round(int threads, int finished) const {
+  if (finished == threads) return;
+  const Site& site = fibers_[0]->waits_at;
+  for (int i = 0; i < threads; ++i)
+    if (fibers_[i]->done || fibers_[i]->waits_at != site)
+      throw std::runtime_error("thread " + std::to_string(i) + " does not reach the barrier that others wait at");
+}
+
+}  // namespace aia::emulator
+
+namespace aia::cuda {
+
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+           std::type_identity_t<Parameters>... parameters) {
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) emulator::block.run(threads, [&] { kernel(parameters...); });
+  return 0;
+}
+
+inline const char* describe(int) { return ""; }
+
+}  // namespace aia::cuda

@@ -1,0 +1,77 @@
+"""The machine code of csrc/cuda, read without a GPU: nothing spills, and x moves in 16-byte loads and stores."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from aia_kernels import _extension
+
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
+BYTES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
+KERNEL = re.compile(rf"(unpool_kernel|reduce_over_channels|reduce_over_spacetime)I({'|'.join(BYTES)})Li(\d+)E")
+
+
+def disassembler() -> str | None:
+    """cuobjdump, next to nvcc or inside triton; nvdisasm lies beside it."""
+    folders = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
+    if spec := importlib.util.find_spec("triton"):
+        folders.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    folders.append(Path("/usr/local/cuda/bin"))
+    for folder in folders:
+        if os.access(folder / "cuobjdump", os.X_OK) and os.access(folder / "nvdisasm", os.X_OK):
+            return str(folder / "cuobjdump")
+    return None
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[tuple[str, str], collections.Counter]:
+    """Counts of memory instructions by (architecture, mangled name)."""
+    if (reason := _extension.cuda_reason()) is not None:
+        pytest.skip(reason)
+    if (cuobjdump := disassembler()) is None:
+        pytest.skip("neither nvcc nor triton brings cuobjdump here")
+    counts: dict[tuple[str, str], collections.Counter] = {}
+    architecture = current = None
+    command = [cuobjdump, "-sass", _extension.LIBRARY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if match := re.match(r"arch = (\w+)", line):
+                architecture = match[1]
+            elif match := re.search(r"Function : (\S+)", line):
+                current = counts.setdefault((architecture, match[1]), collections.Counter())
+            elif match := re.search(r"\b((?:LDL|STL|LDG|STG)\b[.\w]*)", line):
+                current[match[1]] += 1
+    assert process.returncode == 0
+    return counts
+
+
+def test_every_kernel_is_there_for_every_architecture(kernels):
+    names = collections.defaultdict(set)
+    for architecture, name in kernels:
+        assert KERNEL.search(name), f"this test does not know the kernel {name}"
+        names[architecture].add(name)
+    assert set(names) >= ARCHITECTURES
+    assert len({frozenset(found) for found in names.values()}) == 1
+
+
+def test_no_local_memory(kernels):
+    spilled = {key: counts for key, counts in kernels.items() if any(i.startswith(("LDL", "STL")) for i in counts)}
+    assert not spilled
+
+
+def test_vectors_of_x_are_16_bytes(kernels):
+    """In the kernels for aligned inputs, and not in those for the others. Nothing but x moves in vectors."""
+    for (_, name), counts in kernels.items():
+        kernel, scalar, width = KERNEL.search(name).groups()
+        aligned = int(width) * BYTES[scalar] == 16
+        assert any(i.startswith("LDG.E.128") for i in counts) == aligned, name
+        if kernel == "unpool_kernel":
+            assert all(i.startswith("STG.E.128") for i in counts if i.startswith("STG")) == aligned, name
