@@ -167,9 +167,7 @@ def _channels_last(order: str) -> str:
 def passes(name: str) -> Any:
     """The passes of a backend other than the reference: the names of ops.PASSES, and map_order."""
     if name == "triton":
-        module = importlib.import_module(".triton", __package__)
-        found = {p: getattr(module, p) for p in ops.PASSES}
-    else:
-        found = {p: getattr(getattr(torch.ops, ops.NAMESPACE), p).default for p in ops.PASSES}
+        return importlib.import_module(".triton", __package__)
+    found = {p: getattr(getattr(torch.ops, ops.NAMESPACE), p).default for p in ops.PASSES}
     # The CPU's kernels have channels as vector lanes whatever the storage of x (csrc/cpu).
     return SimpleNamespace(**found, map_order=_channels_last if name == "cpu" else _any_order)

@@ -119,7 +119,7 @@ def pack(maps: Sequence[Tensor], context: int, map_order: str) -> Tensor:
 
 
 def arrange_weight(weights: Sequence[Tensor], context: int, map_order: str) -> Tensor:
-    """Gate convolution weights, each [1, 2, 3, 3, 3] in the paper's axis order, as one [n, 2, 3, 3, 3] in stored order."""
+    """Gate weights, each [1, 2, 3, 3, 3] in the paper's axis order, as one [n, 2, 3, 3, 3] in stored order."""
     arranged = []
     for pooled, axes, weight in zip(POOLED_AXES[context], map_axes(context, map_order), weights, strict=True):
         arranged.append(weight.permute(0, 1, *(2 + GATE_AXES[pooled].index(a) for a in axes)))

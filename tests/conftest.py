@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 import aia_kernels
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+COMPILED = {"cpu": "cpu", "cuda": "triton"}
 
 
 def runnable(backend: str, device: str) -> str | None:
@@ -35,15 +37,23 @@ def skip_unless_runnable(backend: str, device: str) -> None:
         pytest.skip(f"{backend} on {device}: {reason}")
 
 
-@pytest.fixture(
-    params=[(b, d) for d in DEVICES for b in ("reference", "cpu" if d == "cpu" else "triton")], ids="-".join
-)
-def backend_on(request) -> tuple[str, str]:
-    """Each backend that is fast enough for many cases, with its device, chosen for the duration of the test."""
+def _chosen(request) -> Iterator[tuple[str, str]]:
     backend, device = request.param
     skip_unless_runnable(backend, device)
     with aia_kernels.use_backend(backend):
         yield backend, device
+
+
+@pytest.fixture(params=[(b, d) for d in DEVICES for b in ("reference", COMPILED[d])], ids="-".join)
+def backend_on(request) -> Iterator[tuple[str, str]]:
+    """Each backend that is fast enough for many cases, with its device, chosen for the duration of the test."""
+    yield from _chosen(request)
+
+
+@pytest.fixture(params=[(COMPILED[d], d) for d in DEVICES], ids="-".join)
+def compiled_on(request) -> Iterator[tuple[str, str]]:
+    """The same without the reference."""
+    yield from _chosen(request)
 
 
 @pytest.fixture(autouse=True)

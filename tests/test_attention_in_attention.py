@@ -57,10 +57,8 @@ def test_algorithm_over_plain_passes(name, layout, plain_passes):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ALL)
-def test_backend_by_error_budget(name, shape, dtype, backend_on):
-    backend, device = backend_on
-    if backend == "reference":
-        pytest.skip("the reference sets the budget")
+def test_backend_by_error_budget(name, shape, dtype, compiled_on):
+    backend, device = compiled_on
     # Layouts rotate through shapes and types, so that every pair of the two meets within the table.
     layout = testing.LAYOUTS[(list(SHAPES).index(shape) + LOW.index(dtype)) % len(testing.LAYOUTS)]
     x, grad_y = (make_input(SHAPES[shape], dtype, layout, seed, device) for seed in (0, 1))
@@ -73,8 +71,8 @@ def test_backend_by_error_budget(name, shape, dtype, backend_on):
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["CinST", "STinC2"])
-def test_backend_by_error_budget_small(name, dtype, backend_on):
-    backend, device = backend_on
+def test_backend_by_error_budget_small(name, dtype, compiled_on):
+    backend, device = compiled_on
     shape = SHAPES["small"]
     x, grad_y = (make_input(shape, dtype, "channels_last", seed, device) for seed in (0, 1))
     assert_within_budget(testing.compare(unit(name, shape, dtype, device), x, grad_y, backend))
@@ -90,9 +88,9 @@ def test_triton_in_the_interpreter(name, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL)
-def test_ties(name, dtype, backend_on):
+def test_ties(name, dtype, compiled_on):
     """x has five values only: the first index of each maximum takes the gradient."""
-    backend, device = backend_on
+    backend, device = compiled_on
     shape = SHAPES["small"]
     x = (make_input(shape, torch.float64).mul(1.5).round().clamp(-2, 2)).to(device, dtype)
     grad_y = make_input(shape, dtype, seed=1, device=device)
@@ -101,8 +99,8 @@ def test_ties(name, dtype, backend_on):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ALL)
-def test_nan_and_infinity(name, value, backend_on):
-    backend, device = backend_on
+def test_nan_and_infinity(name, value, compiled_on):
+    backend, device = compiled_on
     shape = SHAPES["prime"]
     module = unit(name, shape, torch.float32, device).eval()
     x = make_input(shape, torch.float32, device=device)

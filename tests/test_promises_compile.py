@@ -87,10 +87,8 @@ def test_inductor_around_the_unit(backend_on):
     assert_equal_steps(train_step(compiled, x, grad_y, module), train_step(expected, x, grad_y, expected))
 
 
-def test_second_derivative_is_refused(backend_on):
-    backend, device = backend_on
-    if backend == "reference":
-        pytest.skip("the reference is traced, not recorded as an operator")
+def test_second_derivative_is_refused(compiled_on):
+    backend, device = compiled_on
     args = unit_arguments(backend, device)
     y = operators.unit_forward(*args)[0]
     (grad_x,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
@@ -108,10 +106,8 @@ def unit_arguments(backend, device, name="CinST", batch=(True, False, True, True
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_opcheck_of_the_unit(name, backend_on):
-    backend, device = backend_on
-    if backend == "reference":
-        pytest.skip("the reference is traced, not recorded as an operator")
+def test_opcheck_of_the_unit(name, compiled_on):
+    backend, device = compiled_on
     torch.library.opcheck(operators.unit_forward, unit_arguments(backend, device, name))
 
 

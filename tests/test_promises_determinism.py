@@ -18,10 +18,8 @@ def assert_same_bits(first, second):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", UNITS)
-def test_same_bits_twice(name, dtype, backend_on):
-    backend, device = backend_on
-    if backend == "reference" and device == "cuda":
-        pytest.skip("the reference is as deterministic as torch's convolutions")
+def test_same_bits_twice(name, dtype, compiled_on):
+    backend, device = compiled_on
     shape = SHAPES["stage 5"]
     module = randomise(getattr(aia_kernels, name)(shape.t)).to(device, dtype)
     x, grad_y = (make_input(shape, dtype, seed=seed, device=device) for seed in (0, 1))

@@ -35,10 +35,9 @@ def clips_of(rank: int, tensor: torch.Tensor, split: int) -> torch.Tensor:
 def start(rank: int, store: str, work, *arguments) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        work(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
+    work(rank, *arguments)
+    dist.barrier()  # nobody leaves while another still talks
+    dist.destroy_process_group()
 
 
 def launch(tmp_path, work, *arguments) -> None:
@@ -77,7 +76,8 @@ def every_synchronised_case(rank: int, backend: str) -> None:
     for name in UNITS:
         for split in (3, 1):
             synchronised(rank, name, backend, split)
-    synchronised(rank, "CinST", backend, 3, compiled=True)
+    if backend != "reference":  # torch does not trace the differentiable all_reduce of the reference
+        synchronised(rank, "CinST", backend, 3, compiled=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
