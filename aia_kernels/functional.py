@@ -68,31 +68,42 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
         return _empty(x, gates)
     dense = _dense(x, num_segments)
     backend = backends.select(x.device.type, x.dtype)
-    compiling = torch.compiler.is_compiling()
-    if backend == "reference" or (not compiling and torch._C._are_functorch_transforms_active()):
-        clips = algorithm.as_clips(dense, num_segments)
-        y, statistics = reference(clips, described, gates)
+    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if backend == "reference" or transformed:
+        y, statistics = reference(algorithm.as_clips(dense, num_segments), described, gates)
         y = algorithm.as_input(y, x.ndim)
     else:
-        fixed = _fixed(gates)
-        plan = algorithm.Plan(
-            described,
-            None if compiling else backends.passes(backend),
-            tuple(gate.norm is not None and gate.norm.uses_batch for gate in gates),
-            tuple(0.0 if gate.norm is None else gate.norm.eps for gate in gates),
-            tuple(map(_group_name, gates)),
-        )
-        parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
-        if compiling:
-            y, statistics = _operator(dense, num_segments, plan, backend, fixed, parameters)
-        elif torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
-            y, statistics = algorithm.AttentionInAttentionFunction.apply(dense, num_segments, plan, fixed, *parameters)
-        else:
-            clips = algorithm.as_clips(dense, num_segments)
-            result = algorithm.forward(plan, clips, parameters[::3], algorithm.pack_affine(parameters), fixed)
-            y, statistics = algorithm.as_input(result.y, x.ndim), result.statistics
+        y, statistics = _through_passes(dense, described, gates, num_segments, backend)
     update_running_statistics([gate.norm for gate in gates], statistics)
     return y
+
+
+def _through_passes(
+    x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """y and the statistics [n, 3] by one of the roads 1, 3 and 4."""
+    compiling = torch.compiler.is_compiling()
+    plan = algorithm.Plan(
+        unit,
+        None if compiling else backends.passes(backend),
+        tuple(gate.norm is not None and gate.norm.uses_batch for gate in gates),
+        tuple(0.0 if gate.norm is None else gate.norm.eps for gate in gates),
+        tuple(map(_group_name, gates)),
+    )
+    fixed = _fixed(gates)
+    parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
+    clips = algorithm.as_clips(x, num_segments)
+    if compiling:
+        dtype = maps.accumulate_dtype(x.dtype)
+        weight, affine = torch.cat(parameters[::3]).to(dtype), algorithm.pack_affine(parameters).to(dtype)
+        y, *_, statistics = operators.unit_forward(
+            clips, weight, affine, fixed, unit.name, backend, plan.batch, plan.eps, plan.groups
+        )
+        return algorithm.as_input(y, x.ndim), statistics
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
+        return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
+    result = algorithm.forward(plan, clips, parameters[::3], algorithm.pack_affine(parameters), fixed)
+    return algorithm.as_input(result.y, x.ndim), result.statistics
 
 
 def update_running_statistics(norms: Sequence[Norm | None], statistics: Tensor) -> None:
@@ -122,16 +133,6 @@ def update_running_statistics(norms: Sequence[Norm | None], statistics: Tensor) 
             if factor is None:
                 factor = norm.num_batches_tracked.reciprocal().to(buffer.dtype)
             buffer.lerp_(value, factor)
-
-
-def _operator(x: Tensor, num_segments: int, plan, backend: str, fixed, parameters) -> tuple[Tensor, Tensor]:
-    clips = algorithm.as_clips(x, num_segments)
-    dtype = maps.accumulate_dtype(x.dtype)
-    weight, affine = torch.cat(parameters[::3]).to(dtype), algorithm.pack_affine(parameters).to(dtype)
-    y, *_, statistics = operators.unit_forward(
-        clips, weight, affine, fixed, plan.unit.name, backend, plan.batch, plan.eps, plan.groups
-    )
-    return algorithm.as_input(y, x.ndim), statistics
 
 
 def _fixed(gates: Sequence[Gate]) -> Tensor | None:

@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -53,16 +56,20 @@ struct GateLevel {
         level::GatePasses<A>::backward_norm, level::GatePasses<A>::backward_conv                       \
   }
 
+// The best level that the processor has, or a lesser one that AIA_KERNELS_CPU_LEVEL names (for tests).
 template <class Pick>
 auto pick_level(Pick&& pick) {
+  int best = 0;
 #ifdef AIA_CPU_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma"))
-    return pick(2);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return pick(1);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) best = 1;
+  if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    best = 2;
 #endif
-  return pick(0);
+  const char* named = std::getenv("AIA_KERNELS_CPU_LEVEL");
+  const std::string_view level = named ? named : "";
+  return pick(std::min(best, level == "base" ? 0 : level == "v3" ? 1 : 2));
 }
 
 const Level& passes() {

@@ -7,6 +7,7 @@
 // outside the map are skipped instead of padded. Two features and 27 neighbours make 54 multiply-adds per element. The
 // transpose with respect to the features is the same correlation with the taps mirrored.
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "tile.h"
@@ -114,10 +115,11 @@ inline int64_t longest_row(const PackedDims& maps) {
 template <class A>
 Vec<A> exponential(Vec<A> v);
 
-// exp by 2^n * p(r), |r| <= ln2 / 2: a Taylor polynomial of degree 7 errs by less than 2^-27 there.
+// exp by 2^n * p(r), |r| <= ln2 / 2: a Taylor polynomial of degree 7 errs by less than 2^-27 there. Above 88, where the
+// scale would soon overflow, it is infinity: a sigmoid is 0 from there on.
 template <>
-AIA_INLINE Vec<float> exponential<float>(Vec<float> v) {
-  v = v > 88.0f ? splat(88.0f) : v;
+AIA_INLINE Vec<float> exponential<float>(Vec<float> argument) {
+  Vec<float> v = argument > 88.0f ? splat(88.0f) : argument;
   v = v < -87.0f ? splat(-87.0f) : v;
   const Vec<float> shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const Vec<float> n = shifted - 12582912.0f;
@@ -131,7 +133,8 @@ AIA_INLINE Vec<float> exponential<float>(Vec<float> v) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const IVec<float> exponent = (detail::bit_cast<IVec<float>>(shifted) - 0x4b400000 + 127) << 23;
-  return p * detail::bit_cast<Vec<float>>(exponent);
+  const Vec<float> result = p * detail::bit_cast<Vec<float>>(exponent);
+  return argument > 88.0f ? splat(std::numeric_limits<float>::infinity()) : result;
 }
 template <>
 AIA_INLINE Vec<double> exponential<double>(Vec<double> v) {

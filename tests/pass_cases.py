@@ -1,0 +1,176 @@
+"""Cases, inputs and error bounds for the tests of passes; plain_passes.py in float64 gives the right answers.
+
+Error bounds. Every x-sized pass is linear in each of its inputs, so a sum of n products is off by at most (n + 8)
+roundings of the accumulation type on the sum of the products' magnitudes (8 covers what makes one product: three maps
+added, a division, the factors), and one rounding of the output type on the result. The sum of magnitudes is the same
+pass on the magnitudes of its inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from plain_passes import PlainPasses
+from torch import Tensor
+
+from aia_kernels import maps
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Case(NamedTuple):
+    """A shape B, T, C, H, W in a storage order; elements of a Triton tile, where a small one makes kernels walk."""
+
+    shape: tuple[int, int, int, int, int]
+    order: str = "TCHW"
+    dtype: torch.dtype = torch.float32
+    elements: int = 0
+
+
+CASES = {
+    "prime": Case((2, 3, 5, 7, 11)),
+    "prime THWC": Case((2, 3, 5, 7, 11), "THWC"),
+    "prime CTHW": Case((2, 3, 5, 7, 11), "CTHW"),
+    "one frame": Case((2, 1, 3, 4, 5)),
+    "one row": Case((1, 2, 3, 1, 7), "CTHW"),
+    "one column": Case((1, 2, 3, 5, 1), "THWC"),
+    "one channel": Case((2, 3, 1, 3, 4)),
+    "one pixel": Case((1, 2, 37, 1, 1)),
+    "bf16": Case((1, 3, 4, 5, 6), "TCHW", torch.bfloat16),
+    "bf16 THWC": Case((1, 3, 6, 2, 5), "THWC", torch.bfloat16),
+    "fp16": Case((1, 2, 3, 5, 4), "CTHW", torch.float16),
+    "fp64": Case((1, 3, 4, 5, 3), "TCHW", torch.float64),
+    "fp64 THWC": Case((1, 3, 4, 5, 3), "THWC", torch.float64),
+    "runs": Case((1, 2, 8, 6, 6), "TCHW", torch.float32),
+    "runs CTHW bf16": Case((1, 4, 3, 6, 6), "CTHW", torch.bfloat16),
+    "runs of several channels, ragged": Case((1, 2, 6, 6, 6), "TCHW", torch.float32, 512),
+    "runs of several rows, ragged": Case((1, 2, 3, 6, 6), "TCHW", torch.float32, 64),
+    "walking": Case((1, 3, 3, 7, 4), "TCHW", torch.float32, 64),
+    "walking THWC": Case((1, 2, 37, 3, 4), "THWC", torch.float32, 128),
+    "walking CTHW bf16": Case((1, 2, 3, 9, 3), "CTHW", torch.bfloat16, 64),
+    "long T, axis by axis": Case((1, 19, 2, 2, 3), "TCHW", torch.float32, 64),
+    "long W, axis by axis": Case((1, 2, 3, 2, 21), "THWC", torch.bfloat16, 64),
+}
+
+SHORT = ("prime", "prime THWC", "bf16", "fp64", "runs CTHW bf16", "walking THWC")
+
+
+def activation(case: Case) -> Tensor:
+    return stored(torch.randn(case.shape, dtype=torch.float64), case)
+
+
+def stored(values: Tensor, case: Case) -> Tensor:
+    """Values [B, T, C, H, W] in the type and the storage order of a case."""
+    axes = [0, *(1 + "TCHW".index(letter) for letter in case.order)]
+    back = [axes.index(axis) for axis in range(5)]
+    return values.to(case.dtype).permute(axes).contiguous().permute(back).to(DEVICE)
+
+
+def gate_of(x: Tensor, context: int) -> Tensor | None:
+    if context == maps.NONE:
+        return None
+    shape = (x.shape[0], maps.packed_size(x.shape, context))
+    return torch.rand(shape, dtype=maps.accumulate_dtype(x.dtype)).to(x.device)
+
+
+def features_of(x: Tensor, context: int, plain: PlainPasses) -> tuple[Tensor, Tensor]:
+    """A gradient of pooled features and an argmax that points anywhere."""
+    shape = (x.shape[0], maps.packed_size(x.shape, context))
+    grad = torch.randn(shape[0], 2, shape[1], dtype=maps.accumulate_dtype(x.dtype)).to(x.device)
+    noise = stored(torch.randn(x.shape, dtype=torch.float64), Case(tuple(x.shape), maps.storage_order(x)))
+    _, argmax = plain.pool(noise.cpu(), context, None, maps.NONE)
+    return grad, argmax.to(x.device)
+
+
+def double(*inputs):
+    """Inputs of a pass on the CPU with floating-point tensors in float64."""
+    return [i.cpu().double() if isinstance(i, Tensor) and i.is_floating_point() else cpu(i) for i in inputs]
+
+
+def magnitude(*inputs):
+    return [i.abs() if isinstance(i, Tensor) and i.is_floating_point() else i for i in double(*inputs)]
+
+
+def cpu(value):
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def terms(x: Tensor, context: int) -> int:
+    """The longest sum over an axis of a context."""
+    return max(maps.lengths(x.shape)[axis] for axis in maps.POOLED_AXES[context])
+
+
+def agrees(got: Tensor, want: Tensor, magnitudes: Tensor, n: int) -> None:
+    """Assert the error bound of a sum of n products (see the head of this file)."""
+    bound = (n + 8) * epsilon(maps.accumulate_dtype(got.dtype)) * magnitudes + epsilon(got.dtype) * want.abs()
+    error = (got.cpu().double() - want).abs()
+    assert (error <= bound).all(), f"error up to {(error / bound).nan_to_num(math.inf).max():.3g} times its bound"
+
+
+def special(case: Case, kind: str) -> Tensor:
+    x = torch.randint(-2, 3, case.shape, dtype=torch.float64)
+    if kind == "nan":
+        x[torch.rand(case.shape) < 0.1] = math.nan
+        x[torch.rand(case.shape) < 0.1] = math.inf
+        x[torch.rand(case.shape) < 0.1] = -math.inf
+    elif kind == "nothing but -inf":
+        x[:] = -math.inf
+    elif kind == "zeros of both signs":
+        x = torch.where(torch.rand(case.shape) < 0.5, -0.0, 0.0).double()
+    return stored(x, case)
+
+
+GATES = {
+    "three maps": (2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float32),
+    "one map": (3, (2, 9, 5), torch.float32),
+    "one element": (1, (1, 1, 1), torch.float32),
+    "fp64": (2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float64),
+}
+
+
+class GateCase:
+    """Inputs of the gate passes, with what they are normalised by of the order of one."""
+
+    def __init__(self, batch: int, dims: tuple[int, ...], dtype: torch.dtype):
+        def random(*shape):
+            return torch.randn(shape, dtype=torch.float64).to(dtype).to(DEVICE)
+
+        n, self.dims = len(dims) // 3, dims
+        self.sizes = [math.prod(dims[3 * i : 3 * i + 3]) for i in range(n)]
+        m = sum(self.sizes)
+        self.pooled, self.weight, self.grad_gate, self.z = (
+            random(batch, 2, m),
+            random(n, 2, 3, 3, 3),
+            random(batch, m),
+            random(batch, m),
+        )
+        self.norm = 1 + 0.3 * random(n, 4)
+        self.correction = random(n, 2)
+        self.count = batch * max(self.sizes)
+        self.eps = epsilon(dtype)
+
+    def per_map(self, packed: Tensor) -> tuple[Tensor, ...]:
+        return packed.split(self.sizes, -1)
+
+    def spread(self, column: Tensor) -> Tensor:
+        """One number per map, at every element [M]."""
+        return torch.cat([value.expand(size) for value, size in zip(column, self.sizes, strict=True)])
+
+
+#: Roundings of xhat and of the gate, as the derivative of neither exceeds a few with numbers of the order of one: a
+#: difference, a product, an affine map, an exponential (2 units, its argument 2 roundings off), 1 / (1 + e).
+GATE_ROUNDINGS = 32
+
+
+def conv_backward(dz: Tensor, pooled: Tensor, weight: Tensor, dims) -> tuple[Tensor, Tensor]:
+    """Gradients of gate_conv with respect to pooled and weight, given that of z, by autograd."""
+    pooled, weight = pooled.requires_grad_(), weight.requires_grad_()
+    z, _ = PlainPasses().gate_conv(pooled, weight, dims)
+    return torch.autograd.grad(z, (pooled, weight), dz)

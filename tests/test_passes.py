@@ -1,0 +1,259 @@
+"""The passes of each backend that this machine runs as a whole, against the plain ones in float64.
+
+triton runs in the interpreter or on a GPU, cpu at the best instruction level of the processor and, in processes of
+their own, at the lesser ones. The pool passes of csrc/cuda have test_cuda_passes.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pass_cases
+import pytest
+import torch
+from pass_cases import (
+    CASES,
+    GATE_ROUNDINGS,
+    GATES,
+    SHORT,
+    Case,
+    GateCase,
+    activation,
+    agrees,
+    conv_backward,
+    double,
+    epsilon,
+    features_of,
+    gate_of,
+    magnitude,
+    special,
+    terms,
+)
+from plain_passes import PlainPasses
+
+from aia_kernels import backends, maps
+
+BACKENDS = ("triton", "cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """torch.empty and its kin return NaN and largest integers: an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def passes(request, monkeypatch):
+    """The passes of a backend, on tensors of pass_cases.DEVICE or, for the cpu backend, of the CPU."""
+    if request.param == "cpu":
+        monkeypatch.setattr("pass_cases.DEVICE", "cpu")
+    if (reason := backends.available_backends()[request.param]) is not None:
+        pytest.skip(reason)
+    return backends.passes(request.param)
+
+
+@pytest.fixture
+def plain(passes) -> PlainPasses:
+    """The oracle, packing maps in the order of the backend."""
+    orders = {passes.map_order(order) for order in maps.ORDERS}
+    return PlainPasses(orders.pop() if len(orders) == 1 else None)
+
+
+@pytest.fixture
+def case(request, monkeypatch) -> Case:
+    found = CASES[request.param]
+    if found.elements and backends.available_backends()["triton"] is None:
+        monkeypatch.setattr("aia_kernels.triton.tiles.ELEMENTS", found.elements)
+    return found
+
+
+def each(*names: str):
+    return pytest.mark.parametrize("case", names or CASES, indirect=True)
+
+
+@pytest.fixture(params=GATES)
+def gate(request, passes) -> GateCase:
+    return GateCase(*GATES[request.param])
+
+
+def test_memory_poison():
+    assert torch.randn(3).new_empty(3).isnan().all()
+    assert torch.empty_like(torch.randn(3)).isnan().all()
+
+
+@each()
+@pytest.mark.parametrize("context", [maps.CHANNEL, maps.SPACETIME])
+def test_pool(passes, plain, case, context):
+    x = activation(case)
+    pooled, argmax = passes.pool(x, context, None, maps.NONE)
+    want, want_argmax = plain.pool(x.cpu().double(), context, None, maps.NONE)
+    assert pooled.dtype == maps.accumulate_dtype(x.dtype) and argmax.dtype == maps.index_dtype(x.shape, context)
+    assert torch.equal(pooled[:, 0].cpu().double(), want[:, 0])
+    assert torch.equal(argmax.cpu(), want_argmax)
+    magnitudes, _ = plain.pool(x.cpu().double().abs(), context, None, maps.NONE)
+    agrees(pooled[:, 1], want[:, 1], magnitudes[:, 1], terms(x, context))
+
+
+@each(*SHORT, "runs of several rows, ragged", "long T, axis by axis")
+@pytest.mark.parametrize("context, gate_context", [(1, 3), (3, 1), (1, 1), (3, 3)])
+def test_pool_gated(passes, plain, case, context, gate_context):
+    """Rounding may exchange elements whose products lie within the bound: the chosen one must lie there too."""
+    x = activation(case)
+    gate = gate_of(x, gate_context)
+    pooled, argmax = passes.pool(x, context, gate, gate_context)
+    arguments = (x, context, gate, gate_context)
+    want, _ = plain.pool(*double(*arguments))
+    magnitudes, _ = plain.pool(*magnitude(*arguments))
+    agrees(pooled[:, 0], want[:, 0], magnitudes[:, 0], 1)
+    agrees(pooled[:, 1], want[:, 1], magnitudes[:, 1], terms(x, context))
+    product = x.cpu().double() * plain.field(gate.cpu().double(), x.cpu(), gate_context)
+    order = passes.map_order(maps.storage_order(x))
+    for axis, m, index in zip(
+        maps.POOLED_AXES[context],
+        maps.unpack(pooled[:, 0].cpu(), x.shape, context, order),
+        maps.unpack(argmax.cpu(), x.shape, context, order),
+        strict=True,
+    ):
+        axes = [0, *(1 + "TCHW".index(letter) for letter in (*maps.GATE_AXES[axis], axis))]
+        chosen = product.permute(axes).gather(-1, index.long().unsqueeze(-1)).squeeze(-1)
+        agrees(m, chosen, chosen.abs(), 1)
+
+
+@each("prime", "bf16 THWC", "fp64", "fp16", "walking", "runs CTHW bf16")
+@pytest.mark.parametrize("kind", ["ties", "nan", "nothing but -inf", "zeros of both signs"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the infinities that the interpreter meets
+def test_pool_special_values(passes, plain, case, kind):
+    """As torch.max: the first index on ties, the first NaN before any number. Small integers have exact sums."""
+    x = special(case, kind)
+    for context in (maps.CHANNEL, maps.SPACETIME):
+        pooled, argmax = passes.pool(x, context, None, maps.NONE)
+        want, want_argmax = plain.pool(x.cpu().double(), context, None, maps.NONE)
+        assert torch.equal(argmax.cpu(), want_argmax)
+        eps = epsilon(pooled.dtype)
+        torch.testing.assert_close(pooled[:, 0].cpu().double(), want[:, 0], rtol=0, atol=0, equal_nan=True)
+        # An exact sum, a rounded reciprocal of the length and a rounded product.
+        torch.testing.assert_close(pooled[:, 1].cpu().double(), want[:, 1], rtol=2.5 * eps, atol=0, equal_nan=True)
+
+
+@each()
+def test_recalibrate(passes, plain, case):
+    x, grad_y = activation(case), activation(case)
+    for context in (maps.CHANNEL, maps.SPACETIME):
+        gate = gate_of(x, context)
+        y = passes.recalibrate(x, gate, context)
+        assert y.dtype == x.dtype and maps.storage_order(y) == maps.storage_order(x)
+        arguments = (x, gate, context)
+        agrees(y, plain.recalibrate(*double(*arguments)), plain.recalibrate(*magnitude(*arguments)), 1)
+        grad_gate = passes.recalibrate_reduce(grad_y, x, context)
+        arguments = (grad_y, x, context)
+        want, magnitudes = (
+            plain.recalibrate_reduce(*double(*arguments)),
+            plain.recalibrate_reduce(*magnitude(*arguments)),
+        )
+        agrees(grad_gate, want, magnitudes, terms(x, context))
+
+
+@each()
+@pytest.mark.parametrize(
+    "context, inner_gate_context, inner_context",
+    [(1, 0, 0), (3, 0, 0), (3, 1, 1), (1, 3, 3), (1, 1, 3)],
+    ids=["C", "ST", "CinST", "STinC", "STinC2"],
+)
+def test_unpool(passes, plain, case, context, inner_gate_context, inner_context):
+    grad_y = activation(case)
+    inner = features_of(grad_y, inner_context, plain) if inner_context else (None, None)
+    arguments = (
+        grad_y,
+        gate_of(grad_y, context),
+        *features_of(grad_y, context, plain),
+        context,
+        gate_of(grad_y, inner_gate_context),
+        inner_gate_context,
+        *inner,
+        inner_context,
+    )
+    grad_x = passes.unpool(*arguments)
+    assert grad_x.dtype == grad_y.dtype and maps.storage_order(grad_x) == maps.storage_order(grad_y)
+    agrees(grad_x, plain.unpool(*double(*arguments)), plain.unpool(*magnitude(*arguments)), 12)
+
+
+@each()
+@pytest.mark.parametrize("context, gate_context", [(3, 1), (1, 3)])
+def test_unpool_reduce(passes, plain, case, context, gate_context):
+    x = activation(case)
+    arguments = (x, *features_of(x, context, plain), context, gate_context)
+    got = passes.unpool_reduce(*arguments)
+    want, magnitudes = plain.unpool_reduce(*double(*arguments)), plain.unpool_reduce(*magnitude(*arguments))
+    agrees(got, want, magnitudes, terms(x, gate_context) + 6)
+
+
+def test_gate_conv(passes, plain, gate):
+    """54 products; the moments are taken of the z that came out, sums of as many terms as a map has in the batch."""
+    z, moments = passes.gate_conv(gate.pooled, gate.weight, gate.dims)
+    arguments = (gate.pooled, gate.weight, gate.dims)
+    want, _ = plain.gate_conv(*double(*arguments))
+    magnitudes, _ = plain.gate_conv(*magnitude(*arguments))
+    agrees(z, want, magnitudes, 54)
+    for m, (mean, variance) in zip(gate.per_map(z.cpu().double()), moments.cpu().double(), strict=True):
+        bound = (gate.count + 8) * gate.eps
+        assert (mean - m.mean()).abs() <= bound * m.abs().mean()
+        assert (variance - m.var(correction=0)).abs() <= 2 * bound * m.square().mean()
+
+
+def test_gate_activate(passes, plain, gate):
+    got = passes.gate_activate(gate.z, gate.norm, gate.dims)
+    want = plain.gate_activate(*double(gate.z, gate.norm, gate.dims))
+    assert ((got.cpu().double() - want).abs() <= GATE_ROUNDINGS * gate.eps).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
+def test_gate_saturates(passes):
+    """Far from zero a gate is exactly 0 or 1: the exponential may overflow, but not to NaN."""
+    z = torch.tensor([[-1e30, -200.0, 200.0, 1e30]], device=pass_cases.DEVICE)
+    norm = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=pass_cases.DEVICE)
+    assert passes.gate_activate(z, norm, (1, 1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
+def test_gate_backward_reduce(passes, plain, gate):
+    got = passes.gate_backward_reduce(gate.grad_gate, gate.z, gate.norm, gate.dims)
+    want = plain.gate_backward_reduce(*double(gate.grad_gate, gate.z, gate.norm, gate.dims))
+    grad, z, norm = magnitude(gate.grad_gate, gate.z, gate.norm)
+    xhat = (z + gate.spread(norm[:, 0])) * gate.spread(norm[:, 1])
+    for i, (g, h) in enumerate(zip(gate.per_map(grad), gate.per_map(xhat), strict=True)):
+        bound = (GATE_ROUNDINGS + gate.count) * gate.eps * torch.stack((g.sum(), (g * h).sum()))
+        assert ((got[i].cpu().double() - want[i]).abs() <= bound).all()
+
+
+def test_gate_backward(passes, plain, gate):
+    """dz is off by GATE_ROUNDINGS of its terms; grad_pooled sums 27 products of it, grad_weight one per element."""
+    arguments = (gate.grad_gate, gate.z, gate.norm, gate.correction, gate.pooled, gate.weight, gate.dims)
+    grad_pooled, grad_weight = passes.gate_backward(*arguments)
+    want_pooled, want_weight = plain.gate_backward(*double(*arguments))
+    grad, z, norm, correction, pooled, weight = magnitude(*arguments[:-1])
+    xhat = (z + gate.spread(norm[:, 0])) * gate.spread(norm[:, 1])
+    scale = gate.spread(norm[:, 1] * norm[:, 2])
+    dz = scale * (grad + gate.spread(correction[:, 0]) + xhat * gate.spread(correction[:, 1]))
+    sum_pooled, sum_weight = conv_backward(dz, pooled, weight, gate.dims)
+    assert ((grad_pooled.cpu().double() - want_pooled).abs() <= (GATE_ROUNDINGS + 27) * gate.eps * sum_pooled).all()
+    bound = (GATE_ROUNDINGS + gate.count) * gate.eps * sum_weight
+    assert ((grad_weight.cpu().double() - want_weight).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("level", ["base", "v3"])
+def test_lesser_instruction_levels(level):
+    """The C++ passes are compiled for several instruction levels; each must be right, not only the best one here."""
+    if (reason := backends.available_backends()["cpu"]) is not None:
+        pytest.skip(reason)
+    selected = "cpu and (prime or bf16 or fp16 or fp64 or channel or maps) and not lesser"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected]
+    environment = os.environ | {"AIA_KERNELS_CPU_LEVEL": level}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "skipped" not in run.stdout.splitlines()[-1]
