@@ -74,9 +74,9 @@ inline int64_t tile_rows(const Volume& x) {
 inline int64_t channel_blocks(const Volume& x) { return (x.C + kLanes - 1) / kLanes; }
 
 // Whether a pass that meets maps of contexts up to `highest` runs its lanes along positions instead of channels: it
-// meets no spacetime map, and the positions lie adjacent in planes large enough that their remainder costs little.
+// meets no spacetime map, and the positions lie adjacent in planes of at least a vector.
 inline bool lanes_along_positions(const Volume& x, int highest) {
-  return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= 8 * kLanes;
+  return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= kLanes;
 }
 
 // Rows of a frame in one unit of a reduction over channels. Along positions each channel is one run, the longer the

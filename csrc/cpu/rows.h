@@ -28,12 +28,12 @@ AIA_INLINE Vec<Accumulate<T>> load_channel(const T* source, int64_t stride_c, in
   return load(source + c * stride_c + i, n);
 }
 
-// Calls body(i, lanes) for the vectors of a run of n positions.
+// Calls body(i, lanes) for the vectors of a run of n positions. The last one overlaps its neighbour, which does to
+// positions twice what is done to each alone, and spares a remainder.
 template <class Body>
 AIA_INLINE void for_positions(int64_t n, Body&& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, std::integral_constant<int, kLanes>{});
-  if (i < n) body(i, static_cast<int>(n - i));
+  if (n < kLanes) return body(int64_t{0}, static_cast<int>(n));
+  for (int64_t i = 0; i < n; i += kLanes) body(std::min(i, n - kLanes), std::integral_constant<int, kLanes>{});
 }
 
 // Reduces over the channels what values(tile)(c, i, lanes) gives at channel c and position i; emit as in reduce.h.
@@ -49,9 +49,9 @@ void reduce_channel_rows(const Volume& x, int64_t begin, int64_t end, Values&& v
     std::fill_n(acc, (n + kLanes - 1) / kLanes, Accumulator{});
     for (int64_t c = 0; c < x.C; ++c) {
       const IVec<A> channel = splat_index<A>(c);
-      for_positions(n, [&](int64_t i, auto lanes) { acc[i / kLanes].add(value(c, i, lanes), channel); });
+      for_positions(n, [&](int64_t i, auto lanes) { acc[(i + kLanes - 1) / kLanes].add(value(c, i, lanes), channel); });
     }
-    for_positions(n, [&](int64_t i, auto lanes) { emit(at, first + i, acc[i / kLanes], x.C, lanes); });
+    for_positions(n, [&](int64_t i, auto lanes) { emit(at, first + i, acc[(i + kLanes - 1) / kLanes], x.C, lanes); });
   }
 }
 
