@@ -20,7 +20,6 @@
 
 namespace {
 
-using aia::cpu::Context;
 using aia::cpu::Gate;
 using aia::cpu::Index;
 using aia::cpu::PackedDims;

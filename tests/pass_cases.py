@@ -61,11 +61,16 @@ def activation(case: Case) -> Tensor:
     return stored(torch.randn(case.shape, dtype=torch.float64), case)
 
 
-def stored(values: Tensor, case: Case) -> Tensor:
-    """Values [B, T, C, H, W] in the type and the storage order of a case."""
-    axes = [0, *(1 + "TCHW".index(letter) for letter in case.order)]
+def in_order(x: Tensor, order: str) -> Tensor:
+    """x [B, T, C, H, W] stored in an order."""
+    axes = [0, *(1 + "TCHW".index(letter) for letter in order)]
     back = [axes.index(axis) for axis in range(5)]
-    return values.to(case.dtype).permute(axes).contiguous().permute(back).to(DEVICE)
+    return x.permute(axes).contiguous().permute(back)
+
+
+def stored(values: Tensor, case: Case) -> Tensor:
+    """Values [B, T, C, H, W] in the type and the storage order of a case, on the device."""
+    return in_order(values.to(case.dtype), case.order).to(DEVICE)
 
 
 def gate_of(x: Tensor, context: int) -> Tensor | None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from emulator import Emulator, build
+from pass_cases import Case, in_order
 from plain_passes import PlainPasses
 from torch import Tensor
 
@@ -23,14 +23,6 @@ from aia_kernels import _extension, maps
 ROOT = Path(__file__).parent.parent
 CONTEXTS = (maps.CHANNEL, maps.SPACETIME)
 plain = PlainPasses()
-
-
-class Case(NamedTuple):
-    """A shape B, T, C, H, W in a storage order."""
-
-    shape: tuple[int, int, int, int, int]
-    order: str = "TCHW"
-    dtype: torch.dtype = torch.float32
 
 
 CASES = {
@@ -104,16 +96,9 @@ def case(request) -> Case:
     return request.param
 
 
-def stored(x: Tensor, order: str) -> Tensor:
-    """x [B, T, C, H, W] stored in an order."""
-    axes = [0, *(1 + "TCHW".index(letter) for letter in order)]
-    back = [axes.index(axis) for axis in range(5)]
-    return x.permute(axes).contiguous().permute(back)
-
-
 def normal(case: Case, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return stored(torch.randn(case.shape, generator=generator, dtype=torch.float64).to(case.dtype), case.order)
+    return in_order(torch.randn(case.shape, generator=generator, dtype=torch.float64).to(case.dtype), case.order)
 
 
 def gate_of(x: Tensor, context: int, seed: int = 1) -> Tensor | None:

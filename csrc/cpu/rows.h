@@ -55,7 +55,7 @@ void reduce_channel_rows(const Volume& x, int64_t begin, int64_t end, Values&& v
   }
 }
 
-// A row of a channel map, or of x at one channel, at the positions of a tile.
+// A channel map [B, T * H * W] at the positions of a tile; pitch elements lie between clips.
 template <class Value>
 const Value* map_row(const Volume& x, const Tile& at, const void* map, int64_t pitch) {
   return static_cast<const Value*>(map) + at.b * pitch + (at.t * x.H + at.h) * x.W;
