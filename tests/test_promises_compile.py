@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import aia_kernels
-from aia_kernels import backends, operators, testing
+from aia_kernels import backends, testing
+from aia_kernels.operators import attention_in_attention as operators
 from aia_kernels.reference import UNITS
 from aia_kernels.testing import SHAPES, Shape, make_input, randomise
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import functional
-from .attention_in_attention import as_clips, as_input
-from .reference import UNITS, Gate, Norm, Unit, compose
+from .. import functional
+from ..attention_in_attention import as_clips, as_input
+from ..reference import UNITS, Gate, Norm, Unit, compose
 
 _PLAIN_FORWARDS = (nn.Conv3d.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import attention_in_attention as algorithm
-from . import backends, maps, ops
-from .reference import UNITS
+from .. import attention_in_attention as algorithm
+from .. import backends, maps, ops
+from ..reference import UNITS
 
 unit_forward = getattr(torch.ops, ops.NAMESPACE).unit_forward.default
 unit_backward = getattr(torch.ops, ops.NAMESPACE).unit_backward.default

@@ -17,12 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import attention_in_attention as algorithm
-from . import backends, maps, operators
-from .reference import UNITS, Gate, Norm, Unit
-from .reference import attention_in_attention as reference
-
-__all__ = ["ST", "C", "CinST", "Gate", "Norm", "STinC", "STinC2", "attention_in_attention"]
+from .. import attention_in_attention as algorithm
+from .. import backends, maps
+from ..operators import attention_in_attention as operators
+from ..reference import UNITS, Gate, Norm, Unit
+from ..reference import attention_in_attention as reference
 
 WEIGHT_SHAPE = (1, 2, 3, 3, 3)
 
