@@ -65,10 +65,39 @@ _SCHEMAS = {
     "recalibrate_reduce": "(Tensor grad_y, Tensor x, int context) -> Tensor",
 }
 
+# External attention (DESIGN: double_norm). Logits [B, N, M] are contiguous, N tokens by M columns; the M columns are
+# consecutive groups of `group` slots (a head has one group or several); each token is normalised inside each group.
+# padding [B, N] is boolean, True where a token takes no part; attention is exactly 0 there. Statistics, mass and sums
+# are in maps.accumulate_dtype. A column reduction is split over N in chunks that depend on the sizes alone.
+_DOUBLE_NORM_SCHEMAS = {
+    # [B, 2, M]: of each column the maximum over tokens and the sum of exp(logit - maximum); -inf and 0 without a token.
+    "column_statistics": "(Tensor logits, Tensor? padding) -> Tensor",
+    # With P = exp(logits - lse), lse [B, M] = maximum + log(sum): overwrites the logits by A = P / mass and returns
+    # mass [B, N, M / group] = eps + the sum of P over a token's group. A comes from the maximum of a token's group, so
+    # that it is exact where mass underflows; without eps A is then a softmax, with it 0.
+    "double_norm_": "(Tensor(a!) logits, Tensor lse, int group, float eps, Tensor? padding) -> Tensor",
+    # D [B, M]: the sum over tokens of Q = A * (grad - the sum of grad * A over the token's group), grad that of A.
+    "double_norm_backward_reduce": "(Tensor grad, Tensor attention, int group) -> Tensor",
+    # Overwrites grad by the gradient of the logits, Q - P * D with P = A * mass.
+    "double_norm_backward_": "(Tensor(a!) grad, Tensor attention, Tensor mass, Tensor reduced, int group) -> ()",
+}
+
+# The end of the external attention block. z and x are [B, N, C], both contiguous or both with contiguous tokens (maps).
+_RESIDUAL_SCHEMAS = {
+    # Overwrites z by relu(z + shift + x), shift [C] in maps.accumulate_dtype or absent. Returns the signs, one bit per
+    # element in the order of storage, lowest bit first, set where the sum is positive or NaN: ceil(numel / 8) bytes.
+    # Reads 2 |X|, writes 1 |X|.
+    "residual_relu_": "(Tensor(a!) z, Tensor x, Tensor? shift) -> Tensor",
+    # g = grad_y where the sign is set, 0 elsewhere, and its sums [C] over batch and tokens. Reads 1 |X|, writes 1 |X|.
+    "residual_relu_backward": "(Tensor grad_y, Tensor signs) -> (Tensor grad, Tensor sums)",
+}
+
 PASSES = tuple(_SCHEMAS)
+DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
+RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in (_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS).items():
     _library.define(_name + _schema)
 
 
@@ -135,6 +164,38 @@ def _(x, gate, context):
 @_fake("recalibrate_reduce")
 def _(grad_y, x, context):
     return _map_like(x, context)
+
+
+@_fake("column_statistics")
+def _(logits, padding):
+    b, _, m = logits.shape
+    return logits.new_empty((b, 2, m), dtype=maps.accumulate_dtype(logits.dtype))
+
+
+@_fake("double_norm_")
+def _(logits, lse, group, eps, padding):
+    b, n, m = logits.shape
+    return lse.new_empty((b, n, m // group))
+
+
+@_fake("double_norm_backward_reduce")
+def _(grad, attention, group):
+    return grad.new_empty((grad.shape[0], grad.shape[2]), dtype=maps.accumulate_dtype(grad.dtype))
+
+
+@_fake("double_norm_backward_")
+def _(grad, attention, mass, reduced, group):
+    return None
+
+
+@_fake("residual_relu_")
+def _(z, x, shift):
+    return z.new_empty(((z.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@_fake("residual_relu_backward")
+def _(grad_y, signs):
+    return torch.empty_like(grad_y), grad_y.new_empty(grad_y.shape[2], dtype=maps.accumulate_dtype(grad_y.dtype))
 
 
 # The whole unit, for torch.compile and torch.export: opaque to the tracer, differentiable, without side effects. The
