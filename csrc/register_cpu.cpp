@@ -43,8 +43,7 @@ struct GateLevel {
   decltype(&aia::cpu::base::GatePasses<A>::conv) conv;
   decltype(&aia::cpu::base::GatePasses<A>::activate) activate;
   decltype(&aia::cpu::base::GatePasses<A>::backward_reduce) backward_reduce;
-  decltype(&aia::cpu::base::GatePasses<A>::backward_norm) backward_norm;
-  decltype(&aia::cpu::base::GatePasses<A>::backward_conv) backward_conv;
+  decltype(&aia::cpu::base::GatePasses<A>::backward) backward;
 };
 
 #define AIA_LEVEL(level) \
@@ -52,7 +51,7 @@ struct GateLevel {
 #define AIA_GATE_LEVEL(level, A)                                                                       \
   GateLevel<A> {                                                                                       \
     level::GatePasses<A>::conv, level::GatePasses<A>::activate, level::GatePasses<A>::backward_reduce, \
-        level::GatePasses<A>::backward_norm, level::GatePasses<A>::backward_conv                       \
+        level::GatePasses<A>::backward                                                                 \
   }
 
 // The best level that the processor has, or a lesser one that AIA_KERNELS_CPU_LEVEL names (for tests).
@@ -395,7 +394,6 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& 
   check_parameters(weight, z, d.n, 54, "weight");
   STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
                   "pooled must be [B, 2, M], of the type of z");
-  Tensor grad_z = output_like(z);
   Tensor grad_pooled = output_like(pooled);
   Tensor grad_weight = torch::stable::empty_like(weight);
   std::vector<double> partial(d.slabs() * aia::cpu::kWeightPartials);
@@ -403,12 +401,9 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& 
     using A = decltype(type);
     const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *mean = data<A>(correction);
     const A *features = data<A>(pooled), *w = data<A>(weight);
-    A *dz = mutable_data<A>(grad_z), *out = mutable_data<A>(grad_pooled);
+    A* out = mutable_data<A>(grad_pooled);
     parallel(d.slabs(), [&](int64_t begin, int64_t end) {
-      gate_passes<A>().backward_norm(d, grad, in, bn, mean, dz, begin, end);
-    });
-    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
-      gate_passes<A>().backward_conv(d, dz, features, w, out, partial.data(), begin, end);
+      gate_passes<A>().backward(d, grad, in, bn, mean, features, w, out, partial.data(), begin, end);
     });
     std::vector<double> total(d.n * 54);
     for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {

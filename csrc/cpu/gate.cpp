@@ -46,65 +46,60 @@ struct Taps {
   Taps(int64_t d, int64_t size) : first(d == 0), last(d + 1 < size ? 3 : 2) {}
 };
 
-// out[d1][c] = sum over sources and taps of weight[source][k0][k1][k2] * source[k0 - 1][d1 + k1 - 1][c + k2 - 1], where
-// sources point to the slab itself and their neighbours lie a plane before and behind.
+// A row of a source that contributes to a row of the result, and its three weights.
 template <class A>
-class Correlation {
- public:
-  explicit Correlation(int64_t longest) : pitch_(longest + 4 * kLanes), rows_(6 * pitch_, A(0)) {}
+struct Tap {
+  const A *source, *weight;
+};
 
-  void operator()(const Slab& slab, const A* const* sources, int count, const A* weight, A* out) {
-    const int64_t length = slab.length();
-    const Taps t0(slab.d0, slab.dims[0]);
-    for (int half = 0; half < 2; ++half)
-      for (int k = 0; k < 3; ++k) std::fill_n(row(half, k) + length, 2 * kLanes, A(0));
-    // A row is finished one row late: reading shifted what was stored just before would wait for the stores.
-    for (int64_t d1 = 0; d1 <= slab.rows(); ++d1) {
-      if (d1 < slab.rows()) {
-        const Taps t1(d1, slab.rows());
-        int64_t c = 0;
-        for (; c + 4 * kLanes <= length; c += 4 * kLanes)
-          partial_sums<4>(slab, sources, count, weight, t0, t1, d1, c, std::integral_constant<int, kLanes>{});
-        for (; c + kLanes <= length; c += kLanes)
-          partial_sums<1>(slab, sources, count, weight, t0, t1, d1, c, std::integral_constant<int, kLanes>{});
-        if (c < length) partial_sums<1>(slab, sources, count, weight, t0, t1, d1, c, static_cast<int>(length - c));
-      }
-      if (d1 > 0) finish(d1 - 1, length, out + (d1 - 1) * length);
+// S_k of kBlocks vectors of a row: the sum over taps of weight[k] * source[at]. Every load is shared by three products.
+template <class A, int kBlocks, class Lanes>
+AIA_INLINE void sum_taps(const Tap<A>* tap, const Tap<A>* last, int64_t at, Lanes lanes, Vec<A> (&sums)[3][kBlocks]) {
+  for (; tap < last; ++tap) {
+    const Vec<A> w[3] = {splat(tap->weight[0]), splat(tap->weight[1]), splat(tap->weight[2])};
+    for (int j = 0; j < kBlocks; ++j) {
+      const Vec<A> value = in_register<A>(load(tap->source + at + j * kLanes, lanes));
+      for (int k = 0; k < 3; ++k) sums[k][j] += value * w[k];
     }
   }
+}
 
- private:
-  A* row(int64_t d1, int k) { return rows_.data() + (d1 % 2 * 3 + k) * pitch_ + kLanes; }
-
-  template <int kBlocks, class Lanes>
-  AIA_INLINE void partial_sums(const Slab& slab, const A* const* sources, int count, const A* weight, Taps t0, Taps t1,
-                               int64_t d1, int64_t c, Lanes lanes) {
-    const int64_t length = slab.length(), plane = slab.rows() * length;
-    Vec<A> sums[3][kBlocks] = {};
-    for (int i = 0; i < count; ++i)
+// out[d1][c] = sum over sources i and taps of weight[i][k0][k1][k2] * source(i, k0)[d1 + k1 - 1][c + k2 - 1], with
+// source(i, k0) the slab before (k0 = 0), this one or the next, its rows `pitch` apart.
+template <class A, class Source>
+void correlate(const Slab& slab, int sources, const A* weight, Source&& source, int64_t pitch, A* out) {
+  const int64_t length = slab.length();
+  const Taps t0(slab.d0, slab.dims[0]);
+  Tap<A> taps[18];  // by k1, then by slab, as the first row sees them: the first and last rows leave out one k1
+  int count = 0;
+  for (int k1 = 0; k1 < 3; ++k1)
+    for (int i = 0; i < sources; ++i)
       for (int k0 = t0.first; k0 < t0.last; ++k0)
-        for (int k1 = t1.first; k1 < t1.last; ++k1) {
-          const A* source = sources[i] + (k0 - 1) * plane + (d1 + k1 - 1) * length + c;
-          const A* w = weight + ((i * 3 + k0) * 3 + k1) * 3;
-          for (int j = 0; j < kBlocks; ++j) {
-            const Vec<A> value = load(source + j * kLanes, lanes);
-            for (int k = 0; k < 3; ++k) sums[k][j] += value * w[k];
-          }
-        }
-    for (int k = 0; k < 3; ++k)
-      for (int j = 0; j < kBlocks; ++j) store(row(d1, k) + c + j * kLanes, sums[k][j]);
-  }
-
-  void finish(int64_t d1, int64_t length, A* out) {
-    const A *before = row(d1, 0) - 1, *here = row(d1, 1), *after = row(d1, 2) + 1;
+        taps[count++] = {source(i, k0) + (k1 - 1) * pitch, weight + ((i * 3 + k0) * 3 + k1) * 3};
+  for (int64_t d1 = 0; d1 < slab.rows(); ++d1, out += length) {
+    const Taps t1(d1, slab.rows());
+    const Tap<A>*first = taps + t1.first * (count / 3), *last = taps + t1.last * (count / 3);
+    // A vector is finished when its right neighbour is known: what it lacks till then, and what its neighbour needs.
+    Vec<A> unfinished{}, s0{}, s2{};
     int64_t c = 0;
-    for (; c + kLanes <= length; c += kLanes) store(out + c, load(before + c) + load(here + c) + load(after + c));
-    if (c < length) store(out + c, load(before + c) + load(here + c) + load(after + c), static_cast<int>(length - c));
+    const auto advance = [&](auto blocks, auto lanes) {
+      constexpr int kBlocks = blocks;
+      Vec<A> sums[3][kBlocks] = {};
+      sum_taps<A, kBlocks>(first, last, d1 * pitch + c, lanes, sums);
+      for (int j = 0; j < kBlocks; ++j, c += kLanes) {
+        if (c) store(out + c - kLanes, unfinished + shift_down<A>(s2, sums[2][j]));
+        unfinished = shift_up<A>(s0, sums[0][j]) + sums[1][j];
+        s0 = sums[0][j], s2 = sums[2][j];
+      }
+    };
+    constexpr std::integral_constant<int, kLanes> full;
+    while (c + 4 * kLanes <= length) advance(std::integral_constant<int, 4>{}, full);
+    while (c + kLanes <= length) advance(std::integral_constant<int, 1>{}, full);
+    if (c < length) advance(std::integral_constant<int, 1>{}, static_cast<int>(length - c));
+    c -= kLanes;
+    store(out + c, unfinished + shift_down<A>(s2, Vec<A>{}), static_cast<int>(length - c));
   }
-
-  int64_t pitch_;
-  std::vector<A> rows_;  // S_k of two consecutive rows, each with zeros on both sides
-};
+}
 
 inline int64_t longest_row(const PackedDims& maps) {
   int64_t longest = 0;
@@ -150,44 +145,98 @@ struct Norm {
   AIA_INLINE Vec<A> gate(Vec<A> normalized) const {
     return A(1) / (A(1) + exponential<A>(-(normalized * weight + bias)));
   }
+  // du: the gradient of the sigmoid's argument from that of the gate.
+  AIA_INLINE Vec<A> through_gate(Vec<A> grad_gate, Vec<A> normalized) const {
+    const Vec<A> g = gate(normalized);
+    return grad_gate * g * (A(1) - g);
+  }
 };
 
-// Calls body(position, lanes) for the vectors of a slab, which is contiguous.
-template <class A, class Body>
-AIA_INLINE void for_slab_vectors(const Slab& slab, Body&& body) {
-  const int64_t size = slab.rows() * slab.length();
-  for (int64_t i = 0; i < size; i += kLanes) body(i, static_cast<int>(std::min<int64_t>(kLanes, size - i)));
+// Calls body(position, lanes) for the vectors of n contiguous elements.
+template <class Body>
+AIA_INLINE void for_vectors(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, std::integral_constant<int, kLanes>{});
+  if (i < n) body(i, static_cast<int>(n - i));
 }
 
-// out[i][k1][k2] = sum over d, c of features[i][d + k1 - 1][c] * framed[d][c - k2 + 1], the products of the weight's
-// taps in one plane: features are rows without a frame (zeros stand in above and below), framed has zeros on both
-// sides.
+// The sum of value(position, lanes) over n contiguous elements, by four chains of additions side by side.
+template <class A, class Value>
+AIA_INLINE A sum_over(int64_t n, Value&& value) {
+  constexpr int kChains = 4;
+  constexpr std::integral_constant<int, kLanes> full;
+  Vec<A> sums[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
+    for (int j = 0; j < kChains; ++j) sums[j] += value(i + j * kLanes, full);
+  for_vectors(n - i, [&](int64_t rest, auto lanes) { sums[0] += value(i + rest, lanes); });
+  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Slabs of dz, each row with zeros on both sides, where the transposes of the convolution read it shifted. The three
+// last ones are kept: a slab needs its neighbours, which are those of the next slab too.
 template <class A>
-void weight_taps(const A* const (&features)[2], const A* framed, const A* zeros, int64_t rows, int64_t length,
-                 int64_t pitch, double* out) {
+class FramedSlabs {
+ public:
+  explicit FramedSlabs(const PackedDims& maps) {
+    for (int i = 0; i < maps.n; ++i)
+      capacity_ = std::max(capacity_, maps.dims[i][1] * pitch_of(maps.dims[i][2]) + kLanes);
+    data_.resize(3 * capacity_);
+  }
+
+  static int64_t pitch_of(int64_t length) { return (length + 2 * kLanes - 1) / kLanes * kLanes; }
+
+  // The rows of slab `index` among all, filled by fill(row, d1) where they are not there yet.
+  template <class Fill>
+  const A* rows(int64_t index, int64_t rows, int64_t length, Fill&& fill) {
+    A* slab = data_.data() + index % 3 * capacity_ + kLanes;
+    if (held_[index % 3] != index) {
+      held_[index % 3] = index;
+      store(slab - kLanes, Vec<A>{});
+      for (int64_t d1 = 0; d1 < rows; ++d1) {
+        A* row = slab + d1 * pitch_of(length);
+        store(row + pitch_of(length) - kLanes, Vec<A>{});
+        fill(row, d1);
+        std::fill(row + length, row + pitch_of(length), A(0));
+      }
+    }
+    return slab;
+  }
+
+ private:
+  int64_t capacity_ = 0, held_[3] = {-1, -1, -1};
+  std::vector<A> data_;
+};
+
+// out[i][k1][k2] = sum over d, c of features[i][d + k1 - 1][c] * dz[d][c - k2 + 1], the products of the weight's taps
+// in one plane. Outside the slab features are zero, above and below, and dz is, to the left and right.
+template <class A>
+void weight_taps(const A* const (&features)[2], const A* zeros, const A* dz, int64_t rows, int64_t length,
+                 double* out) {
   Vec<A> sums[2][3][3] = {};
-  for (int64_t d = 0; d < rows; ++d) {
+  for (int64_t d = 0; d < rows; ++d, dz += FramedSlabs<A>::pitch_of(length)) {
     const A* feature[2][3];
     for (int i = 0; i < 2; ++i)
       for (int k = 0; k < 3; ++k)
         feature[i][k] = d + k >= 1 && d + k <= rows ? features[i] + (d + k - 1) * length : zeros;
-    const A* dz = framed + d * pitch;
-    const auto add = [&](int64_t c, auto n) {
-      const Vec<A> near[3] = {load(dz + c + 1), load(dz + c), load(dz + c - 1)};
+    for_vectors(length, [&](int64_t c, auto lanes) {
+      const Vec<A> near[3] = {in_register<A>(load(dz + c + 1)), in_register<A>(load(dz + c)),
+                              in_register<A>(load(dz + c - 1))};
       for (int i = 0; i < 2; ++i)
         for (int k1 = 0; k1 < 3; ++k1) {
-          const Vec<A> value = load(feature[i][k1] + c, n);
+          const Vec<A> value = in_register<A>(load(feature[i][k1] + c, lanes));
           for (int k2 = 0; k2 < 3; ++k2) sums[i][k1][k2] += value * near[k2];
         }
-    };
-    int64_t c = 0;
-    for (; c + kLanes <= length; c += kLanes) add(c, std::integral_constant<int, kLanes>{});
-    if (c < length) add(c, static_cast<int>(length - c));
+    });
   }
   for (int i = 0; i < 2; ++i)
     for (int k = 0; k < 9; ++k) out[i * 27 + k] = sum_lanes<A>(sums[i][k / 3][k % 3]);
 }
 
+template <class A>
+AIA_INLINE Vec<A> keep(Vec<A> v, std::integral_constant<int, kLanes>) {
+  return v;
+}
 template <class A>
 AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
   return iota<A>() < splat_index<A>(lanes) ? v : Vec<A>{};
@@ -198,22 +247,21 @@ AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
 template <class A>
 void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial, int64_t begin,
                          int64_t end) {
-  Correlation<A> correlation(longest_row(maps));
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t plane = slab.rows() * slab.length();
+    const int64_t length = slab.length(), plane = slab.rows() * length;
     const A* maximum = pooled + slab.b * 2 * maps.packed() + slab.start();
-    const A* features[2] = {maximum, maximum + maps.packed()};
     A* out = z + slab.b * maps.packed() + slab.start();
-    correlation(slab, features, 2, weight + slab.map * 54, out);
-    Vec<A> sum{}, squares{};
-    for_slab_vectors<A>(slab, [&](int64_t i, int n) { sum += load(out + i, n); });
-    const A mean = sum_lanes<A>(sum) / static_cast<A>(plane);
-    for_slab_vectors<A>(slab, [&](int64_t i, int n) {
+    correlate(
+        slab, 2, weight + slab.map * 54, [&](int i, int k0) { return maximum + i * maps.packed() + (k0 - 1) * plane; },
+        length, out);
+    const A sum = sum_over<A>(plane, [&](int64_t i, auto n) { return load(out + i, n); });
+    const A mean = sum / static_cast<A>(plane);
+    const A squares = sum_over<A>(plane, [&](int64_t i, auto n) {
       const Vec<A> deviation = keep<A>(load(out + i, n) - mean, n);
-      squares += deviation * deviation;
+      return deviation * deviation;
     });
     double* moments = partial + slab.index * kMomentPartials;
-    moments[0] = static_cast<double>(plane), moments[1] = mean, moments[2] = sum_lanes<A>(squares);
+    moments[0] = static_cast<double>(plane), moments[1] = mean, moments[2] = squares;
   });
 }
 
@@ -222,8 +270,8 @@ void GatePasses<A>::activate(const PackedDims& maps, const A* z, const A* norm, 
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t start = slab.b * maps.packed() + slab.start();
     const Norm<A> bn(norm + slab.map * 4);
-    for_slab_vectors<A>(
-        slab, [&](int64_t i, int n) { store(gate + start + i, bn.gate(bn.normalized(load(z + start + i, n))), n); });
+    for_vectors(slab.rows() * slab.length(),
+                [&](int64_t i, auto n) { store(gate + start + i, bn.gate(bn.normalized(load(z + start + i, n))), n); });
   });
 }
 
@@ -234,9 +282,9 @@ void GatePasses<A>::backward_reduce(const PackedDims& maps, const A* grad_gate, 
     const int64_t start = slab.b * maps.packed() + slab.start();
     const Norm<A> bn(norm + slab.map * 4);
     Vec<A> sum{}, sum_normalized{};
-    for_slab_vectors<A>(slab, [&](int64_t i, int n) {
-      const Vec<A> normalized = bn.normalized(load(z + start + i, n)), g = bn.gate(normalized);
-      const Vec<A> du = keep<A>(load(grad_gate + start + i, n) * g * (A(1) - g), n);
+    for_vectors(slab.rows() * slab.length(), [&](int64_t i, auto n) {
+      const Vec<A> normalized = bn.normalized(load(z + start + i, n));
+      const Vec<A> du = keep<A>(bn.through_gate(load(grad_gate + start + i, n), normalized), n);
       sum += du;
       sum_normalized += du * normalized;
     });
@@ -246,46 +294,42 @@ void GatePasses<A>::backward_reduce(const PackedDims& maps, const A* grad_gate, 
 }
 
 template <class A>
-void GatePasses<A>::backward_norm(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm,
-                                  const A* correction, A* grad_z, int64_t begin, int64_t end) {
+void GatePasses<A>::backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, const A* correction,
+                             const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin,
+                             int64_t end) {
+  const int64_t packed = maps.packed();
+  FramedSlabs<A> framed(maps);
+  const std::vector<A> zeros(longest_row(maps), A(0));
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t start = slab.b * maps.packed() + slab.start();
+    const int64_t length = slab.length(), plane = slab.rows() * length;
     const Norm<A> bn(norm + slab.map * 4);
     const A scale = bn.weight * bn.rstd;
     const A mean_du = correction[slab.map * 2], mean_du_normalized = correction[slab.map * 2 + 1];
-    for_slab_vectors<A>(slab, [&](int64_t i, int n) {
-      const Vec<A> normalized = bn.normalized(load(z + start + i, n)), g = bn.gate(normalized);
-      const Vec<A> du = load(grad_gate + start + i, n) * g * (A(1) - g);
-      store(grad_z + start + i, (du - mean_du - normalized * mean_du_normalized) * scale, n);
-    });
-  });
-}
-
-template <class A>
-void GatePasses<A>::backward_conv(const PackedDims& maps, const A* grad_z, const A* pooled, const A* weight,
-                                  A* grad_pooled, double* partial, int64_t begin, int64_t end) {
-  const int64_t packed = maps.packed();
-  int64_t largest = 0;
-  for (int i = 0; i < maps.n; ++i) largest = std::max(largest, maps.dims[i][1] * (maps.dims[i][2] + 4 * kLanes));
-  Correlation<A> correlation(longest_row(maps));
-  std::vector<A> frame(largest), zeros(longest_row(maps) + kLanes, A(0));
-  for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t length = slab.length(), plane = slab.rows() * length;
-    const A* dz = grad_z + slab.b * packed + slab.start();
-    A mirrored[54];
-    for (int i = 0; i < 54; ++i) mirrored[i] = weight[slab.map * 54 + i / 27 * 27 + 26 - i % 27];
-    for (int i = 0; i < 2; ++i)
-      correlation(slab, &dz, 1, mirrored + i * 27, grad_pooled + (slab.b * 2 + i) * packed + slab.start());
-    const int64_t pitch = length + 4 * kLanes;
-    A* framed = frame.data() + kLanes;
-    std::fill_n(frame.data(), slab.rows() * pitch, A(0));
-    for (int64_t d1 = 0; d1 < slab.rows(); ++d1) std::copy_n(dz + d1 * length, length, framed + d1 * pitch);
+    const Taps t0(slab.d0, slab.dims[0]);
+    const A* dz[3] = {};  // of the slab before, this one and the next
+    for (int k0 = t0.first; k0 < t0.last; ++k0) {
+      const int64_t start = slab.b * packed + slab.start() + (k0 - 1) * plane;
+      dz[k0] = framed.rows(slab.index + k0 - 1, slab.rows(), length, [&](A* row, int64_t d1) {
+        const int64_t first = start + d1 * length;
+        for_vectors(length, [&](int64_t i, auto n) {
+          const Vec<A> normalized = bn.normalized(load(z + first + i, n));
+          const Vec<A> du = bn.through_gate(load(grad_gate + first + i, n), normalized);
+          store(row + i, (du - mean_du - normalized * mean_du_normalized) * scale, n);
+        });
+      });
+    }
+    for (int i = 0; i < 2; ++i) {
+      A mirrored[27];
+      for (int k = 0; k < 27; ++k) mirrored[k] = weight[slab.map * 54 + i * 27 + 26 - k];
+      correlate(
+          slab, 1, mirrored, [&](int, int k0) { return dz[k0]; }, FramedSlabs<A>::pitch_of(length),
+          grad_pooled + (slab.b * 2 + i) * packed + slab.start());
+    }
     double* grad_weight = partial + slab.index * kWeightPartials;
     std::fill_n(grad_weight, kWeightPartials, 0.0);
-    const Taps t0(slab.d0, slab.dims[0]);
     for (int k0 = t0.first; k0 < t0.last; ++k0) {
       const A* maximum = pooled + slab.b * 2 * packed + slab.start() + (k0 - 1) * plane;
-      weight_taps({maximum, maximum + packed}, framed, zeros.data(), slab.rows(), length, pitch, grad_weight + k0 * 9);
+      weight_taps({maximum, maximum + packed}, zeros.data(), dz[1], slab.rows(), length, grad_weight + k0 * 9);
     }
   });
 }

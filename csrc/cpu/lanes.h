@@ -166,6 +166,19 @@ AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
 
+// The value, loaded once: GCC would rather load it again for every product that takes it.
+template <class A>
+AIA_INLINE Vec<A> in_register(Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    __m512 wide = detail::bit_cast<__m512>(v);
+    asm("" : "+v"(wide));
+    return detail::bit_cast<Vec<A>>(wide);
+  }
+#endif
+  return v;
+}
+
 // Calls body with the number of lanes, as a constant when it is full: the loads and stores inside lose their branch.
 template <class Body>
 AIA_INLINE void with_lanes(int lanes, Body&& body) {
@@ -234,6 +247,16 @@ AIA_INLINE A sum_lanes(Vec<A> v) {
   for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   return parts[0];
+}
+
+// {left[15], right[0 .. 14]} and {left[1 .. 15], right[0]}.
+template <class A>
+AIA_INLINE Vec<A> shift_up(Vec<A> left, Vec<A> right) {
+  return __builtin_shufflevector(left, right, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+}
+template <class A>
+AIA_INLINE Vec<A> shift_down(Vec<A> left, Vec<A> right) {
+  return __builtin_shufflevector(left, right, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
 }
 
 // 16 x 16 transpose in place, by halving: at distance s, blocks of s lanes change places between rows i and i + s.

@@ -98,26 +98,24 @@ inline int64_t elementwise_units(const Volume& x, int highest) {
   return block_units(x) * (lanes_along_positions(x, highest) ? x.T : 1);
 }
 
-#define AIA_DECLARE_CPU_PASSES(level)                                                                                \
-  namespace level {                                                                                                  \
-  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, Index, int64_t, int64_t);   \
-  void unpool(const Volume&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,      \
-              int64_t, int64_t);                                                                                     \
-  void unpool_reduce(const Volume&, const void* x, Unpooled, int gate_context, void* grad_gate, int64_t, int64_t);   \
-  void recalibrate(const Volume&, const void* x, Gate, void* y, int64_t, int64_t);                                   \
-  void recalibrate_reduce(const Volume&, const void* grad_y, const void* x, int context, void* grad_gate, int64_t,   \
-                          int64_t);                                                                                  \
-  template <class A>                                                                                                 \
-  struct GatePasses {                                                                                                \
-    static void conv(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t, int64_t);  \
-    static void activate(const PackedDims&, const A* z, const A* norm, A* gate, int64_t, int64_t);                   \
-    static void backward_reduce(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,   \
-                                int64_t, int64_t);                                                                   \
-    static void backward_norm(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction, \
-                              A* grad_z, int64_t, int64_t);                                                          \
-    static void backward_conv(const PackedDims&, const A* grad_z, const A* pooled, const A* weight, A* grad_pooled,  \
-                              double* partial, int64_t, int64_t);                                                    \
-  };                                                                                                                 \
+#define AIA_DECLARE_CPU_PASSES(level)                                                                               \
+  namespace level {                                                                                                 \
+  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, Index, int64_t, int64_t);  \
+  void unpool(const Volume&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,     \
+              int64_t, int64_t);                                                                                    \
+  void unpool_reduce(const Volume&, const void* x, Unpooled, int gate_context, void* grad_gate, int64_t, int64_t);  \
+  void recalibrate(const Volume&, const void* x, Gate, void* y, int64_t, int64_t);                                  \
+  void recalibrate_reduce(const Volume&, const void* grad_y, const void* x, int context, void* grad_gate, int64_t,  \
+                          int64_t);                                                                                 \
+  template <class A>                                                                                                \
+  struct GatePasses {                                                                                               \
+    static void conv(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t, int64_t); \
+    static void activate(const PackedDims&, const A* z, const A* norm, A* gate, int64_t, int64_t);                  \
+    static void backward_reduce(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,  \
+                                int64_t, int64_t);                                                                  \
+    static void backward(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction,     \
+                         const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t, int64_t);      \
+  };                                                                                                                \
   }
 
 AIA_DECLARE_CPU_PASSES(base)
