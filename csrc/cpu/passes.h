@@ -64,11 +64,13 @@ struct PackedDims {
 };
 
 constexpr int kLanes = 16;
-constexpr int64_t kTilePositions = 256;  // 16 KiB of float lanes: two such buffers stay in the L1 cache
+// Positions of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction keeps three times as much
+// again in accumulators, so its tiles are half as large.
+constexpr int64_t kTilePositions = 256, kReductionPositions = 128;
 
 // Rows of a plane in one tile of x, and blocks of lanes along its channels.
-inline int64_t tile_rows(const Volume& x) {
-  const int64_t rows = std::clamp<int64_t>(kTilePositions / x.W, 1, x.H);
+inline int64_t tile_rows(const Volume& x, int64_t positions) {
+  const int64_t rows = std::clamp<int64_t>(positions / x.W, 1, x.H);
   return rows < x.H && rows > 4 ? rows / 4 * 4 : rows;  // the reductions walk four rows side by side
 }
 inline int64_t channel_blocks(const Volume& x) { return (x.C + kLanes - 1) / kLanes; }
@@ -83,7 +85,8 @@ inline bool lanes_along_positions(const Volume& x, int highest) {
 // better foreseen by the hardware; the accumulators of a run stay in the L1 cache.
 constexpr int64_t kRunPositions = 1024;
 inline int64_t unit_rows(const Volume& x, int highest) {
-  return lanes_along_positions(x, highest) ? std::clamp<int64_t>(kRunPositions / x.W, 1, x.H) : tile_rows(x);
+  return lanes_along_positions(x, highest) ? std::clamp<int64_t>(kRunPositions / x.W, 1, x.H)
+                                           : tile_rows(x, kReductionPositions);
 }
 
 // Units of a pass over x that meets maps of contexts up to `highest`: runs of rows of every frame where it reduces over

@@ -65,10 +65,10 @@ void unpool_as(const Volume& x, const T* grad_y, const Gate& gate, const Unpoole
     });
     return;
   }
-  const int64_t capacity = tile_capacity(x);
+  const int64_t capacity = tile_capacity(x, kTilePositions);
   Buffer<A> tile(capacity), field(capacity);
   for (int64_t unit = begin; unit < end; ++unit) {
-    for_each_tile(x, unit, [&](const Tile& at) {
+    for_each_tile(x, unit, kTilePositions, [&](const Tile& at) {
       load_tile(x, at, grad_y, static_cast<Vec<A>*>(tile));
       multiply_by_gate<A>(x, at, gate, tile, tile);
       if (inner_gate.context) {
@@ -101,7 +101,7 @@ void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int 
     });
     return;
   }
-  Buffer<A> field(tile_capacity(x));
+  Buffer<A> field(tile_capacity(x, kReductionPositions));
   reduce<A, Sum<A>>(
       x, gate_context, begin, end,
       [&](const Tile& at, Vec<A>* tile) {

@@ -19,9 +19,9 @@ void recalibrate_as(const Volume& x, const T* data, const Gate& gate, T* y, int6
     }
     return;
   }
-  Buffer<A> tile(tile_capacity(x));
+  Buffer<A> tile(tile_capacity(x, kTilePositions));
   for (int64_t unit = begin; unit < end; ++unit) {
-    for_each_tile(x, unit, [&](const Tile& at) {
+    for_each_tile(x, unit, kTilePositions, [&](const Tile& at) {
       load_tile(x, at, data, static_cast<Vec<A>*>(tile));
       multiply_by_gate<A>(x, at, gate, tile, tile);
       store_tile(x, at, static_cast<const Vec<A>*>(tile), y);
@@ -45,7 +45,7 @@ void recalibrate_reduce_as(const Volume& x, const T* grad_y, const T* data, int 
         emit_gate(x, context, grad_gate));
     return;
   }
-  Buffer<A> grad(tile_capacity(x));
+  Buffer<A> grad(tile_capacity(x, kReductionPositions));
   reduce<A, Sum<A>>(
       x, context, begin, end,
       [&](const Tile& at, Vec<A>* tile) {

@@ -91,12 +91,12 @@ AIA_INLINE void reduce_rows(const Volume& x, const Tile& at, int64_t r, const Ve
 // Over T, H and W at once: unit = one block of channels of one clip.
 template <class A, class Accumulator, class Fill, class Emit>
 void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
-  const int64_t capacity = tile_capacity(x);
+  const int64_t capacity = tile_capacity(x, kReductionPositions);
   Buffer<A> values(capacity);
   std::unique_ptr<Accumulator[]> over_t(new Accumulator[capacity]), over_h(new Accumulator[x.T * x.W]);
   for (int64_t unit = begin; unit < end; ++unit) {
     std::fill_n(over_h.get(), x.T * x.W, Accumulator{});
-    for_each_tile(x, unit, [&](const Tile& at) {
+    for_each_tile(x, unit, kReductionPositions, [&](const Tile& at) {
       fill(at, static_cast<Vec<A>*>(values));
       const Vec<A>* __restrict v = values;
       Accumulator* __restrict acc_t = over_t.get();
@@ -117,7 +117,7 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
 // Over C: unit = the rows of one tile of one frame.
 template <class A, class Accumulator, class Fill, class Emit>
 void reduce_channel(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
-  const int64_t capacity = (tile_capacity(x) + kLanes - 1) / kLanes * kLanes;
+  const int64_t capacity = (tile_capacity(x, kReductionPositions) + kLanes - 1) / kLanes * kLanes;
   Buffer<A> values(capacity);
   std::unique_ptr<Accumulator[]> over_c(new Accumulator[capacity]);
   for (int64_t unit = begin; unit < end; ++unit) {

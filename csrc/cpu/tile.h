@@ -22,7 +22,7 @@ struct Tile {
   int64_t ahead = 0;
 };
 
-inline int64_t tile_capacity(const Volume& x) { return tile_rows(x) * x.W; }
+inline int64_t tile_capacity(const Volume& x, int64_t positions) { return tile_rows(x, positions) * x.W; }
 
 template <class A>
 class Buffer {
@@ -103,8 +103,8 @@ void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
 // The tiles of one block of channels of one clip: rows outermost, then frames, so that what the frames share (the T
 // map of the rows) stays in cache. Calls each(tile).
 template <class Each>
-void for_each_tile(const Volume& x, int64_t block, Each&& each) {
-  const int64_t b = block / channel_blocks(x), c = block % channel_blocks(x) * kLanes, step = tile_rows(x);
+void for_each_tile(const Volume& x, int64_t block, int64_t positions, Each&& each) {
+  const int64_t b = block / channel_blocks(x), c = block % channel_blocks(x) * kLanes, step = tile_rows(x, positions);
   const int lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - c));
   for (int64_t h = 0; h < x.H; h += step)
     for (int64_t t = 0; t < x.T; ++t) {
