@@ -92,7 +92,7 @@ def run_ninja(torch, nvcc, without_cuda):
 
     compile("cxx", info, REGISTER_FLAGS)
     for source in sorted(ROOT.glob("csrc/register_*.cpp")):
-        if nvcc or source.stem != "register_cuda":
+        if nvcc or not source.stem.startswith("register_cuda"):
             compile("cxx", source, f'{REGISTER_FLAGS} -isystem "{torch}/include"')
     for level, march in CPU_LEVELS.items():  # base first: the linker keeps the first copy of a shared inline function
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):

@@ -1,15 +1,29 @@
-"""Fused kernels for Attention in Attention (arXiv 2204.09303), with a plain PyTorch specification beside them.
+"""Fused kernels for two families of attention, with a plain PyTorch specification beside them.
 
     from aia_kernels import CinST          # a drop-in for the published module
     y = CinST(num_segments=8)(x)           # x [B * 8, C, H, W]
 
-Units: C, ST, CinST, STinC, STinC2; as functions: aia_kernels.functional. ``python -m aia_kernels`` tells what can run.
+Attention in Attention (arXiv 2204.09303): C, ST, CinST, STinC, STinC2. External attention (arXiv 2105.02358):
+ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention. As functions: aia_kernels.functional.
+``python -m aia_kernels`` tells what can run.
 """
 
 from . import functional
 from .attention_in_attention import AttentionInAttentionFunction
 from .backends import available_backends, set_backend, use_backend
-from .modules import ST, C, CinST, STinC, STinC2
+from .convert import convert, to_reference
+from .modules import (
+    ST,
+    C,
+    CinST,
+    ExternalAttention,
+    ExternalAttention2d,
+    MultiHeadExternalAttention,
+    STinC,
+    STinC2,
+    TemporalShift,
+)
+from .operators.decompositions import decompositions
 from .reference import Gate, Norm
 
 __version__ = "0.1.0"
@@ -19,12 +33,19 @@ __all__ = [
     "AttentionInAttentionFunction",
     "C",
     "CinST",
+    "ExternalAttention",
+    "ExternalAttention2d",
     "Gate",
+    "MultiHeadExternalAttention",
     "Norm",
     "STinC",
     "STinC2",
+    "TemporalShift",
     "available_backends",
+    "convert",
+    "decompositions",
     "functional",
     "set_backend",
+    "to_reference",
     "use_backend",
 ]

@@ -1,7 +1,7 @@
 """``python -m aia_kernels``: what is installed, which backends can run, why others cannot, and whether they are right.
 
-The self-check runs every unit forward and backward on each backend that can run here and holds every result, values and
-gradients, against the reference in float64 (testing.py has the budget).
+The self-check runs every layer of both families forward and backward on each backend that can run here and holds every
+result, values and gradients, against the reference in float64 (testing.py has the budget).
 """
 
 from __future__ import annotations
@@ -15,7 +15,20 @@ import torch
 from . import __version__, backends, modules, testing
 from .reference import UNITS
 
-SHAPE = testing.Shape(1, 4, 6, 5, 3)
+SEGMENTS = 4
+TOKENS, MAPS = (2, 7, 8), (2, 8, 5, 3)
+
+#: By family and name, a layer to check and the sizes of its input.
+LAYERS = {
+    "attention_in_attention": {
+        name: (lambda name=name: getattr(modules, name)(SEGMENTS), (4, 6, 5, 3)) for name in UNITS
+    },
+    "external_attention": {
+        "ExternalAttention": (lambda: modules.ExternalAttention(8, S=5), TOKENS),
+        "ExternalAttention2d": (lambda: modules.ExternalAttention2d(8, k=4), MAPS),
+        "MultiHeadExternalAttention": (lambda: modules.MultiHeadExternalAttention(8, num_heads=2), TOKENS),
+    },
+}
 
 
 def _version(package: str) -> str:
@@ -31,13 +44,14 @@ def _device() -> str:
     return f"CPU, {torch.get_num_threads()} threads; torch sees no CUDA device"
 
 
-def self_check(backend: str) -> tuple[str, bool]:
+def self_check(backend: str, family: str) -> tuple[str, bool]:
     """One line on the agreement of a backend with the float64 reference, and whether it is within its budget."""
     device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    generator = torch.Generator().manual_seed(0)
     worst = []
-    for name in UNITS:
-        module = testing.randomise(getattr(modules, name)(SHAPE.t)).to(device)
-        x, grad_y = (testing.make_input(SHAPE, torch.float32, seed=seed, device=device) for seed in (0, 1))
+    for name, (make, sizes) in LAYERS[family].items():
+        module = testing.randomise(make()).to(device)
+        x, grad_y = (torch.randn(sizes, generator=generator).to(device) for _ in range(2))
         worst.append((testing.compare(module, x, grad_y, backend)[0], name))
     excess, name = max(worst, key=lambda pair: pair[0].ratio)
     verdict = "right" if excess.ratio <= 1 else "WRONG"
@@ -52,13 +66,15 @@ def main() -> int:
     print(f"{platform.platform()}, {_device()}\n")
     print(f"backend in force: {backends.chosen_backend()}")
     healthy = True
-    for name, reason in backends.available_backends().items():
-        if reason is None:
-            line, right = self_check(name)
-            healthy &= right
-            print(f"  {name:<10} can run; {line}")
-        else:
-            print(f"  {name:<10} cannot: {reason}")
+    for family in LAYERS:
+        print(f"{family}:")
+        for name, reason in backends.available_backends(family).items():
+            if reason is None:
+                line, right = self_check(name, family)
+                healthy &= right
+                print(f"  {name:<10} can run; {line}")
+            else:
+                print(f"  {name:<10} cannot: {reason}")
     return 0 if healthy else 1
 
 

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from . import maps
+from .layouts import as_clips, as_input, stored_as, unviewed
+from .process_groups import gather, resolve
 from .reference import Gate, Norm, Unit, attention_in_attention
 
 
@@ -231,34 +233,8 @@ def _correction(plan: Plan, rows: slice, sums: Tensor, share: Tensor) -> Tensor:
 
 def _by_group(groups: Sequence[str], alone: Tensor, part: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """Row i: that of ``alone`` for a gate without a group, else of the combined parts of the members, by rank."""
-    rows = {"": alone} | {group: combine(_gather(part, group)) for group in sorted(set(groups) - {""})}
+    rows = {"": alone} | {group: combine(gather(part, group)) for group in sorted(set(groups) - {""})}
     return torch.cat([rows[group][i : i + 1] for i, group in enumerate(groups)])
-
-
-def _gather(tensor: Tensor, group: str) -> Tensor:
-    """A tensor of every member of a process group, stacked by rank."""
-    from torch.distributed import all_gather
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    resolved = _resolve_process_group(group)
-    gathered = [torch.empty_like(tensor) for _ in range(resolved.size())]
-    all_gather(gathered, tensor.contiguous(), group=resolved)
-    return torch.stack(gathered)
-
-
-def as_clips(x: Tensor, num_segments: int) -> Tensor:
-    """The view [B, T, C, H, W] of x, [B * T, C, H, W] or [B, C, T, H, W]."""
-    return x.unflatten(0, (-1, num_segments)) if x.ndim == 4 else x.transpose(1, 2)
-
-
-def as_input(y: Tensor, ndim: int) -> Tensor:
-    """The inverse of as_clips: y [B, T, C, H, W] as [B * T, C, H, W] or [B, C, T, H, W]."""
-    return y.flatten(0, 1) if ndim == 4 else y.transpose(1, 2)
-
-
-def stored_as(grad_y: Tensor, x: Tensor) -> Tensor:
-    """grad_y with the strides of x: gradients arrive expanded (from sum) or in another layout."""
-    return grad_y if grad_y.stride() == x.stride() else torch.empty_like(x).copy_(grad_y)
 
 
 class AttentionInAttentionFunction(torch.autograd.Function):
@@ -268,7 +244,7 @@ class AttentionInAttentionFunction(torch.autograd.Function):
     x is [B * T, C, H, W] or [B, C, T, H, W], dense in a layout of maps.ORDERS and not empty; parameters are, per gate
     in plan.unit.letters, the weight of the convolution and the weight and bias of the BN (None for 1 and 0); plan,
     fixed and statistics as in forward of this module. Gradients flow to x and the parameters. The running statistics
-    are the caller's business (functional.update_running_statistics).
+    are the caller's business (running_statistics.py).
     """
 
     @staticmethod
@@ -276,7 +252,7 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         clips = as_clips(x, num_segments)
         weight = parameters[::3]
         result = forward(plan, clips, weight, pack_affine(parameters), fixed)
-        y = as_input(result.y, x.ndim)
+        y = unviewed(as_input(result.y, x.ndim))
         ctx.plan, ctx.num_segments = plan, num_segments
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.statistics)
@@ -335,9 +311,7 @@ def differentiable_backward(
         mean, var, _ = statistics[i].split(1)
         norm = Norm(scale, shift, mean, var, training=plan.batch[i], eps=plan.eps[i])
         if plan.groups[i]:
-            from torch.distributed.distributed_c10d import _resolve_process_group
-
-            norm = norm._replace(process_group=_resolve_process_group(plan.groups[i]))
+            norm = norm._replace(process_group=resolve(plan.groups[i]))
         gates.append(Gate(weight, norm))
     y, _ = attention_in_attention(as_clips(inputs[0], num_segments), plan.unit, gates)
     wanted = [a for a, need in zip(inputs, needs, strict=True) if need]

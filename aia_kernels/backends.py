@@ -9,6 +9,8 @@ triton    CUDA            Triton passes (aia_kernels/triton); CPU tensors under 
 cuda      CUDA            CUDA C++ passes (csrc/cuda)
 ========= =============== ==========================================================================
 
+A backend may have the passes of one family and not yet those of the other; then it says so when it is asked for those.
+
 The choice is, first that speaks: use_backend (a context, for this thread or task), set_backend (the process), the
 variable AIA_KERNELS_BACKEND, "auto". A backend named explicitly runs or raises with the reason; only "auto" chooses.
 """
@@ -28,9 +30,32 @@ from typing import Any
 import torch
 
 from . import _extension, ops
+from .dense import Dense
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: The families of layers, by the name of the module that holds their algorithm, with the passes of a compiled backend.
+FAMILIES = {
+    "attention_in_attention": ops.PASSES,
+    "external_attention": ops.DOUBLE_NORM_PASSES + ops.RESIDUAL_PASSES,
+    "temporal_shift": ops.SHIFT_PASSES,
+}
+_FIRST = "attention_in_attention"
+
+#: What external attention's algorithm is written in terms of (external_attention.py).
+FUSED_PASSES = (
+    "logits",
+    "normalise",
+    "moments",
+    "values",
+    "signed",
+    "value_gradient",
+    "attention_gradient",
+    "logits_gradient",
+    "empty_attention",
+    "empty_signs",
+)
 
 #: What "auto" tries, in order, by type of device; the reference runs everywhere.
 AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
@@ -70,7 +95,7 @@ def chosen_backend() -> str:
 
 
 @functools.cache
-def _triton_missing() -> str | None:
+def _triton_missing(family: str) -> str | None:
     try:
         found = importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):
@@ -78,10 +103,17 @@ def _triton_missing() -> str | None:
     if not found:
         return "triton is not installed; pip install triton"
     try:
-        importlib.import_module(".triton", __package__)
+        module = importlib.import_module(".triton", __package__)
     except Exception as error:
         return f"the Triton kernels do not import: {error}"
+    if missing := [name for name in _triton_passes(family) if not hasattr(module, name)]:
+        return f"the Triton kernels do not have these passes of {family} yet: {', '.join(missing)}"
     return None
+
+
+def _triton_passes(family: str) -> tuple[str, ...]:
+    """External attention's products belong to Triton's own passes; its residual is part of them."""
+    return ops.DOUBLE_NORM_PASSES + FUSED_PASSES if family == "external_attention" else FAMILIES[family]
 
 
 def _interpreted() -> bool:
@@ -89,22 +121,22 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _missing_passes(dispatch_key: str) -> tuple[str, ...]:
+def _missing_passes(dispatch_key: str, family: str) -> tuple[str, ...]:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(name for name in ops.PASSES if not has_kernel(f"{ops.NAMESPACE}::{name}", dispatch_key))
+    return tuple(name for name in FAMILIES[family] if not has_kernel(f"{ops.NAMESPACE}::{name}", dispatch_key))
 
 
-def _compiled_reason(dispatch_key: str, reason: str | None) -> str | None:
+def _compiled_reason(dispatch_key: str, family: str, reason: str | None) -> str | None:
     if reason is not None:
         return reason
-    if missing := _missing_passes(dispatch_key):
-        return f"the {dispatch_key} extension does not have these passes yet: {', '.join(missing)}"
+    if missing := _missing_passes(dispatch_key, family):
+        return f"the {dispatch_key} extension does not have these passes of {family} yet: {', '.join(missing)}"
     return None
 
 
 @functools.cache
-def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None if backend ``name`` can run tensors of this kind, else the reason in one sentence."""
+def why_not(name: str, device_type: str, dtype: torch.dtype, family: str = _FIRST) -> str | None:
+    """None if backend ``name`` can run a family of FAMILIES on tensors of this kind, else why not in one sentence."""
     if name == "reference":
         return None
     if dtype not in DTYPES:
@@ -116,18 +148,20 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         hint = " unless TRITON_INTERPRET=1 is set" if name == "triton" and needed == "cuda" else ""
         return f"the {name} backend runs on {needed} tensors{hint}, and these are on {device_type}"
     if name == "triton":
-        return _triton_missing()
+        return _triton_missing(family)
     if name == "cpu":
-        return _compiled_reason("CPU", _extension.load())
-    return _compiled_reason("CUDA", _extension.cuda_reason())
+        return _compiled_reason("CPU", family, _extension.load())
+    return _compiled_reason("CUDA", family, _extension.cuda_reason())
 
 
-def available_backends() -> dict[str, str | None]:
-    """Each backend's name, with None if it can run on this machine, else the reason in one sentence."""
+def available_backends(family: str = _FIRST) -> dict[str, str | None]:
+    """Each backend's name, with None if it can run a family of FAMILIES on this machine, else why not in a sentence."""
+    if family not in FAMILIES:
+        raise ValueError(f"family: got {family!r}, expected one of {', '.join(FAMILIES)}")
     reasons: dict[str, str | None] = {}
     for name in NAMES:
         device = "cpu" if name in ("reference", "cpu") or (name == "triton" and _interpreted()) else "cuda"
-        reason = why_not(name, device, torch.float32)
+        reason = why_not(name, device, torch.float32, family)
         if reason is None and device == "cuda" and not torch.cuda.is_available():
             hint = "; set TRITON_INTERPRET=1 to run it in the interpreter" if name == "triton" else ""
             reason = f"torch sees no CUDA device here{hint}"
@@ -136,19 +170,20 @@ def available_backends() -> dict[str, str | None]:
 
 
 @functools.cache
-def _resolve(choice: str, device_type: str, dtype: torch.dtype) -> str:
+def _resolve(choice: str, device_type: str, dtype: torch.dtype, family: str = _FIRST) -> str:
     if choice != "auto":
-        if (reason := why_not(choice, device_type, dtype)) is not None:
+        if (reason := why_not(choice, device_type, dtype, family)) is not None:
             raise RuntimeError(f"backend {choice!r} was asked for, but {reason}")
         return choice
     # The interpreter is for tests: it is never chosen, only asked for.
     candidates = [name for name in AUTO.get(device_type, ()) if not (name == "triton" and _interpreted())]
-    return next((name for name in candidates if why_not(name, device_type, dtype) is None), "reference")
+    return next((name for name in candidates if why_not(name, device_type, dtype, family) is None), "reference")
 
 
-def select(device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs tensors of this kind. Under torch.compile it is settled when the call is traced."""
-    return _resolve(chosen_backend(), device_type, dtype)
+def select(device_type: str, dtype: torch.dtype, family: str = _FIRST) -> str:
+    """The backend that runs a family on tensors of this kind. Under torch.compile it is settled when the call is
+    traced."""
+    return _resolve(chosen_backend(), device_type, dtype, family)
 
 
 # What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.
@@ -164,10 +199,17 @@ def _channels_last(order: str) -> str:
 
 
 @functools.cache
-def passes(name: str) -> Any:
-    """The passes of a backend other than the reference: the names of ops.PASSES, and map_order."""
+def passes(name: str, family: str = _FIRST) -> Any:
+    """What the algorithm of a family takes from a backend other than the reference.
+
+    The first family's passes have the names of ops.PASSES, and map_order; external attention's are the fused passes
+    of its algorithm together with ops.DOUBLE_NORM_PASSES.
+    """
     if name == "triton":
         return importlib.import_module(".triton", __package__)
-    found = {p: getattr(getattr(torch.ops, ops.NAMESPACE), p).default for p in ops.PASSES}
+    found = SimpleNamespace(**{p: getattr(getattr(torch.ops, ops.NAMESPACE), p).default for p in FAMILIES[family]})
+    if family == "external_attention":
+        return Dense(found)
     # The CPU's kernels have channels as vector lanes whatever the storage of x (csrc/cpu).
-    return SimpleNamespace(**found, map_order=_channels_last if name == "cpu" else _any_order)
+    found.map_order = _channels_last if name == "cpu" else _any_order
+    return found

@@ -21,6 +21,8 @@ Traffic in units of |X|, the bytes of x, stands beside each schema; packed maps 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -92,12 +94,18 @@ _RESIDUAL_SCHEMAS = {
     "residual_relu_backward": "(Tensor grad_y, Tensor signs) -> (Tensor grad, Tensor sums)",
 }
 
+# The temporal shift (arXiv 1811.08383): in y the first ``fold`` channels of a frame are those of the next frame, the
+# next ``fold`` those of the previous one, 0 where there is none, and the others its own; 2 * fold <= C. With reverse
+# the next and the previous frame change places: the transpose, and so the gradient. Reads 1 |X|, writes 1 |X|.
+_SHIFT_SCHEMAS = {"temporal_shift": "(Tensor x, int fold, bool reverse) -> Tensor"}
+
 PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
+SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in (_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS).items():
+for _name, _schema in (_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS).items():
     _library.define(_name + _schema)
 
 
@@ -106,8 +114,16 @@ def _map_like(x: Tensor, context: int, *lead: int, dtype: torch.dtype | None = N
     return x.new_empty((x.shape[0], *lead, size), dtype=dtype or maps.accumulate_dtype(x.dtype))
 
 
+#: The fake implementation of each operator: outputs of the right shape, type and strides, without values.
+FAKES: dict[str, Callable] = {}
+
+
 def _fake(name: str):
-    return torch.library.register_fake(f"{NAMESPACE}::{name}")
+    def register(function: Callable) -> Callable:
+        FAKES[name] = function
+        return torch.library.register_fake(f"{NAMESPACE}::{name}", function)
+
+    return register
 
 
 @_fake("pool")
@@ -198,6 +214,11 @@ def _(grad_y, signs):
     return torch.empty_like(grad_y), grad_y.new_empty(grad_y.shape[2], dtype=maps.accumulate_dtype(grad_y.dtype))
 
 
+@_fake("temporal_shift")
+def _(x, fold, reverse):
+    return torch.empty_like(x)
+
+
 # The whole unit, for torch.compile and torch.export: opaque to the tracer, differentiable, without side effects. The
 # meaning of the arguments and results is that of forward and backward in attention_in_attention.py; what is kept of an
 # absent inner context is empty. unit and backend are names; fixed is None when every gate uses the batch's statistics.
@@ -210,12 +231,37 @@ _UNIT_SCHEMAS = {
     "str backend, bool[] batch, float[] eps, str[] groups) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_affine)",
 }
 
-for _name, _schema in _UNIT_SCHEMAS.items():
+# External attention as whole layers, for the same. The meaning of the arguments and results is that of the functions of
+# the same name in external_attention.py; tokens and maps are [B, N, d] as there, what is kept of the attention is the
+# backend's pair, and what is kept of a batch is empty under fixed statistics. shards and members name process groups.
+_EXTERNAL_SCHEMAS = {
+    "double_normalize_forward": "(Tensor logits, Tensor? padding, int group, float eps, str shards, str backend) -> "
+    "(Tensor attention, Tensor mass)",
+    "double_normalize_backward": "(Tensor grad, Tensor attention, Tensor mass, Tensor? padding, int group, float eps, "
+    "str shards, str backend) -> Tensor",
+    "external_attention_forward": "(Tensor x, Tensor key, Tensor value, Tensor? bias, Tensor? padding, Tensor? keep, "
+    "int group, float eps, str shards, float scale, str backend) -> (Tensor o, Tensor attention, Tensor second)",
+    "external_attention_backward": "(Tensor grad, Tensor x, Tensor key, Tensor value, Tensor attention, Tensor second, "
+    "Tensor? padding, Tensor? keep, int group, float eps, str shards, float scale, str backend) -> "
+    "(Tensor grad_x, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    "external_attention_block_forward": "(Tensor x, Tensor key, Tensor value, Tensor? weight, Tensor? bias, "
+    "Tensor? fixed, float eps, bool batch, float norm_eps, str members, str backend) -> (Tensor y, Tensor attention, "
+    "Tensor second, Tensor signs, Tensor mean, Tensor total, Tensor centred, Tensor statistics)",
+    "external_attention_block_backward": "(Tensor grad_y, Tensor x, Tensor key, Tensor value, Tensor? weight, "
+    "Tensor attention, Tensor second, Tensor signs, Tensor mean, Tensor total, Tensor centred, Tensor statistics, "
+    "float eps, bool batch, float norm_eps, str members, str backend) -> "
+    "(Tensor grad_x, Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
+}
+
+# The shift by a named backend, for the same. Its gradient is itself, reversed.
+_LAYER_SHIFT_SCHEMAS = {"temporal_shift_by": "(Tensor x, int fold, bool reverse, str backend) -> Tensor"}
+
+for _name, _schema in (_UNIT_SCHEMAS | _EXTERNAL_SCHEMAS | _LAYER_SHIFT_SCHEMAS).items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
 def implement(name: str, function) -> None:
-    """Register the implementation of a unit operator, the same for every device."""
+    """Register the implementation of a whole layer, the same for every device."""
     _library.impl(name, function, "CompositeExplicitAutograd")
 
 
@@ -238,3 +284,54 @@ def _(grad_y, x, weight, *kept_and_settings):
     n, dtype = weight.shape[0], maps.accumulate_dtype(x.dtype)
     grad_weight, grad_affine = x.new_empty(weight.shape, dtype=dtype), x.new_empty((n, 2), dtype=dtype)
     return torch.empty_like(x), grad_weight, grad_affine
+
+
+@_fake("temporal_shift_by")
+def _(x, fold, reverse, backend):
+    return torch.empty_like(x)
+
+
+def _external_passes(backend: str):
+    from .backends import passes
+
+    return passes(backend, "external_attention")
+
+
+@_fake("double_normalize_forward")
+def _(logits, padding, group, eps, shards, backend):
+    b, n, m = logits.shape
+    return torch.empty_like(logits), logits.new_empty((b, n, m // group), dtype=maps.accumulate_dtype(logits.dtype))
+
+
+@_fake("double_normalize_backward")
+def _(grad, attention, mass, padding, group, eps, shards, backend):
+    return torch.empty_like(attention)
+
+
+@_fake("external_attention_forward")
+def _(x, key, value, bias, padding, keep, group, eps, shards, scale, backend):
+    o = x.new_empty((*x.shape[:2], value.shape[0] * value.shape[1]))
+    return o, *_external_passes(backend).empty_attention(x, key.shape[0] * key.shape[1], group)
+
+
+@_fake("external_attention_backward")
+def _(grad, x, key, value, attention, second, padding, keep, group, eps, shards, scale, backend):
+    dtype = maps.accumulate_dtype(x.dtype)
+    shapes = key.shape, value.shape, (value.shape[0] * value.shape[1],)
+    grads = (x.new_empty(shape, dtype=dtype) for shape in shapes)
+    return torch.empty_like(x), *grads
+
+
+@_fake("external_attention_block_forward")
+def _(x, key, value, weight, bias, fixed, eps, batch, norm_eps, members, backend):
+    passes, (m, c) = _external_passes(backend), key.shape
+    wide = x.new_empty((), dtype=maps.accumulate_dtype(x.dtype))
+    kept = (wide.new_empty(shape) for shape in (((m,), (m,), (m, m)) if batch else ((0,),) * 3))
+    attention = passes.empty_attention(x, m, m)
+    return torch.empty_like(x), *attention, passes.empty_signs(x), *kept, wide.new_empty((c, 3))
+
+
+@_fake("external_attention_block_backward")
+def _(grad_y, x, key, value, weight, *kept_and_settings):
+    wide, c = x.new_empty((), dtype=maps.accumulate_dtype(x.dtype)), x.shape[2]
+    return torch.empty_like(x), *(wide.new_empty(shape) for shape in (key.shape, value.shape, (c,), (c,)))

@@ -1,31 +1,27 @@
-// The CPU implementations of the operators that aia_kernels/ops.py defines: checks, allocation, choice of the
-// instruction level, and the split over threads. The work itself is in cpu/.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+// The CPU implementations of the operators of Attention in Attention that aia_kernels/ops.py defines: checks,
+// allocation, choice of the instruction level, and the split over threads. The work itself is in cpu/.
+#include "register_cpu.h"
 
-#include <algorithm>
-#include <cstdlib>
+#include <torch/csrc/stable/library.h>
+
 #include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "cpu/passes.h"
-
 namespace {
 
+using aia::cpu::check_same;
 using aia::cpu::Gate;
 using aia::cpu::Index;
+using aia::cpu::output_like;
 using aia::cpu::PackedDims;
-using aia::cpu::Scalar;
+using aia::cpu::parallel;
+using aia::cpu::pick_level;
+using aia::cpu::scalar_of;
 using aia::cpu::Unpooled;
 using aia::cpu::Volume;
+using aia::cpu::volume_of;
+using aia::cpu::with_large_pages;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -54,22 +50,6 @@ struct GateLevel {
         level::GatePasses<A>::backward                                                                 \
   }
 
-// The best level that the processor has, or a lesser one that AIA_KERNELS_CPU_LEVEL names (for tests).
-template <class Pick>
-auto pick_level(Pick&& pick) {
-  int best = 0;
-#ifdef AIA_CPU_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) best = 1;
-  if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    best = 2;
-#endif
-  const char* named = std::getenv("AIA_KERNELS_CPU_LEVEL");
-  const std::string_view level = named ? named : "";
-  return pick(std::min(best, level == "base" ? 0 : level == "v3" ? 1 : 2));
-}
-
 const Level& passes() {
   static const Level level = pick_level([](int best) {
 #ifdef AIA_CPU_X86
@@ -95,38 +75,8 @@ const GateLevel<A>& gate_passes() {
   return level;
 }
 
-template <class Body>
-void parallel(int64_t units, const Body& body) {
-  torch::stable::parallel_for(0, units, 1, body);
-}
-
-Scalar scalar_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Scalar::kFloat32;
-    case ScalarType::Double: return Scalar::kFloat64;
-    case ScalarType::BFloat16: return Scalar::kBFloat16;
-    case ScalarType::Half: return Scalar::kFloat16;
-    default: STD_TORCH_CHECK(false, "x must be float16, bfloat16, float32 or float64");
-  }
-}
-
-ScalarType map_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Volume volume_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 5, "x must be [B, T, C, H, W], got ", x.dim(), " axes");
-  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty");
-  Volume v{x.size(0),   x.size(1),   x.size(2),   x.size(3),   x.size(4),
-           x.stride(0), x.stride(1), x.stride(2), x.stride(4), scalar_of(x)};
-  // Strides of axes of length one are arbitrary: give them the value that the dense orders would.
-  if (v.W == 1) v.stride_p = v.H == 1 ? 1 : x.stride(3);
-  const bool lines = v.H == 1 || v.W == 1 || x.stride(3) == v.W * v.stride_p;
-  if (v.C == 1) v.stride_c = v.stride_p == 1 ? v.H * v.W : 1;
-  if (v.H * v.W == 1 && v.stride_c == 1) v.stride_p = v.C;
-  STD_TORCH_CHECK(lines && (v.stride_c == 1 || v.stride_p == 1), "x must be stored densely in an order of maps.ORDERS");
-  return v;
-}
+// The type of the packed maps of x.
+ScalarType map_type(const Tensor& x) { return aia::cpu::accumulate_type(x); }
 
 void check_map(const Tensor& map, const Volume& v, int64_t context, std::vector<int64_t> lead, const Tensor& x,
                const char* name) {
@@ -140,13 +90,6 @@ void check_map(const Tensor& map, const Volume& v, int64_t context, std::vector<
 void check_context(int64_t context) {
   STD_TORCH_CHECK(context == aia::cpu::kChannel || context == aia::cpu::kSpacetime, "context must be 1 or 3, got ",
                   context);
-}
-
-void check_same(const Tensor& a, const Tensor& b, const char* names) {
-  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type();
-  for (int64_t i = 0; same && i < a.dim(); ++i)
-    same = a.size(i) == b.size(i) && (a.size(i) == 1 || a.stride(i) == b.stride(i));
-  STD_TORCH_CHECK(same, names, " must agree in shape, strides and dtype");
 }
 
 Gate gate_of(const std::optional<Tensor>& maps, int64_t context, const Volume& v, const Tensor& x) {
@@ -180,23 +123,6 @@ ScalarType index_type(const Volume& v, int64_t context) {
   const int64_t longest = context == aia::cpu::kChannel ? v.C : std::max(v.T, std::max(v.H, v.W));
   return longest <= 256 ? ScalarType::Byte : longest <= 32768 ? ScalarType::Short : ScalarType::Int;
 }
-
-// Large blocks go back to the system when they are freed, so each new one is paid for page by page, several times what
-// writing it costs. Large pages take most of that away. The advice may be refused, which changes nothing.
-Tensor with_large_pages(Tensor out) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kLarge = size_t{4} << 20, kPage = size_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
-  if (bytes >= kLarge) {
-    const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
-  return out;
-}
-
-Tensor output_like(const Tensor& x) { return with_large_pages(torch::stable::empty_like(x)); }
 
 // A packed map [B, M] or [B, 2, M] of a context of x.
 Tensor new_map(const Tensor& x, std::vector<int64_t> lead, const Volume& v, int64_t context, ScalarType type) {

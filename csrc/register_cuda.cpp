@@ -1,60 +1,34 @@
-// The CUDA implementations of the operators that aia_kernels/ops.py defines, as far as there are any: checks,
+// The CUDA implementations of the operators of Attention in Attention that aia_kernels/ops.py defines: checks,
 // allocation, device and stream. The work itself is in cuda/.
-#include <torch/csrc/stable/accelerator.h>
+#include "register_cuda.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "cuda/passes.h"
-
-// Only torch builds with CUDA define it; the library must load beside the others too.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 namespace {
 
-using aia::cuda::Gate;
+using aia::accumulate_type;
+using aia::check_context;
+using aia::check_parameters;
+using aia::check_same;
+using aia::dims_of;
+using aia::Gate;
+using aia::index_type;
+using aia::PackedDims;
+using aia::Scalar;
+using aia::scalar_of;
+using aia::Unpooled;
+using aia::cuda::check_beside;
+using aia::cuda::Launch;
 using aia::cuda::Order;
-using aia::cuda::Scalar;
 using aia::cuda::Shape;
-using aia::cuda::Unpooled;
+using aia::cuda::Workspace;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The device of x made current, its stream, and the check that follows a launch.
-class Launch {
- public:
-  explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-    const int32_t error = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_);
-    STD_TORCH_CHECK(error == 0, "no current CUDA stream on device ", x.get_device_index());
-  }
-  void* stream() const { return stream_; }
-  void check(int error) const { STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", aia::cuda::error_string(error)); }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
-Scalar scalar_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Scalar::kFloat32;
-    case ScalarType::Double: return Scalar::kFloat64;
-    case ScalarType::BFloat16: return Scalar::kBFloat16;
-    case ScalarType::Half: return Scalar::kFloat16;
-    default: STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
-  }
-}
-
-ScalarType map_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // The order in which x is stored densely: the first of maps.ORDERS that fits, as maps.storage_order has it.
 Order order_of(const Tensor& x, const char* name) {
@@ -74,7 +48,7 @@ Order order_of(const Tensor& x, const char* name) {
 
 int64_t packed(const Shape& s, int64_t context) {
   const int64_t T = s.T, C = s.C, H = s.H, W = s.W;
-  return context == aia::cuda::kChannel ? T * H * W : H * W * C + T * W * C + T * H * C;
+  return context == aia::kChannel ? T * H * W : H * W * C + T * W * C + T * H * C;
 }
 
 Shape shape_of(const Tensor& x, const char* name) {
@@ -90,14 +64,9 @@ Shape shape_of(const Tensor& x, const char* name) {
                     static_cast<int>(x.size(4)),
                     order_of(x, name),
                     scalar_of(x, name)};
-  STD_TORCH_CHECK(fits && packed(shape, aia::cuda::kSpacetime) < kLimit, "one clip of ", name,
+  STD_TORCH_CHECK(fits && packed(shape, aia::kSpacetime) < kLimit, "one clip of ", name,
                   " and its packed maps must hold fewer than 2^30 elements each");
   return shape;
-}
-
-void check_context(int64_t context, const char* name) {
-  STD_TORCH_CHECK(context == aia::cuda::kChannel || context == aia::cuda::kSpacetime, name,
-                  " must be 1 (channel) or 3 (spacetime), got ", context);
 }
 
 // A contiguous [B, M], or [B, 2, M] for features, beside x.
@@ -108,28 +77,27 @@ void check_map(const Tensor& map, int64_t features, ScalarType type, const Shape
                     (features == 1 || map.size(1) == features) && map.size(axes - 1) == packed(s, context);
   STD_TORCH_CHECK(fits, name, " must be a contiguous packed map of its context");
   STD_TORCH_CHECK(map.scalar_type() == type, name, " has the wrong dtype for this x");
-  STD_TORCH_CHECK(map.is_cuda() && map.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+  check_beside(map, x, name);
 }
 
-ScalarType index_type(const Shape& s, int64_t context) {
-  const int longest = context == aia::cuda::kChannel ? s.C : std::max({s.T, s.H, s.W});
-  return longest <= 256 ? ScalarType::Byte : longest <= 32768 ? ScalarType::Short : ScalarType::Int;
+ScalarType index_type_of(const Shape& s, int64_t context) {
+  return index_type(context == aia::kChannel ? s.C : std::max({s.T, s.H, s.W}));
 }
 
 Gate gate_of(const std::optional<Tensor>& gate, int64_t context, const Shape& s, const Tensor& x, const char* name) {
-  if (!gate) return {nullptr, aia::cuda::kNone};
+  if (!gate) return {nullptr, aia::kNone};
   check_context(context, "the context of a gate");
-  check_map(*gate, 1, map_type(x), s, context, x, name);
+  check_map(*gate, 1, accumulate_type(x), s, context, x, name);
   return {gate->const_data_ptr(), static_cast<int>(context)};
 }
 
 Unpooled unpooled_of(const std::optional<Tensor>& grad, const std::optional<Tensor>& argmax, int64_t context,
                      const Shape& s, const Tensor& x, const char* grad_name, const char* argmax_name) {
   STD_TORCH_CHECK(grad.has_value() == argmax.has_value(), grad_name, " and ", argmax_name, " come together or not");
-  if (!grad) return {nullptr, nullptr, 1, aia::cuda::kNone};
+  if (!grad) return {nullptr, nullptr, 1, aia::kNone};
   check_context(context, "the context of pooled features");
-  check_map(*grad, 2, map_type(x), s, context, x, grad_name);
-  check_map(*argmax, 1, index_type(s, context), s, context, x, argmax_name);
+  check_map(*grad, 2, accumulate_type(x), s, context, x, grad_name);
+  check_map(*argmax, 1, index_type_of(s, context), s, context, x, argmax_name);
   return {grad->const_data_ptr(), argmax->const_data_ptr(), static_cast<int>(argmax->element_size()),
           static_cast<int>(context)};
 }
@@ -139,8 +107,8 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<
   check_context(context, "context");
   const Gate inner = gate_of(gate, gate_context, s, x, "gate");
   const Launch launch(x);
-  Tensor pooled = torch::stable::new_empty(x, {s.B, 2, packed(s, context)}, map_type(x));
-  Tensor argmax = torch::stable::new_empty(x, {s.B, packed(s, context)}, index_type(s, context));
+  Tensor pooled = torch::stable::new_empty(x, {s.B, 2, packed(s, context)}, accumulate_type(x));
+  Tensor argmax = torch::stable::new_empty(x, {s.B, packed(s, context)}, index_type_of(s, context));
   launch.check(aia::cuda::pool(s, x.const_data_ptr(), static_cast<int>(context), inner, pooled.mutable_data_ptr(),
                                argmax.mutable_data_ptr(), static_cast<int>(argmax.element_size()), launch.stream()));
   return {pooled, argmax};
@@ -168,10 +136,115 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
   check_context(gate_context, "gate_context");
   const Unpooled unpooled = unpooled_of(grad_pooled, argmax, context, s, x, "grad_pooled", "argmax");
   const Launch launch(x);
-  Tensor grad_gate = torch::stable::new_empty(x, {s.B, packed(s, gate_context)}, map_type(x));
+  Tensor grad_gate = torch::stable::new_empty(x, {s.B, packed(s, gate_context)}, accumulate_type(x));
   launch.check(aia::cuda::unpool_reduce(s, x.const_data_ptr(), unpooled, static_cast<int>(gate_context),
                                         grad_gate.mutable_data_ptr(), launch.stream()));
   return grad_gate;
+}
+
+Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
+  const Shape s = shape_of(x, "x");
+  const Gate outer = gate_of(gate, context, s, x, "gate");
+  const Launch launch(x);
+  Tensor y = torch::stable::empty_like(x);
+  launch.check(aia::cuda::recalibrate(s, x.const_data_ptr(), outer, y.mutable_data_ptr(), launch.stream()));
+  return y;
+}
+
+Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context) {
+  const Shape s = shape_of(x, "x");
+  check_context(context, "context");
+  check_same(grad_y, x, "grad_y and x");
+  check_beside(x, grad_y, "x");
+  const Launch launch(x);
+  Tensor grad_gate = torch::stable::new_empty(x, {s.B, packed(s, context)}, accumulate_type(x));
+  launch.check(aia::cuda::recalibrate_reduce(s, grad_y.const_data_ptr(), x.const_data_ptr(), static_cast<int>(context),
+                                             grad_gate.mutable_data_ptr(), launch.stream()));
+  return grad_gate;
+}
+
+// Maps that a CUDA kernel can address.
+PackedDims gate_dims(const std::vector<int64_t>& dims, const Tensor& map, const char* name) {
+  const PackedDims d = dims_of(dims, map, name);
+  STD_TORCH_CHECK(d.packed() < int64_t{1} << 30, name, " must hold fewer than 2^30 elements of one clip");
+  return d;
+}
+
+// Calls pass with room for the sums of each block; partial results are doubles.
+template <class Pass>
+void with_workspace(const Tensor& like, const Launch& launch, int per_block, Pass&& pass) {
+  Tensor partial = torch::stable::new_empty(like, {aia::cuda::kGateBlocks, per_block}, ScalarType::Double);
+  Tensor tickets = aia::cuda::tickets_of(like, launch);
+  launch.check(pass(
+      Workspace{static_cast<double*>(partial.mutable_data_ptr()), static_cast<unsigned*>(tickets.mutable_data_ptr())}));
+}
+
+std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight, std::vector<int64_t> dims) {
+  const PackedDims d = gate_dims(dims, pooled, "pooled");
+  STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
+  check_parameters(weight, pooled, d.n, 54, "weight");
+  check_beside(weight, pooled, "weight");
+  const Launch launch(pooled);
+  Tensor z = torch::stable::new_empty(pooled, {d.B, d.packed()});
+  Tensor moments = torch::stable::new_empty(pooled, {d.n, 2});
+  with_workspace(pooled, launch, aia::cuda::kMomentPartials, [&](Workspace workspace) {
+    return aia::cuda::gate_conv(d, scalar_of(pooled), pooled.const_data_ptr(), weight.const_data_ptr(),
+                                z.mutable_data_ptr(), moments.mutable_data_ptr(), workspace, launch.stream());
+  });
+  return {z, moments};
+}
+
+Tensor gate_activate(const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
+  const PackedDims d = gate_dims(dims, z, "z");
+  check_parameters(norm, z, d.n, 4, "norm");
+  check_beside(norm, z, "norm");
+  const Launch launch(z);
+  Tensor gate = torch::stable::empty_like(z);
+  launch.check(aia::cuda::gate_activate(d, scalar_of(z), z.const_data_ptr(), norm.const_data_ptr(),
+                                        gate.mutable_data_ptr(), launch.stream()));
+  return gate;
+}
+
+Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
+  const PackedDims d = gate_dims(dims, z, "z");
+  check_same(grad_gate, z, "grad_gate and z");
+  check_parameters(norm, z, d.n, 4, "norm");
+  check_beside(grad_gate, z, "grad_gate");
+  check_beside(norm, z, "norm");
+  const Launch launch(z);
+  Tensor sums = torch::stable::new_empty(z, {d.n, 2});
+  with_workspace(z, launch, aia::cuda::kNormPartials, [&](Workspace workspace) {
+    return aia::cuda::gate_backward_reduce(d, scalar_of(z), grad_gate.const_data_ptr(), z.const_data_ptr(),
+                                           norm.const_data_ptr(), sums.mutable_data_ptr(), workspace, launch.stream());
+  });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z, const Tensor& norm,
+                                         const Tensor& correction, const Tensor& pooled, const Tensor& weight,
+                                         std::vector<int64_t> dims) {
+  const PackedDims d = gate_dims(dims, z, "z");
+  check_same(grad_gate, z, "grad_gate and z");
+  check_parameters(norm, z, d.n, 4, "norm");
+  check_parameters(correction, z, d.n, 2, "correction");
+  check_parameters(weight, z, d.n, 54, "weight");
+  STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
+                  "pooled must be [B, 2, M], of the type of z");
+  check_beside(grad_gate, z, "grad_gate");
+  check_beside(norm, z, "norm");
+  check_beside(correction, z, "correction");
+  check_beside(pooled, z, "pooled");
+  check_beside(weight, z, "weight");
+  const Launch launch(z);
+  Tensor grad_pooled = torch::stable::empty_like(pooled);
+  Tensor grad_weight = torch::stable::empty_like(weight);
+  with_workspace(z, launch, aia::cuda::kWeightPartials, [&](Workspace workspace) {
+    return aia::cuda::gate_backward(d, scalar_of(z), grad_gate.const_data_ptr(), z.const_data_ptr(),
+                                    norm.const_data_ptr(), correction.const_data_ptr(), pooled.const_data_ptr(),
+                                    weight.const_data_ptr(), grad_pooled.mutable_data_ptr(),
+                                    grad_weight.mutable_data_ptr(), workspace, launch.stream());
+  });
+  return {grad_pooled, grad_weight};
 }
 
 }  // namespace
@@ -180,4 +253,10 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CUDA, m) {
   m.impl("pool", TORCH_BOX(&pool));
   m.impl("unpool", TORCH_BOX(&unpool));
   m.impl("unpool_reduce", TORCH_BOX(&unpool_reduce));
+  m.impl("gate_conv", TORCH_BOX(&gate_conv));
+  m.impl("gate_activate", TORCH_BOX(&gate_activate));
+  m.impl("gate_backward_reduce", TORCH_BOX(&gate_backward_reduce));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward));
+  m.impl("recalibrate", TORCH_BOX(&recalibrate));
+  m.impl("recalibrate_reduce", TORCH_BOX(&recalibrate_reduce));
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,21 +27,21 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 COMPILED = {"cpu": "cpu", "cuda": "triton"}
 
 
-def runnable(backend: str, device: str) -> str | None:
+def runnable(backend: str, device: str, family: str = "attention_in_attention") -> str | None:
     """None if a test can run a backend on a device of this machine, else the reason to skip it with."""
     from aia_kernels import backends
 
-    return aia_kernels.available_backends()[backend] or backends.why_not(backend, device, torch.float32)
+    return aia_kernels.available_backends(family)[backend] or backends.why_not(backend, device, torch.float32, family)
 
 
-def skip_unless_runnable(backend: str, device: str) -> None:
-    if (reason := runnable(backend, device)) is not None:
+def skip_unless_runnable(backend: str, device: str, family: str = "attention_in_attention") -> None:
+    if (reason := runnable(backend, device, family)) is not None:
         pytest.skip(f"{backend} on {device}: {reason}")
 
 
-def _chosen(request) -> Iterator[tuple[str, str]]:
+def _chosen(request, family: str = "attention_in_attention") -> Iterator[tuple[str, str]]:
     backend, device = request.param
-    skip_unless_runnable(backend, device)
+    skip_unless_runnable(backend, device, family)
     with aia_kernels.use_backend(backend):
         yield backend, device
 
@@ -56,6 +58,39 @@ def compiled_on(request) -> Iterator[tuple[str, str]]:
     yield from _chosen(request)
 
 
+@pytest.fixture(params=[(b, d) for d in DEVICES for b in ("reference", COMPILED[d])], ids="-".join)
+def external_on(request) -> Iterator[tuple[str, str]]:
+    """backend_on for external attention."""
+    yield from _chosen(request, "external_attention")
+
+
+@pytest.fixture(params=[(COMPILED[d], d) for d in DEVICES], ids="-".join)
+def external_compiled_on(request) -> Iterator[tuple[str, str]]:
+    """compiled_on for external attention."""
+    yield from _chosen(request, "external_attention")
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """The passes of csrc/cuda on the host emulator, for CPU tensors."""
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    from emulator import Emulator, build
+
+    found = Emulator(build(Path(__file__).parent.parent / "build" / "emulator"))
+    yield found
+    found.close()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """torch.empty and its kin return NaN and largest integers: an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -9,6 +9,10 @@ pass on the magnitudes of its inputs.
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -179,3 +183,16 @@ def conv_backward(dz: Tensor, pooled: Tensor, weight: Tensor, dims) -> tuple[Ten
     pooled, weight = pooled.requires_grad_(), weight.requires_grad_()
     z, _ = PlainPasses().gate_conv(pooled, weight, dims)
     return torch.autograd.grad(z, (pooled, weight), dz)
+
+
+def run_at_level(level: str, file: str, selected: str) -> None:
+    """Assert that the selected tests of a file pass, none skipped, at a lesser instruction level of the C++ passes.
+
+    They are compiled for several; each must be right, not only the best one here.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", selected]
+    environment = os.environ | {"AIA_KERNELS_CPU_LEVEL": level}
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "skipped" not in run.stdout.splitlines()[-1]

@@ -8,85 +8,173 @@ import pytest
 import torch
 from torch import nn
 
+import aia_kernels
+
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
-from benchmarks import clip, demo, measure, passes, plot, published, registry, run
+from benchmarks import check, clip, measure, passes, plot, records, registry, run, table
+from benchmarks.demo import __main__ as demo
+from benchmarks.demo import attention_in_attention as gates
+from benchmarks.demo import external_attention as slots
+from benchmarks.demo import table as demo_table
+from benchmarks.published import attention_in_attention as published
+from benchmarks.published import external_attention as published_ea
+from benchmarks.registry.attention_in_attention import LAYOUTS, NAMES, STAGES, UnitCase
+from benchmarks.registry.external_attention import PLACES, SWEEP, LayerCase, decided
+from benchmarks.self_attention import SelfAttention
 
 GOLDEN = Path(__file__).parent / "golden"
-AIA = sorted(path.stem for path in GOLDEN.glob("aia_*.npz"))
-TINY = registry.Case("CinST", "5x6x4", 2, "fp32", "contiguous", (5, 6, 4), segments=3)
+STORED = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+TINY = UnitCase("CinST", "5x6x4", 2, "fp32", "contiguous", (5, 6, 4), segments=3)
+FAMILIES = tuple(registry.FAMILIES)
+CPU_MISSING = {family: aia_kernels.available_backends(family)["cpu"] for family in FAMILIES}
 
 
 def test_the_stored_vectors_are_there():
-    assert AIA
+    assert {name.split("_")[0] for name in STORED} == {"aia", "ea"}
 
 
-@pytest.mark.parametrize("name", AIA)
+def published_of(name: str, sizes: tuple[int, ...]) -> nn.Module:
+    """The published layer of a stored case with an input of these sizes."""
+    family, kind, segments, *_ = name.split("_")
+    if family == "aia":
+        return published.UNITS[kind](int(segments[1:]), use_BN="nobn" not in name)
+    return {
+        "eanet": lambda: published_ea.ExternalAttention2d(sizes[1]),
+        "eamlp": lambda: published_ea.MultiHeadExternalAttention(sizes[2], num_heads=2),
+        "fightingcv": lambda: published_ea.ExternalAttention(sizes[2], S=8),
+    }[kind]()
+
+
+@pytest.mark.parametrize("name", STORED)
 def test_published_equals_the_stored_vectors(name):
-    _, kind, segments, *_ = name.split("_")
-    stored = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
-    unit = published.UNITS[kind](int(segments[1:]), use_BN="nobn" not in name).double().train("train" in name)
-    unit.load_state_dict({key[6:]: value for key, value in stored.items() if key.startswith("state.")})
+    stored = {key: torch.from_numpy(np.array(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
+    layer = published_of(name, stored["x"].shape).double().train("train" in name)
+    layer.load_state_dict({key[6:]: value for key, value in stored.items() if key.startswith("state.")})
     x = stored["x"].requires_grad_()
-    y = unit(x)
+    y = layer(x)
     y.backward(stored["grad_y"])
     found = {"y": y.detach(), "grad_x": x.grad}
-    found |= {f"grad.{key}": p.grad for key, p in unit.named_parameters()}
-    found |= {f"after.{key}": buffer for key, buffer in unit.named_buffers()}
+    found |= {f"grad.{key}": p.grad for key, p in layer.named_parameters()}
+    found |= {f"after.{key}": buffer for key, buffer in layer.named_buffers() if f"after.{key}" in stored}
     for key, value in found.items():
         # Both sides are float64: 1e-9 leaves room for sums of some thousand terms in another order.
         torch.testing.assert_close(value, stored[key], rtol=0, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("unit", registry.UNITS)
+@pytest.mark.parametrize("name", published_ea.LAYERS)
+def test_both_forms_are_initialised_alike(name):
+    arguments = {"ExternalAttention2d": {"c": 12}, "ExternalAttention": {"d_model": 12, "S": 8}}.get(name, {"dim": 16})
+    torch.manual_seed(5)
+    slow = published_ea.LAYERS[name](**arguments)
+    torch.manual_seed(5)
+    fast = getattr(aia_kernels, name)(**arguments)
+    for key, value in slow.state_dict().items():
+        assert torch.equal(fast.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("unit", NAMES)
 def test_published_takes_every_layout(unit):
-    case = registry.Case(unit, "5x6x4", 2, "fp32", "contiguous", (5, 6, 4), segments=3)
+    case = UnitCase(unit, "5x6x4", 2, "fp32", "contiguous", (5, 6, 4), segments=3)
     module = published.UNITS[unit](num_segments=3).eval()
     plain = module(case.make_input()).detach()
     for layout in ("channels_last", "5d"):
-        y = module(registry.Case(unit, "5x6x4", 2, "fp32", layout, (5, 6, 4), segments=3).make_input()).detach()
+        y = module(UnitCase(unit, "5x6x4", 2, "fp32", layout, (5, 6, 4), segments=3).make_input()).detach()
         y = y.transpose(1, 2).flatten(0, 1) if layout == "5d" else y
         # The same operations on other strides: only the order of a mean's sum may differ.
         torch.testing.assert_close(y, plain, rtol=1e-6, atol=1e-6)
 
 
+def test_self_attention_is_softmax_over_tokens():
+    """The competitor too computes what its name says, on tokens and on maps."""
+    layer, maps = SelfAttention(8, 2).double(), torch.randn(2, 8, 3, 4, dtype=torch.float64)
+    tokens = maps.flatten(2).mT
+    q, k, v = (a.unflatten(2, (2, 4)).transpose(1, 2) for a in layer.qkv(tokens).chunk(3, 2))
+    o = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)  # 2 is the root of four features a head
+    torch.testing.assert_close(layer(tokens), layer.proj(o))
+    torch.testing.assert_close(layer(maps), layer(tokens).mT.unflatten(2, (3, 4)))
+
+
 def test_registry_bytes():
-    case = registry.Case("CinST", "64x56x56", 8, "fp32", "contiguous", registry.STAGES["64x56x56"])
+    case = UnitCase("CinST", "64x56x56", 8, "fp32", "contiguous", STAGES["64x56x56"])
     assert case.x_bytes == 64 * 64 * 56 * 56 * 4 == case.make_input().nbytes
     assert case.budget_bytes("eval") == 4 * case.x_bytes
     assert case.budget_bytes("step") == 9 * case.x_bytes
-    assert (registry.traffic("C", "eval"), registry.traffic("ST", "step")) == (3, 7)
+    budgets = {unit: UnitCase(unit, "5x6x4", 1, "fp32", "contiguous", (5, 6, 4)) for unit in ("C", "ST")}
+    assert (budgets["C"].traffic("eval"), budgets["ST"].traffic("step")) == (3, 7)
     # A unit's budget is the sum of its passes': CinST pools twice, recalibrates, and so on.
     steps = ("pool", "pool", "recalibrate", "recalibrate_reduce", "unpool_reduce", "unpool")
-    assert sum(sum(registry.PASS_TRAFFIC[step]) for step in steps) == registry.traffic("CinST", "step")
+    assert sum(sum(passes.attention_in_attention.TRAFFIC[step]) for step in steps) == case.traffic("step")
+    for layer in registry.FAMILIES["external_attention"].quick_cases():
+        assert layer.x_bytes == layer.make_input().nbytes
+        assert layer.traffic("eval") == (3 if layer.name == "ExternalAttention2d" else 2)
 
 
 def test_registry_holds_every_combination_and_begins_with_the_main_input():
-    cases = registry.cases()
+    cases = registry.FAMILIES["attention_in_attention"].cases()
     assert len(cases) == len(set(cases)) == 5 * 4 * 2 * 2 * 3
     assert all((c.clips, c.dtype, c.layout) == (8, "fp32", "contiguous") for c in cases[:20])
+    cases = registry.FAMILIES["external_attention"].cases()
+    assert len(cases) == len(set(cases)) == len(set(map(str, cases))) == 2 * len(PLACES) + 2 * 3 + len(SWEEP)
+    assert all((c.kind, c.dtype, c.layout) == ("layer", "fp32", "contiguous") for c in cases[: len(PLACES)])
 
 
-def test_a_run_writes_rows_and_the_plots_read_them(tmp_path):
-    assert run.main(["--quick", "--filter", "STinC-", "--results", str(tmp_path)]) == 0
-    with (tmp_path / "units.csv").open(newline="") as file:
+def test_the_published_sizes():
+    """Tokens, widths and heads of the networks that are named."""
+    assert PLACES["EANet 65x65"].sizes == (1, 512, 65, 65)
+    for name, dim, heads in (("EAMLP-7", 256, 4), ("EAMLP-14", 384, 6), ("EAMLP-19", 448, 7)):
+        for size in (224, 384):
+            place = PLACES[f"{name} {size}"]
+            assert place.sizes == (8, (size // 16) ** 2 + 1, dim)
+            assert place.arguments == {"dim": dim, "num_heads": heads}
+    assert [PLACES[f"T2T {(224 // stride) ** 2}"].sizes[1:] for stride in (4, 8)] == [(3136, 64), (784, 64)]
+
+
+@pytest.mark.parametrize("family, layer", [("attention_in_attention", "STinC-"), ("external_attention", "")])
+def test_a_run_writes_rows_and_the_plots_and_the_table_read_them(family, layer, tmp_path, capsys):
+    arguments = ["--quick", "--family", family, "--filter", layer, "--results", str(tmp_path), "--compile", "off"]
+    assert run.main(arguments) == 0
+    with (tmp_path / family / "layers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == run.COLUMNS
+    assert list(rows[0]) == records.COLUMNS
     assert {"copy", "clone", "published", "reference"} <= {row["provider"] for row in rows}
+    assert ("sdpa" in {row["provider"] for row in rows}) == (family == "external_attention")
     assert {row["mode"] for row in rows} == {"eval", "step"}
     for row in rows:
         assert float(row["median_ms"]) > 0
-        assert row["provider"] in ("copy", "clone") or (row["correct"] == "yes" and float(row["speedup"]) > 0)
+        compared = row["provider"] not in ("copy", "clone", "sdpa")
+        assert (row["correct"] == "yes" and float(row["speedup"]) > 0) if compared else row["speedup"] == ""
+    capsys.readouterr()
+    assert table.main([family, "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len({(row["name"], row["stage"]) for row in rows if row["kind"] != "sweep"})
+    assert len({line.count("|") for line in lines}) == 1
+    page = tmp_path / "README.md"
+    page.write_text("before\n" + "an older table".join(table.marks(family)) + "\nafter")
+    for _ in range(2):  # once in the place of nothing, once in its own
+        assert table.main([family, "--results", str(tmp_path), "--readme", str(page)]) == 0
+        assert page.read_text().splitlines()[2:-2] == lines
+    page.write_text("no marks")
+    assert table.main([family, "--results", str(tmp_path), "--readme", str(page)]) == 2
+    capsys.readouterr()
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
     assert plot.main(["--results", str(tmp_path)]) == 0
-    assert (tmp_path / "speedup.png").stat().st_size > 0
+    drawn = {"speedup", "copies"} | ({"sweep"} if family == "external_attention" else set())
+    for name in drawn:
+        assert (tmp_path / family / f"{name}.png").stat().st_size > 0
+
+
+def test_no_rows_to_draw_or_to_list(tmp_path, capsys):
+    for read in (plot.main, lambda arguments: table.main([FAMILIES[0], *arguments])):
+        assert read(["--results", str(tmp_path)]) == 2
+        assert "run python -m benchmarks.run first" in capsys.readouterr().err
 
 
 def test_the_newest_row_of_a_key_is_drawn(tmp_path):
     case = run.row(TINY, "eval", "cpu", {"device": "cpu"})
-    run.write(tmp_path / "units.csv", [case | {"median_ms": "2"}])
-    run.write(tmp_path / "units.csv", [case | {"median_ms": "1"}])
-    assert [row["median_ms"] for row in plot.read(tmp_path / "units.csv")] == ["1"]
+    records.write(tmp_path / "layers.csv", [case | {"median_ms": "2"}])
+    records.write(tmp_path / "layers.csv", [case | {"median_ms": "1"}])
+    assert [row["median_ms"] for row in records.read(tmp_path / "layers.csv")] == ["1"]
 
 
 class Wrong(published.CinST):
@@ -104,11 +192,25 @@ class NotFinite(published.CinST):
         return super().flow(x) + float("nan")
 
 
-@pytest.mark.parametrize("unit", [Wrong, NotFinite])
-def test_wrong_numbers_get_neither_time_nor_speedup(unit, capsys):
-    provider = run.Provider("wrong", lambda name, segments: unit(segments))
-    candidates = [*run.providers("cpu"), provider]
-    rows = run.measure_case(TINY, candidates, "cpu", rounds=1, seconds=0, where={})
+class WithoutSlotNorm(published_ea.ExternalAttention):
+    """Right in the forward; the division by the sum over slots is a constant to its gradient."""
+
+    def forward(self, x):
+        attention = self.mk(x).softmax(1)
+        return self.mv(attention / attention.sum(2, keepdim=True).detach())
+
+
+PLAIN = LayerCase("ExternalAttention", "9x6", 2, "fp32", "contiguous", (2, 9, 6), (("d_model", 6), ("S", 4)))
+
+
+@pytest.mark.parametrize(
+    "case, make",
+    [(TINY, lambda: Wrong(3)), (TINY, lambda: NotFinite(3)), (PLAIN, lambda: WithoutSlotNorm(6, 4))],
+    ids=["gradient", "nan", "external attention"],
+)
+def test_wrong_numbers_get_neither_time_nor_speedup(case, make, capsys):
+    candidates = [*check.providers("cpu", case.family), check.Provider("wrong", lambda case: make())]
+    rows = run.measure_case(case, candidates, "cpu", rounds=1, seconds=0, where={})
     (row,) = (row for row in rows if row["provider"] == "wrong")
     assert row["correct"] == "no" and row["median_ms"] == "" and row["speedup"] == ""
     assert "wrong is wrong and is not timed" in capsys.readouterr().err
@@ -124,27 +226,61 @@ def test_kept_bytes_counts_storages_once():
 
 
 def test_errors_take_near_ties_out_of_large_gradients_only():
+    near_ties = registry.FAMILIES["attention_in_attention"].near_ties
     truth = {"y": torch.ones(4), "grad x": torch.ones(1_000_000)}
     found = {"y": truth["y"], "grad x": truth["grad x"].clone()}
     found["grad x"][:2000] = 1.5
-    assert measure.errors(found, truth)["grad x"] == 0
-    assert measure.errors(found, truth)["grad x, all"] == 0.5
-    found["grad x"][2000] = 1.5
     assert measure.errors(found, truth)["grad x"] == 0.5
-    assert measure.near_ties(999_999) == 0
+    assert measure.errors(found, truth, near_ties)["grad x"] == 0
+    assert measure.errors(found, truth, near_ties)["grad x, all"] == 0.5
+    found["grad x"][2000] = 1.5
+    assert measure.errors(found, truth, near_ties)["grad x"] == 0.5
+    assert near_ties(999_999) == 0
 
 
-@pytest.mark.skipif(run.aia_kernels.available_backends()["cpu"] is not None, reason="the C++ extension is not built")
-@pytest.mark.parametrize("layout", registry.LAYOUTS)
-def test_every_pass_is_called_with_arguments_that_it_takes(layout):
-    case = registry.Case("CinST", "5x6x4", 2, "fp32", layout, (5, 6, 4), segments=3)
+def test_the_gradient_of_a_block_is_zero_where_its_sign_is_undecided():
+    case = registry.FAMILIES["external_attention"].quick_cases()[0]
     x = case.make_input()
-    calls = passes.calls("cpu", x, run.grad_like(x), case.segments)
-    assert {name.split()[0] for name in calls} == set(registry.PASS_TRAFFIC)
-    for name, call in calls.items():
-        result = call()
-        for tensor in result if isinstance(result, tuple) else (result,):
-            assert tensor.double().isfinite().all(), name
+    torch.manual_seed(0)
+    block = case.published().double()
+    before = block.before_relu(x.double())
+    assert torch.equal(before.relu(), block(x.double()))
+    found = decided(torch.ones_like(x), block, x)
+    assert torch.equal(found == 0, before.abs() < 1e-4 * before.abs().max())
+    assert case.gradient(x).count_nonzero() > 0.99 * x.numel()
+
+
+def assert_finite(result) -> None:
+    for item in result if isinstance(result, tuple) else (result,):
+        if isinstance(item, tuple):
+            assert_finite(item)
+        elif isinstance(item, torch.Tensor):
+            assert item.double().isfinite().all()
+
+
+@pytest.mark.skipif(CPU_MISSING[FAMILIES[0]] is not None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_pass_is_called_with_arguments_that_it_takes(layout):
+    case = UnitCase("CinST", "5x6x4", 2, "fp32", layout, (5, 6, 4), segments=3)
+    x = case.make_input()
+    calls = passes.calls("cpu", case, x, case.gradient(x))
+    assert {name.split()[0] for name in calls} == set(passes.attention_in_attention.TRAFFIC)
+    for one in calls.values():
+        assert_finite(one.call())
+
+
+@pytest.mark.skipif(CPU_MISSING[FAMILIES[1]] is not None, reason="the C++ extension does not have these passes")
+@pytest.mark.parametrize("case", registry.FAMILIES["external_attention"].quick_cases(), ids=str)
+def test_every_fused_pass_is_called_with_arguments_that_it_takes(case):
+    x = case.make_input()
+    calls = passes.calls("cpu", case, x, case.gradient(x))
+    met = {part for name in calls for part in name.split(" + ")}
+    other = {"empty_attention", "empty_signs"} | (set() if x.ndim == 4 else {"moments", "signed"})
+    assert met == set(aia_kernels.backends.FUSED_PASSES) - other
+    for one in calls.values():
+        assert one.bytes_moved > 0
+        for _ in range(2):  # it may be repeated
+            assert_finite(one.call())
 
 
 class TestDemo:
@@ -155,7 +291,7 @@ class TestDemo:
         images = clip.sample_clips(frames, clips=1, segments=2)
         assert images.shape == (2, 3, 224, 224)
         maps = clip.features(images)
-        assert {stage: tuple(x.shape[1:]) for stage, x in maps.items()} == registry.STAGES
+        assert {stage: tuple(x.shape[1:]) for stage, x in maps.items()} == STAGES
         assert all(x.isfinite().all() for x in maps.values())
 
     def test_clips_differ_and_are_repeatable(self):
@@ -181,28 +317,55 @@ class TestDemo:
         with pytest.raises(clip.VideoError, match="has 66 frames; at least 67 are needed"):
             clip.decode(clip.CLIP, least=67)
 
-    def test_a_row_of_the_table(self):
-        x = registry.Case("ST", "5x6x4", 1, "fp32", "contiguous", (5, 6, 4)).make_input()
-        found = demo.compare("ST", "5x6x4", x, rounds=1, seconds=0)
-        assert found["kept fused"] > 0 and found["kept published"] > x.nbytes
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_row_of_the_table(self, family):
+        stages = {
+            name: torch.randn(8, *sizes, generator=torch.Generator().manual_seed(0)) for name, sizes in STAGES.items()
+        }
+        if family == "external_attention":
+            row = slots.rows(stages)[1]
+        else:
+            x = UnitCase("ST", "5x6x4", 1, "fp32", "contiguous", (5, 6, 4)).make_input()
+            row = gates.rows({"5x6x4": x})[list(published.UNITS).index("ST")]
+        found = demo_table.compare(row, rounds=1, seconds=0)
+        assert found["kept fused"] > 0 and found["kept published"] > row.x.nbytes
         assert found["y fused"] < 1e-5 and found["grads fused"] < 1e-4  # float32 on sums of some hundred terms
         found |= {"step published": 0.25, "step fused": 0.0125, "kept fused": 1.25e6}
-        line = demo.line(found)
+        line = demo_table.line(found)
         assert "  250.0   12.50  20.0x" in line and line.endswith("1.2")
-        assert len(line) == len(demo.HEADER.splitlines()[1])
-        assert demo.right(found) and not demo.right(found | {"y fused": 0.1})
-        assert demo.line(found | {"grads fused": float("inf")}).count("wrong") == 2
+        assert len(line) == len(demo_table.HEADER.splitlines()[1])
+        assert demo_table.right(found) and not demo_table.right(found | {"y fused": 0.1})
+        assert demo_table.line(found | {"grads fused": float("inf")}).count("wrong") == 2
 
     def test_the_gate_map_of_a_channel_gate_is_the_gate(self):
         unit = published.C()
-        x = registry.Case("C", "5x6x4", 2, "fp32", "contiguous", (5, 6, 4)).make_input()
+        x = UnitCase("C", "5x6x4", 2, "fp32", "contiguous", (5, 6, 4)).make_input()
         clips = x.view(2, 8, 5, 6, 4)
         with torch.no_grad():
             gate = unit.gate("C", published.pool(clips, 2).permute(0, 2, 1, 3, 4))[0, 0]
         # Two divisions and a sum of five products in float64, of values rounded to float32.
-        torch.testing.assert_close(demo.gate_map(unit, x).float(), gate, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gates.gate_map(unit, x).float(), gate, rtol=1e-5, atol=1e-5)
 
-    def test_the_picture_is_drawn(self, tmp_path):
-        pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-        demo.draw(torch.rand(2, 3, 32, 32), {"gate": torch.rand(2, 8, 8)}, tmp_path / "demo.png")
-        assert (tmp_path / "demo.png").stat().st_size > 0
+    def test_the_attention_map_is_that_of_the_block(self):
+        """Of the block with prototypes: each slot is highest where the pixels are nearest to its prototype."""
+        frame = torch.zeros(3, 32, 40)
+        frame[0, :, :20], frame[2, :, 20:] = 0.9, 0.9
+        x = slots.pixel_features(frame)
+        centres = slots.prototypes(x, 2)
+        block = slots.with_memories(centres)
+        attention = slots.attention_map(block, x)
+        # Every pixel divides one between the slots, up to eps and rounding.
+        torch.testing.assert_close(attention.sum(0), torch.ones(32, 40), rtol=0, atol=1e-4)
+        left, right = (attention[:, :, half].mean((1, 2)) for half in (slice(0, 16), slice(24, 40)))
+        assert sorted((left > 0.9).tolist()) == [False, True] and torch.equal(left > 0.9, right < 0.1)
+        assert not block.linear_1._forward_pre_hooks
+        folded = block(x)
+        z = torch.einsum("khw,kc->chw", attention, centres)
+        torch.testing.assert_close(folded[0], (z / (1 + 1e-5) ** 0.5 + x[0]).relu(), rtol=1e-4, atol=1e-5)
+
+    def test_the_pictures_are_drawn(self, tmp_path):
+        pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+        gates.draw_maps(torch.rand(2, 3, 32, 32), {"gate": torch.rand(2, 8, 8)}, tmp_path / "gates.png")
+        slots.draw(torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8), "cpu", tmp_path / "slots.png")
+        for name in ("gates.png", "slots.png"):
+            assert (tmp_path / name).stat().st_size > 0

@@ -1,15 +1,10 @@
 """The passes of each backend that this machine runs as a whole, against the plain ones in float64.
 
 triton runs in the interpreter or on a GPU, cpu at the best instruction level of the processor and, in processes of
-their own, at the lesser ones. The pool passes of csrc/cuda have test_cuda_passes.py.
+their own, at the lesser ones, cuda on a GPU, and the kernels of cuda on the host emulator.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pass_cases
 import pytest
@@ -29,6 +24,7 @@ from pass_cases import (
     features_of,
     gate_of,
     magnitude,
+    run_at_level,
     special,
     terms,
 )
@@ -36,24 +32,18 @@ from plain_passes import PlainPasses
 
 from aia_kernels import backends, maps
 
-BACKENDS = ("triton", "cpu")
-ROOT = Path(__file__).parent.parent
+BACKENDS = ("triton", "cpu", "cuda", "emulator")
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
-    """torch.empty and its kin return NaN and largest integers: an unwritten element shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 @pytest.fixture(params=BACKENDS)
 def passes(request, monkeypatch):
-    """The passes of a backend, on tensors of pass_cases.DEVICE or, for the cpu backend, of the CPU."""
-    if request.param == "cpu":
+    """The passes of a backend, on tensors of pass_cases.DEVICE or, for the cpu backend and the emulator, of the CPU."""
+    if request.param in ("cpu", "emulator"):
         monkeypatch.setattr("pass_cases.DEVICE", "cpu")
+    if request.param == "emulator":
+        return request.getfixturevalue("emulator")
     if (reason := backends.available_backends()[request.param]) is not None:
         pytest.skip(reason)
     return backends.passes(request.param)
@@ -251,9 +241,4 @@ def test_lesser_instruction_levels(level):
     """The C++ passes are compiled for several instruction levels; each must be right, not only the best one here."""
     if (reason := backends.available_backends()["cpu"]) is not None:
         pytest.skip(reason)
-    selected = "cpu and (prime or bf16 or fp16 or fp64 or channel or maps) and not lesser"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected]
-    environment = os.environ | {"AIA_KERNELS_CPU_LEVEL": level}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "skipped" not in run.stdout.splitlines()[-1]
+    run_at_level(level, __file__, "cpu and (prime or bf16 or fp16 or fp64 or channel or maps) and not lesser")

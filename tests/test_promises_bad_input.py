@@ -76,3 +76,72 @@ def test_mixed_types_under_autocast():
             call(X, gates=(Gate(torch.randn(1, 2, 3, 3, 3, dtype=torch.bfloat16)),))
         with pytest.raises(TypeError, match=r"expected torch\.float16"):
             call(X.half())
+
+
+TOKENS, MASK = torch.randn(2, 7, 6), torch.zeros(2, 7, dtype=torch.bool)
+KEY, VALUE = torch.randn(4, 6), torch.randn(5, 4)
+
+
+def attend(x=TOKENS, key=KEY, value=VALUE, **settings):
+    return functional.external_attention(x, key, value, **settings)
+
+
+def block(x=torch.randn(2, 6, 3, 4), key=KEY, value=torch.randn(6, 4), norm=None, **settings):  # noqa: B008
+    return functional.external_attention_block(x, key, value, norm or Norm(training=True), **settings)
+
+
+@pytest.mark.parametrize(
+    "call, arguments, error, words",
+    [
+        (attend, {"x": TOKENS[0]}, ValueError, ("x:", r"\(7, 6\)", r"\[B, N, d\]")),
+        (attend, {"x": TOKENS.int()}, TypeError, ("x:", "torch.int32", "floating-point")),
+        (attend, {"x": TOKENS.numpy()}, TypeError, ("x:", "ndarray", "tensor")),
+        (attend, {"x": TOKENS.double()}, TypeError, ("memory_key:", "torch.float32", "expected torch.float64")),
+        (attend, {"x": TOKENS.to("meta")}, ValueError, ("memory_key:", "cpu", "meta")),
+        (attend, {"heads": 0}, ValueError, ("heads:", "0", "at least 1")),
+        (attend, {"heads": 4}, ValueError, ("x:", "6 features", "multiple of heads = 4")),
+        (attend, {"key": KEY[:, :5]}, ValueError, ("memory_key:", r"\(4, 5\)", r"\(4, 6\)")),
+        (attend, {"key": KEY[0]}, ValueError, ("memory_key:", r"\(6,\)", r"\[S, d / heads\]")),
+        (attend, {"key": KEY[None].expand(2, -1, -1)}, ValueError, ("memory_key:", r"\(2, 4, 6\)", r"\(1, 4, 6\)")),
+        (attend, {"key": KEY[:0], "value": VALUE[:, :0]}, ValueError, ("memory_key:", "0 slots", "at least 1")),
+        (attend, {"value": VALUE.mT}, ValueError, ("memory_value:", r"\(4, 5\)", "expected")),
+        (attend, {"value": VALUE.half()}, TypeError, ("memory_value:", "torch.float16", "expected torch.float32")),
+        (attend, {"key_bias": torch.ones(5)}, ValueError, ("key_bias:", r"\(5,\)", r"\(4,\)")),
+        (attend, {"value_bias": torch.ones(4)}, ValueError, ("value_bias:", r"\(4,\)", r"\(5,\)")),
+        (attend, {"eps": -1e-9}, ValueError, ("eps:", "-1e-09", "0 or more")),
+        (attend, {"eps": float("nan")}, ValueError, ("eps:", "nan", "finite")),
+        (attend, {"group": 3}, ValueError, ("group:", "3", "divisor of the 4 slots")),
+        (attend, {"group": 0}, ValueError, ("group:", "0", "divisor")),
+        (attend, {"dropout": 1.5}, ValueError, ("dropout:", "1.5", "0 to 1")),
+        (attend, {"dropout": -0.1}, ValueError, ("dropout:", "-0.1", "0 to 1")),
+        (attend, {"padding_mask": MASK.int()}, TypeError, ("padding_mask:", "torch.int32", "torch.bool")),
+        (attend, {"padding_mask": MASK[:, :5]}, ValueError, ("padding_mask:", r"\(2, 5\)", r"\(2, 7\)")),
+        (attend, {"padding_mask": MASK.tolist()}, TypeError, ("padding_mask:", "list", "tensor")),
+        (attend, {"padding_mask": MASK.to("meta")}, ValueError, ("padding_mask:", "meta", "cpu")),
+        (block, {"x": TOKENS}, ValueError, ("x:", r"\(2, 7, 6\)", r"\[B, C, H, W\]")),
+        (block, {"key": KEY[0]}, ValueError, ("key:", r"\(6,\)", r"\[S, C\]")),
+        (block, {"key": KEY[:, :5]}, ValueError, ("key:", r"\(4, 5\)", r"\(4, 6\)")),
+        (block, {"key": KEY[:0]}, ValueError, ("key:", "0 slots", "at least 1")),
+        (block, {"value": KEY}, ValueError, ("value:", r"\(4, 6\)", r"\(6, 4\)")),
+        (block, {"eps": -1.0}, ValueError, ("eps:", "-1.0", "0 or more")),
+        (block, {"norm": Norm(torch.ones(5), training=True)}, ValueError, ("weight of norm:", r"\(5,\)", r"\(6,\)")),
+        (block, {"x": torch.randn(1, 6, 1, 1)}, ValueError, ("x:", "more than one value per channel")),
+        (functional.double_normalize, {"logits": torch.randn(5)}, ValueError, ("logits:", r"\(5,\)", "N, M")),
+        (functional.double_normalize, {"logits": torch.ones(5, 4).int()}, TypeError, ("logits:", "torch.int32")),
+        (functional.double_normalize, {"logits": torch.ones(5, 0)}, ValueError, ("logits:", "0 slots", "at least 1")),
+        (functional.double_normalize, {"logits": torch.ones(5, 4), "group": 3}, ValueError, ("group:", "3", "4 slots")),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_argument_of_external_attention(call, arguments, error, words):
+    with pytest.raises(error) as caught:
+        call(**arguments)
+    for word in words:
+        assert re.search(word, str(caught.value))
+
+
+def test_mixed_types_of_external_attention_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(TOKENS.bfloat16()).dtype == attend(TOKENS, KEY.bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="memory_key"):
+            attend(TOKENS, KEY.half())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import external_cases
 import pytest
 import torch
+from external_cases import FORMS, SIZES, Sizes
 
 import aia_kernels
-from aia_kernels import backends, testing
+from aia_kernels import backends, functional, testing
 from aia_kernels.operators import attention_in_attention as operators
+from aia_kernels.operators import external_attention as external_operators
 from aia_kernels.reference import UNITS
 from aia_kernels.testing import SHAPES, Shape, make_input, randomise
 
@@ -142,3 +145,96 @@ def test_opcheck_of_the_passes(backend, context):
     for name, arguments in calls.items():
         # No autograd formula on purpose: derivatives belong to the unit.
         torch.library.opcheck(getattr(passes, name), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "dropout"])
+def test_full_graph_of_external_attention(form, train, external_on):
+    device = external_on[1]
+    module = external_cases.make(form, SIZES["small"], device=device).train(train)
+    expected = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for b in (2, 3, 5):
+        sizes = SIZES["small"]._replace(b=b)
+        x, grad = (make(form, sizes, device=device) for make in (external_cases.make_input, external_cases.make_grad))
+        assert_equal_steps(train_step(compiled, x, grad, module), train_step(expected, x, grad, expected))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_full_graph_with_dropout(external_on):
+    """The graph draws its mask with the generator's state at the call, under aot_eager as eager draws it."""
+    module = external_cases.make("shared heads", SIZES["small"], device=external_on[1])
+    x = external_cases.make_input("shared heads", SIZES["small"], device=external_on[1])
+
+    def call(x):
+        parameters = module.memory_key, module.memory_value
+        return functional.external_attention(x, *parameters, heads=2, dropout=0.5)
+
+    results = []
+    for run in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(2)
+        results.append(torch.autograd.grad(run(x).sin().sum(), tuple(module.parameters())[:2]))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
+@pytest.mark.parametrize("form", ["plain", "block"])
+def test_inductor_around_external_attention(form, transposed, external_on):
+    device = external_on[1]
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = external_cases.make(form, SIZES["prime"], device=device)
+
+        def forward(self, x):
+            return self.layer(x.relu() * 2).sin()
+
+    module = Around()
+    expected = copy.deepcopy(module)
+    x = external_cases.make_input(form, SIZES["prime"], device=device, transposed=transposed)
+    grad = external_cases.make_grad(form, SIZES["prime"], device=device)
+    compiled = torch.compile(module, fullgraph=True)
+    assert_equal_steps(train_step(compiled, x, grad, module), train_step(expected, x, grad, expected))
+
+
+def external_arguments(backend, device):
+    """Arguments of each whole-layer operator, between them with and without everything that is optional."""
+    sizes = Sizes(2, 2, 3, 4, 6)
+    x = external_cases.make_input("plain", sizes, device=device)
+    maps = external_cases.make_input("block", sizes, device=device).flatten(2).mT
+    parameters = [torch.randn(*s, dtype=torch.float64, device=device) for s in ((2, 6, 2), (2, 5, 6), (10,))]
+    matrices = [torch.randn(*s, dtype=torch.float64, device=device) for s in ((6, 4), (4, 6), (4,), (4,))]
+    padding = torch.zeros(2, 6, dtype=torch.bool, device=device)
+    padding[0, 3:] = True
+    keep = torch.randint(0, 2, (2, 6, 12), dtype=torch.uint8, device=device)
+    fixed = torch.rand(2, 4, dtype=torch.float64, device=device) + 0.5
+    forward, block = external_operators.external_attention_forward, external_operators.external_attention_block_forward
+    return {
+        "double_normalize": (external_operators.double_normalize_forward, (x, padding, 2, 1e-6, "", backend)),
+        "everything": (forward, (x, *parameters, padding, keep, 3, 1e-6, "", 2.0, backend)),
+        "nothing": (forward, (maps, *parameters[:2], None, None, None, 6, 0.0, "", 1.0, backend)),
+        "block in training": (block, (maps, *matrices, None, 1e-9, True, 1e-5, "", backend)),
+        "block in evaluation": (block, (maps, *matrices[:2], None, None, fixed, 1e-9, False, 1e-5, "", backend)),
+    }
+
+
+@pytest.mark.parametrize(
+    "case", ["double_normalize", "everything", "nothing", "block in training", "block in evaluation"]
+)
+def test_opcheck_of_external_attention(case, external_compiled_on):
+    operator, arguments = external_arguments(*external_compiled_on)[case]
+    arguments = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    if case == "block in evaluation":
+        arguments[5].requires_grad_(False)  # running statistics have no gradient
+    torch.library.opcheck(operator, arguments)
+
+
+def test_second_derivative_of_external_attention_is_refused(external_compiled_on):
+    operator, (x, *rest) = external_arguments(*external_compiled_on)["nothing"]
+    x = x.detach().requires_grad_()
+    (grad_x,) = torch.autograd.grad(operator(x, *rest)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad_x.sum().backward()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import external_cases
 import pytest
 import torch
+from external_cases import FORMS, Sizes
 
 import aia_kernels
 from aia_kernels import testing
@@ -43,3 +45,15 @@ def test_same_bits_on_one_thread_and_two(name, layout):
     finally:
         torch.set_num_threads(threads)
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_external_attention_gives_the_same_bits_twice(form, dtype, external_compiled_on):
+    """On one number of threads: the framework's products may split their sums by it."""
+    backend, device = external_compiled_on
+    sizes = Sizes(2, 31, 33, 64, 64, 64)
+    module = external_cases.make(form, sizes, dtype, device)
+    x = external_cases.make_input(form, sizes, dtype, device=device)
+    grad = external_cases.make_grad(form, sizes, dtype, device)
+    assert_same_bits(*(testing.run(module, x, grad, backend) for _ in range(2)))

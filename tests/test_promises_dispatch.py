@@ -13,7 +13,7 @@ from conftest import skip_unless_runnable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia_kernels
-from aia_kernels import backends, ops
+from aia_kernels import Norm, backends, functional, ops
 
 X = torch.randn(4, 3, 4, 5)
 
@@ -108,3 +108,45 @@ def test_environment_variable():
     environment["AIA_KERNELS_BACKEND"] = "tpu"
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "unknown backend 'tpu'" in found.stderr
+
+
+def ran_external(backend: str) -> set[str]:
+    x, key, value = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(6, 3), torch.randn(3, 6)
+    with Recorder() as recorder, aia_kernels.use_backend(backend):
+        functional.external_attention_block(x, key, value, Norm(training=True)).sum().backward()
+    return recorder.names
+
+
+def test_the_chosen_backend_runs_external_attention():
+    assert ran_external("reference") == set()
+    skip_unless_runnable("cpu", "cpu", "external_attention")
+    assert ran_external("cpu") == ran_external("auto") == set(ops.DOUBLE_NORM_PASSES + ops.RESIDUAL_PASSES)
+
+
+def test_a_backend_that_lacks_a_family_says_so_and_keeps_the_other(monkeypatch):
+    missing = {"attention_in_attention": (), "external_attention": ("double_norm_",)}
+    monkeypatch.setattr(backends, "_missing_passes", lambda _key, family: missing[family])
+    for name in ("why_not", "_resolve"):
+        monkeypatch.setattr(backends, name, getattr(backends, name).__wrapped__)
+    skip_unless_runnable("cpu", "cpu")
+    assert aia_kernels.available_backends()["cpu"] is None
+    assert "passes of external_attention" in aia_kernels.available_backends("external_attention")["cpu"]
+    assert backends.select("cpu", torch.float32, "external_attention") == "reference"
+    with (
+        backends.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"'cpu' was asked for, but .* yet: double_norm_"),
+    ):
+        functional.double_normalize(torch.randn(5, 4))
+
+
+def test_every_compiled_backend_has_every_fused_pass():
+    from aia_kernels.dense import Dense
+
+    assert all(callable(getattr(Dense, name)) for name in backends.FUSED_PASSES)
+    skip_unless_runnable("triton", "cpu", "external_attention")
+    assert all(callable(getattr(backends.passes("triton"), name)) for name in backends.FUSED_PASSES)
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="'convolution', expected one of attention_in_attention, external_attention"):
+        aia_kernels.available_backends("convolution")

@@ -1,19 +1,22 @@
-"""Two gloo processes: DDP and SyncBatchNorm give the numbers of one process with the joint batch."""
+"""Gloo processes: DDP, SyncBatchNorm and tokens in shards give the numbers of one process with the whole."""
 
 from __future__ import annotations
 
 import copy
+import os
 
+import external_cases
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import skip_unless_runnable
+from external_cases import FORMS, Sizes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import aia_kernels
-from aia_kernels import backends, testing
+from aia_kernels import backends, functional, testing
 from aia_kernels.reference import UNITS
 from aia_kernels.testing import Shape, make_input, randomise
 
@@ -32,16 +35,18 @@ def clips_of(rank: int, tensor: torch.Tensor, split: int) -> torch.Tensor:
     return tensor[: split * SHAPE.t] if rank == 0 else tensor[split * SHAPE.t :]
 
 
-def start(rank: int, store: str, work, *arguments) -> None:
+def start(rank: int, store: str, world: int, work, *arguments) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     work(rank, *arguments)
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
+    # Without the interpreter's teardown: now and then it aborts over a thread that gloo has left behind.
+    os._exit(0)
 
 
-def launch(tmp_path, work, *arguments) -> None:
-    mp.spawn(start, (str(tmp_path / "store"), work, *arguments), nprocs=WORLD)
+def launch(tmp_path, work, *arguments, world: int = WORLD) -> None:
+    mp.spawn(start, (str(tmp_path / "store"), world, work, *arguments), nprocs=world)
 
 
 def joint(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -111,3 +116,95 @@ def refuses_an_empty_batch(rank: int) -> None:
 
 def test_empty_batch_under_synchronised_batch_norm_is_refused(tmp_path):
     launch(tmp_path, refuses_an_empty_batch)
+
+
+EXTERNAL = "external_attention"
+SHARDS = {2: (9, 4), 3: (2, 10, 1)}
+
+
+def assert_agree(found: dict, expected: dict, told: str) -> None:
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], **EXACT, msg=lambda m, key=key: f"{told}, {key}: {m}")
+
+
+def sharded(rank: int, form: str, backend: str, lengths: tuple[int, ...], masked: bool, compiled: bool = False) -> None:
+    """The rank's tokens alone, beside the same tokens of the whole."""
+    sizes = Sizes(2, 1, 13, 6, 8)
+    kind, settings = FORMS[form]
+    mask = torch.zeros(2, 13, dtype=torch.bool)
+    if masked:
+        mask[0, 7:] = mask[1, :2] = True  # of some shards every token
+    x, grad = external_cases.make_input(form, sizes), external_cases.make_grad(form, sizes)
+    whole = testing.randomise(kind(sizes, padding_mask=mask, **settings)).double()
+    expected = testing.run(whole, x, grad, "reference")
+    own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    shard = testing.randomise(kind(sizes, padding_mask=mask[:, own], **settings)).double()
+    shard.settings["process_group"] = dist.group.WORLD
+    leaf = x[:, own].clone().requires_grad_()
+    with backends.use_backend(backend):
+        call = torch.compile(shard, fullgraph=True, backend="aot_eager") if compiled else shard
+        y = call(leaf)
+        y.backward(grad[:, own])
+    told = f"rank {rank} of {lengths}, {form}, masked {masked}"
+    assert_agree({"y": y.detach(), "grad x": leaf.grad}, {k: expected[k][:, own] for k in ("y", "grad x")}, told)
+    for p in shard.parameters():
+        dist.all_reduce(p.grad)
+    assert_agree({f"grad {key}": p.grad for key, p in shard.named_parameters()}, expected, told)
+
+
+def every_sharded_case(rank: int, backend: str, lengths: tuple[int, ...]) -> None:
+    for form in FORMS:
+        if form not in ("block", "dropout"):
+            for masked in (False, True):
+                sharded(rank, form, backend, lengths, masked)
+    if backend != "reference":
+        sharded(rank, "groups", backend, lengths, True, compiled=True)
+
+
+@pytest.mark.parametrize("world", SHARDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_sharded_tokens_equal_the_whole(backend, world, tmp_path):
+    skip_unless_runnable(backend, "cpu", EXTERNAL)
+    launch(tmp_path, every_sharded_case, backend, SHARDS[world], world=world)
+
+
+def synchronised_block(rank: int, backend: str, split: int, compiled: bool = False) -> None:
+    sizes = Sizes(5, 3, 4, 6, 8)
+    x, grad = external_cases.make_input("block", sizes), external_cases.make_grad("block", sizes)
+    module = external_cases.make("block", sizes)
+    expected = testing.run(module, x, grad, "reference")
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    own = slice(0, split) if rank == 0 else slice(split, None)
+    leaf = x[own].clone().requires_grad_()
+    with backends.use_backend(backend):
+        call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+        y = call(leaf)
+        y.backward(grad[own])
+    told = f"rank {rank}, {split} samples on rank 0"
+    assert_agree({"y": y.detach(), "grad x": leaf.grad}, {k: expected[k][own] for k in ("y", "grad x")}, told)
+    for p in module.parameters():
+        dist.all_reduce(p.grad)
+    found = {f"grad {key}": p.grad for key, p in module.named_parameters()}
+    assert_agree(found | {key: b for key, b in module.named_buffers() if b.is_floating_point()}, expected, told)
+
+
+def every_synchronised_block(rank: int, backend: str) -> None:
+    for split in (3, 1):
+        synchronised_block(rank, backend, split)
+    if backend != "reference":
+        synchronised_block(rank, backend, 3, compiled=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_synchronised_block_equals_the_joint_batch(backend, tmp_path):
+    skip_unless_runnable(backend, "cpu", EXTERNAL)
+    launch(tmp_path, every_synchronised_block, backend)
+
+
+def refuses_an_empty_shard(rank: int) -> None:
+    with pytest.raises(ValueError, match="a token on every member of process_group"):
+        functional.double_normalize(torch.randn(2, 0, 4), process_group=dist.group.WORLD)
+
+
+def test_empty_shard_is_refused(tmp_path):
+    launch(tmp_path, refuses_an_empty_shard)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import external_cases
 import pytest
 import torch
+from external_cases import FORMS, SIZES
 
 import aia_kernels
 from aia_kernels import testing
@@ -28,6 +30,29 @@ def test_exported_unit(name, strict, backend_on):
     x.requires_grad_()
     y = exported(x)
     y.backward(grad_y)
+    found = {"y": y.detach(), "grad x": x.grad, **{f"grad {key}": p.grad for key, p in exported.named_parameters()}}
+    found |= {key: b for key, b in exported.named_buffers() if b.is_floating_point()}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        # float64 sums in another order.
+        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "dropout"])
+def test_exported_external_attention(form, strict, external_on):
+    device = external_on[1]
+    module = external_cases.make(form, SIZES["small"], device=device)
+    example = external_cases.make_input(form, SIZES["small"], device=device)
+    batch = torch.export.Dim("batch", max=64)
+    program = torch.export.export(copy.deepcopy(module), (example,), dynamic_shapes=({0: batch},), strict=strict)
+    exported = program.module()
+    sizes = SIZES["small"]._replace(b=3)
+    x, grad = (make(form, sizes, device=device) for make in (external_cases.make_input, external_cases.make_grad))
+    expected = testing.run(module, x, grad, "auto")
+    x.requires_grad_()
+    y = exported(x)
+    y.backward(grad)
     found = {"y": y.detach(), "grad x": x.grad, **{f"grad {key}": p.grad for key, p in exported.named_parameters()}}
     found |= {key: b for key, b in exported.named_buffers() if b.is_floating_point()}
     assert found.keys() == expected.keys()

@@ -1,4 +1,8 @@
-"""Makes bfloat16 stores right in the Triton interpreter, which truncates float32 where a GPU rounds to nearest even."""
+"""Makes bfloat16 right in the Triton interpreter.
+
+Stores truncate float32 there where a GPU rounds to nearest even, and tl.dot multiplies the bits of bfloat16 numbers as
+integers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Replace the interpreter's float conversion; anything but float32 to bfloat16 still goes to the original."""
+    """Replace the interpreter's float conversion and product; all that is not bfloat16 still goes to the originals."""
     original = interpreter._convert_float
     if getattr(original, "rounds_to_nearest", False):
         return
@@ -21,6 +25,20 @@ def install() -> None:
 
     convert.rounds_to_nearest = True
     interpreter._convert_float = convert
+
+    original_dot = interpreter.InterpreterBuilder.create_dot
+
+    def dot(builder, a, b, *arguments):
+        return original_dot(builder, _without_bfloat16(a), _without_bfloat16(b), *arguments)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+def _without_bfloat16(operand: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    """The same numbers as float32."""
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def float32_to_bfloat16(data: np.ndarray) -> np.ndarray:

@@ -1,5 +1,20 @@
 """The layers as functions: validate, choose a road, call. One file per family."""
 
 from .attention_in_attention import ST, C, CinST, Gate, Norm, STinC, STinC2, attention_in_attention
+from .external_attention import double_normalize, external_attention, external_attention_block
+from .temporal_shift import temporal_shift
 
-__all__ = ["ST", "C", "CinST", "Gate", "Norm", "STinC", "STinC2", "attention_in_attention"]
+__all__ = [
+    "ST",
+    "C",
+    "CinST",
+    "Gate",
+    "Norm",
+    "STinC",
+    "STinC2",
+    "attention_in_attention",
+    "double_normalize",
+    "external_attention",
+    "external_attention_block",
+    "temporal_shift",
+]

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from .. import attention_in_attention as algorithm
 from .. import backends, maps
+from ..layouts import as_clips, as_input, with_dense_clips
 from ..operators import attention_in_attention as operators
 from ..reference import UNITS, Gate, Norm, Unit
 from ..reference import attention_in_attention as reference
+from ..running_statistics import update_running_statistics
+from .clips import check_clips
 
 WEIGHT_SHAPE = (1, 2, 3, 3, 3)
 
@@ -65,12 +68,12 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
         if any(map(_group_name, gates)):
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
         return _empty(x, gates)
-    dense = _dense(x, num_segments)
+    dense = with_dense_clips(x, num_segments)
     backend = backends.select(x.device.type, x.dtype)
     transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
     if backend == "reference" or transformed:
-        y, statistics = reference(algorithm.as_clips(dense, num_segments), described, gates)
-        y = algorithm.as_input(y, x.ndim)
+        y, statistics = reference(as_clips(dense, num_segments), described, gates)
+        y = as_input(y, x.ndim)
     else:
         y, statistics = _through_passes(dense, described, gates, num_segments, backend)
     update_running_statistics([gate.norm for gate in gates], statistics)
@@ -91,47 +94,18 @@ def _through_passes(
     )
     fixed = _fixed(gates)
     parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
-    clips = algorithm.as_clips(x, num_segments)
+    clips = as_clips(x, num_segments)
     if compiling:
         dtype = maps.accumulate_dtype(x.dtype)
         weight, affine = torch.cat(parameters[::3]).to(dtype), algorithm.pack_affine(parameters).to(dtype)
         y, *_, statistics = operators.unit_forward(
             clips, weight, affine, fixed, unit.name, backend, plan.batch, plan.eps, plan.groups
         )
-        return algorithm.as_input(y, x.ndim), statistics
+        return as_input(y, x.ndim), statistics
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
         return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
     result = algorithm.forward(plan, clips, parameters[::3], algorithm.pack_affine(parameters), fixed)
-    return algorithm.as_input(result.y, x.ndim), result.statistics
-
-
-def update_running_statistics(norms: Sequence[Norm | None], statistics: Tensor) -> None:
-    """Move the running statistics of each norm that says so toward those of its batch, as torch's batch norm does.
-
-    statistics [n, 3]: mean, biased variance and share, one over the size N of the batch. The running variance is
-    unbiased: var * N / (N - 1) = var / (1 - share).
-    """
-    rows = [i for i, norm in enumerate(norms) if norm is not None and norm.updates]
-    if not rows:
-        return
-    statistics = statistics.detach()
-    new = torch.stack((statistics[:, 0], statistics[:, 1] / (1 - statistics[:, 2])))
-    with torch.no_grad():
-        tracked = [norms[i].num_batches_tracked for i in rows if norms[i].num_batches_tracked is not None]
-        if tracked:
-            torch._foreach_add_(tracked, 1)
-        buffers = [buffer for i in rows for buffer in (norms[i].running_mean, norms[i].running_var)]
-        latest = [new[k, i : i + 1].to(norms[i].running_mean.dtype) for i in rows for k in (0, 1)]
-        momenta = [norms[i].momentum for i in rows]
-        if None not in momenta and len(set(momenta)) == 1:
-            torch._foreach_lerp_(buffers, latest, momenta[0])
-            return
-        for k, (buffer, value) in enumerate(zip(buffers, latest, strict=True)):
-            norm = norms[rows[k // 2]]
-            factor = norm.momentum
-            if factor is None:
-                factor = norm.num_batches_tracked.reciprocal().to(buffer.dtype)
-            buffer.lerp_(value, factor)
+    return as_input(result.y, x.ndim), result.statistics
 
 
 def _fixed(gates: Sequence[Gate]) -> Tensor | None:
@@ -148,18 +122,6 @@ def _fixed(gates: Sequence[Gate]) -> Tensor | None:
 def _group_name(gate: Gate) -> str:
     norm = gate.norm
     return norm.process_group.group_name if norm and norm.training and norm.process_group is not None else ""
-
-
-def _dense(x: Tensor, num_segments: int) -> Tensor:
-    """x itself if it is stored in one of maps.ORDERS, else a copy that is."""
-
-    def fits(a: Tensor) -> bool:
-        return maps.storage_order(algorithm.as_clips(a, num_segments)) is not None
-
-    if fits(x):
-        return x
-    copy = x.clone()  # keeps channels last
-    return copy if fits(copy) else x.contiguous()
 
 
 def _empty(x: Tensor, gates: Sequence[Gate]) -> Tensor:
@@ -180,19 +142,7 @@ def _clip_sizes(x: Tensor, num_segments: int) -> tuple[int, ...]:
 
 
 def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
-    if not x.is_floating_point():
-        raise TypeError(f"x: got {x.dtype}, expected a floating-point tensor")
-    if x.ndim not in (4, 5):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B * T, C, H, W] or [B, C, T, H, W]")
-    if x.ndim == 4:
-        if num_segments < 1:
-            raise ValueError(f"num_segments: got {num_segments}, expected at least 1")
-        if x.shape[0] % num_segments:
-            raise ValueError(
-                f"x: got a batch of {x.shape[0]} frames, expected a multiple of num_segments = {num_segments}"
-            )
+    check_clips(x, num_segments)
     if len(gates) != len(unit.letters):
         raise ValueError(f"gates: got {len(gates)}, expected {len(unit.letters)} for unit {unit.name}: {unit.letters}")
     expected = (x.dtype,)

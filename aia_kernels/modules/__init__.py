@@ -1,5 +1,17 @@
 """The layers as modules, with the published names and parameters. One file per family."""
 
 from .attention_in_attention import ST, C, CinST, STinC, STinC2
+from .external_attention import ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention
+from .temporal_shift import TemporalShift
 
-__all__ = ["ST", "C", "CinST", "STinC", "STinC2"]
+__all__ = [
+    "ST",
+    "C",
+    "CinST",
+    "ExternalAttention",
+    "ExternalAttention2d",
+    "MultiHeadExternalAttention",
+    "STinC",
+    "STinC2",
+    "TemporalShift",
+]

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
-from ..attention_in_attention import as_clips, as_input
-from ..reference import UNITS, Gate, Norm, Unit, compose
-
-_PLAIN_FORWARDS = (nn.Conv3d.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward)
+from ..layouts import as_clips, as_input
+from ..reference import UNITS, Gate, Unit, compose
+from .submodules import must_be_called, norm_of
 
 
 def _kaiming(weight: Tensor) -> None:
@@ -55,9 +52,9 @@ class AttentionInAttention(nn.Module):
         for letter in self.unit.letters:
             conv = getattr(self, f"{letter}_conv")
             bn = getattr(self, f"{letter}_bn") if self.use_BN else None
-            if _must_be_called(conv) or (bn is not None and _must_be_called(bn)):
+            if must_be_called(conv) or (bn is not None and must_be_called(bn)):
                 return self._through_submodules(x)
-            gates.append(Gate(conv.weight, None if bn is None else _norm(bn)))
+            gates.append(Gate(conv.weight, None if bn is None else norm_of(bn)))
         return functional.attention_in_attention(x, self.unit.name, gates, self.num_segments)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
@@ -66,38 +63,6 @@ class AttentionInAttention(nn.Module):
             return (getattr(self, f"{letter}_bn")(z) if self.use_BN else z).sigmoid()[:, 0]
 
         return as_input(compose(as_clips(x, self.num_segments), self.unit, gate), x.ndim)
-
-
-def _must_be_called(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooked) or type(module).forward not in _PLAIN_FORWARDS
-
-
-def _norm(bn: _BatchNorm) -> Norm:
-    group = None
-    if isinstance(bn, nn.SyncBatchNorm) and bn.training:
-        group = _group_to_synchronise(bn)
-    return Norm(
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        bn.num_batches_tracked,
-        bn.training,
-        bn.momentum,
-        bn.eps,
-        bn.track_running_stats,
-        group,
-    )
-
-
-def _group_to_synchronise(bn: nn.SyncBatchNorm):
-    """The process group whose members share the statistics, None where there is nobody to share with."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    group = bn.process_group or distributed.group.WORLD
-    return group if distributed.get_world_size(group) > 1 else None
 
 
 class C(AttentionInAttention):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import attention_in_attention as algorithm
 from .. import backends, maps, ops
+from ..layouts import stored_as
 from ..reference import UNITS
 
 unit_forward = getattr(torch.ops, ops.NAMESPACE).unit_forward.default
@@ -46,7 +47,7 @@ def _autograd(ctx, grad_y: Tensor | None, *_):
     if grad_y is None:
         return (None,) * 9
     x, weight, *kept = ctx.saved_tensors
-    grad_x, grad_weight, grad_affine = unit_backward(algorithm.stored_as(grad_y, x), x, weight, *kept, *ctx.settings)
+    grad_x, grad_weight, grad_affine = unit_backward(stored_as(grad_y, x), x, weight, *kept, *ctx.settings)
     return grad_x, grad_weight, grad_affine, *(None,) * 6
 
 

@@ -1,6 +1,21 @@
-"""The specification: Attention in Attention in plain PyTorch. Imports nothing but torch and the maps' bookkeeping."""
+"""The specification: both families in plain PyTorch. Imports nothing but torch and the maps' bookkeeping."""
 
 from .attention_in_attention import UNITS, Unit, attention_in_attention, compose
-from .gate import Gate, Norm
+from .double_norm import double_normalize
+from .external_attention import external_attention, external_attention_block
+from .gate import Gate
+from .norm import Norm
+from .shift import temporal_shift
 
-__all__ = ["UNITS", "Gate", "Norm", "Unit", "attention_in_attention", "compose"]
+__all__ = [
+    "UNITS",
+    "Gate",
+    "Norm",
+    "Unit",
+    "attention_in_attention",
+    "compose",
+    "double_normalize",
+    "external_attention",
+    "external_attention_block",
+    "temporal_shift",
+]

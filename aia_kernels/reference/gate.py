@@ -9,37 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..maps import accumulate_dtype
-
-
-class Norm(NamedTuple):
-    """The batch normalisation of one gate, field for field as torch.nn.BatchNorm3d(1) holds it.
-
-    weight and bias are [1] or None (1 and 0); running_mean and running_var are [1] or None (then the batch's
-    statistics serve in evaluation too); num_batches_tracked is an integer scalar or None. momentum None means a
-    cumulative average. track says whether training updates the running statistics. process_group is the group over
-    which training shares its statistics, as torch.nn.SyncBatchNorm does, or None.
-    """
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    num_batches_tracked: Tensor | None = None
-    training: bool = False
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    track: bool = True
-    process_group: Any = None
-
-    @property
-    def uses_batch(self) -> bool:
-        """Whether this call normalises by the statistics of its batch."""
-        return self.training or self.running_mean is None
-
-    @property
-    def updates(self) -> bool:
-        """Whether this call updates the running statistics."""
-        return self.training and self.track and self.running_mean is not None
+from .norm import Norm
 
 
 class Gate(NamedTuple):

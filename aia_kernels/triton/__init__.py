@@ -1,23 +1,53 @@
-"""Triton backend: the nine passes of aia_kernels.ops, for CUDA devices and for the Triton interpreter.
+"""Triton backend, for CUDA devices and for the Triton interpreter: the passes of attention in attention
+(aia_kernels.ops), and of external attention the elementary ones (ops.DOUBLE_NORM_PASSES) and the fused ones
+(aia_kernels.external_attention).
 
 Maps keep the storage order of x with the pooled letter struck out.
 """
 
+from .double_norm import column_statistics, double_norm_, double_norm_backward_, double_norm_backward_reduce
+from .external_attention import (
+    attention_gradient,
+    empty_attention,
+    logits,
+    logits_gradient,
+    moments,
+    normalise,
+    value_gradient,
+    values,
+)
 from .gate import gate_activate, gate_backward, gate_backward_reduce, gate_conv
 from .pool import pool, unpool, unpool_reduce
 from .recalibrate import recalibrate, recalibrate_reduce
+from .residual import empty_signs, signed
+from .shift import temporal_shift
 
 __all__ = [
+    "attention_gradient",
+    "column_statistics",
+    "double_norm_",
+    "double_norm_backward_",
+    "double_norm_backward_reduce",
+    "empty_attention",
+    "empty_signs",
     "gate_activate",
     "gate_backward",
     "gate_backward_reduce",
     "gate_conv",
+    "logits",
+    "logits_gradient",
     "map_order",
+    "moments",
+    "normalise",
     "pool",
     "recalibrate",
     "recalibrate_reduce",
+    "signed",
+    "temporal_shift",
     "unpool",
     "unpool_reduce",
+    "value_gradient",
+    "values",
 ]
 
 

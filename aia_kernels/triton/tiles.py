@@ -119,7 +119,9 @@ def launch(kernel, x: Tensor, tile: Tile, *args, most_warps: int = 8, registers:
 
 
 def start(kernel, x: Tensor, grid: tuple[int, ...], *args, **constants) -> None:
-    """Launch on the device of x and its current stream."""
+    """Launch on the device of x and its current stream; nothing if the grid is empty."""
+    if 0 in grid:
+        return
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         kernel[grid](*args, **constants)
 

@@ -240,13 +240,32 @@ AIA_INLINE Vec<A> add_where(IVec<A> condition, Vec<A> v, Vec<A> addend) {
   return v + (condition ? addend : Vec<A>{});
 }
 
+// Halves added to halves. In shuffles: GCC makes branches and memory of the loop that says the same.
 template <class A>
 AIA_INLINE A sum_lanes(Vec<A> v) {
-  A parts[kLanes];
-  __builtin_memcpy(parts, &v, sizeof v);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return parts[0];
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return v[0];
+}
+
+// a > b ? a : b and a < b ? a : b, so b where one is NaN: one instruction, of which GCC makes two.
+template <class A>
+AIA_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return detail::bit_cast<Vec<A>>(_mm512_max_ps(detail::bit_cast<__m512>(a), detail::bit_cast<__m512>(b)));
+#endif
+  return a > b ? a : b;
+}
+template <class A>
+AIA_INLINE Vec<A> smaller(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return detail::bit_cast<Vec<A>>(_mm512_min_ps(detail::bit_cast<__m512>(a), detail::bit_cast<__m512>(b)));
+#endif
+  return a < b ? a : b;
 }
 
 // {left[15], right[0 .. 14]} and {left[1 .. 15], right[0]}.

@@ -1,0 +1,206 @@
+"""External attention's fused passes, made of the framework's matrix products and a backend's elementary passes.
+
+What a backend takes that has double_norm and residual (ops.DOUBLE_NORM_PASSES, ops.RESIDUAL_PASSES) but no products of
+its own. The signatures stand in external_attention.py. Logits and A are [B, N, M] contiguous in the type of x, and the
+pair that is kept is A, written over the logits, and its mass. Products over tokens that give a parameter's gradient are
+accumulated in maps.accumulate_dtype; x-sized tensors that lie feature by feature enter as transposed operands, without
+a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import maps, ops
+
+Attention = tuple[Tensor, Tensor]
+
+
+class Dense:
+    """The fused passes over the elementary ones that ``passes`` has as attributes, which stay reachable by name."""
+
+    column_statistics: Callable[..., Tensor]
+    double_norm_: Callable[..., Tensor]
+    double_norm_backward_reduce: Callable[..., Tensor]
+    double_norm_backward_: Callable[..., None]
+    residual_relu_: Callable[..., Tensor]
+    residual_relu_backward: Callable[..., tuple[Tensor, Tensor]]
+
+    def __init__(self, passes: Any):
+        for name in (*ops.DOUBLE_NORM_PASSES, *ops.RESIDUAL_PASSES):
+            setattr(self, name, getattr(passes, name))
+
+    def logits(self, x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = _by_heads(x, key.mT)
+        return logits, self.column_statistics(logits, padding)
+
+    def normalise(self, logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Attention:
+        return logits, self.double_norm_(logits, lse, group, eps, padding)
+
+    def moments(self, attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        a = attention[0].flatten(0, 1)
+        a = a.to(maps.accumulate_dtype(a.dtype)) - 1 / group
+        return a.sum(0), a.mT @ a
+
+    def values(
+        self,
+        attention: Attention,
+        value: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None,
+        scale: float,
+        residual: Tensor | None,
+        group: int,
+        eps: float,
+        padding: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        a = _dropped(attention[0], keep, scale)
+        if residual is None:
+            o = _by_heads(a, value.mT)
+            return (o if bias is None else o.add_(bias)), None
+        z = _times(a, value[0].mT, by_feature=not residual.is_contiguous())
+        return z, self.residual_relu_(z, residual, bias)
+
+    def signed(self, grad_y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.residual_relu_backward(grad_y, signs)
+
+    def value_gradient(
+        self,
+        grad: Tensor,
+        attention: Attention,
+        keep: Tensor | None,
+        scale: float,
+        heads: int,
+        group: int,
+        eps: float,
+        padding: Tensor | None,
+        needs_sums: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        a = _dropped(attention[0], keep, scale)
+        sums = grad.sum((0, 1), dtype=maps.accumulate_dtype(grad.dtype)) if needs_sums else None
+        return _over_tokens(grad, a, heads), sums
+
+    def attention_gradient(
+        self,
+        grad: Tensor,
+        attention: Attention,
+        value: Tensor,
+        keep: Tensor | None,
+        scale: float,
+        inner: Tensor | None,
+        constant: Tensor | None,
+        group: int,
+        eps: float,
+        padding: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        a = attention[0]
+        if inner is None:
+            grad_attention = _by_heads(grad, value)
+            if keep is not None:
+                grad_attention.mul_(keep).mul_(scale)
+        else:
+            # The two terms cancel in part: they are added in the type that they come in.
+            grad_attention = torch.addmm(constant, a.flatten(0, 1).to(inner.dtype), inner).view_as(a)
+            grad_attention = _times(grad, value[0], added_to=grad_attention.to(a.dtype))
+        return grad_attention, self.double_norm_backward_reduce(grad_attention, a, group)
+
+    def logits_gradient(
+        self,
+        grad_attention: Tensor,
+        attention: Attention,
+        reduced: Tensor,
+        x: Tensor,
+        key: Tensor,
+        residual_grad: Tensor | None,
+        group: int,
+        eps: float,
+        padding: Tensor | None,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        grad_logits = grad_attention
+        self.double_norm_backward_(grad_logits, *attention, reduced, group)
+        grad_key = _over_tokens(grad_logits, x, key.shape[0])
+        if not needs_x:
+            return None, grad_key
+        if key.shape[0] > 1:
+            return torch.empty_like(x).copy_(_by_heads(grad_logits, key)), grad_key
+        return _times(grad_logits, key[0], by_feature=_by_feature(x), added_to=residual_grad), grad_key
+
+    def empty_attention(self, x: Tensor, columns: int, group: int) -> Attention:
+        b, n, _ = x.shape
+        dtype = maps.accumulate_dtype(x.dtype)
+        return x.new_empty((b, n, columns)), x.new_empty((b, n, columns // group), dtype=dtype)
+
+    def empty_signs(self, o: Tensor) -> Tensor:
+        return o.new_empty(((o.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+def _by_feature(t: Tensor) -> bool:
+    """Whether t [B, N, d] is stored feature by feature, its tokens contiguous."""
+    return t.shape[2] > 1 and t.stride(2) != 1
+
+
+def _one_matrix(t: Tensor) -> bool:
+    """Whether the tokens of all samples of t [B, N, d] are rows of one matrix."""
+    return t.shape[0] == 1 or t.shape[1] == 1 or t.stride(0) == t.shape[1] * t.stride(1)
+
+
+def _dropped(a: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+    return a if keep is None else (a * keep).mul_(scale)
+
+
+def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor | None = None) -> Tensor:
+    """t [B, N, p] times a matrix [p, q]: [B, N, q], its tokens contiguous if by_feature, else its features.
+
+    added_to, if given, is overwritten by its sum with the product, and decides the storage.
+    """
+    b, n, _ = t.shape
+    if added_to is None and by_feature and b == 1:
+        return torch.mm(matrix.mT, t[0].mT).unsqueeze(0).mT
+    if added_to is None and by_feature:
+        return torch.bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
+    if added_to is None and _one_matrix(t):
+        return torch.mm(t.flatten(0, 1), matrix).view(b, n, -1)
+    if added_to is None:
+        return torch.bmm(t, matrix.expand(b, -1, -1))
+    if _by_feature(added_to):
+        added_to.mT.baddbmm_(matrix.mT.expand(b, -1, -1), t.mT)
+    else:
+        added_to.baddbmm_(t, matrix.expand(b, -1, -1))
+    return added_to
+
+
+def _by_heads(t: Tensor, matrices: Tensor) -> Tensor:
+    """Each head's features of t [B, N, H * p] times its matrix of [H, p, q]: [B, N, H * q], contiguous."""
+    heads, p, q = matrices.shape
+    if heads == 1:
+        return _times(t, matrices[0])
+    b, n, _ = t.shape
+    rows, out = t.reshape(b * n, heads * p), t.new_empty((b * n, heads * q))
+    for h in range(heads):
+        torch.mm(rows[:, h * p : (h + 1) * p], matrices[h], out=out[:, h * q : (h + 1) * q])
+    return out.view(b, n, heads * q)
+
+
+def _over_tokens(s: Tensor, t: Tensor, heads: int) -> Tensor:
+    """For each head the product s^T t over all tokens of s [B, N, H * p] and t [B, N, H * q]: [H, p, q]."""
+    p, q, dtype = s.shape[2] // heads, t.shape[2] // heads, maps.accumulate_dtype(s.dtype)
+    if heads == 1 and p > q and not _by_feature(s):
+        # Rows of the longer side are contiguous: the product runs faster along them.
+        return _over_tokens(t, s, 1).mT.contiguous()
+    if s.dtype == dtype and _one_matrix(s) and _one_matrix(t):
+        pairs = [(s.flatten(0, 1), t.flatten(0, 1))]
+    else:
+        # One sample after the other, so that a copy in the wider type stays small.
+        pairs = ((one.to(dtype), other.to(dtype)) for one, other in zip(s, t, strict=True))
+    out = s.new_zeros((heads, p, q), dtype=dtype)
+    for one, other in pairs:
+        if heads == 1:
+            out[0].addmm_(one.mT, other)
+        else:
+            out.baddbmm_(one.unflatten(1, (heads, p)).permute(1, 2, 0), other.unflatten(1, (heads, q)).transpose(0, 1))
+    return out

@@ -1,0 +1,336 @@
+"""External attention as functions: validate, choose a road, call.
+
+The roads of a call that has something to compute are those of the first family:
+
+1. under torch.compile or torch.export: the registered operators (operators/external_attention.py);
+2. under a functorch transform (torch.func.grad, vmap): the reference;
+3. where gradients are wanted: the autograd Functions of external_attention.py;
+4. otherwise: the passes, keeping nothing.
+
+The backend ``reference`` takes its own formula on all four.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from .. import external_attention as algorithm
+from ..autocast import autocast_dtype, no_autocast
+from ..external_attention import Plan
+from ..layouts import as_maps, as_tokens, with_dense_maps, with_rows
+from ..operators import external_attention as operators
+from ..reference import Norm
+from ..running_statistics import update_running_statistics
+
+FAMILY = "external_attention"
+
+
+def double_normalize(
+    logits: Tensor,
+    *,
+    group: int | None = None,
+    eps: float = 0.0,
+    padding_mask: Tensor | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """A = P / (eps + the sum of P over slots), P = softmax over tokens of the logits (arXiv 2105.02358, equation 6).
+
+    logits: [..., N, M], N tokens by M slots; float32, bfloat16, float16 or float64, normalised in float32 or float64.
+    group: the slots are normalised in consecutive groups of this many (RTFormer); None means all M together.
+    padding_mask: boolean, the shape of the logits without M, or [B, N] with B the first of the leading axes; True where
+    a token takes no part: it weighs nothing and its A is 0. A sample of such tokens alone gives zeros. process_group:
+    its members hold the tokens in shards, each at least one, and A is a shard of the whole's. Returns A, contiguous,
+    in the shape and type of the logits. Errors are TypeError and ValueError with the name of the argument.
+    """
+    _check_tensor("logits", logits)
+    if logits.ndim < 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., N, M]")
+    _check_slots("logits", logits.shape[-1])
+    group = _checked_group(group, logits.shape[-1])
+    _check_eps(eps)
+    padding = _checked_padding(padding_mask, logits, logits.shape[:-1])
+    if logits.numel() == 0:
+        _refuse_an_empty_shard("logits", logits, process_group)
+        return logits.contiguous() * 1.0
+    backend, transformed = _road(logits, logits.dtype)
+    if backend == "reference" or transformed:
+        return reference.double_normalize(logits, group, eps, padding, process_group)
+    flat = logits.reshape(-1, *logits.shape[-2:]).contiguous()
+    padding = None if padding is None else padding.reshape(flat.shape[:2])
+    if torch.compiler.is_compiling():
+        attention, _mass = operators.double_normalize_forward(
+            flat, padding, group, eps, _group_name(process_group), backend
+        )
+    else:
+        plan = Plan(backends.passes(backend, FAMILY), group, eps, _group_name(process_group))
+        if torch.is_grad_enabled() and logits.requires_grad:
+            attention = algorithm.DoubleNormalizeFunction.apply(flat, plan, padding)
+        else:
+            attention, _mass = algorithm.double_normalize_forward(plan, flat, padding)
+    return attention.view(logits.shape)
+
+
+def external_attention(
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    heads: int = 1,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    eps: float = 0.0,
+    group: int | None = None,
+    dropout: float = 0.0,
+    padding_mask: Tensor | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """o = A V^T + value_bias, A = double_normalize(x K^T): external attention (arXiv 2105.02358) on tokens.
+
+    x: [B, N, d], its features or (maps [B, d, H, W] as x.flatten(2).mT) its tokens contiguous; other strides cost a
+    copy. float32, bfloat16, float16 or float64. Each of the heads takes its d / heads consecutive features.
+    memory_key: K, [S, d / heads] shared by the heads or [heads, S, d / heads].
+    memory_value: V, [v, S] shared by the heads or [heads, v, S].
+    key_bias: [S] or [heads, S]: without effect, as it is a constant to the softmax over tokens; its gradient is zero.
+    value_bias: [v] or [heads, v], added to o.
+    eps: added to the sum over slots. EANet and EAMLP have 1e-9, RTFormer 1e-6. Applied in float32 at least, so that
+    1e-9 is not lost in float16.
+    group: each head's slots are normalised in consecutive groups of this many, a divisor of S; None means all S.
+    dropout: the probability with which an element of A is left out of the product with V (what is kept is scaled by
+    1 / (1 - dropout)). It is applied whenever it is above 0: pass 0 in evaluation. The mask is drawn by torch's
+    generator of the device of x, the same on every backend for a seed.
+    padding_mask: [B, N] boolean, True where a token takes no part, as key_padding_mask of torch.nn.MultiheadAttention:
+    it weighs nothing in the softmax over tokens and its o is zero. A sample of such tokens alone gives zeros.
+    process_group: its members hold the tokens in shards, each at least one. Forward exchanges the maximum and sum of
+    each column, backward one more sum, and the gradients of the memories are those of the shard.
+    Returns o [B, N, heads * v], contiguous, in the type of x or, under autocast, of the autocast. Errors are TypeError
+    and ValueError with the name of the argument, before anything runs.
+    """
+    _check_tensor("x", x)
+    if x.ndim != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
+    if heads < 1:
+        raise ValueError(f"heads: got {heads}, expected at least 1")
+    b, n, d = x.shape
+    if d % heads:
+        raise ValueError(f"x: got {d} features, expected a multiple of heads = {heads}")
+    slots = _check_memories(x, memory_key, memory_value, heads)
+    _check_parameter("key_bias", key_bias, x, ((slots,), (heads, slots)))
+    _check_parameter("value_bias", value_bias, x, (memory_value.shape[-2:-1], (heads, memory_value.shape[-2])))
+    group = _checked_group(group, slots)
+    _check_eps(eps)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: got {dropout}, expected a probability from 0 to 1")
+    padding = _checked_padding(padding_mask, x, (b, n))
+    dtype = autocast_dtype(x) or x.dtype
+    x, key, value = x.to(dtype), _by_head(memory_key, heads).to(dtype), _by_head(memory_value, heads).to(dtype)
+    bias = None if value_bias is None else value_bias.to(dtype).expand(heads, -1).flatten()
+    if key_bias is not None and key_bias.requires_grad:
+        # An empty sum is 0 whatever stands in the bias, and so is its gradient.
+        key = key + key_bias.flatten()[:0].sum().to(dtype)
+    if x.numel() == 0 or value.numel() == 0:
+        _refuse_an_empty_shard("x", x, process_group)
+        return _nothing(x.new_zeros((b, n, heads * value.shape[1])), x, key, value, bias)
+    keep, scale = None, 1.0
+    if dropout > 0:
+        keep = torch.empty((b, n, heads * slots), dtype=torch.uint8, device=x.device).bernoulli_(1.0 - dropout)
+        scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
+    backend, transformed = _road(x, dtype)
+    with no_autocast(x):
+        if backend == "reference" or transformed:
+            settings = group, eps, padding, keep, scale, process_group
+            return reference.external_attention(x, key, value, bias, *settings)
+        x, key, value = with_rows(x), key.contiguous(), value.contiguous()
+        if torch.compiler.is_compiling():
+            settings = group, eps, _group_name(process_group), scale
+            return operators.external_attention_forward(x, key, value, bias, padding, keep, *settings, backend)[0]
+        plan = Plan(backends.passes(backend, FAMILY), group, eps, _group_name(process_group), scale)
+        if _wants_gradients(x, key, value, bias):
+            return algorithm.ExternalAttentionFunction.apply(x, key, value, bias, plan, padding, keep)
+        return algorithm.forward(plan, x, key, value, bias, padding, keep)[0]
+
+
+def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, *, eps: float = 1e-9) -> Tensor:
+    """y = relu(BN(A V^T) + x), A = double_normalize(x K^T) per token of x: EANet's block with its convolutions folded.
+
+    x: [B, C, H, W], contiguous or channels_last (other strides cost a copy); float32, bfloat16, float16 or float64; its
+    H * W positions are the tokens. key: K, [S, C]; value: V, [C, S]; one group of S slots. norm: BN over C channels, in
+    training by the statistics of batch and positions; its running statistics are updated where it says so.
+    Returns y, shaped and stored as x. Under autocast K and V may be float32 or of the autocast's type; the products are
+    in the autocast's type where x has it, and in float32 where x, and so the residual stream, is float32.
+    Errors are TypeError and ValueError with the name of the argument, before anything runs.
+    """
+    _check_tensor("x", x)
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W]")
+    c = x.shape[1]
+    for name, memory in (("key", key), ("value", value)):
+        _check_tensor(name, memory)
+        if memory.ndim != 2:
+            raise ValueError(
+                f"{name}: got shape {tuple(memory.shape)}, expected [{'S, C' if name == 'key' else 'C, S'}]"
+            )
+    _check_parameter("key", key, x, ((key.shape[0], c),))
+    _check_slots("key", key.shape[0])
+    _check_parameter("value", value, x, ((c, key.shape[0]),))
+    _check_norm(norm, x)
+    _check_eps(eps)
+    dtype = x.dtype if (autocast := autocast_dtype(x)) is None else torch.promote_types(x.dtype, autocast)
+    x, key, value = x.to(dtype), key.to(dtype), value.to(dtype)
+    members = norm.process_group if norm.training else None
+    if x.numel() == 0:
+        if members is not None:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
+        return _nothing(torch.empty_like(x), x, key, value, norm.weight, norm.bias)
+    x = with_dense_maps(x)
+    backend, transformed = _road(x, dtype)
+    with no_autocast(x):
+        if backend == "reference" or transformed:
+            tokens, statistics = reference.external_attention_block(as_tokens(x), key, value, norm, eps)
+            y = as_maps(tokens, x)
+        else:
+            y, statistics = _block_through_passes(x, key, value, norm, eps, backend)
+    update_running_statistics([norm], statistics)
+    return y
+
+
+def _block_through_passes(
+    x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """y and the statistics [C, 3] by one of the roads 1, 3 and 4."""
+    members = _group_name(norm.process_group if norm.training else None)
+    fixed = None if norm.uses_batch else torch.stack((norm.running_mean, norm.running_var))
+    key, value = key.contiguous(), value.contiguous()
+    if torch.compiler.is_compiling():
+        settings = eps, norm.uses_batch, norm.eps, members, backend
+        tokens, *_, statistics = operators.external_attention_block_forward(
+            as_tokens(x), key, value, norm.weight, norm.bias, fixed, *settings
+        )
+        return as_maps(tokens, x), statistics
+    passes = backends.passes(backend, FAMILY)
+    plan = Plan(passes, key.shape[0], eps, batch=norm.uses_batch, norm_eps=norm.eps, members=members)
+    parameters = key, value, norm.weight, norm.bias
+    if _wants_gradients(x, *parameters):
+        return algorithm.ExternalAttentionBlockFunction.apply(x, *parameters, plan, fixed)
+    result = algorithm.block_forward(plan, as_tokens(x), *parameters, fixed)
+    return as_maps(result.y, x), result.statistics
+
+
+def _road(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
+    """The backend, and whether a functorch transform asks for the reference."""
+    backend = backends.select(x.device.type, dtype, FAMILY)
+    return backend, torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _group_name(process_group: Any) -> str:
+    return "" if process_group is None else process_group.group_name
+
+
+def _by_head(memory: Tensor, heads: int) -> Tensor:
+    return memory.expand(heads, -1, -1) if memory.ndim == 2 else memory
+
+
+def _nothing(y: Tensor, *inputs: Tensor | None) -> Tensor:
+    """y, empty or zero, with gradients of zero to every input."""
+    return y + sum(a.flatten()[:0].sum() for a in inputs if a is not None).to(y.dtype)
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor")
+
+
+def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """A parameter has one of the shapes, the device of x and its type; under autocast also float32."""
+    if p is None:
+        return
+    _check_tensor(name, p)
+    if p.device != x.device:
+        raise ValueError(f"{name}: got device {p.device}, expected that of x, {x.device}")
+    autocast = autocast_dtype(x)
+    if p.dtype not in ((x.dtype,) if autocast is None else (x.dtype, torch.float32, autocast)):
+        raise TypeError(f"{name}: got {p.dtype}, expected {x.dtype}, as x is")
+    if all(tuple(p.shape) != tuple(shape) for shape in shapes):
+        expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name}: got shape {tuple(p.shape)}, expected {expected}")
+
+
+def _check_slots(name: str, slots: int) -> None:
+    if slots < 1:
+        raise ValueError(f"{name}: got {slots} slots, expected at least 1")
+
+
+def _check_memories(x: Tensor, key: Tensor, value: Tensor, heads: int) -> int:
+    """The number of slots of memories that fit x and each other."""
+    for name, memory in (("memory_key", key), ("memory_value", value)):
+        _check_tensor(name, memory)
+        if memory.ndim not in (2, 3):
+            rest = "S, d / heads" if name == "memory_key" else "v, S"
+            raise ValueError(f"{name}: got shape {tuple(memory.shape)}, expected [{rest}] or [heads, {rest}]")
+    slots, v, features = key.shape[-2], value.shape[-2], x.shape[2] // heads
+    _check_parameter("memory_key", key, x, ((slots, features), (heads, slots, features)))
+    _check_slots("memory_key", slots)
+    _check_parameter("memory_value", value, x, ((v, slots), (heads, v, slots)))
+    return slots
+
+
+def _check_norm(norm: Norm, x: Tensor) -> None:
+    c = x.shape[1]
+    if norm.uses_batch and not norm.process_group and 0 < x.numel() == c:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per channel for BN in training")
+    for name, p in zip(Norm._fields[:4], norm[:4], strict=True):
+        if p is None:
+            continue
+        if p.device != x.device:
+            raise ValueError(f"{name} of norm: got device {p.device}, expected that of x, {x.device}")
+        if tuple(p.shape) != (c,):
+            raise ValueError(f"{name} of norm: got shape {tuple(p.shape)}, expected ({c},), the channels of x")
+
+
+def _checked_group(group: int | None, slots: int) -> int:
+    """The slots in a group of the normalisation."""
+    if group is None:
+        return slots
+    if group < 1 or slots % group:
+        raise ValueError(f"group: got {group}, expected a divisor of the {slots} slots")
+    return group
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, expected a finite number, 0 or more")
+
+
+def _checked_padding(mask: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The mask, checked and expanded over axes between the first and the tokens."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"padding_mask: got {type(mask).__name__}, expected a tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"padding_mask: got {mask.dtype}, expected torch.bool, True at padding")
+    if mask.device != x.device:
+        raise ValueError(f"padding_mask: got device {mask.device}, expected that of the tokens, {x.device}")
+    shape = tuple(shape)
+    accepted = (shape, (shape[0], shape[-1])) if len(shape) > 1 else (shape,)
+    if tuple(mask.shape) not in accepted:
+        expected = " or ".join(map(str, dict.fromkeys(accepted)))
+        raise ValueError(f"padding_mask: got shape {tuple(mask.shape)}, expected {expected}")
+    if tuple(mask.shape) != shape:
+        mask = mask.view(shape[0], *(1,) * (len(shape) - 2), shape[-1])
+    return mask.expand(shape)
+
+
+def _refuse_an_empty_shard(name: str, x: Tensor, process_group: Any) -> None:
+    if process_group is not None:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected a token on every member of process_group")

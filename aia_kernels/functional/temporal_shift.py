@@ -1,0 +1,46 @@
+"""The temporal shift as a function: validate, choose a road, call. The roads are those of the first family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..autocast import no_autocast
+from ..layouts import as_clips, as_input, stored_as, with_dense_clips
+from ..operators.temporal_shift import temporal_shift_by
+from ..reference import temporal_shift as reference
+from ..temporal_shift import TemporalShiftFunction
+from .clips import check_clips
+
+FAMILY = "temporal_shift"
+
+
+def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tensor:
+    """Shift a part of the channels by one frame in time (arXiv 1811.08383), in one pass.
+
+    x: [B * T, C, H, W] with T = num_segments, contiguous or channels_last; or [B, C, T, H, W], contiguous or
+    channels_last_3d, and then num_segments is not used; other strides cost a copy. float32, bfloat16, float16, float64.
+    The first C // fold_div channels of a frame come from the next frame of its clip, as many again from the previous
+    one, 0 where there is none, and the others stay. Returns y, shaped and stored as x. Errors are TypeError and ValueError
+    with the name of the argument.
+    """
+    check_clips(x, num_segments)
+    if fold_div < 2:
+        raise ValueError(f"fold_div: got {fold_div}, expected at least 2: two parts of the channels move")
+    if x.numel() == 0:
+        return x.clone()
+    fold = x.shape[1] // fold_div
+    x = with_dense_clips(x, num_segments)
+    backend = backends.select(x.device.type, x.dtype, FAMILY)
+    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if backend == "reference" or transformed:
+        clips = as_clips(x, num_segments)
+        with no_autocast(x):  # which has a word on concatenation
+            return as_input(stored_as(reference(clips, fold), clips), x.ndim)
+    if torch.compiler.is_compiling():
+        return as_input(temporal_shift_by(as_clips(x, num_segments), fold, False, backend), x.ndim)
+    shift = backends.passes(backend, FAMILY).temporal_shift
+    if torch.is_grad_enabled() and x.requires_grad:
+        return TemporalShiftFunction.apply(x, num_segments, fold, False, shift)
+    return as_input(shift(as_clips(x, num_segments), fold, False), x.ndim)

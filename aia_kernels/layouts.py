@@ -1,0 +1,63 @@
+"""Views of x as its layer sees it, and copies where its strides fit no kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import maps
+
+
+def stored_as(grad_y: Tensor, x: Tensor) -> Tensor:
+    """grad_y with the strides of x: gradients arrive expanded (from sum) or in another layout."""
+    return grad_y if grad_y.stride() == x.stride() else torch.empty_like(x).copy_(grad_y)
+
+
+def unviewed(y: Tensor) -> Tensor:
+    """y itself, but no view of another tensor: autograd forbids to change in place a view that a Function returns."""
+    return y.data
+
+
+def as_clips(x: Tensor, num_segments: int) -> Tensor:
+    """The view [B, T, C, H, W] of x, [B * T, C, H, W] or [B, C, T, H, W]."""
+    return x.unflatten(0, (-1, num_segments)) if x.ndim == 4 else x.transpose(1, 2)
+
+
+def as_input(y: Tensor, ndim: int) -> Tensor:
+    """The inverse of as_clips: y [B, T, C, H, W] as [B * T, C, H, W] or [B, C, T, H, W]."""
+    return y.flatten(0, 1) if ndim == 4 else y.transpose(1, 2)
+
+
+def with_dense_clips(x: Tensor, num_segments: int) -> Tensor:
+    """x itself, [B * T, C, H, W] or [B, C, T, H, W], if it is stored in one of maps.ORDERS, else a copy that is."""
+
+    def fits(a: Tensor) -> bool:
+        return maps.storage_order(as_clips(a, num_segments)) is not None
+
+    if fits(x):
+        return x
+    copy = x.clone()  # keeps channels last
+    return copy if fits(copy) else x.contiguous()
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """The view [B, N, C], N = H * W, of maps [B, C, H, W]."""
+    return x.flatten(2).mT
+
+
+def as_maps(tokens: Tensor, x: Tensor) -> Tensor:
+    """The inverse of as_tokens: the view of tokens [B, N, C] with the shape of x [B, C, H, W]."""
+    return tokens.mT.unflatten(2, x.shape[2:])
+
+
+def with_dense_maps(x: Tensor) -> Tensor:
+    """x [B, C, H, W] itself if it is contiguous or channels_last, else a contiguous copy."""
+    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """x [B, N, d] itself if features or tokens are contiguous and no two elements overlap, else a contiguous copy."""
+    _, n, d = x.shape
+    by_token = (d == 1 or x.stride(2) == 1) and (n == 1 or x.stride(1) >= d)
+    by_feature = (n == 1 or x.stride(1) == 1) and (d == 1 or x.stride(2) >= n)
+    return x if by_token or by_feature else x.contiguous()

@@ -1,0 +1,193 @@
+"""External attention (arXiv 2105.02358) as modules, with the published names, parameters and initialisation.
+
+What is folded, and why it is exact: no nonlinearity stands between a projection and the memory beside it, so the two
+are one matrix, a product of parameters alone. It is formed anew in every call (it is small beside the tokens) and by
+differentiable products, so autograd carries its gradient to both factors, exact but for rounding. Whatever adds a
+constant to all tokens of a slot, the bias of a projection before the key memory or that of the memory itself, is
+invisible to the softmax over tokens: it has no effect and a gradient of zero.
+
+The submodules hold parameters, mode and settings and may be frozen, parametrised or converted as usual. Their forward
+is not called, unless somebody must see the call: where a submodule has hooks or is of another kind (quantised, adapted,
+replaced), every submodule is run in the published order around the double normalisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.external_attention import double_normalize, external_attention, external_attention_block
+from .submodules import is_pointwise, must_be_called, norm_of
+
+#: What EANet and EAMLP add to the sum over slots.
+EPS = 1e-9
+
+
+def _in_own_precision(x: Tensor):
+    """A context in which products of parameters alone have the type of the parameters, autocast or not."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _without_effect(memory_key: Tensor, *biases: Tensor | None) -> Tensor:
+    """The key memory, on which biases that the softmax over tokens does not see hang with a gradient of zero.
+
+    Zero and not none, so that DistributedDataParallel finds every parameter used. The sum of an empty slice is 0 and
+    has no other gradient, whatever stands in the bias and in the gradient of the key.
+    """
+    for bias in biases:
+        if bias is not None:
+            memory_key = memory_key + bias[:0].sum()
+    return memory_key
+
+
+class ExternalAttention(nn.Module):
+    """Plain external attention on tokens: o = A M_v^T, A the double normalisation, without eps, of x M_k^T.
+
+    x: [B, N, d_model]; o: the same. S is the number of slots. As in the popular port with two linear layers: mk and mv
+    without bias, weights normal with a standard deviation of 0.001. Nothing needs folding here.
+    """
+
+    def __init__(self, d_model: int, S: int = 64):
+        super().__init__()
+        _check_at_least_one(d_model=d_model, S=S)
+        self.mk = nn.Linear(d_model, S, bias=False)
+        self.mv = nn.Linear(S, d_model, bias=False)
+        for linear in (self.mk, self.mv):
+            nn.init.normal_(linear.weight, std=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if must_be_called(self.mk) or must_be_called(self.mv):
+            return self._through_submodules(x)
+        return external_attention(x, self.mk.weight, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
+
+    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+        return self.mv(normalize(self.mk(x)))
+
+
+class ExternalAttention2d(nn.Module):
+    """EANet's block on maps: y = relu(conv2(EA(conv1(x))) + x), conv2 being a 1x1 convolution and a batch norm.
+
+    x: [B, c, H, W], contiguous or channels_last; y is shaped and stored as x. k is the number of slots, eps 1e-9.
+
+    Folded: linear_0 and conv1 into one [k, c] (the bias of conv1 drops out), conv2.0 and linear_1 into one [c, k],
+    which leaves 2 c k of 2 c^2 + 2 c k products per token. With A the attention map, the batch norm sees z = A V^T: its
+    mean and variance in training are V mean(A) and diag(V Cov(A) V^T), its scale joins V, its shift and the residual
+    and ReLU the pass that writes y. It does what conv2.1 says: training or frozen, SyncBatchNorm, momentum None.
+
+    As published the memories start equal, linear_1.weight = linear_0.weight.permute(1, 0, 2), here without sharing
+    storage: a checkpoint in which training has moved them apart loads as it is. The published network (not the block)
+    sets the momentum of its batch norms to 3e-4.
+    """
+
+    def __init__(self, c: int, k: int = 64):
+        super().__init__()
+        _check_at_least_one(c=c, k=k)
+        self.k = k
+        self.conv1 = nn.Conv2d(c, c, 1)
+        self.linear_0 = nn.Conv1d(c, k, 1, bias=False)
+        self.linear_1 = nn.Conv1d(k, c, 1, bias=False)
+        self.conv2 = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c))
+        with torch.no_grad():
+            # The published memories share storage while they are initialised, so the draw for linear_1 is that of both.
+            shared = self.linear_0.weight.permute(1, 0, 2)
+            for weight in (self.conv1.weight, self.linear_0.weight, shared, self.conv2[0].weight):
+                weight.normal_(0, math.sqrt(2 / weight.shape[0]))
+            self.linear_1.weight.copy_(shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._foldable():
+            return self._through_submodules(x)
+        conv2, norm = self.conv2
+        with _in_own_precision(x):
+            key = self.linear_0.weight.flatten(1) @ self.conv1.weight.flatten(1)
+            key = _without_effect(key, self.conv1.bias, self.linear_0.bias)
+            value = conv2.weight.flatten(1) @ self.linear_1.weight.flatten(1)
+        return external_attention_block(x, key, value, norm_of(norm), eps=EPS)
+
+    def _foldable(self) -> bool:
+        if must_be_called(self.conv2) or not isinstance(self.conv2, nn.Sequential) or len(self.conv2) != 2:
+            return False
+        convolutions = (self.conv1, self.linear_0, self.linear_1, self.conv2[0])
+        return (
+            not any(map(must_be_called, (*convolutions, self.conv2[1])))
+            and all(map(is_pointwise, convolutions))
+            and isinstance(self.conv2[1], nn.modules.batchnorm._BatchNorm)
+            and self.linear_1.bias is None
+            and self.conv2[0].bias is None
+        )
+
+    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+        logits = self.linear_0(self.conv1(x).flatten(2))
+        attention = normalize(logits.mT, eps=EPS).mT
+        z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
+        return (z + x).relu()
+
+
+class MultiHeadExternalAttention(nn.Module):
+    """EAMLP's attention on tokens: 4 * num_heads heads of dim / num_heads features, one pair of memories for all.
+
+    x: [B, N, dim]; o: the same. trans_dims (dim to 4 dim), linear_0 and linear_1 (64 slots, with biases, shared by the
+    heads), proj (4 dim to dim), eps 1e-9. attn_drop is applied to the attention map, proj_drop to o. qkv_bias and
+    qk_scale are there for the signature that blocks in timm's style expect, and have no effect, as published.
+
+    Folded: for each head linear_0 and the head's rows of trans_dims into [64, dim] (their biases drop out), proj and
+    linear_1 into [dim, 64 * heads], and the bias of linear_1 into that of proj. That leaves external attention of
+    64 * heads slots, normalised in groups of 64, and no product per head. Dropout acts between the two, on the map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        _check_at_least_one(dim=dim, num_heads=num_heads)
+        if dim % num_heads:
+            raise ValueError(f"dim: got {dim}, expected a multiple of num_heads = {num_heads}")
+        self.coef = 4
+        self.num_heads = num_heads * self.coef
+        self.k = 256 // self.coef
+        self.trans_dims = nn.Linear(dim, dim * self.coef)
+        self.linear_0 = nn.Linear(dim * self.coef // self.num_heads, self.k)
+        self.linear_1 = nn.Linear(self.k, dim * self.coef // self.num_heads)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim * self.coef, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        linears = (self.trans_dims, self.linear_0, self.linear_1, self.proj)
+        if any(map(must_be_called, (*linears, self.attn_drop))):
+            return self._through_submodules(x)
+        with _in_own_precision(x):
+            key = self.linear_0.weight @ self.trans_dims.weight.unflatten(0, (self.num_heads, -1))  # [heads, k, dim]
+            key = _without_effect(key.flatten(0, 1), self.trans_dims.bias, self.linear_0.bias)
+            back = self.proj.weight.unflatten(1, (self.num_heads, -1))  # [dim, heads, dim / heads]
+            value = (back @ self.linear_1.weight).flatten(1)
+            bias = self.proj.bias
+            if self.linear_1.bias is not None:
+                shared = back.sum(1) @ self.linear_1.bias
+                bias = shared if bias is None else bias + shared
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        o = external_attention(x, key, value, value_bias=bias, eps=EPS, group=self.k, dropout=dropout)
+        return self.proj_drop(o)
+
+    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+        heads = self.trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
+        attention = self.attn_drop(normalize(self.linear_0(heads), eps=EPS))
+        return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
+
+
+def _check_at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")

@@ -1,0 +1,68 @@
+"""What a layer may take from a submodule, reading its parameters instead of calling it, and when it must call it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from ..reference import Norm
+
+_PLAIN_FORWARDS = (
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+    nn.Dropout.forward,
+    nn.Linear.forward,
+    nn.Sequential.forward,
+    _BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+)
+
+
+def must_be_called(module: nn.Module) -> bool:
+    """Whether somebody must see the call of a submodule: it has hooks, or its forward is not that of its kind.
+
+    A parametrised weight needs no call: the attribute is the computed one. Quantised, adapted or patched layers do.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or type(module).forward not in _PLAIN_FORWARDS or "forward" in module.__dict__
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether a module is a convolution that is one matrix product per position: a kernel of one, all else plain."""
+    return (
+        isinstance(conv, _ConvNd)
+        and set(conv.kernel_size) == set(conv.stride) == {1}
+        and (conv.padding == "same" or conv.padding == "valid" or set(conv.padding) == {0})
+        and conv.groups == 1
+    )
+
+
+def norm_of(bn: _BatchNorm) -> Norm:
+    """The parameters, buffers, mode and settings of a batch norm."""
+    group = None
+    if isinstance(bn, nn.SyncBatchNorm) and bn.training:
+        group = _group_to_synchronise(bn)
+    return Norm(
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.num_batches_tracked,
+        bn.training,
+        bn.momentum,
+        bn.eps,
+        bn.track_running_stats,
+        group,
+    )
+
+
+def _group_to_synchronise(bn: nn.SyncBatchNorm):
+    """The process group whose members share the statistics, None where there is nobody to share with."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = bn.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None

@@ -1,0 +1,76 @@
+"""The registered operators of whole layers as plain ATen, for programs that must run where this package is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..layouts import stored_as
+from ..reference import UNITS, Gate, Norm
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """The specification of each operator that torch.export records for a layer, as a table of decompositions.
+
+    ``program.run_decompositions(aia_kernels.decompositions())`` leaves ATen operators alone in an exported program; to
+    reach core ATen, add these to torch's own: ``table = torch.export.default_decompositions()``, then
+    ``table.update(aia_kernels.decompositions())``. Operators that exchange statistics with a process group stay.
+    """
+    return {getattr(getattr(torch.ops, ops.NAMESPACE), name).default: function for name, function in _TABLE.items()}
+
+
+def _unit(x, weight, affine, fixed, unit, backend, batch, eps, groups):
+    if any(groups):
+        return NotImplemented
+    gates = []
+    for i, own in enumerate(batch):
+        mean, var = (None, None) if own else fixed[i].split(1)
+        gates.append(Gate(weight[i : i + 1], Norm(*affine[i].split(1), mean, var, training=own, eps=eps[i])))
+    y, statistics = reference.attention_in_attention(x, UNITS[unit], gates)
+    _y, *kept, _statistics = ops.FAKES["unit_forward"](x, weight, affine, fixed, unit, backend, batch, eps, groups)
+    return stored_as(y, x), *kept, statistics
+
+
+def _double_normalize(logits, padding, group, eps, shards, backend):
+    if shards:
+        return NotImplemented
+    _attention, mass = ops.FAKES["double_normalize_forward"](logits, padding, group, eps, shards, backend)
+    return stored_as(reference.double_normalize(logits, group, eps, padding), logits), mass
+
+
+def _external_attention(x, key, value, bias, padding, keep, group, eps, shards, scale, backend):
+    if shards:
+        return NotImplemented
+    settings = padding, keep, group, eps, shards, scale, backend
+    _o, *kept = ops.FAKES["external_attention_forward"](x, key, value, bias, *settings)
+    o = reference.external_attention(x, key, value, bias, group, eps, padding, keep, scale)
+    return o.contiguous(), *kept
+
+
+def _external_attention_block(x, key, value, weight, bias, fixed, eps, batch, norm_eps, members, backend):
+    if members:
+        return NotImplemented
+    settings = eps, batch, norm_eps, members, backend
+    _y, *kept, _statistics = ops.FAKES["external_attention_block_forward"](x, key, value, weight, bias, fixed, *settings)
+    mean, var = (None, None) if batch else fixed.unbind(0)
+    norm = Norm(weight, bias, mean, var, training=batch, eps=norm_eps)
+    y, statistics = reference.external_attention_block(x, key, value, norm, eps)
+    return stored_as(y, x), *kept, statistics
+
+
+def _temporal_shift(x: Tensor, fold: int, reverse: bool, backend: str) -> Tensor:
+    return stored_as(reference.temporal_shift(x, fold, reverse), x)
+
+
+# What a forward keeps for its backward comes from the fake implementation: uninitialised, and removed as unused, for the
+# gradients of the decomposed program are ATen's own.
+_TABLE = {
+    "unit_forward": _unit,
+    "double_normalize_forward": _double_normalize,
+    "external_attention_forward": _external_attention,
+    "external_attention_block_forward": _external_attention_block,
+    "temporal_shift_by": _temporal_shift,
+}

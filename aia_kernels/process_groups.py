@@ -1,0 +1,27 @@
+"""What crosses process groups, named as registered operators can name them: by their group_name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def resolve(name: str) -> Any:
+    """The process group of a name; None for the empty name."""
+    if not name:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
+def gather(tensor: Tensor, name: str) -> Tensor:
+    """A tensor of every member of a process group, stacked by rank."""
+    from torch.distributed import all_gather
+
+    group = resolve(name)
+    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    all_gather(gathered, tensor.contiguous(), group=group)
+    return torch.stack(gathered)

@@ -1,0 +1,56 @@
+"""Double normalisation (arXiv 2105.02358, equation 6) in plain PyTorch: over the tokens, then over the slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..maps import accumulate_dtype
+
+
+def log_sum_exp(logits: Tensor, padding: Tensor | None, process_group: Any = None) -> Tensor:
+    """The logarithm [..., 1, M] of the sum of exp(logits) over the tokens that are not padding; 0 without a token.
+
+    Over the tokens of all members of a process group if one is given. The maximum is only there against overflow: its
+    derivative cancels, so it is taken as a constant.
+    """
+    if padding is None and process_group is None:
+        return logits.logsumexp(-2, keepdim=True)
+    shown = logits if padding is None else logits.masked_fill(padding.unsqueeze(-1), -torch.inf)
+    maximum = shown.detach().amax(-2, keepdim=True)
+    if process_group is not None:
+        torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=process_group)
+    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    total = (shown - maximum).exp().sum(-2, keepdim=True)
+    if process_group is not None:
+        from torch.distributed.nn.functional import all_reduce
+
+        total = all_reduce(total, group=process_group)
+    return maximum + (total + (total == 0)).log()
+
+
+def double_normalize(
+    logits: Tensor, group: int, eps: float = 0.0, padding: Tensor | None = None, process_group: Any = None
+) -> Tensor:
+    """A = P / (eps + the sum of P over the token's group), P = softmax over tokens of logits [..., N, M].
+
+    The M columns are consecutive groups of ``group`` slots. padding [..., N] is True at tokens that take no part: they
+    weigh nothing and their A is 0. process_group: its members hold the tokens in shards. Computed in
+    maps.accumulate_dtype and returned in the type of the logits. Without eps, A is a softmax of log P over the slots,
+    which is right where P itself underflows; published code divides 0 by 0 there.
+    """
+    x = logits.to(accumulate_dtype(logits.dtype))
+    if padding is not None:
+        x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+    log_p = (x - log_sum_exp(x, padding, process_group)).unflatten(-1, (-1, group))
+    if eps == 0:
+        attention = log_p.softmax(-1)
+    else:
+        p = log_p.exp()
+        attention = p / (eps + p.sum(-1, keepdim=True))
+    attention = attention.flatten(-2)
+    if padding is not None:
+        attention = attention.masked_fill(padding.unsqueeze(-1), 0.0)
+    return attention.to(logits.dtype)

@@ -1,0 +1,104 @@
+"""External attention (arXiv 2105.02358) in plain PyTorch: the specification of the second family.
+
+    L = x K^T                                           [B, N, M]
+    A = L normalised over tokens, then over slots       double_norm.py
+    o = A V^T + bias
+
+and EANet's block around it, y = relu(BN(A V^T) + x), whose convolutions are folded into K and V by the caller (no
+nonlinearity stands between a projection and its memory). Runs on any device in any floating-point type, and is
+differentiable as often as wanted.
+
+What the published code (MenghaoGuo/EANet and its ports) does that one would not guess:
+
+* EANet's block and EAMLP add eps = 1e-9 to the sum over slots, and the popular port with two linear layers adds none.
+* EAMLP's memories have biases. That of the keys is a constant per slot, which the softmax over tokens does not see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..maps import accumulate_dtype
+from .double_norm import double_normalize
+from .norm import Norm
+
+
+def external_attention(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    group: int,
+    eps: float,
+    padding: Tensor | None = None,
+    keep: Tensor | None = None,
+    scale: float = 1.0,
+    process_group: Any = None,
+) -> Tensor:
+    """o [B, N, H * v] of x [B, N, H * k], key [H, M, k], value [H, v, M] and bias [H * v] or None.
+
+    keep [B, N, H * M], 0 or 1, and scale are dropout's: A * keep * scale takes the place of A in the value product. o
+    is 0 at padding tokens [B, N]. The rest as in double_normalize.
+    """
+    heads = key.shape[0]
+    if padding is not None:
+        x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+    logits = torch.einsum("bnhk,hmk->bnhm", x.unflatten(-1, (heads, -1)), key).flatten(2)
+    attention = double_normalize(logits, group, eps, padding, process_group)
+    if keep is not None:
+        attention = attention * keep * scale
+    o = torch.einsum("bnhm,hvm->bnhv", attention.unflatten(-1, (heads, -1)), value).flatten(2)
+    if bias is not None:
+        o = o + bias.to(o.dtype)
+    return o if padding is None else o.masked_fill(padding.unsqueeze(-1), 0.0)
+
+
+def second_moments(attention: Tensor, group: int, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [M] and covariance [M, M] of A over batch and tokens, and the number of tokens, over a group's members.
+
+    The moments are taken of A - 1 / group: the slots of a group share 1, so that nearly constant columns are nearly
+    1 / group, and their variance would be lost in the rounding of their squares.
+    """
+    a = attention.flatten(0, 1).to(accumulate_dtype(attention.dtype)) - 1 / group
+    count = a.new_full((), a.shape[0])
+    total, second = a.sum(0), a.mT @ a
+    if process_group is not None:
+        from torch.distributed.nn.functional import all_reduce
+
+        flat = all_reduce(torch.cat((total, second.flatten(), count.view(1))), group=process_group)
+        total, second, count = flat[: total.numel()], flat[total.numel() : -1].view_as(second), flat[-1]
+    mean = total / count
+    return mean + 1 / group, second / count - mean.outer(mean), count
+
+
+def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
+    """y = relu(BN(z) + x), z = A V^T, of x [B, N, C], key [M, C] and value [C, M]; and BN's statistics [C, 3].
+
+    The M columns are one group. As z is linear in A, its moments follow from those of A, which has M columns instead of
+    C: mean(z) = V mean(A) and var(z) = diag(V Cov(A) V^T). The statistics are the mean and biased variance that BN used
+    and the share of one token in them, 1 / count, or 0 where they are not the batch's. Updating the running ones is the
+    caller's business.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    attention = double_normalize(x @ key.mT, key.shape[0], eps)
+    v = value.to(dtype)
+    if norm.uses_batch:
+        members = norm.process_group if norm.training else None
+        mean, covariance, count = second_moments(attention, key.shape[0], members)
+        mean, var = v @ mean, ((v @ covariance) * v).sum(1).clamp_min(0)
+        share = count.reciprocal()
+    else:
+        mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+        share = mean.new_zeros(())
+    factor = torch.rsqrt(var + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.to(dtype)
+    shift = -mean * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(dtype)
+    z = attention @ (factor.unsqueeze(1) * v).to(x.dtype).mT
+    y = (x.to(dtype) + z.to(dtype) + shift).relu().to(x.dtype)  # x first: y takes its storage
+    return y, torch.stack((mean, var, share.expand_as(mean)), 1).detach()

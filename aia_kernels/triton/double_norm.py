@@ -1,0 +1,568 @@
+"""Double normalisation: the statistics over tokens, the attention from logits, and the way back.
+
+A kernel sees B samples of N tokens by M columns as tiles [BT, BM]. The columns are laid out in a tile so that groups do
+not straddle tiles: a tile holds whole groups, each padded to a power of two, and a group wider than the widest tile
+takes several tiles, its *pieces*. What one program normalises is a *span*: the groups of one tile, or all pieces of one
+group. With r the maximum of log P over a token's group,
+
+    log P = L - lse        A = exp(log P - r) / norm        norm = eps exp(-r) + sum over the group of exp(log P - r)
+
+so that nothing overflows, and A is right where P itself underflows. A fused kernel makes A from the logits as it needs
+it: r and norm come from its own tile, or, for groups in pieces, from a pass before it (normaliser).
+
+Sums over tokens are made of the sums of tiles, joined in the order of the tokens: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import maps
+from . import tiles
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+#: Columns of the widest tile: wider ones leave a tile of tl.dot too few tokens, or too many elements to a thread.
+WIDEST = 128
+
+#: Columns of a tile that holds several groups, where there are as many.
+COLUMNS = 64
+
+#: Elements of a tile of the passes of this file, 32 to a thread.
+ELEMENTS = 1 << 14 if INTERPRETED else 4096
+
+#: Programs that a launch should have: two for each SM of an H200. The interpreter's cost is per program.
+PROGRAMS = 1 if INTERPRETED else 264
+
+#: The least length of an axis of tl.dot.
+LEAST = 16
+
+
+class Columns(NamedTuple):
+    """Compile-time geometry of the columns: `heads` times `width` of them, in groups of `group`.
+
+    A tile has `block` columns, in parts of `room`, one for each group: `room` is the power of two that holds a group,
+    or `block` if there is none.
+    """
+
+    heads: int
+    width: int
+    group: int
+    block: int
+    room: int
+
+
+def columns(heads: int, width: int, group: int, most: int = COLUMNS) -> Columns:
+    """The geometry with tiles of up to ``most`` columns, or of one group if that is wider."""
+    room = min(triton.next_power_of_2(group), WIDEST)
+    block = max(room, LEAST, min(most, room * triton.next_power_of_2(width // group)))
+    return Columns(heads, width, group, block, room)
+
+
+@triton.constexpr_function
+def column_count(c):
+    """M."""
+    return c.heads * c.width
+
+
+@triton.constexpr_function
+def group_count(c):
+    """Groups of a token."""
+    return c.heads * c.width // c.group
+
+
+@triton.constexpr_function
+def pieces(c):
+    """Tiles of a span."""
+    return -(-c.group // c.block)
+
+
+@triton.constexpr_function
+def spans(c):
+    """Spans of a head."""
+    return -(-(c.width // c.group) // (c.block // c.room))
+
+
+@triton.constexpr_function
+def packed(c):
+    """Whether a tile has no gaps between its groups."""
+    return c.group == c.room
+
+
+@triton.jit
+def place(n, HEADS: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr):
+    """Sample (int64), block of tokens, head and part of it (a span, say) of this program.
+
+    Programs of the same tokens are neighbours, so that they share what they read of them.
+    """
+    pid = tl.program_id(0)
+    part = pid % PARTS
+    pid = pid // PARTS
+    head = pid % HEADS
+    pid = pid // HEADS
+    blocks = tl.cdiv(n, BT)
+    return (pid // blocks).to(tl.int64), pid % blocks, head, part
+
+
+@triton.jit
+def tokens_at(b, block, n, padding_ptr, BT: tl.constexpr, WIDE: tl.constexpr):
+    """Tokens t [BT] of a block, which are inside the sample, and which of those are not padding."""
+    t = block * BT + tl.arange(0, BT)
+    inside = t < n
+    if WIDE:
+        t = t.to(tl.int64)
+    shown = inside
+    if padding_ptr is not None:
+        shown = inside & (tl.load(padding_ptr + b * n + t, mask=inside, other=1) == 0)
+    return t, inside, shown
+
+
+@triton.jit
+def columns_at(head, span, piece, C: tl.constexpr):
+    """Columns m [BM] of a tile, which of them exist, and their groups among all of a token."""
+    BLOCK: tl.constexpr = C.block
+    ROOM: tl.constexpr = C.room
+    GROUP: tl.constexpr = C.group
+    WIDTH: tl.constexpr = C.width
+    i = tl.arange(0, BLOCK)
+    group = span * (BLOCK // ROOM) + i // ROOM
+    if packed(C):
+        m = span * BLOCK + i
+        exists = m < WIDTH
+    else:
+        within = piece * BLOCK + i % ROOM
+        m = group * GROUP + within
+        exists = (within < GROUP) & (m < WIDTH)
+    return head * WIDTH + m, exists, head * (WIDTH // GROUP) + group
+
+
+@triton.jit
+def group_sum(t, ROOM: tl.constexpr):
+    """The sum of each token's group, [BT, BM], or [BT, 1] if the tile is one group."""
+    BT: tl.constexpr = t.shape[0]
+    BM: tl.constexpr = t.shape[1]
+    if BM == ROOM:
+        result = tl.sum(t, 1, keep_dims=True)
+    else:
+        result = tl.sum(tl.reshape(t, [BT, BM // ROOM, ROOM]), 2, keep_dims=True)
+        result = tl.reshape(tl.broadcast_to(result, [BT, BM // ROOM, ROOM]), [BT, BM])
+    return result
+
+
+@triton.jit
+def group_max(t, ROOM: tl.constexpr):
+    """The maximum of each token's group, [BT, BM], or [BT, 1] if the tile is one group; NaN may be passed over."""
+    BT: tl.constexpr = t.shape[0]
+    BM: tl.constexpr = t.shape[1]
+    if BM == ROOM:
+        result = tl.max(t, 1, keep_dims=True)
+    else:
+        result = tl.max(tl.reshape(t, [BT, BM // ROOM, ROOM]), 2, keep_dims=True)
+        result = tl.reshape(tl.broadcast_to(result, [BT, BM // ROOM, ROOM]), [BT, BM])
+    return result
+
+
+@triton.jit
+def finite(maximum):
+    """What to subtract before exp: the maximum, or 0 where there is nothing above -inf."""
+    return tl.where(maximum == float("-inf"), 0, maximum)
+
+
+@triton.jit
+def column_max(t):
+    """The maximum of each column, NaN if it holds one: tl.max passes over NaN."""
+    return tl.where(tl.max((t != t).to(tl.int32), 0) > 0, float("nan"), tl.max(t, 0))
+
+
+@triton.jit
+def load_tile(ptr, t, m, mask, M: tl.constexpr):
+    """A tile of a contiguous [N, M], zero where the mask is not set."""
+    return tl.load(ptr + (t[:, None] * M + m[None, :]), mask=mask, other=0)
+
+
+@triton.jit
+def log_p_tile(logits_ptr, lse_ptr, t, m, mask, M: tl.constexpr, ACC: tl.constexpr):
+    """L - lse, and -inf where the mask is not set."""
+    lse = tl.load(lse_ptr + m, mask=m < M, other=0)
+    log_p = load_tile(logits_ptr, t, m, mask, M).to(ACC) - lse[None, :]
+    return tl.where(mask, log_p, float("-inf"))
+
+
+@triton.jit
+def norm_of(total, r, EPS: tl.constexpr):
+    """norm, from the sum of exp(log P - r) over the group."""
+    if EPS > 0:
+        total += tl.exp(-r) * tl.full([1, 1], EPS, r.dtype)
+    return total
+
+
+@triton.jit
+def span_total(logits_ptr, lse_ptr, t, shown, head, span, C: tl.constexpr, ACC: tl.constexpr):
+    """r and the sum of exp(log P - r) of each token's group: [BT, BM], or [BT, 1] if a span is one group."""
+    M: tl.constexpr = column_count(C)
+    ROOM: tl.constexpr = C.room
+    if pieces(C) == 1:
+        m, exists, _ = columns_at(head, span, 0, C)
+        log_p = log_p_tile(logits_ptr, lse_ptr, t, m, shown[:, None] & exists[None, :], M, ACC)
+        r = finite(group_max(log_p, ROOM))
+        total = group_sum(tl.exp(log_p - r), ROOM)
+    else:
+        BT: tl.constexpr = t.shape[0]
+        maximum = tl.full([BT, 1], float("-inf"), ACC)
+        total = tl.zeros([BT, 1], ACC)
+        for piece in range(pieces(C)):
+            m, exists, _ = columns_at(head, span, piece, C)
+            log_p = log_p_tile(logits_ptr, lse_ptr, t, m, shown[:, None] & exists[None, :], M, ACC)
+            larger = tl.maximum(maximum, group_max(log_p, ROOM))
+            r = finite(larger)
+            total = total * tl.exp(maximum - r) + group_sum(tl.exp(log_p - r), ROOM)
+            maximum = larger
+        r = finite(maximum)
+    return r, total
+
+
+@triton.jit
+def token_rows(n, C: tl.constexpr):
+    """N * M / group, int64 though n may be a constant."""
+    return (tl.zeros([], tl.int64) + n) * group_count(C)
+
+
+@triton.jit
+def attention_tile(
+    attention_ptr,
+    rows_ptr,
+    n,
+    t,
+    shown,
+    head,
+    span,
+    piece,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A of a sample at a tile [BT, BM], 0 at padding and outside: stored, or, with rows, made from the logits."""
+    M: tl.constexpr = column_count(C)
+    GROUPS: tl.constexpr = group_count(C)
+    m, exists, _ = columns_at(head, span, piece, C)
+    mask = shown[:, None] & exists[None, :]
+    if rows_ptr is None:
+        a = load_tile(attention_ptr, t, m, mask, M).to(ACC)
+    else:
+        log_p = log_p_tile(attention_ptr, rows_ptr, t, m, mask, M, ACC)
+        if pieces(C) == 1:
+            r = finite(group_max(log_p, C.room))
+            e = tl.exp(log_p - r)
+            norm = norm_of(group_sum(e, C.room), r, EPS)
+        else:
+            at = rows_ptr + M + t * GROUPS + head * (GROUPS // C.heads) + span
+            r = tl.load(at, mask=shown, other=0)[:, None]
+            norm = tl.load(at + token_rows(n, C), mask=shown, other=1)[:, None]
+            e = tl.exp(log_p - r)
+        a = tl.where(mask, e / norm, 0)
+    return a
+
+
+@triton.jit
+def span_product(
+    grad_ptr,
+    attention_ptr,
+    rows_ptr,
+    n,
+    t,
+    shown,
+    head,
+    span,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The sum of grad * A over each token's group: [BT, BM], or [BT, 1] if a span is one group."""
+    M: tl.constexpr = column_count(C)
+    ROOM: tl.constexpr = C.room
+    if pieces(C) == 1:
+        m, exists, _ = columns_at(head, span, 0, C)
+        a = attention_tile(attention_ptr, rows_ptr, n, t, shown, head, span, 0, C, EPS, ACC)
+        total = group_sum(load_tile(grad_ptr, t, m, shown[:, None] & exists[None, :], M).to(ACC) * a, ROOM)
+    else:
+        BT: tl.constexpr = t.shape[0]
+        total = tl.zeros([BT, 1], ACC)
+        for piece in range(pieces(C)):
+            m, exists, _ = columns_at(head, span, piece, C)
+            a = attention_tile(attention_ptr, rows_ptr, n, t, shown, head, span, piece, C, EPS, ACC)
+            total += group_sum(load_tile(grad_ptr, t, m, shown[:, None] & exists[None, :], M).to(ACC) * a, ROOM)
+    return total
+
+
+@triton.jit
+def store_column_sums(partial_ptr, b, block, n, t, m, exists, q, C: tl.constexpr):
+    """The sums of a tile over its tokens into partial [B, blocks, M]."""
+    M: tl.constexpr = column_count(C)
+    BT: tl.constexpr = t.shape[0]
+    tl.store(partial_ptr + (b * tl.cdiv(n, BT) + block) * M + m, tl.sum(q, 0), mask=exists)
+
+
+@triton.jit
+def store_statistics(partial_ptr, b, block, n, logits, m, exists, shown, C: tl.constexpr):
+    """Maximum and sum of exp(logit - maximum) of each column over the tokens of a tile: partial [B, blocks, 2, M]."""
+    M: tl.constexpr = column_count(C)
+    BT: tl.constexpr = logits.shape[0]
+    logits = tl.where(shown[:, None], logits, float("-inf"))
+    maximum = column_max(logits)
+    total = tl.sum(tl.exp(logits - finite(maximum)[None, :]), 0)
+    partial_ptr += (b * tl.cdiv(n, BT) + block) * (2 * M) + m
+    tl.store(partial_ptr, maximum, mask=exists)
+    tl.store(partial_ptr + M, total, mask=exists)
+
+
+@triton.jit
+def column_statistics_kernel(
+    logits_ptr, padding_ptr, partial_ptr, n, C: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr
+):
+    """The statistics of one tile."""
+    M: tl.constexpr = column_count(C)
+    b, block, head, span = place(n, C.heads, spans(C), BT)
+    t, _, shown = tokens_at(b, block, n, padding_ptr, BT, WIDE)
+    m, exists, _ = columns_at(head, span, 0, C)
+    logits = load_tile(logits_ptr + b * n * M, t, m, shown[:, None] & exists[None, :], M)
+    store_statistics(partial_ptr, b, block, n, logits.to(partial_ptr.dtype.element_ty), m, exists, shown, C)
+
+
+@triton.jit
+def join_statistics_kernel(partial_ptr, statistics_ptr, blocks, M: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr):
+    """Statistics [B, 2, M] from those of blocks of tokens, partial [B, blocks, 2, M]."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    SPANS: tl.constexpr = tl.cdiv(M, BM)
+    b = (tl.program_id(0) // SPANS).to(tl.int64)
+    m = tl.program_id(0) % SPANS * BM + tl.arange(0, BM)
+    maximum, total = tl.full([BM], float("-inf"), ACC), tl.zeros([BM], ACC)
+    for first in range(0, blocks, BP):
+        i = (first + tl.arange(0, BP))[:, None]
+        at = partial_ptr + (b * blocks + i) * (2 * M) + m[None, :]
+        mask = (i < blocks) & (m < M)[None, :]
+        maxima = tl.load(at, mask=mask, other=float("-inf"))
+        larger = tl.maximum(maximum, column_max(maxima), propagate_nan=tl.PropagateNan.ALL)
+        shift = finite(larger)
+        total = total * tl.exp(maximum - shift)
+        total += tl.sum(tl.load(at + M, mask=mask, other=0) * tl.exp(maxima - shift[None, :]), 0)
+        maximum = larger
+    statistics_ptr += b * (2 * M) + m
+    tl.store(statistics_ptr, maximum, mask=m < M)
+    tl.store(statistics_ptr + M, total, mask=m < M)
+
+
+@triton.jit
+def double_norm_kernel(
+    logits_ptr,
+    lse_ptr,
+    mass_ptr,
+    padding_ptr,
+    n,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    BT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A over the logits, and mass = eps + the sum of P over the group."""
+    M: tl.constexpr = column_count(C)
+    ACC: tl.constexpr = mass_ptr.dtype.element_ty
+    b, block, head, span = place(n, C.heads, spans(C), BT)
+    t, inside, shown = tokens_at(b, block, n, padding_ptr, BT, WIDE)
+    logits_ptr += b * n * M
+    lse_ptr += b * M
+    r, total = span_total(logits_ptr, lse_ptr, t, shown, head, span, C, ACC)
+    norm = norm_of(total, r, EPS)
+    mass = tl.broadcast_to(total * tl.exp(r) + tl.full([1, 1], EPS, ACC), [BT, C.block])
+    for piece in range(pieces(C)):
+        m, exists, group = columns_at(head, span, piece, C)
+        mask = shown[:, None] & exists[None, :]
+        a = tl.where(mask, tl.exp(log_p_tile(logits_ptr, lse_ptr, t, m, mask, M, ACC) - r) / norm, 0)
+        at, mask = t[:, None] * M + m[None, :], inside[:, None] & exists[None, :]
+        tl.store(logits_ptr + at, a.to(logits_ptr.dtype.element_ty), mask=mask)
+        first = mask & (m % C.group == 0)[None, :]
+        at = b * n * group_count(C) + t[:, None] * group_count(C) + group[None, :]
+        tl.store(mass_ptr + at, mass, mask=first)
+
+
+@triton.jit
+def normaliser_kernel(
+    logits_ptr,
+    rows_ptr,
+    rows_stride,
+    padding_ptr,
+    n,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    BT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """r and norm of groups in pieces, into rows."""
+    M: tl.constexpr = column_count(C)
+    GROUPS: tl.constexpr = group_count(C)
+    b, block, head, span = place(n, C.heads, spans(C), BT)
+    t, inside, shown = tokens_at(b, block, n, padding_ptr, BT, WIDE)
+    rows_ptr += b * rows_stride
+    r, total = span_total(logits_ptr + b * n * M, rows_ptr, t, shown, head, span, C, rows_ptr.dtype.element_ty)
+    at = rows_ptr + M + t[:, None] * GROUPS + head * (GROUPS // C.heads) + span
+    tl.store(at, r, mask=inside[:, None])
+    tl.store(at + token_rows(n, C), norm_of(total, r, EPS), mask=inside[:, None])
+
+
+@triton.jit
+def backward_reduce_kernel(
+    grad_ptr,
+    attention_ptr,
+    rows_ptr,
+    rows_stride,
+    padding_ptr,
+    partial_ptr,
+    n,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    BT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Column sums of Q = A * (grad - the sum of grad * A over the group), partial [B, blocks, M]. With rows, A is made
+    from the logits, and Q overwrites grad."""
+    M: tl.constexpr = column_count(C)
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    b, block, head, span = place(n, C.heads, spans(C), BT)
+    t, inside, shown = tokens_at(b, block, n, padding_ptr, BT, WIDE)
+    grad_ptr += b * n * M
+    attention_ptr += b * n * M
+    if rows_ptr is not None:
+        rows_ptr += b * rows_stride
+    total = span_product(grad_ptr, attention_ptr, rows_ptr, n, t, shown, head, span, C, EPS, ACC)
+    for piece in range(pieces(C)):
+        m, exists, _ = columns_at(head, span, piece, C)
+        mask = shown[:, None] & exists[None, :]
+        a = attention_tile(attention_ptr, rows_ptr, n, t, shown, head, span, piece, C, EPS, ACC)
+        q = tl.where(mask, a * (load_tile(grad_ptr, t, m, mask, M).to(ACC) - total), 0)
+        store_column_sums(partial_ptr, b, block, n, t, m, exists, q, C)
+        if rows_ptr is not None:
+            at = t[:, None] * M + m[None, :]
+            tl.store(grad_ptr + at, q.to(grad_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, attention_ptr, mass_ptr, reduced_ptr, n, C: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr
+):
+    """Q - A * mass * D over grad."""
+    M: tl.constexpr = column_count(C)
+    ACC: tl.constexpr = reduced_ptr.dtype.element_ty
+    b, block, head, span = place(n, C.heads, spans(C), BT)
+    t, inside, _ = tokens_at(b, block, n, None, BT, WIDE)
+    grad_ptr += b * n * M
+    attention_ptr += b * n * M
+    total = span_product(grad_ptr, attention_ptr, None, n, t, inside, head, span, C, 0.0, ACC)
+    for piece in range(pieces(C)):
+        m, exists, group = columns_at(head, span, piece, C)
+        mask = inside[:, None] & exists[None, :]
+        a = load_tile(attention_ptr, t, m, mask, M).to(ACC)
+        mass = load_tile(mass_ptr + b * n * group_count(C), t, group, mask, group_count(C))
+        reduced = tl.load(reduced_ptr + b * M + m, mask=exists, other=0)
+        grad = a * (load_tile(grad_ptr, t, m, mask, M).to(ACC) - total - mass * reduced[None, :])
+        tl.store(grad_ptr + (t[:, None] * M + m[None, :]), grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def column_statistics(logits: Tensor, padding: Tensor | None) -> Tensor:
+    """[B, 2, M]: of each column of logits [B, N, M] the maximum over tokens and the sum of exp(logit - maximum)."""
+    tiles.check_packed(logits=logits, padding=padding)
+    _, n, m = logits.shape
+    c = columns(1, m, 1)
+    bt, blocks = token_blocks(logits, n, c)
+    partial = logits.new_empty((logits.shape[0], blocks, 2, m), dtype=maps.accumulate_dtype(logits.dtype))
+    start(column_statistics_kernel, logits, n, c, blocks, logits, as_bytes(padding), partial, BT=bt)
+    return join_statistics(partial)
+
+
+def double_norm_(logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Tensor:
+    """Overwrites logits [B, N, M] by A and returns mass [B, N, M / group], given lse [B, M]."""
+    tiles.check_packed(logits=logits, lse=lse, padding=padding)
+    b, n, m = logits.shape
+    c = columns(1, m, group)
+    mass = lse.new_empty((b, n, m // group))
+    bt, blocks = token_blocks(logits, n, c)
+    start(double_norm_kernel, logits, n, c, blocks, logits, lse, mass, as_bytes(padding), EPS=eps, BT=bt)
+    return mass
+
+
+def double_norm_backward_reduce(grad: Tensor, attention: Tensor, group: int) -> Tensor:
+    """D [B, M]: the sums over tokens of Q = A * (grad - the sum of grad * A over a token's group)."""
+    tiles.check_packed(grad=grad, attention=attention)
+    return backward_reduce(grad, attention, None, columns(1, grad.shape[2], group), 0.0, None)
+
+
+def double_norm_backward_(grad: Tensor, attention: Tensor, mass: Tensor, reduced: Tensor, group: int) -> None:
+    """Overwrites grad [B, N, M] by the gradient of the logits, Q - A * mass * D."""
+    tiles.check_packed(grad=grad, attention=attention, mass=mass, reduced=reduced)
+    _, n, m = grad.shape
+    c = columns(1, m, group)
+    bt, blocks = token_blocks(grad, n, c)
+    start(backward_kernel, grad, n, c, blocks, grad, attention, mass, reduced, BT=bt)
+
+
+def backward_reduce(
+    grad: Tensor, attention: Tensor, rows: Tensor | None, c: Columns, eps: float, padding: Tensor | None
+) -> Tensor:
+    """D [B, M] of a stored A, or with rows of the A of logits; then Q overwrites grad."""
+    b, n, m = grad.shape
+    bt, blocks = token_blocks(grad, n, c)
+    partial = grad.new_empty((b, blocks, m), dtype=maps.accumulate_dtype(grad.dtype))
+    arguments = grad, attention, rows, 0 if rows is None else rows.stride(0), as_bytes(padding), partial
+    start(backward_reduce_kernel, grad, n, c, blocks, *arguments, EPS=eps, BT=bt)
+    return partial.sum(1)
+
+
+def normaliser(logits: Tensor, rows: Tensor, c: Columns, eps: float, padding: Tensor | None) -> None:
+    """Completes rows [B, M + 2 * N * M / group], which begin with lse, by r and norm of groups in pieces."""
+    bt, blocks = token_blocks(logits, logits.shape[1], c)
+    arguments = logits, rows, rows.stride(0), as_bytes(padding)
+    start(normaliser_kernel, logits, logits.shape[1], c, blocks, *arguments, EPS=eps, BT=bt)
+
+
+def join_statistics(partial: Tensor) -> Tensor:
+    """Statistics [B, 2, M] from those of blocks of tokens [B, blocks, 2, M]."""
+    b, blocks, _, m = partial.shape
+    statistics = partial.new_empty((b, 2, m))
+    # Few columns to a program: where blocks are many, samples are few.
+    block = min(triton.next_power_of_2(m), 1024 if INTERPRETED else 16)
+    rows = min(triton.next_power_of_2(max(blocks, 1)), ELEMENTS // block)
+    arguments = partial, statistics, blocks
+    tiles.start(join_statistics_kernel, partial, (b * triton.cdiv(m, block),), *arguments, M=m, BP=rows, BM=block)
+    return statistics
+
+
+def is_wide(elements: int) -> bool:
+    """Whether offsets among so many elements take 64 bits."""
+    return elements >= 2**31
+
+
+def as_bytes(flags: Tensor | None) -> Tensor | None:
+    return None if flags is None else flags.view(torch.uint8)
+
+
+def token_block(b: int, n: int, others: int, most: int) -> int:
+    """Tokens of a tile: a power of two up to ``most``, the fewer the fewer programs there are for each block."""
+    block = max(min(most, triton.next_power_of_2(n)), LEAST)
+    while block > LEAST and b * triton.cdiv(n, block) * others < PROGRAMS:
+        block //= 2
+    return block
+
+
+def token_blocks(x: Tensor, n: int, c: Columns) -> tuple[int, int]:
+    """Tokens of a tile of a pass of this file, and blocks of a sample."""
+    block = token_block(x.shape[0], n, c.heads * spans.fn(c), ELEMENTS * 4 // max(x.element_size(), 4) // c.block)
+    return block, triton.cdiv(n, block)
+
+
+def start(kernel, x: Tensor, n: int, c: Columns, blocks: int, *args, **constants) -> None:
+    """Run one program for each block of tokens and span of x [B, N, M]."""
+    grid = (x.shape[0] * blocks * c.heads * spans.fn(c),)
+    tiles.start(kernel, x, grid, *args, n, C=c, **constants, WIDE=is_wide(n * column_count.fn(c)), num_warps=4)

@@ -1,0 +1,64 @@
+// What the CPU passes of the double normalisation look like from outside; see passes.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "passes.h"
+
+namespace aia::cpu {
+
+// Logits, A or their gradients: [B, N, M], contiguous, the M columns in groups. padding [B, N] is 1 where a token takes
+// no part, or null.
+struct Tokens {
+  int64_t B, N, M, group;
+  Scalar scalar;
+  const uint8_t* padding;
+
+  int64_t groups() const { return M / group; }
+};
+
+// How a reduction over tokens is split: whole groups of columns, side by side about so wide, and chunks of tokens. The
+// partial results of the chunks are reduced once more, in their order.
+struct Split {
+  int64_t columns, blocks, tokens, chunks;
+
+  Split(const Tokens& at, int64_t width) {
+    constexpr int64_t kElements = 32768, kChunks = 64;
+    columns = std::min(at.M, std::max<int64_t>(1, width / at.group) * at.group);
+    blocks = (at.M + columns - 1) / columns;
+    tokens = std::max({(at.N + kChunks - 1) / kChunks, kElements / columns, int64_t{1}});
+    chunks = std::max<int64_t>(1, (at.N + tokens - 1) / tokens);
+  }
+  int64_t units(const Tokens& at) const { return at.B * chunks * blocks; }
+};
+
+// Statistics keep a few tokens of a block in the L1 cache, the more the better; sums only themselves.
+inline Split statistics_split(const Tokens& at) { return Split(at, 512); }
+inline Split sums_split(const Tokens& at) { return Split(at, 2048); }
+
+// Units of the passes that change tokens one by one: so many rows of all samples together.
+inline int64_t unit_tokens(const Tokens& at) { return std::max<int64_t>(1, 16384 / at.M); }
+inline int64_t token_units(const Tokens& at) { return (at.B * at.N + unit_tokens(at) - 1) / unit_tokens(at); }
+
+// Partial results are [B, chunks, 2, M] of the statistics (maximum, sum) and [B, chunks, M] of the sums; each function
+// that joins them has the samples for units. The results of a single chunk are the result.
+#define AIA_DECLARE_CPU_DOUBLE_NORM(level)                                                                           \
+  namespace level {                                                                                                  \
+  void column_statistics(const Tokens&, const void* logits, void* partial, int64_t, int64_t);                        \
+  void join_statistics(const Tokens&, const void* partial, void* statistics, int64_t, int64_t);                      \
+  void double_norm(const Tokens&, void* logits, const void* lse, double eps, void* mass, int64_t, int64_t);          \
+  void double_norm_backward_reduce(const Tokens&, const void* grad, const void* attention, void* partial, int64_t,   \
+                                   int64_t);                                                                         \
+  void join_sums(const Tokens&, const void* partial, void* sums, int64_t, int64_t);                                  \
+  void double_norm_backward(const Tokens&, void* grad, const void* attention, const void* mass, const void* reduced, \
+                            int64_t, int64_t);                                                                       \
+  }
+
+AIA_DECLARE_CPU_DOUBLE_NORM(base)
+#ifdef AIA_CPU_X86
+AIA_DECLARE_CPU_DOUBLE_NORM(v3)
+AIA_DECLARE_CPU_DOUBLE_NORM(v4)
+#endif
+
+}  // namespace aia::cpu

@@ -1,0 +1,47 @@
+// What the CPU passes of the external attention block's residual look like from outside; see passes.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "passes.h"
+
+namespace aia::cpu {
+
+// z, x, y or a gradient, [B, N, C], in the order of storage: rows of `length` elements, tokens with their C features
+// or, of maps, features with their N tokens.
+struct Rows {
+  int64_t B, N, C;
+  bool maps;
+  Scalar scalar;
+
+  int64_t numel() const { return B * N * C; }
+  int64_t length() const { return maps ? N : C; }
+};
+
+// Elements of one unit, a multiple of the vector's so that no two units share a byte of signs.
+inline int64_t unit_elements(const Rows& z) {
+  constexpr int64_t kElements = 32768, kUnits = 64, kStep = 2 * kLanes;
+  return std::max(kElements, ((z.numel() + kUnits - 1) / kUnits + kStep - 1) / kStep * kStep);
+}
+inline int64_t element_units(const Rows& z) { return (z.numel() + unit_elements(z) - 1) / unit_elements(z); }
+
+// Partial sums of residual_relu_backward: C for each unit of tokens; of maps one for each row's part in a unit, the
+// part of row r in unit u at u + r.
+inline int64_t partial_sums(const Rows& z) { return z.maps ? element_units(z) + z.B * z.C : element_units(z) * z.C; }
+
+#define AIA_DECLARE_CPU_RESIDUAL(level)                                                                         \
+  namespace level {                                                                                             \
+  void residual_relu(const Rows&, void* z, const void* x, const void* shift, uint8_t* signs, int64_t, int64_t); \
+  void residual_relu_backward(const Rows&, const void* grad_y, const uint8_t* signs, void* grad, void* partial, \
+                              int64_t, int64_t);                                                                \
+  void join_residual_sums(const Rows&, const void* partial, void* sums);                                        \
+  }
+
+AIA_DECLARE_CPU_RESIDUAL(base)
+#ifdef AIA_CPU_X86
+AIA_DECLARE_CPU_RESIDUAL(v3)
+AIA_DECLARE_CPU_RESIDUAL(v4)
+#endif
+
+}  // namespace aia::cpu

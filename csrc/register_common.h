@@ -1,0 +1,72 @@
+// Checks of arguments that are the same on every device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "common/packed.h"
+
+namespace aia {
+
+inline Scalar scalar_of(const torch::stable::Tensor& x, const char* name = "x") {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Scalar::kFloat32;
+    case ScalarType::Double: return Scalar::kFloat64;
+    case ScalarType::BFloat16: return Scalar::kBFloat16;
+    case ScalarType::Half: return Scalar::kFloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// The accumulation type of x.
+inline torch::headeronly::ScalarType accumulate_type(const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_same(const torch::stable::Tensor& a, const torch::stable::Tensor& b, const char* names) {
+  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type();
+  for (int64_t i = 0; same && i < a.dim(); ++i)
+    same = a.size(i) == b.size(i) && (a.size(i) == 1 || a.stride(i) == b.stride(i));
+  STD_TORCH_CHECK(same, names, " must agree in shape, strides and dtype");
+}
+
+inline void check_context(int64_t context, const char* name) {
+  STD_TORCH_CHECK(context == kChannel || context == kSpacetime, name, " must be 1 (channel) or 3 (spacetime), got ",
+                  context);
+}
+
+// The smallest integer type that holds an index along an axis of this length (maps.index_dtype).
+inline torch::headeronly::ScalarType index_type(int64_t longest) {
+  using torch::headeronly::ScalarType;
+  return longest <= 256 ? ScalarType::Byte : longest <= 32768 ? ScalarType::Short : ScalarType::Int;
+}
+
+// The maps that dims describe, as they lie in a packed tensor.
+inline PackedDims dims_of(const std::vector<int64_t>& dims, const torch::stable::Tensor& map, const char* name) {
+  using torch::headeronly::ScalarType;
+  const size_t n = dims.size() / 3;
+  STD_TORCH_CHECK((n == 1 || n == 3) && dims.size() == 3 * n,
+                  "dims must hold three lengths for each of 1 or 3 maps, got ", dims.size(), " numbers");
+  STD_TORCH_CHECK(map.dim() >= 2, name, " must be a packed map, got ", map.dim(), " axes");
+  PackedDims packed{map.size(0), static_cast<int>(n), {}};
+  for (size_t i = 0; i < dims.size(); ++i) packed.dims[i / 3][i % 3] = dims[i];
+  STD_TORCH_CHECK(map.is_contiguous() && map.size(map.dim() - 1) == packed.packed() && map.numel() > 0, name,
+                  " must be contiguous, not empty, and as long as dims say");
+  STD_TORCH_CHECK(map.scalar_type() == ScalarType::Float || map.scalar_type() == ScalarType::Double, name,
+                  " must be float32 or float64, as packed maps are");
+  return packed;
+}
+
+// `per_map` numbers for each of n maps, in the type of the maps.
+inline void check_parameters(const torch::stable::Tensor& parameters, const torch::stable::Tensor& map, int64_t n,
+                             int64_t per_map, const char* name) {
+  STD_TORCH_CHECK(
+      parameters.is_contiguous() && parameters.numel() == n * per_map && parameters.scalar_type() == map.scalar_type(),
+      name, " must be contiguous, of the type of the maps, with ", per_map, " values for each map");
+}
+
+}  // namespace aia

@@ -1,0 +1,27 @@
+// The CPU implementation of the temporal shift: checks, allocation and the split over threads. The work is in
+// cpu/shift.h.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/shift.h"
+#include "register_cpu.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+Tensor temporal_shift(const Tensor& x, int64_t fold, bool reverse) {
+  const aia::cpu::Volume v = aia::cpu::volume_of(x);
+  STD_TORCH_CHECK(fold >= 0 && 2 * fold <= v.C, "fold must be between 0 and half of the ", v.C, " channels, got ",
+                  fold);
+  Tensor y = aia::cpu::output_like(x);
+  const auto* data = static_cast<const char*>(x.const_data_ptr());
+  auto* out = static_cast<char*>(y.mutable_data_ptr());
+  aia::cpu::parallel(aia::cpu::shift_units(v), [&](int64_t begin, int64_t end) {
+    aia::cpu::temporal_shift(v, x.element_size(), data, fold, reverse ? -1 : 1, out, begin, end);
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) { m.impl("temporal_shift", TORCH_BOX(&temporal_shift)); }
