@@ -14,6 +14,12 @@
 
 namespace aia::cuda {
 
+// The value of the lane of a warp whose number differs by these bits. All lanes of the warp come along.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int bits) {
+  return __shfl_xor_sync(0xffffffffu, value, bits);
+}
+
 // Queues a kernel on a stream; returns the error code of the launch.
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
@@ -22,6 +28,12 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* str
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, addresses, 0,
                           static_cast<cudaStream_t>(stream));
+}
+
+inline bool captures(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess ||
+         status != cudaStreamCaptureStatusNone;
 }
 
 inline const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -1,13 +1,11 @@
 // What the CUDA passes look like from outside: plain pointers and sizes, no torch header, no CUDA header. Each queues
-// its kernel on the given stream of the current device and returns the error code of the launch, 0 on success.
+// its kernels on the given stream of the current device and returns the error code of the launch, 0 on success.
 #pragma once
 
-#include <cstdint>
+#include "../common/packed.h"
 
 namespace aia::cuda {
 
-enum Context : int { kNone = 0, kChannel = 1, kSpacetime = 3 };
-enum class Scalar : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Order : int { kTCHW, kTHWC, kCTHW };
 
 // x [B, T, C, H, W], stored densely in an order. Map order: that of x with the pooled letter struck out. A clip and its
@@ -19,24 +17,40 @@ struct Shape {
   Scalar scalar;
 };
 
-// A packed gate [B, M], or none.
-struct Gate {
-  const void* maps;
-  int context;
-};
-
-// Packed gradients of pooled features [B, 2, M] (maximum, mean) with the index of the maximum [B, M], or none.
-struct Unpooled {
-  const void* grad;
-  const void* argmax;
-  int index_bytes;
-  int context;
-};
-
 int pool(const Shape&, const void* x, int context, Gate, void* pooled, void* argmax, int index_bytes, void* stream);
 int unpool(const Shape&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,
            void* stream);
 int unpool_reduce(const Shape&, const void* x, Unpooled, int gate_context, void* grad_gate, void* stream);
+int recalibrate(const Shape&, const void* x, Gate, void* y, void* stream);
+int recalibrate_reduce(const Shape&, const void* grad_y, const void* x, int context, void* grad_gate, void* stream);
+
+// Room for the sums of each block of a gate pass, whose last block adds them up. The tickets by which it knows that it
+// is the last are 0 before and after a launch: launches that may overlap must not share them.
+struct Workspace {
+  double* partial;
+  unsigned* tickets;
+};
+#if defined(AIA_EMULATOR)
+constexpr int kMultiprocessors = 3;
+#else
+constexpr int kMultiprocessors = 132;  // of an H200
+#endif
+constexpr int kGateBlocks = 4 * kMultiprocessors;                            // at most so many in a launch
+constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = 54;  // doubles per block
+constexpr int kTickets = 3;
+
+// The gate passes, on maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip.
+int gate_conv(const PackedDims&, Scalar, const void* pooled, const void* weight, void* z, void* moments, Workspace,
+              void* stream);
+int gate_activate(const PackedDims&, Scalar, const void* z, const void* norm, void* gate, void* stream);
+int gate_backward_reduce(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm, void* sums,
+                         Workspace, void* stream);
+int gate_backward(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm,
+                  const void* correction, const void* pooled, const void* weight, void* grad_pooled, void* grad_weight,
+                  Workspace, void* stream);
+
+// Whether a stream is being captured into a graph.
+bool is_capturing(void* stream);
 
 // The words of the CUDA runtime for an error code.
 const char* error_string(int error);

@@ -1,14 +1,15 @@
 // Reductions of a field over an activation x [B, T, C, H, W] to the packed maps of a context. x is read once, in
 // vectors of V elements; partial results meet in a fixed order, so equal inputs give equal bits.
 //
+// A Source says what is read: load<V>(offset) from memory, and widen(loaded), the V values that it stands for.
 // The operation Op says what is reduced and where it goes:
 //   Op::Partial             what is known of a run of elements: starting_at(first index), add(value, index), merge
-//   op.field                the field that multiplies x
+//   op.field                the field that multiplies the values, or One
 //   op.load(v, b, k)        the partial result stored for element k of the maps, and
-//   op.store(v, b, k, partial, done, per_length)   its inverse; done: the axis, of that reciprocal length, is complete
+//   op.store<V>(v, b, k, partials, done, per_length)   its inverse for V elements from k on; done: the axis, of that
+//                           reciprocal length, is complete
+//   op.aligned()            whether all maps begin at aligned addresses
 #pragma once
-
-#include <algorithm>
 
 #include "volume.cuh"
 
@@ -16,26 +17,126 @@ namespace aia::cuda {
 
 constexpr int kThreads = 256;
 
-template <int V, class T>
-__device__ __forceinline__ Vector<T, V> load_vector(const T* from) {
-  return *reinterpret_cast<const Vector<T, V>*>(from);
+// x itself.
+template <class T>
+struct Plain {
+  using Scalar = T;
+  const T* x;
+
+  template <int V>
+  __device__ __forceinline__ Vector<T, V> load(int64_t offset) const {
+    return load_vector<V>(x + offset);
+  }
+  template <int V>
+  static __device__ __forceinline__ Vector<Accumulate<T>, V> widen(const Vector<T, V>& loaded) {
+    Vector<Accumulate<T>, V> values;
+#pragma unroll
+    for (int k = 0; k < V; ++k) values.at[k] = aia::widen(loaded.at[k]);
+    return values;
+  }
+  bool aligned() const { return are_aligned({x}); }
+};
+
+// The product of two activations.
+template <class T>
+struct Product {
+  using Scalar = T;
+  const T *a, *b;
+
+  template <int V>
+  struct Pair {
+    Vector<T, V> a, b;
+  };
+  template <int V>
+  __device__ __forceinline__ Pair<V> load(int64_t offset) const {
+    return {load_vector<V>(a + offset), load_vector<V>(b + offset)};
+  }
+  template <int V>
+  static __device__ __forceinline__ Vector<Accumulate<T>, V> widen(const Pair<V>& loaded) {
+    Vector<Accumulate<T>, V> values;
+#pragma unroll
+    for (int k = 0; k < V; ++k) values.at[k] = aia::widen(loaded.a.at[k]) * aia::widen(loaded.b.at[k]);
+    return values;
+  }
+  bool aligned() const { return are_aligned({a, b}); }
+};
+
+// The field that is 1 everywhere.
+template <class A>
+struct One {
+  bool aligned() const { return true; }
+};
+
+template <class Source, int V>
+using Loaded = decltype(std::declval<Source>().template load<V>(0));
+
+template <int V, class A>
+__device__ __forceinline__ void multiply(Vector<A, V>&, const One<A>&, const Volume<A>&, int64_t, const Position&) {}
+
+// Multiplies neighbours in memory, the first of which is at p, by a field.
+template <int V, class A, class Field>
+__device__ __forceinline__ void multiply(Vector<A, V>& values, const Field& field, const Volume<A>& v, int64_t clip,
+                                         Position p) {
+  for_groups<V>(v, p, [&](int first) {
+    const auto factors = spread<kGroupOf<V, A>>(field, v, clip, p);
+#pragma unroll
+    for (int k = 0; k < kGroupOf<V, A>; ++k) values.at[first + k] *= factors.at[k];
+  });
 }
 
-// The product of x and a field at neighbours in memory, the first of which is at p.
-template <class T, int V, class Field, class A = Accumulate<T>>
-__device__ __forceinline__ Vector<A, V> multiply(const Vector<T, V>& x, const Field& field, const Volume<A>& v,
-                                                 int64_t clip, const Position& p) {
-  Vector<A, V> values = spread<V>(field, v, clip, p);
+// The sum over the axes of a context, divided by the number of its maps: the gradient of a gate.
+template <class A>
+struct Sum {
+  A sum;
+
+  static __device__ __forceinline__ Sum starting_at(int) { return {0}; }
+  __device__ __forceinline__ void add(A value, int) { sum += value; }
+  __device__ __forceinline__ void merge(const Sum& other) { sum += other.sum; }
+};
+
+template <class A, class Field>
+struct SumOp {
+  using Partial = Sum<A>;
+
+  Field field;
+  int context;
+  A* grad_gate;
+  A share;
+
+  SumOp(const Field& field, int context, void* grad_gate)
+      : field(field), context(context), grad_gate(static_cast<A*>(grad_gate)), share(A(1) / context) {}
+  bool aligned() const { return field.aligned() && are_aligned({grad_gate}); }
+
+  __device__ __forceinline__ Partial load(const Volume<A>& v, int64_t clip, int k) const {
+    return {grad_gate[clip * v.packed(context) + k]};
+  }
+  template <int V>
+  __device__ __forceinline__ void store(const Volume<A>& v, int64_t clip, int k, const Partial* partials, bool done,
+                                        A) const {
+    Vector<A, V> sums;
 #pragma unroll
-  for (int k = 0; k < V; ++k) values.at[k] *= widen(x.at[k]);
-  return values;
+    for (int j = 0; j < V; ++j) sums.at[j] = done ? partials[j].sum * share : partials[j].sum;
+    store_vector(grad_gate + clip * v.packed(context) + k, sums);
+  }
+};
+
+// Leaves the partial results of `slices` runs of channels, for each of `count` neighbouring positions from `start` on,
+// to the maps: partials[slice][position].
+template <class Op, class A>
+__device__ __forceinline__ void join_slices(const Volume<A>& v, const Op& op, const typename Op::Partial* partials,
+                                            int slices, int count, int64_t clip, int start, int end) {
+  __syncthreads();
+  for (int j = threadIdx.x; j < count && start + j < end; j += kThreads) {
+    typename Op::Partial total = partials[j];
+    for (int s = 1; s < slices; ++s) total.merge(partials[s * count + j]);
+    op.template store<1>(v, clip, start + j, &total, true, v.per_c);
+  }
 }
 
 // Over C. The threads of a block form `slices` of the channels times columns of neighbouring positions of one frame.
 // Vectors lie along the channels when those are innermost, otherwise along the positions.
-template <class T, int V, bool kInner, class Op>
-__global__ void __launch_bounds__(kThreads, 1)
-    reduce_over_channels(Volume<Accumulate<T>> v, const T* __restrict__ x, Op op, int slices) {
+template <class Source, int V, bool kInner, class Op, class A = Accumulate<typename Source::Scalar>>
+__global__ void __launch_bounds__(kThreads, 1) reduce_over_channels(Volume<A> v, Source source, Op op, int slices) {
   using Partial = typename Op::Partial;
   constexpr int kWide = kInner ? 1 : V;
   AIA_SHARED(Partial, partials, kThreads * kWide);
@@ -45,10 +146,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int column = kInner ? threadIdx.x / slices : threadIdx.x % columns;
   const int blocks = (positions + columns * kWide - 1) / (columns * kWide);
   const int frame = blockIdx.x / blocks, t = frame % v.T, start = blockIdx.x % blocks * columns * kWide;
-  const int64_t clip = frame / v.T;
+  const int64_t clip = frame / v.T, base = clip * v.size();
   const int mine = start + column * kWide;
 
-  x += clip * v.size();
   Partial partial[kWide];
 #pragma unroll
   for (int k = 0; k < kWide; ++k) partial[k] = Partial::starting_at(kInner ? slice * V : slice);
@@ -57,20 +157,49 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 4
     for (int c = slice * kStep; c < v.channels(); c += slices * kStep) {
       const Position p{t, kInner ? 0 : c, mine / v.W, mine % v.W, kInner ? c : 0};
-      const auto values = multiply(load_vector<V>(x + v.offset(p)), op.field, v, clip, p);
+      auto values = Source::widen(source.template load<V>(base + v.offset(p)));
+      multiply(values, op.field, v, clip, p);
 #pragma unroll
       for (int k = 0; k < V; ++k) partial[kInner ? 0 : k].add(values.at[k], kInner ? c + k : c);
     }
   }
 #pragma unroll
   for (int k = 0; k < kWide; ++k) partials[(slice * columns + column) * kWide + k] = partial[k];
-  __syncthreads();
+  const int first = t * positions;
+  join_slices(v, op, partials, slices, columns * kWide, clip, first + start, first + positions);
+}
 
-  for (int j = threadIdx.x; j < columns * kWide && start + j < positions; j += kThreads) {
-    Partial total = partials[j];
-    for (int s = 1; s < slices; ++s) total.merge(partials[s * columns * kWide + j]);
-    op.store(v, clip, t * positions + start + j, total, true, v.per_c);
+// Over C, where planes are small and no multiple of V: a frame [C, H, W] is then one run of vectors. As many threads as
+// whole planes have elements step through it together, so each element of a thread's vector keeps its position.
+template <class Source, int V, class Op, class A = Accumulate<typename Source::Scalar>>
+__global__ void __launch_bounds__(kThreads, 1) reduce_over_channels_of_run(Volume<A> v, Source source, Op op) {
+  using Partial = typename Op::Partial;
+  AIA_SHARED(Partial, partials, kThreads * V);
+
+  const int positions = v.H * v.W, planes = kThreads / positions, threads = planes * positions;
+  const int64_t clip = blockIdx.x / v.T, first = clip * v.size();
+  const int t = blockIdx.x % v.T, frame = v.O * positions, thread = threadIdx.x;
+  if (thread < threads) {
+    Position p = v.position(t * frame + thread * V);
+    Partial partial[V];
+    int ahead[V];  // channels between the first element of a vector and this one
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const int c = (thread * V + k) / positions;
+      partial[k] = Partial::starting_at(c);
+      ahead[k] = c - p.o;
+    }
+#pragma unroll 4
+    for (int e = thread * V; e < frame; e += threads * V, p.o += planes * V) {
+      auto values = Source::widen(source.template load<V>(first + t * frame + e));
+      multiply(values, op.field, v, clip, p);
+#pragma unroll
+      for (int k = 0; k < V; ++k) partial[k].add(values.at[k], p.o + ahead[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) partials[thread * V + k] = partial[k];
   }
+  join_slices(v, op, partials, planes * V, positions, clip, t * positions, (t + 1) * positions);
 }
 
 // The part of a clip that a block stages at a time: all of these lengths, of one frame after the other.
@@ -107,20 +236,18 @@ __device__ Partial reduce_line(const A* line, int count, int stride, int first) 
 // by frame: each thread keeps the partial results over T of its own elements in registers, and leaves the elements in
 // shared memory, where other threads reduce them over H and over W. Where a tile is only a part of a plane, the
 // results over H and W wait in their maps for the next tile.
-template <class T, int V, class Op>
-__global__ void __launch_bounds__(kTileThreads, 1)
-    reduce_over_spacetime(Volume<Accumulate<T>> v, const T* __restrict__ x, Op op, Tile tile) {
-  using A = Accumulate<T>;
+template <class Source, int V, class Op, class A = Accumulate<typename Source::Scalar>>
+__global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<A> v, Source source, Op op, Tile tile) {
   using Partial = typename Op::Partial;
-  constexpr int kVectors = kElements<T> / V;
-  AIA_SHARED(A, staged, 2 * kTileSize<T>);
+  constexpr int kSize = kTileSize<typename Source::Scalar>, kPerThread = kElements<typename Source::Scalar>;
+  constexpr int kVectors = kPerThread / V;
+  AIA_SHARED(A, staged, 2 * kSize);
 
   const int groups = (v.O + tile.o - 1) / tile.o * ((v.I + tile.i - 1) / tile.i);
-  const int64_t clip = blockIdx.x / groups;
+  const int64_t clip = blockIdx.x / groups, first = clip * v.size();
   const int group = blockIdx.x % groups;
   const Position origin{0, v.I == 1 ? group * tile.o : 0, 0, 0, v.I == 1 ? 0 : group * tile.i};
   const int no = min(tile.o, v.O - origin.o), ni = min(tile.i, v.I - origin.i);
-  x += clip * v.size();
 
   A* stage = staged;
   for (int h0 = 0; h0 < v.H; h0 += tile.h) {
@@ -129,8 +256,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       const int size = no * nh * nw * ni;
 
       int offset[kVectors];  // in the first frame
-      Partial over_t[kElements<T>];
-      Vector<T, V> next[kVectors];
+      Partial over_t[kPerThread];
+      Loaded<Source, V> next[kVectors];
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         int e = (k * kTileThreads + threadIdx.x) * V;
@@ -141,10 +268,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         p.h = h0 + e % nh;
         p.o += e / nh;
         offset[k] = v.offset(p);
-        next[k] = load_vector<V>(x + offset[k]);
+        next[k] = source.template load<V>(first + offset[k]);
       }
 #pragma unroll
-      for (int k = 0; k < kElements<T>; ++k) over_t[k] = Partial::starting_at(0);
+      for (int k = 0; k < kPerThread; ++k) over_t[k] = Partial::starting_at(0);
 
       for (int t = 0; t < v.T; ++t) {
 #pragma unroll
@@ -152,11 +279,12 @@ __global__ void __launch_bounds__(kTileThreads, 1)
           const int e = (k * kTileThreads + threadIdx.x) * V;
           if (e >= size) continue;
           const int here = offset[k] + t * v.stride_t();
-          const auto values = multiply(next[k], op.field, v, clip, v.position(here));
-          if (t + 1 < v.T) next[k] = load_vector<V>(x + here + v.stride_t());
+          auto values = Source::widen(next[k]);
+          if (t + 1 < v.T) next[k] = source.template load<V>(first + here + v.stride_t());
+          multiply(values, op.field, v, clip, v.position(here));
 #pragma unroll
           for (int j = 0; j < V; ++j) over_t[k * V + j].add(values.at[j], t);
-          *reinterpret_cast<Vector<A, V>*>(stage + e) = values;
+          store_vector(stage + e, values);
         }
         __syncthreads();
 
@@ -179,21 +307,29 @@ __global__ void __launch_bounds__(kTileThreads, 1)
             before.merge(partial);
             partial = before;
           }
-          op.store(v, clip, k, partial, seen + count == (over_h ? v.H : v.W), over_h ? v.per_h : v.per_w);
+          op.template store<1>(v, clip, k, &partial, seen + count == (over_h ? v.H : v.W), over_h ? v.per_h : v.per_w);
         }
         // The other half next: one barrier a frame keeps writers and readers of a half apart.
-        stage = stage == staged ? staged + kTileSize<T> : staged;
+        stage = stage == staged ? staged + kSize : staged;
       }
 
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         if ((k * kTileThreads + threadIdx.x) * V >= size) continue;
         Position p = v.position(offset[k]);
+        for_groups<V>(v, p, [&](int first) {
+          const Partial* const partials = over_t + k * V + first;
+          if constexpr (V > 1) {
+            if (!v.runs_t) {
+              Position q = p;
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-          op.store(v, clip, v.t_map(p), over_t[k * V + j], true, v.per_t);
-          v.advance(p);
-        }
+              for (int j = 0; j < kGroupOf<V, A>; ++j, v.template advance<1>(q))
+                op.template store<1>(v, clip, v.t_map(q), partials + j, true, v.per_t);
+              return;
+            }
+          }
+          op.template store<kGroupOf<V, A>>(v, clip, v.t_map(p), partials, true, v.per_t);
+        });
       }
     }
   }
@@ -205,8 +341,6 @@ struct Tiling {
   Tile tile;
   bool vectors;
 };
-
-inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 template <class T>
 Tiling spacetime_tiling(const Volume<Accumulate<T>>& v, int64_t clips, int V) {
@@ -230,35 +364,40 @@ Tiling spacetime_tiling(const Volume<Accumulate<T>>& v, int64_t clips, int V) {
 }
 
 // Queues the reduction that the context asks for.
-template <class T, class Op>
-int reduce(const Shape& shape, const void* x, int context, const Op& op, void* stream) {
+template <class Source, class Op>
+int reduce(const Shape& shape, const Source& source, int context, const Op& op, void* stream) {
+  using T = typename Source::Scalar;
   constexpr int kWide = 16 / sizeof(T);
-  const Volume<Accumulate<T>> v(shape);
-  const T* from = static_cast<const T*>(x);
-  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const Volume<Accumulate<T>> v(shape), wide = v.with_vectors(op.aligned());
+  const bool aligned = source.aligned();
   if (context == kSpacetime) {
-    const auto run = [&](auto kernel, const Tile& tile) {
+    const auto run = [&](auto kernel, const auto& volume, const Tile& tile) {
       const int groups = ceil_div(v.O, tile.o) * ceil_div(v.I, tile.i);
-      return launch(kernel, shape.B * groups, kTileThreads, stream, v, from, op, tile);
+      return launch(kernel, shape.B * groups, kTileThreads, stream, volume, source, op, tile);
     };
-    const Tiling wide = spacetime_tiling<T>(v, shape.B, kWide);
-    return aligned && wide.vectors ? run(reduce_over_spacetime<T, kWide, Op>, wide.tile)
-                                   : run(reduce_over_spacetime<T, 1, Op>, spacetime_tiling<T>(v, shape.B, 1).tile);
+    const Tiling tiling = spacetime_tiling<T>(v, shape.B, kWide);
+    return aligned && tiling.vectors
+               ? run(reduce_over_spacetime<Source, kWide, Op>, wide, tiling.tile)
+               : run(reduce_over_spacetime<Source, 1, Op>, v, spacetime_tiling<T>(v, shape.B, 1).tile);
   }
-  const auto run = [&](auto kernel, int slices, int positions) {
+  const auto run = [&](auto kernel, const auto& volume, int slices, int positions) {
     const int64_t blocks = shape.B * v.T * ceil_div(v.H * v.W, kThreads / slices * positions);
-    return launch(kernel, blocks, kThreads, stream, v, from, op, slices);
+    return launch(kernel, blocks, kThreads, stream, volume, source, op, slices);
   };
   if (v.I > 1) {
     const bool vectors = aligned && v.I % kWide == 0;
     int slices = 4;
     while (slices < 32 && slices * 4 * (vectors ? kWide : 1) < v.I) slices *= 2;
-    return vectors ? run(reduce_over_channels<T, kWide, true, Op>, slices, 1)
-                   : run(reduce_over_channels<T, 1, true, Op>, slices, 1);
+    return vectors ? run(reduce_over_channels<Source, kWide, true, Op>, wide, slices, 1)
+                   : run(reduce_over_channels<Source, 1, true, Op>, v, slices, 1);
   }
   constexpr int kSlices = 8;
-  return aligned && v.H * v.W % kWide == 0 ? run(reduce_over_channels<T, kWide, false, Op>, kSlices, kWide)
-                                           : run(reduce_over_channels<T, 1, false, Op>, kSlices, 1);
+  const int positions = v.H * v.W;
+  if (aligned && positions % kWide == 0)
+    return run(reduce_over_channels<Source, kWide, false, Op>, wide, kSlices, kWide);
+  if (aligned && !v.time_inside && positions <= kThreads && v.O * positions % kWide == 0)
+    return launch(reduce_over_channels_of_run<Source, kWide, Op>, shape.B * v.T, kThreads, stream, wide, source, op);
+  return run(reduce_over_channels<Source, 1, false, Op>, v, kSlices, 1);
 }
 
 }  // namespace aia::cuda

@@ -2,9 +2,8 @@
 // (aia_kernels/ops.py).
 #pragma once
 
-#include "../common/scalar.h"
-#include "launch.cuh"
 #include "passes.h"
+#include "vector.cuh"
 
 namespace aia::cuda {
 
@@ -15,12 +14,23 @@ struct Position {
   __device__ __forceinline__ int channel() const { return o + i; }
 };
 
+// Maps move in vectors of so many elements, beside as many of x.
+template <class A>
+constexpr int kGroup = 16 / sizeof(A);
+template <int V, class A>
+constexpr int kGroupOf = V < kGroup<A> ? V : kGroup<A>;
+
 // One clip of x. All three orders are [T and O in some order, H, W, I], with the channels on O or on I.
 template <class A>
 struct Volume {
   int T, O, H, W, I;
-  bool time_inside;              // [O, T, H, W] instead of [T, O, H, W, I]
-  A per_t, per_h, per_w, per_c;  // reciprocals of the lengths: a division costs a subroutine and its stack
+  bool time_inside;                    // [O, T, H, W] instead of [T, O, H, W, I]
+  Divisor by_outer, by_h, by_w, by_i;  // by_outer: by T if that is inside, else by O
+  A per_t, per_h, per_w, per_c;        // reciprocals of the lengths: a division costs a subroutine and its stack
+  // Of groups of kGroup<A> elements of a vector of x: none leaves a row, so that it meets vectors or single elements of
+  // every spacetime map; it meets a vector of the map pooled over T; it meets a vector or a single element of the
+  // channel map.
+  bool in_rows = false, runs_t = false, runs_c = false;
 
   explicit Volume(const Shape& s)
       : T(s.T),
@@ -29,10 +39,26 @@ struct Volume {
         W(s.W),
         I(s.order == Order::kTHWC ? s.C : 1),
         time_inside(s.order == Order::kCTHW),
+        by_outer(time_inside ? T : O),
+        by_h(H),
+        by_w(W),
+        by_i(I),
         per_t(A(1) / s.T),
         per_h(A(1) / s.H),
         per_w(A(1) / s.W),
         per_c(A(1) / s.C) {}
+
+  // For kernels that move x in vectors, beside maps that begin at addresses aligned or not.
+  Volume with_vectors(bool aligned) const {
+    Volume v = *this;
+    if (!aligned) return v;
+    const int plane = H * W, n = kGroup<A>;
+    const bool channels = I > 1 && I % n == 0, whole = I == 1 && packed(kSpacetime) % n == 0;
+    v.in_rows = channels || (whole && W % n == 0);
+    v.runs_t = channels || (whole && (plane % n == 0 || (!time_inside && O * plane % n == 0)));
+    v.runs_c = channels || (I == 1 && plane % n == 0);
+    return v;
+  }
 
   __host__ __device__ __forceinline__ int channels() const { return O * I; }
   __host__ __device__ __forceinline__ int plane_size() const { return H * W * I; }
@@ -55,37 +81,43 @@ struct Volume {
   }
 
   __device__ __forceinline__ Position position(int offset) const {
-    Position p;
-    p.i = offset % I, offset /= I;
-    p.w = offset % W, offset /= W;
-    p.h = offset % H, offset /= H;
-    p.t = time_inside ? offset % T : offset / O;
-    p.o = time_inside ? offset / T : offset % O;
+    const int column = by_i.divide(offset);
+    Position p{0, 0, 0, column, offset};
+    p.h = by_w.divide(p.w);
+    int plane = by_h.divide(p.h);
+    const int outer = by_outer.divide(plane);
+    p.t = time_inside ? plane : outer;
+    p.o = time_inside ? outer : plane;
     return p;
   }
-  // Moves to the next element in storage.
+  // Moves on by `count` elements in storage.
+  template <int kCount>
   __device__ __forceinline__ void advance(Position& p) const {
-    if (++p.i < I) return;
-    p.i = 0;
-    if (++p.w < W) return;
-    p.w = 0;
-    if (++p.h < H) return;
-    p.h = 0;
     // No reference to the member that moves first: choosing between members by address puts them into local memory.
+    p.i += kCount;
+    if (p.i < I) return;
+    int carry = carry_over(p.i, I);
+    p.w += carry;
+    if (p.w < W) return;
+    carry = carry_over(p.w, W);
+    p.h += carry;
+    if (p.h < H) return;
+    carry = carry_over(p.h, H);
     if (time_inside) {
-      if (++p.t < T) return;
-      p.t = 0, ++p.o;
+      p.t += carry;
+      p.o += carry_over(p.t, T);
     } else {
-      if (++p.o < O) return;
-      p.o = 0, ++p.t;
+      p.o += carry;
+      p.t += carry_over(p.o, O);
     }
   }
-};
 
-// V neighbours in memory, moved by one instruction where that takes 16 bytes.
-template <class T, int V>
-struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
-  T at[V];
+ private:
+  static __device__ __forceinline__ int carry_over(int& index, int length) {
+    int carry = 0;
+    while (index >= length) index -= length, ++carry;
+    return carry;
+  }
 };
 
 // Indices along a pooled axis, of 1, 2 or 4 bytes each, little-endian.
@@ -93,22 +125,41 @@ struct Indices {
   void* data;
   int bytes;
 
-  __device__ __forceinline__ int load(int64_t k) const {
-    const uint8_t* from = static_cast<const uint8_t*>(data) + k * bytes;
-    int index = from[0];
-    if (bytes > 1) index |= from[1] << 8;
-    if (bytes > 2) index |= from[2] << 16 | from[3] << 24;
-    return index;
+  template <int V>
+  __device__ __forceinline__ Vector<int, V> load(int64_t k) const {
+    if (bytes == 1) return load_as<uint8_t, V>(k);
+    return bytes == 2 ? load_as<int16_t, V>(k) : load_as<int32_t, V>(k);
   }
-  __device__ __forceinline__ void store(int64_t k, int index) const {
+  template <int V>
+  __device__ __forceinline__ void store(int64_t k, const Vector<int, V>& indices) const {
     if (bytes == 1)
-      static_cast<uint8_t*>(data)[k] = static_cast<uint8_t>(index);
+      store_as<uint8_t>(k, indices);
     else if (bytes == 2)
-      static_cast<int16_t*>(data)[k] = static_cast<int16_t>(index);
+      store_as<int16_t>(k, indices);
     else
-      static_cast<int32_t*>(data)[k] = index;
+      store_as<int32_t>(k, indices);
+  }
+
+ private:
+  template <class Index, int V>
+  __device__ __forceinline__ Vector<int, V> load_as(int64_t k) const {
+    const auto narrow = load_vector<V>(static_cast<const Index*>(data) + k);
+    Vector<int, V> indices;
+#pragma unroll
+    for (int j = 0; j < V; ++j) indices.at[j] = narrow.at[j];
+    return indices;
+  }
+  template <class Index, int V>
+  __device__ __forceinline__ void store_as(int64_t k, const Vector<int, V>& indices) const {
+    Vector<Index, V> narrow;
+#pragma unroll
+    for (int j = 0; j < V; ++j) narrow.at[j] = static_cast<Index>(indices.at[j]);
+    store_vector(static_cast<Index*>(data) + k, narrow);
   }
 };
+
+// The fields. Of one map of a field, `run` reads V neighbours from element k on, for elements of x that have one index
+// along the pooled axis, and `one` reads element k alone, for elements of x that follow one another along that axis.
 
 // G: the mean of the maps of a gate [B, M], 1 without a gate.
 template <class A>
@@ -119,13 +170,20 @@ struct GateField {
   int context;
 
   explicit GateField(Gate gate) : maps(static_cast<const A*>(gate.maps)), context(gate.context) {}
+  bool aligned() const { return are_aligned({maps}); }
 
-  __device__ __forceinline__ A channel(const Volume<A>& v, int64_t clip, const Position& p) const {
-    return maps[clip * v.packed(kChannel) + v.channel_map(p)];
+  __device__ __forceinline__ A share() const { return context == kSpacetime ? A(1) / 3 : A(1); }
+  template <int V>
+  __device__ __forceinline__ Vector<A, V> run(const Volume<A>& v, int64_t clip, int k, int, A) const {
+    return load_vector<V>(maps + clip * v.packed(context) + k);
   }
-  __device__ __forceinline__ A spacetime(const Volume<A>& v, int64_t clip, const Position& p) const {
-    const A* map = maps + clip * v.packed(kSpacetime);
-    return (map[v.t_map(p)] + map[v.h_map(p)] + map[v.w_map(p)]) * (A(1) / 3);
+  template <int V>
+  __device__ __forceinline__ Vector<A, V> one(const Volume<A>& v, int64_t clip, int k, int, A) const {
+    const A map = maps[clip * v.packed(context) + k];
+    Vector<A, V> values;
+#pragma unroll
+    for (int j = 0; j < V; ++j) values.at[j] = map;
+    return values;
   }
 };
 
@@ -140,39 +198,86 @@ struct UnpooledField {
 
   explicit UnpooledField(Unpooled u)
       : grad(static_cast<const A*>(u.grad)), argmax{const_cast<void*>(u.argmax), u.index_bytes}, context(u.context) {}
+  bool aligned() const { return are_aligned({grad, argmax.data}); }
 
-  __device__ __forceinline__ A channel(const Volume<A>& v, int64_t clip, const Position& p) const {
-    return term(v, clip, v.channel_map(p), p.channel(), v.per_c);
-  }
-  __device__ __forceinline__ A spacetime(const Volume<A>& v, int64_t clip, const Position& p) const {
-    return term(v, clip, v.t_map(p), p.t, v.per_t) + term(v, clip, v.h_map(p), p.h, v.per_h) +
-           term(v, clip, v.w_map(p), p.w, v.per_w);
-  }
-
- private:
-  __device__ __forceinline__ A term(const Volume<A>& v, int64_t clip, int k, int index, A per_length) const {
+  __device__ __forceinline__ A share() const { return 1; }
+  template <int V>
+  __device__ __forceinline__ Vector<A, V> run(const Volume<A>& v, int64_t clip, int k, int index, A per_length) const {
     const int packed = v.packed(context);
     const A* at_max = grad + 2 * clip * packed + k;
-    const A here = argmax.load(clip * packed + k) == index ? *at_max : A(0);
-    return at_max[packed] * per_length + here;
+    const auto maximum = load_vector<V>(at_max);
+    auto values = load_vector<V>(at_max + packed);
+    const auto indices = argmax.template load<V>(clip * packed + k);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      values.at[j] = values.at[j] * per_length + (indices.at[j] == index ? maximum.at[j] : A(0));
+    return values;
+  }
+  template <int V>
+  __device__ __forceinline__ Vector<A, V> one(const Volume<A>& v, int64_t clip, int k, int index, A per_length) const {
+    const int packed = v.packed(context);
+    const A* at_max = grad + 2 * clip * packed + k;
+    const A maximum = *at_max, mean = at_max[packed] * per_length;
+    const int chosen = argmax.template load<1>(clip * packed + k).at[0];
+    Vector<A, V> values;
+#pragma unroll
+    for (int j = 0; j < V; ++j) values.at[j] = mean + (chosen == index + j ? maximum : A(0));
+    return values;
   }
 };
 
-// A field at V neighbours in memory, the first of which is at p.
+// A field at V neighbours in memory, one or a group, the first of which is at p.
 template <int V, class A, template <class> class Field>
 __device__ __forceinline__ Vector<A, V> spread(const Field<A>& field, const Volume<A>& v, int64_t clip, Position p) {
   Vector<A, V> values;
   if (field.context == kNone) {
 #pragma unroll
     for (int k = 0; k < V; ++k) values.at[k] = Field<A>::kAbsent;
-  } else if (field.context == kChannel) {
-#pragma unroll
-    for (int k = 0; k < V; ++k, v.advance(p)) values.at[k] = field.channel(v, clip, p);
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k, v.advance(p)) values.at[k] = field.spacetime(v, clip, p);
+    return values;
   }
+  if (field.context == kChannel) {
+    if constexpr (V > 1) {
+      if (!v.runs_c) {
+#pragma unroll
+        for (int k = 0; k < V; ++k, v.template advance<1>(p))
+          values.at[k] = field.template run<1>(v, clip, v.channel_map(p), p.channel(), v.per_c).at[0];
+        return values;
+      }
+      if (v.I > 1) return field.template one<V>(v, clip, v.channel_map(p), p.channel(), v.per_c);
+    }
+    return field.template run<V>(v, clip, v.channel_map(p), p.channel(), v.per_c);
+  }
+  const bool vector_t = V == 1 || v.runs_t;
+  if (vector_t) values = field.template run<V>(v, clip, v.t_map(p), p.t, v.per_t);
+  if constexpr (V > 1) {
+    if (!v.in_rows) {
+#pragma unroll
+      for (int k = 0; k < V; ++k, v.template advance<1>(p)) {
+        if (!vector_t) values.at[k] = field.template run<1>(v, clip, v.t_map(p), p.t, v.per_t).at[0];
+        values.at[k] += field.template run<1>(v, clip, v.h_map(p), p.h, v.per_h).at[0];
+        values.at[k] += field.template run<1>(v, clip, v.w_map(p), p.w, v.per_w).at[0];
+        values.at[k] *= field.share();
+      }
+      return values;
+    }
+  }
+  const auto over_h = field.template run<V>(v, clip, v.h_map(p), p.h, v.per_h);
+  const auto over_w = V == 1 || v.I > 1 ? field.template run<V>(v, clip, v.w_map(p), p.w, v.per_w)
+                                        : field.template one<V>(v, clip, v.w_map(p), p.w, v.per_w);
+#pragma unroll
+  for (int k = 0; k < V; ++k) values.at[k] = (values.at[k] + over_h.at[k] + over_w.at[k]) * field.share();
   return values;
+}
+
+// Calls body(first) for the first element of each group of V neighbours in memory; p, the position of the first of all,
+// moves along.
+template <int V, class A, class Body>
+__device__ __forceinline__ void for_groups(const Volume<A>& v, Position& p, Body&& body) {
+#pragma unroll
+  for (int first = 0; first < V; first += kGroupOf<V, A>) {
+    body(first);
+    if (first + kGroupOf<V, A> < V) v.template advance<kGroupOf<V, A>>(p);
+  }
 }
 
 }  // namespace aia::cuda

@@ -22,23 +22,32 @@ _PERMUTATIONS = {"TCHW": (0, 1, 2, 3, 4), "THWC": (0, 1, 3, 4, 2), "CTHW": (0, 2
 
 
 def build(folder: Path) -> Path:
-    """Compile the extension module with ninja; done again only when a source has changed."""
+    """Compile the extension module with ninja; done again only where a source has changed."""
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
     flags = "-std=c++20 -O1 -g -fPIC -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     flags += " -Wall -Wextra -Wno-unknown-pragmas -DAIA_EMULATOR"
     includes = f'-I"{_HERE}" -I"{pybind11.get_include()}" -I"{sysconfig.get_path("include")}"'
-    (folder / "build.ninja").write_text(
-        f"rule module\n  command = g++ {flags} {includes} -MMD -MF $out.d -shared $in -o $out\n"
-        f"  deps = gcc\n  depfile = $out.d\n"
-        f"build aia_emulator.so: module {os.path.relpath(_HERE / 'module.cpp', folder)}\n"
-    )
+    lines = [f"rule cxx\n  command = g++ {flags} {includes} -MMD -MF $out.d -x c++ -c $in -o $out"]
+    lines += ["  deps = gcc\n  depfile = $out.d", f"rule link\n  command = g++ {flags} -shared $in -o $out"]
+    objects = []
+    for source in (_HERE / "module.cpp", *sorted(_ROOT.glob("csrc/cuda/*.cu"))):
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: cxx {os.path.relpath(source, folder)}")
+    lines.append(f"build aia_emulator.so: link {' '.join(objects)}\n")
+    (folder / "build.ninja").write_text("\n".join(lines))
     command = [sys.executable, "-m", "ninja", "-C", folder]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"the emulator does not compile:\n{result.stdout}{result.stderr}")
     return folder / "aia_emulator.so"
+
+
+def _compiler_library(name: str) -> str:
+    """Where the compiler finds a library."""
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
 
 
 def _array(tensor: Tensor | None):
@@ -61,9 +70,9 @@ class Emulator:
     """The passes of the CUDA backend, with the signatures of aia_kernels/ops.py, for CPU tensors."""
 
     def __init__(self, library: Path):
-        asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        # The C++ library too: exceptions cannot be thrown where the sanitizer did not find it.
         environment = os.environ | {
-            "LD_PRELOAD": asan.stdout.strip(),
+            "LD_PRELOAD": " ".join(map(_compiler_library, ("libasan.so", "libstdc++.so"))),
             "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
@@ -75,6 +84,9 @@ class Emulator:
             stderr=self._log,
             env=environment,
         )
+
+    def map_order(self, order: str) -> str:
+        return order
 
     def close(self) -> None:
         self._worker.stdin.close()
@@ -103,10 +115,9 @@ class Emulator:
         """Choose the order in which the threads of a block run, and a barrier that they pass without waiting."""
         self.call("schedule", backward, dropped)
 
-    def _launch(self, name: str, x: Tensor, arguments, outputs: list[Tensor]) -> None:
-        order, scalar = maps.ORDERS.index(maps.storage_order(x)), _SCALARS.index(x.dtype)
+    def _run(self, name: str, leading, arguments, outputs: list[Tensor]) -> None:
         arrays = [_array(a) if a is None or isinstance(a, Tensor) else a for a in arguments]
-        after = self.call(name, tuple(x.shape), order, scalar, *arrays, *map(_array, outputs))[1]
+        after = self.call(name, *leading, *arrays, *map(_array, outputs))[1]
         for output, array in zip(outputs, after[-len(outputs) :], strict=True):
             flat = torch.from_numpy(array).view(output.dtype)
             if output.ndim == 5:
@@ -114,6 +125,14 @@ class Emulator:
                 output.permute(axes).copy_(flat.view([output.shape[axis] for axis in axes]))
             else:
                 output.copy_(flat.view(output.shape))
+
+    def _launch(self, name: str, x: Tensor, arguments, outputs: list[Tensor]) -> None:
+        order, scalar = maps.ORDERS.index(maps.storage_order(x)), _SCALARS.index(x.dtype)
+        self._run(name, (tuple(x.shape), order, scalar), arguments, outputs)
+
+    def _launch_gate(self, name: str, dims, arguments: list[Tensor], outputs: list[Tensor]) -> None:
+        first = arguments[0]
+        self._run(name, (first.shape[0], list(dims), _SCALARS.index(first.dtype)), arguments, outputs)
 
     def pool(self, x, context, gate, gate_context):
         batch, packed = x.shape[0], maps.packed_size(x.shape, context)
@@ -132,3 +151,81 @@ class Emulator:
         grad_gate = _poison(torch.empty(shape, dtype=maps.accumulate_dtype(x.dtype)))
         self._launch("unpool_reduce", x, (x, grad_pooled, argmax, context, gate_context), [grad_gate])
         return grad_gate
+
+    def recalibrate(self, x, gate, context):
+        y = _poison(torch.empty_like(x))
+        self._launch("recalibrate", x, (x, gate, context), [y])
+        return y
+
+    def recalibrate_reduce(self, grad_y, x, context):
+        shape = x.shape[0], maps.packed_size(x.shape, context)
+        grad_gate = _poison(torch.empty(shape, dtype=maps.accumulate_dtype(x.dtype)))
+        self._launch("recalibrate_reduce", x, (grad_y, x, context), [grad_gate])
+        return grad_gate
+
+    def gate_conv(self, pooled, weight, dims):
+        z = _poison(pooled.new_empty((pooled.shape[0], pooled.shape[2])))
+        moments = _poison(weight.new_empty((weight.shape[0], 2)))
+        self._launch_gate("gate_conv", dims, [pooled, weight], [z, moments])
+        return z, moments
+
+    def gate_activate(self, z, norm, dims):
+        gate = _poison(torch.empty_like(z))
+        self._launch_gate("gate_activate", dims, [z, norm], [gate])
+        return gate
+
+    def gate_backward_reduce(self, grad_gate, z, norm, dims):
+        sums = _poison(norm.new_empty((norm.shape[0], 2)))
+        self._launch_gate("gate_backward_reduce", dims, [grad_gate, z, norm], [sums])
+        return sums
+
+    def gate_backward(self, grad_gate, z, norm, correction, pooled, weight, dims):
+        grad_pooled, grad_weight = _poison(torch.empty_like(pooled)), _poison(torch.empty_like(weight))
+        arguments = [grad_gate, z, norm, correction, pooled, weight]
+        self._launch_gate("gate_backward", dims, arguments, [grad_pooled, grad_weight])
+        return grad_pooled, grad_weight
+
+    def _launch_tokens(self, name: str, logits: Tensor, group: int, arguments, outputs: list[Tensor]) -> None:
+        self._run(name, ((*logits.shape, group), _SCALARS.index(logits.dtype)), arguments, outputs)
+
+    def column_statistics(self, logits, padding):
+        b, _, m = logits.shape
+        statistics = _poison(logits.new_empty((b, 2, m), dtype=maps.accumulate_dtype(logits.dtype)))
+        self._launch_tokens("column_statistics", logits, 1, [logits, padding], [statistics])
+        return statistics
+
+    def double_norm_(self, logits, lse, group, eps, padding):
+        b, n, m = logits.shape
+        mass = _poison(lse.new_empty((b, n, m // group)))
+        self._launch_tokens("double_norm_", logits, group, [lse, eps, padding], [logits, mass])
+        return mass
+
+    def double_norm_backward_reduce(self, grad, attention, group):
+        b, _, m = grad.shape
+        reduced = _poison(grad.new_empty((b, m), dtype=maps.accumulate_dtype(grad.dtype)))
+        self._launch_tokens("double_norm_backward_reduce", grad, group, [grad, attention], [reduced])
+        return reduced
+
+    def double_norm_backward_(self, grad, attention, mass, reduced, group):
+        self._launch_tokens("double_norm_backward_", grad, group, [attention, mass, reduced], [grad])
+
+    def _launch_features(self, name: str, z: Tensor, arguments, outputs: list[Tensor]) -> None:
+        by_maps = not z.is_contiguous()
+        if by_maps:  # seen in the order of storage; outputs are written through their views
+            arguments, outputs = ([_transposed(t) for t in tensors] for tensors in (arguments, outputs))
+        self._run(name, (tuple(z.shape), by_maps, _SCALARS.index(z.dtype)), arguments, outputs)
+
+    def residual_relu_(self, z, x, shift):
+        signs = _poison(z.new_empty(((z.numel() + 7) // 8,), dtype=torch.uint8))
+        self._launch_features("residual_relu_", z, [x, shift], [z, signs])
+        return signs
+
+    def residual_relu_backward(self, grad_y, signs):
+        grad = _poison(torch.empty_like(grad_y))
+        sums = _poison(grad_y.new_empty(grad_y.shape[2], dtype=maps.accumulate_dtype(grad_y.dtype)))
+        self._launch_features("residual_relu_backward", grad_y, [grad_y, signs], [grad, sums])
+        return grad, sums
+
+
+def _transposed(tensor: Tensor | None) -> Tensor | None:
+    return tensor.mT if tensor is not None and tensor.ndim == 3 else tensor

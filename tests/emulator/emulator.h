@@ -2,8 +2,8 @@
 //
 // Blocks run one after the other. The threads of a block are fibers: one runs until its next barrier, then the next
 // one does, and when all have arrived the round starts again. So a missing barrier shows as a thread that reads what
-// its neighbours have not yet written, the same way on every run, in forward or in backward order of the threads.
-// Shared memory starts as NaN, and lies on the heap where AddressSanitizer sees its bounds.
+// its neighbours have not yet written, the same way on every run, in forward or in backward order of blocks and
+// threads. Shared memory starts as NaN, and lies on the heap where AddressSanitizer sees its bounds.
 #pragma once
 
 #include <ucontext.h>
@@ -43,7 +43,7 @@ inline Site site_of(const std::source_location& where) {
 
 class Block {
  public:
-  bool backward = false;    // the order in which threads run between barriers
+  bool backward = false;    // the order in which blocks run, and threads between barriers
   Site dropped;             // a barrier that is to be skipped, to see whether anything notices
   std::set<Site> barriers;  // all that were met
 
@@ -63,10 +63,19 @@ class Block {
   void barrier(const std::source_location& where) {
     const Site site = site_of(where);
     barriers.insert(site);
-    if (site == dropped) return;
-    Fiber& self = *fibers_[current_];
-    self.waits_at = site;
-    swapcontext(&self.context, &scheduler_);
+    if (site != dropped) wait(site);
+  }
+
+  // Called by a thread: the value that another one brings to the same exchange. All threads of the block must come,
+  // which is more than CUDA asks for.
+  template <class T>
+  T exchange(T value, int partner, const std::source_location& where) {
+    static_assert(sizeof(T) <= sizeof(double));
+    std::memcpy(&fibers_[current_]->exchanged, &value, sizeof(T));
+    wait(site_of(where));
+    std::memcpy(&value, &fibers_[partner]->exchanged, sizeof(T));
+    wait(site_of(where) + " (read)");
+    return value;
   }
 
   // Called by a thread: the array declared there, the same one for all threads of the block.
@@ -87,8 +96,15 @@ class Block {
     ucontext_t context;
     std::unique_ptr<std::byte[]> stack = std::make_unique<std::byte[]>(kStack);
     Site waits_at;
+    double exchanged;  // bits of any type
     bool done;
   };
+
+  void wait(const Site& site) {
+    Fiber& self = *fibers_[current_];
+    self.waits_at = site;
+    swapcontext(&self.context, &scheduler_);
+  }
 
   static void enter();
   void start(Fiber& fiber);
@@ -107,6 +123,14 @@ inline Block block;
 }  // namespace aia::emulator
 
 inline aia::emulator::Index threadIdx, blockIdx;
+
+inline void __threadfence() {}  // blocks do not overlap here
+
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  const unsigned old = *address;
+  *address = old >= last ? 0 : old + 1;
+  return old;
+}
 
 inline void __syncthreads(const std::source_location& where = std::source_location::current()) {
   aia::emulator::block.barrier(where);
@@ -156,9 +180,19 @@ namespace aia::cuda {
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
            std::type_identity_t<Parameters>... parameters) {
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) emulator::block.run(threads, [&] { kernel(parameters...); });
+  for (int64_t i = 0; i < blocks; ++i) {
+    blockIdx.x = static_cast<int>(emulator::block.backward ? blocks - 1 - i : i);
+    emulator::block.run(threads, [&] { kernel(parameters...); });
+  }
   return 0;
 }
+
+template <class T>
+T shuffle_xor(T value, int bits, const std::source_location& where = std::source_location::current()) {
+  return emulator::block.exchange(value, threadIdx.x ^ bits, where);
+}
+
+inline bool captures(void*) { return false; }
 
 inline const char* describe(int) { return ""; }
 

@@ -4,18 +4,31 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
+#include <memory>
 #include <optional>
 
-#include "../../csrc/cuda/pool.cu"
+#include "../../csrc/cuda/double_norm.h"
+#include "../../csrc/cuda/passes.h"
+#include "../../csrc/cuda/residual.h"
+#include "emulator.h"
 
 namespace {
 
 namespace py = pybind11;
+using namespace aia;
 using namespace aia::cuda;
 using Array = std::optional<py::array>;
+using Sizes = std::array<int, 5>;
 
-Shape shape_of(const std::array<int, 5>& sizes, int order, int scalar) {
+Shape shape_of(const Sizes& sizes, int order, int scalar) {
   return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], static_cast<Order>(order), static_cast<Scalar>(scalar)};
+}
+
+PackedDims dims_of(int64_t batch, const std::vector<int64_t>& dims) {
+  PackedDims packed{batch, static_cast<int>(dims.size() / 3), {}};
+  for (size_t i = 0; i < dims.size(); ++i) packed.dims[i / 3][i % 3] = dims[i];
+  return packed;
 }
 
 const void* data(const Array& array) { return array ? array->data() : nullptr; }
@@ -26,10 +39,44 @@ Unpooled unpooled_of(const Array& grad, const Array& argmax, int context) {
   return {data(grad), data(argmax), argmax ? static_cast<int>(argmax->itemsize()) : 1, grad ? context : kNone};
 }
 
+Tokens tokens_of(const std::array<int64_t, 4>& sizes, int scalar, const Array& padding) {
+  return {sizes[0],
+          sizes[1],
+          static_cast<int>(sizes[2]),
+          static_cast<int>(sizes[3]),
+          static_cast<Scalar>(scalar),
+          static_cast<const uint8_t*>(data(padding))};
+}
+
+Features features_of(const std::array<int64_t, 3>& sizes, bool maps, int scalar) {
+  return {sizes[0], sizes[1], sizes[2], maps, static_cast<Scalar>(scalar)};
+}
+
+// Room for partial results, on the heap for the sanitizer and NaN as float and as double.
+std::unique_ptr<double[]> doubles_of_nan(int64_t count) {
+  std::unique_ptr<double[]> room(new double[count]);
+  std::memset(room.get(), 0xff, count * sizeof(double));
+  return room;
+}
+
+// Runs a pass with a workspace of NaN; the same tickets serve every launch, as they do on one stream.
+template <class Pass>
+void with_workspace(int per_block, Pass&& pass) {
+  static std::array<unsigned, kTickets> tickets{};
+  const auto partial = doubles_of_nan(int64_t{kGateBlocks} * per_block);
+  try {
+    pass(Workspace{partial.get(), tickets.data()});
+  } catch (...) {
+    tickets = {};
+    throw;
+  }
+  for (unsigned ticket : tickets)
+    if (ticket != 0) throw std::runtime_error("a launch left a ticket that is not 0");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(aia_emulator, m) {
-  using Sizes = std::array<int, 5>;
   m.def("pool", [](Sizes sizes, int order, int scalar, py::array x, int context, Array gate, int gate_context,
                    py::array pooled, py::array argmax) {
     pool(shape_of(sizes, order, scalar), x.data(), context, gate_of(gate, gate_context), pooled.mutable_data(),
@@ -47,6 +94,82 @@ PYBIND11_MODULE(aia_emulator, m) {
     unpool_reduce(shape_of(sizes, order, scalar), x.data(), unpooled_of(grad_pooled, argmax, context), gate_context,
                   grad_gate.mutable_data(), nullptr);
   });
+  m.def("recalibrate", [](Sizes sizes, int order, int scalar, py::array x, Array gate, int context, py::array y) {
+    recalibrate(shape_of(sizes, order, scalar), x.data(), gate_of(gate, context), y.mutable_data(), nullptr);
+  });
+  m.def("recalibrate_reduce",
+        [](Sizes sizes, int order, int scalar, py::array grad_y, py::array x, int context, py::array grad_gate) {
+          recalibrate_reduce(shape_of(sizes, order, scalar), grad_y.data(), x.data(), context, grad_gate.mutable_data(),
+                             nullptr);
+        });
+
+  m.def("gate_conv", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, py::array weight,
+                        py::array z, py::array moments) {
+    with_workspace(kMomentPartials, [&](Workspace workspace) {
+      gate_conv(dims_of(batch, dims), static_cast<Scalar>(scalar), pooled.data(), weight.data(), z.mutable_data(),
+                moments.mutable_data(), workspace, nullptr);
+    });
+  });
+  m.def("gate_activate",
+        [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array z, py::array norm, py::array gate) {
+          gate_activate(dims_of(batch, dims), static_cast<Scalar>(scalar), z.data(), norm.data(), gate.mutable_data(),
+                        nullptr);
+        });
+  m.def("gate_backward_reduce", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate,
+                                   py::array z, py::array norm, py::array sums) {
+    with_workspace(kNormPartials, [&](Workspace workspace) {
+      gate_backward_reduce(dims_of(batch, dims), static_cast<Scalar>(scalar), grad_gate.data(), z.data(), norm.data(),
+                           sums.mutable_data(), workspace, nullptr);
+    });
+  });
+  m.def("gate_backward",
+        [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate, py::array z, py::array norm,
+           py::array correction, py::array pooled, py::array weight, py::array grad_pooled, py::array grad_weight) {
+          with_workspace(kWeightPartials, [&](Workspace workspace) {
+            gate_backward(dims_of(batch, dims), static_cast<Scalar>(scalar), grad_gate.data(), z.data(), norm.data(),
+                          correction.data(), pooled.data(), weight.data(), grad_pooled.mutable_data(),
+                          grad_weight.mutable_data(), workspace, nullptr);
+          });
+        });
+
+  m.def("column_statistics",
+        [](std::array<int64_t, 4> sizes, int scalar, py::array logits, Array padding, py::array statistics) {
+          const Tokens at = tokens_of(sizes, scalar, padding);
+          const auto partial = doubles_of_nan(at.B * token_split(at).chunks * 2 * at.M);
+          column_statistics(at, logits.data(), partial.get(), statistics.mutable_data(), nullptr);
+        });
+  m.def("double_norm_", [](std::array<int64_t, 4> sizes, int scalar, py::array lse, double eps, Array padding,
+                           py::array logits, py::array mass) {
+    double_norm(tokens_of(sizes, scalar, padding), logits.mutable_data(), lse.data(), eps, mass.mutable_data(),
+                nullptr);
+  });
+  m.def("double_norm_backward_reduce",
+        [](std::array<int64_t, 4> sizes, int scalar, py::array grad, py::array attention, py::array reduced) {
+          const Tokens at = tokens_of(sizes, scalar, {});
+          const auto partial = doubles_of_nan(at.B * token_split(at).chunks * at.M);
+          const bool needed = needs_dots(at, grad.data(), attention.data());
+          const auto dots = doubles_of_nan(needed ? at.B * at.N * at.groups() : 0);
+          double_norm_backward_reduce(at, grad.data(), attention.data(), dots.get(), partial.get(),
+                                      reduced.mutable_data(), nullptr);
+        });
+  m.def("double_norm_backward_", [](std::array<int64_t, 4> sizes, int scalar, py::array attention, py::array mass,
+                                    py::array reduced, py::array grad) {
+    double_norm_backward(tokens_of(sizes, scalar, {}), grad.mutable_data(), attention.data(), mass.data(),
+                         reduced.data(), nullptr);
+  });
+  m.def("residual_relu_", [](std::array<int64_t, 3> sizes, bool maps, int scalar, py::array x, Array shift, py::array z,
+                             py::array signs) {
+    residual_relu(features_of(sizes, maps, scalar), z.mutable_data(), x.data(), data(shift),
+                  static_cast<uint8_t*>(signs.mutable_data()), nullptr);
+  });
+  m.def("residual_relu_backward", [](std::array<int64_t, 3> sizes, bool maps, int scalar, py::array grad_y,
+                                     py::array signs, py::array grad, py::array sums) {
+    const Features at = features_of(sizes, maps, scalar);
+    const auto partial = doubles_of_nan(residual_partials(at) * at.C);
+    residual_relu_backward(at, grad_y.data(), static_cast<const uint8_t*>(signs.data()), grad.mutable_data(),
+                           partial.get(), sums.mutable_data(), nullptr);
+  });
+
   m.def("schedule", [](bool backward, std::string dropped) {
     aia::emulator::block.backward = backward;
     aia::emulator::block.dropped = dropped;

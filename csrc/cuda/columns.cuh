@@ -1,0 +1,96 @@
+// Reductions of matrices [B, rows, M] over their rows. A block owns a chunk of rows and a tile of columns: its threads
+// stand `across` a row, V columns each, in as many slices of the rows as there is room for. The results of the slices
+// meet in shared memory, those of the chunks in a second launch, in a fixed order.
+//
+// The operation Op says what is reduced:
+//   Op::Partial                        with none() and merge
+//   op.accumulate(partials, place)     called by all threads of a block, for their slice of the rows
+//   op.store(place, column, partial)   the result of a chunk
+#pragma once
+
+#include "split.h"
+#include "vector.cuh"
+
+namespace aia::cuda {
+
+constexpr int kColumnThreads = 256;
+
+// Where a thread stands: its rows are first + slice, first + slice + slices, ..., below last.
+struct Place {
+  int64_t b, first, last;
+  int chunk, chunks, slice, slices, column;
+  bool active;
+};
+
+template <int V, class Op>
+__global__ void __launch_bounds__(kColumnThreads, 1)
+    reduce_columns(Op op, int64_t rows, int M, int64_t length, int chunks, int across) {
+  using Partial = typename Op::Partial;
+  AIA_SHARED(Partial, shared, kColumnThreads * V);
+  const int tiles = (M + across * V - 1) / (across * V), tile = blockIdx.x % tiles, block = blockIdx.x / tiles;
+  const int thread = threadIdx.x, width = across * V;
+  Place at;
+  at.b = block / chunks, at.chunk = block % chunks, at.chunks = chunks;
+  at.first = at.chunk * length, at.last = min(rows, at.first + length);
+  at.slice = thread / across, at.slices = kColumnThreads / across;
+  at.column = tile * width + thread % across * V;
+  at.active = at.slice < at.slices && at.column < M;
+
+  Partial partial[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) partial[k] = Partial::none();
+  op.accumulate(partial, at);
+#pragma unroll
+  for (int k = 0; k < V; ++k) shared[thread * V + k] = partial[k];
+  __syncthreads();
+  for (int j = thread; j < width && tile * width + j < M; j += kColumnThreads) {
+    Partial total = shared[j];
+    for (int s = 1; s < at.slices; ++s) total.merge(shared[s * width + j]);
+    op.store(at, tile * width + j, total);
+  }
+}
+
+template <class A>
+struct Total {
+  A sum;
+
+  static __device__ __forceinline__ Total none() { return {0}; }
+  __device__ __forceinline__ void merge(const Total& other) { sum += other.sum; }
+};
+
+// Sums [B, rows, M] from and [B, chunks, M] to memory.
+template <class A>
+struct JoinTotals {
+  using Partial = Total<A>;
+  const A* from;
+  A* to;
+  int64_t rows;
+  int M;
+
+  __device__ __forceinline__ void accumulate(Partial* partial, const Place& at) const {
+    if (!at.active) return;
+#pragma unroll 4
+    for (int64_t n = at.first + at.slice; n < at.last; n += at.slices)
+      partial->sum += from[(at.b * rows + n) * M + at.column];
+  }
+  __device__ __forceinline__ void store(const Place& at, int column, const Partial& total) const {
+    to[(at.b * at.chunks + at.chunk) * M + column] = total.sum;
+  }
+};
+
+// Queues a reduction of B matrices by an operation, with at most this many threads across a row.
+template <int V, class Op>
+int launch_columns(const Op& op, int64_t B, int64_t rows, int M, const Split& split, int most, void* stream) {
+  const int across = std::min(ceil_div(M, V), most);
+  return launch(reduce_columns<V, Op>, B * split.chunks * ceil_div(M, across * V), kColumnThreads, stream, op, rows, M,
+                split.length, split.chunks, across);
+}
+
+// Joins the results of the chunks: few threads across, so that many chunks are read at a time.
+template <class Op>
+int join_columns(const Op& op, int64_t B, int chunks, int M, void* stream) {
+  Split whole(chunks, 1, chunks);
+  return launch_columns<1>(op, B, chunks, M, whole, 8, stream);
+}
+
+}  // namespace aia::cuda

@@ -1,0 +1,68 @@
+// Vectors of neighbours in memory, and what it takes to move them.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "../common/packed.h"
+#include "../common/scalar.h"
+#include "launch.cuh"
+
+namespace aia::cuda {
+
+// V neighbours in memory, moved by one instruction where that takes 16 bytes.
+template <class T, int V>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
+  T at[V];
+};
+
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> load_vector(const T* from) {
+  return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store_vector(T* to, const Vector<T, V>& vector) {
+  *reinterpret_cast<Vector<T, V>*>(to) = vector;
+}
+
+// Whether vectors of 16 bytes may begin at all of these addresses.
+inline bool are_aligned(std::initializer_list<const void*> addresses) {
+  uintptr_t bits = 0;
+  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+  return bits % 16 == 0;
+}
+
+// Division of numbers below 2^31 by a number that is known on the host: a product and a shift.
+struct Divisor {
+  int divisor;
+  uint32_t factor;
+  int shift = 0;
+
+  explicit Divisor(int divisor) : divisor(divisor) {
+    while ((int64_t{1} << shift) < divisor) ++shift;
+    factor = static_cast<uint32_t>(((((uint64_t{1} << shift) - divisor) << 32) / divisor) + 1);
+  }
+  // The quotient; leaves the rest in n.
+  __device__ __forceinline__ int divide(int& n) const {
+    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32);
+    const int quotient = static_cast<int>((high + static_cast<uint32_t>(n)) >> shift);
+    n -= quotient * divisor;
+    return quotient;
+  }
+};
+
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Calls body with a value of the storage type.
+template <class Body>
+int with_scalar(Scalar scalar, Body&& body) {
+  switch (scalar) {
+    case Scalar::kFloat32: return body(float{});
+    case Scalar::kFloat64: return body(double{});
+    case Scalar::kBFloat16: return body(BFloat16{});
+    default: return body(Float16{});
+  }
+}
+
+}  // namespace aia::cuda

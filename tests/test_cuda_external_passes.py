@@ -1,0 +1,113 @@
+"""External attention's passes of csrc/cuda on the host emulator: the tables of the CPU's tests, and CUDA's own cases."""
+
+from __future__ import annotations
+
+import test_double_norm_passes as double_norm
+import test_residual_passes as residual
+import pytest
+import torch
+from plain_double_norm import PlainDoubleNorm
+
+plain = PlainDoubleNorm()
+
+#: Beyond the tables of the CPU: teams of every size, rows longer than a warp's, tiles of columns, misalignment.
+TOKENS = double_norm.CASES | {
+    "teams of 2": double_norm.Case(2, 21, 24, 8),
+    "teams of 3 vectors": double_norm.Case(1, 21, 24, 12),
+    "longer than a team": double_norm.Case(1, 9, 400, 200),
+    "longer than a team, bf16": double_norm.Case(1, 9, 320, 320, torch.bfloat16),
+    "fp64, longer than a team, padded": double_norm.Case(2, 9, 132, 66, torch.float64, True),
+    "tiles of columns": double_norm.Case(1, 70, 640, 64),
+    "tiles of columns, bf16": double_norm.Case(1, 70, 1024, 128, torch.bfloat16),
+}
+FEATURES = residual.CASES | {
+    "tokens of whole bytes, tiles of columns": residual.Case(1, 70, 1040),
+    "bf16 tokens of whole bytes": residual.Case(2, 45, 16, False, torch.bfloat16),
+    "maps of whole bytes": residual.Case(2, 400, 5, True),
+    "maps of whole bytes, chunks": residual.Case(1, 5000, 3, True, torch.float16),
+}
+
+
+@pytest.fixture(params=TOKENS.values(), ids=TOKENS)
+def tokens(request) -> double_norm.Case:
+    return request.param
+
+
+@pytest.fixture(params=FEATURES.values(), ids=FEATURES)
+def features(request) -> residual.Case:
+    return request.param
+
+
+def test_column_statistics(emulator, tokens):
+    double_norm.test_column_statistics(emulator, plain, tokens)
+
+
+@pytest.mark.parametrize("eps", double_norm.EPS.values(), ids=double_norm.EPS)
+def test_double_norm(emulator, tokens, eps):
+    double_norm.test_double_norm(emulator, plain, tokens, eps)
+
+
+def test_double_norm_backward(emulator, tokens):
+    double_norm.test_double_norm_backward(emulator, plain, tokens)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-9])
+@pytest.mark.parametrize("group", [64, 33, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_extreme_logits(emulator, dtype, group, eps):
+    double_norm.test_extreme_logits(emulator, plain, dtype, group, eps)
+
+
+@pytest.mark.parametrize("group", [64, 33])
+def test_not_finite(emulator, group):
+    double_norm.test_not_finite(emulator, plain, group)
+
+
+def test_padding(emulator):
+    double_norm.test_padding_holds_anything(emulator)
+    double_norm.test_nothing_but_padding(emulator)
+
+
+def test_a_row_is_its_own(emulator):
+    double_norm.test_a_row_is_its_own(emulator)
+
+
+@pytest.mark.parametrize("shifted", [True, False], ids=["shift", "no shift"])
+def test_residual_relu(emulator, features, shifted):
+    residual.test_residual_relu(emulator, plain, features, shifted)
+
+
+def test_residual_relu_backward(emulator, features):
+    residual.test_residual_relu_backward(emulator, plain, features)
+
+
+@pytest.mark.parametrize("by_maps", [False, True], ids=["tokens", "maps"])
+def test_residual_not_finite(emulator, by_maps):
+    residual.test_not_finite(emulator, by_maps)
+
+
+def test_blocks_and_threads_may_run_in_any_order(emulator):
+    def everything() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        results = []
+        for name in ("several chunks", "groups of 7", "longer than a team"):
+            case = TOKENS[name]
+            logits, grad = double_norm.tokens_of(case, 4), double_norm.tokens_of(case)
+            statistics = emulator.column_statistics(logits, None)
+            mass = emulator.double_norm_(logits, double_norm.lse_of(statistics), case.group, 1e-9, None)
+            reduced = emulator.double_norm_backward_reduce(grad, logits, case.group)
+            emulator.double_norm_backward_(grad, logits, mass, reduced, case.group)
+            results += [statistics, logits, mass, reduced, grad]
+        for name in ("tokens, several units", "maps of 4225, several units"):
+            grad_y = residual.stored(torch.randn(FEATURES[name][:3]), FEATURES[name])
+            signs = emulator.residual_relu_(grad_y.clone(), grad_y, None)
+            results += [signs, *emulator.residual_relu_backward(grad_y, signs)]
+        return results
+
+    expected = everything()
+    emulator.schedule(backward=True)
+    try:
+        found = everything()
+    finally:
+        emulator.schedule()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
