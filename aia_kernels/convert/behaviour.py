@@ -1,0 +1,255 @@
+"""Whether the forward of a module is that of a fused layer: both run on copies with the same random numbers.
+
+The copies live on the CPU in float64, with parameters, buffers and dropouts of their own, so that nothing about the
+model, its hooks or the generators changes, and the fused layer runs its reference. What must agree, in evaluation and
+in training: the output, every gradient and the buffers after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from .. import backends
+
+# Of the largest number of a result, if above 1. Both compute the same sums in float64 in another order, some with
+# projections multiplied first, which leaves 1e-12. The least thing to tell apart, one more or less eps of 1e-9 in a
+# double normalisation, moves the outputs for published._tokens by over 1e-5.
+_TOLERANCE = 1e-7
+
+#: Methods that a class may override without changing what a layer keeps, stores or does beside its forward.
+_HARMLESS = {
+    "__init__",
+    "__repr__",
+    "__dir__",
+    "__annotate__",
+    "__annotate_func__",
+    "_get_name",
+    "extra_repr",
+    "forward",
+}
+_METHODS = {name for name, value in vars(nn.Module).items() if callable(value)} - _HARMLESS
+
+
+def unlike(module: nn.Module) -> str | None:
+    """Why the class of a module cannot be exchanged for one whose forward takes x alone, or None."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    if kind.forward is nn.Module.forward:
+        return "it has no forward: something else calls its submodules"
+    owners = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    if overridden := {name for owner in owners for name in vars(owner)} & _METHODS:
+        return f"its class overrides {', '.join(sorted(overridden))}"
+    _, *others = inspect.signature(kind.forward).parameters.values()
+    if len(others) != 1 or others[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return f"its forward takes ({', '.join(map(str, others))}), expected x alone"
+    return None
+
+
+def signature(module: nn.Module) -> Any:
+    """What two modules have in common that compute the same function of x and their parameters: hashable."""
+    attributes = {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+    return (
+        type(module),
+        tuple((name, _hashable(value)) for name, value in sorted(attributes.items())),
+        tuple(
+            (name, None if p is None else p.shape)
+            for name, p in (*module._parameters.items(), *module._buffers.items())
+        ),
+        tuple((name, None if child is None else signature(child)) for name, child in module._modules.items()),
+    )
+
+
+def difference(
+    module: nn.Module,
+    layer: type[nn.Module],
+    settings: Mapping[str, Any],
+    example: Callable[[nn.Module, torch.Generator], Tensor],
+) -> str | None:
+    """How the forward of a module differs from that of a fused layer with the same submodules and settings, or None.
+
+    example: makes the input, in float64 on the CPU.
+    """
+    with _undisturbed():
+        generator = torch.Generator().manual_seed(0)
+        numbers: dict[Hashable, Tensor] = {}
+        x = example(module, generator)
+        for training, marked in ((False, False), (True, False), (True, True)):
+            copies = [_Copier(numbers, generator, training, marked).copy(module) for _ in range(2)]
+            try:
+                copies[1].__class__ = layer
+            except TypeError as error:
+                return f"Python cannot exchange its class: {_line(error)}"
+            vars(copies[1]).update(settings)
+            try:
+                found = _run(copies[0], x)
+            except Exception as error:
+                return (
+                    f"its forward fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {_line(error)}"
+                )
+            expected = _run(copies[1], x)
+            when = "with a marked dropout" if marked else "in training" if training else "in evaluation"
+            if isinstance(found, str):
+                return f"its forward returns {found}, expected a tensor"
+            for name, value in expected.items():
+                distance = _distance(found[name], value)
+                if not distance <= _TOLERANCE * max(1.0, value.abs().max().item()):
+                    return f"its {name} differs from that of {layer.__name__} by up to {distance:.2g} {when}"
+    return None
+
+
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name)
+_INTERNAL = {*nn.Module().__dict__, "_compiled_call_impl"}
+
+
+def _hashable(value: Any) -> Any:
+    """A setting as part of a signature; anything that is not a plain value stands for itself alone."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
+        return type(value), value
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_hashable, value))
+    return "identity", id(value)
+
+
+class _LocalBatchNorm(_BatchNorm):
+    """A batch norm of any rank that shares its statistics with nobody: the copies of one process talk to no other."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+
+class _Mark(nn.Module):
+    """Stands for a dropout: a function without chance that no other place in a layer can undo or stand in for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (3 * x).sin()
+
+
+class _Copier:
+    """Copies of modules as they are but for their hooks, with random parameters and buffers in float64 on the CPU.
+
+    numbers: the values of each tensor, filled as they are wanted, so that all copies have the same.
+    """
+
+    def __init__(self, numbers: dict[Hashable, Tensor], generator: torch.Generator, training: bool, marked: bool):
+        self.numbers, self.generator = numbers, generator
+        self.training, self.marked = training, marked
+        self.known: dict[Hashable, Any] = {}  # copies by the identity of the original: what is shared stays shared
+
+    def copy(self, module: nn.Module | None) -> nn.Module | None:
+        if module is None:
+            return None
+        if id(module) in self.known:
+            return self.known[id(module)]
+        if isinstance(module, nn.Dropout):
+            copy = self.known[id(module)] = _Mark() if self.marked else nn.Dropout(0.0)
+            return copy
+        kind = parametrize.type_before_parametrizations(module)
+        copy = self.known[id(module)] = kind.__new__(kind)
+        state = {name: _container(value) for name, value in module.__dict__.items()}
+        state |= {name: OrderedDict() for name in _HOOKS}
+        state |= {"training": self.training, "_compiled_call_impl": None}
+        state["_parameters"] = {name: self.tensor(name, p, id(p)) for name, p in module._parameters.items()}
+        state["_buffers"] = {name: self.tensor(name, b, id(b)) for name, b in module._buffers.items()}
+        children = dict(module._modules)
+        if parametrize.is_parametrized(module):
+            # A forward sees the computed tensor alone: it becomes a parameter like any other.
+            for name, parts in children.pop("parametrizations").items():
+                state["_parameters"][name] = self.tensor(name, _computed(module, name, parts), (id(module), name))
+        state["_modules"] = {name: self.copy(child) for name, child in children.items()}
+        copy.__dict__.update(state)
+        if isinstance(module, nn.SyncBatchNorm):
+            copy.__class__ = _LocalBatchNorm
+        return copy
+
+    def tensor(self, name: str, tensor: Tensor | None, key: Hashable) -> Tensor | None:
+        if tensor is None:
+            return None
+        if key not in self.known:
+            if key not in self.numbers:
+                self.numbers[key] = _random(name, tensor, self.generator)
+            values = self.numbers[key].clone()
+            trained = isinstance(tensor, nn.Parameter) or isinstance(key, tuple)
+            self.known[key] = nn.Parameter(values) if trained else values
+        return self.known[key]
+
+
+def _computed(module: nn.Module, name: str, parts: nn.Module) -> Tensor:
+    """A parametrised tensor, computed as in evaluation: in training some parametrizations move at each computation."""
+    modes = [(part, part.training) for part in parts.modules()]
+    try:
+        parts.eval()
+        return getattr(module, name).detach()
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _container(value: Any) -> Any:
+    """A copy of what a forward might append to."""
+    return value.copy() if isinstance(value, (list, dict, set)) else value
+
+
+def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers that no default hides behind: weights keep the size of what they multiply, variances are positive."""
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+    r = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+    if name == "running_var":
+        r = 0.5 + 0.3 * r.abs()
+    elif tensor.ndim > 1:
+        r = r / math.sqrt(tensor[0].numel())
+    else:
+        r = (1 if name == "weight" else 0) + 0.3 * r
+    return r
+
+
+def _run(module: nn.Module, x: Tensor) -> dict[str, Tensor] | str:
+    """The output, the gradients and the buffers afterwards; or what came instead of a tensor."""
+    x = x.clone().requires_grad_()
+    y = module(x * 1.0)  # not a leaf, so that a forward may write into it
+    if not isinstance(y, Tensor):
+        return f"a {type(y).__name__}"
+    y.backward(torch.linspace(-1.0, 1.5, y.numel(), dtype=y.dtype, device="cpu").view(y.shape).sin())
+    tensors = {"y": y.detach(), "gradient of x": x.grad}
+    for name, p in module.named_parameters():
+        tensors[f"gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
+    return tensors | {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return math.inf
+    distance = (found - expected).abs().max().item()
+    return math.inf if math.isnan(distance) else distance
+
+
+def _line(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [""]
+    return first if len(first) <= 160 else f"{first[:157]}..."
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The settings of a fresh process, whatever the caller's, and the caller's random numbers afterwards."""
+    with (
+        backends.use_backend("reference"),
+        torch.random.fork_rng(devices=()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield

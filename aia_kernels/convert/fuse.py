@@ -1,0 +1,91 @@
+"""convert: the published layers of a model become the fused ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import behaviour
+from .published import Form, find_form, fused_layers
+from .report import Converted, Exchange, LeftAlone, Report
+
+
+def convert(model: nn.Module) -> Report:
+    """Make every published layer in a model the fused layer, in place, and say what became of which.
+
+    model: any module; the layers may be nested, shared, wrapped, or the model itself. Found by the names, kinds and
+    shapes of their submodules, wherever their code comes from: the units C, ST, CinST, STinC and STinC2 of Attention in
+    Attention; EANet's External_attention; EAMLP's Attention; the attention of its T2T stages; and external attention by
+    two linear layers. A layer is converted if its forward computes what the fused layer computes, which is tried on a
+    small copy with random parameters: output, gradients and buffers, in evaluation and in training.
+
+    A converted layer is the same object with another class. Its parameters and buffers, hence optimizers and the keys
+    of the state dict; its training mode, device, dtype, requires_grad; num_segments, dropouts and the settings of its
+    batch norms; and its own hooks: all stay. A layer with hooks on its submodules, a look-alike of other shapes and one
+    with a forward of its own are left alone and named in the report.
+
+    Returns a Report: ``model`` (the object that was given), ``converted``, ``left_alone``, ``already_fused``, and
+    ``undo()``, which gives the layers their own classes back. ``to_reference`` makes the fused layers plain PyTorch.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    report, fused, tried = Report(model), fused_layers(), {}
+    for module, known_as in names.items():
+        if type(module) in fused:
+            report.already_fused += known_as[:1]
+        elif (form := find_form(module)) is not None:
+            before = _name(type(module))
+            found = _fused_layer(module, form, tried)
+            if isinstance(found, str):
+                report.left_alone.append(LeftAlone(tuple(known_as), before, found))
+            else:
+                report._exchanges.append(_exchange(module, found, form))
+                report.converted.append(Converted(tuple(known_as), before, found.__name__))
+    return report
+
+
+def _fused_layer(module: nn.Module, form: Form, tried: dict[Any, type[nn.Module] | str]) -> type[nn.Module] | str:
+    """The fused layer that computes what a module computes, or why there is none."""
+    if (reason := behaviour.unlike(module) or _hooked(module) or form.mismatch(module)) is not None:
+        return reason
+    key = behaviour.signature(module)
+    if key not in tried:
+        tried[key] = _compare(module, form)
+    return tried[key]
+
+
+def _compare(module: nn.Module, form: Form) -> type[nn.Module] | str:
+    # The layer of the same name is the likeliest, and its difference the one to tell.
+    layers = sorted(form.layers(), key=lambda layer: layer.__name__ != type(module).__name__)
+    told = None
+    for layer in layers:
+        if (reason := behaviour.difference(module, layer, form.settings(module), form.example)) is None:
+            return layer
+        told = told or reason
+    others = " and ".join(layer.__name__ for layer in layers[1:])
+    return f"{told}; {others} do not fit either" if others else told
+
+
+def _hooked(module: nn.Module) -> str | None:
+    for name, child in module.named_modules():
+        hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+        if name and hooks:
+            return f"{name} has hooks, which would not see its calls"
+    return None
+
+
+def _exchange(module: nn.Module, layer: type[nn.Module], form: Form) -> Exchange:
+    kind, settings = type(module), form.settings(module)
+    module.__class__ = layer
+    added = tuple(name for name in settings if name not in vars(module))
+    for name in added:
+        setattr(module, name, settings[name])
+    return Exchange(module, kind, added)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,233 @@
+"""The published layers as they are recognised: by the names of their submodules, and by kind and shape of each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import modules
+from ..modules.submodules import must_be_called
+
+
+class Form(NamedTuple):
+    """A published layer, up to its forward.
+
+    children: the names of submodules that give it away. layers: the fused layers whose forward it may have. mismatch:
+    why the submodules of a module with these names are not the published ones, or None. settings: attributes that the
+    fused layer reads, as the submodules have them. example: a small input of random numbers, in float64 on the CPU.
+    """
+
+    children: frozenset[str]
+    layers: Callable[[], tuple[type[nn.Module], ...]]
+    mismatch: Callable[[nn.Module], str | None]
+    settings: Callable[[nn.Module], Mapping[str, Any]]
+    example: Callable[[nn.Module, torch.Generator], Tensor]
+
+
+def find_form(module: nn.Module) -> Form | None:
+    """The form whose names a module has; the one with the most names where there are several."""
+    names = module._modules.keys()
+    return next((form for form in FORMS if form.children <= names), None)
+
+
+@functools.cache
+def fused_layers() -> frozenset[type[nn.Module]]:
+    """Every layer that a published one may become."""
+    return frozenset(layer for form in FORMS for layer in form.layers())
+
+
+def _differs(path: str, child: Any, kind: type[nn.Module], **expected: Any) -> str | None:
+    """Why a submodule is not a plain module of a kind with these attributes, or None."""
+    if not isinstance(child, kind):
+        return f"{path} is a {type(child).__name__}, expected a {kind.__name__.lstrip('_')}"
+    if must_be_called(child):
+        return f"{path} is a {type(child).__name__} with a forward of its own, expected a plain {kind.__name__}"
+    for name, value in expected.items():
+        if (found := getattr(child, name)) != value:
+            return f"{path}.{name}: got {found}, expected {value}"
+    return None
+
+
+def _first(*reasons: str | None) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+_GATE_CONV = {
+    "in_channels": 2,
+    "out_channels": 1,
+    "kernel_size": (3, 3, 3),
+    "stride": (1, 1, 1),
+    "padding": (1, 1, 1),
+    "dilation": (1, 1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
+    "bias": None,
+}
+
+
+def _unit(letters: str, *names: str) -> Form:
+    """A unit of arXiv 2204.09303 with these gates."""
+
+    def mismatch(unit: nn.Module) -> str | None:
+        segments = getattr(unit, "num_segments", None)
+        if not isinstance(segments, int) or segments < 1:
+            return f"num_segments: got {segments!r}, expected the number of frames of a clip"
+        if more := [
+            f"{letter}_conv" for letter in "CTHW" if letter not in letters and f"{letter}_conv" in unit._modules
+        ]:
+            return f"it has {', '.join(more)} beside the submodules of {' or '.join(names)}"
+        reasons = []
+        for letter in letters:
+            reasons.append(_differs(f"{letter}_conv", unit._modules[f"{letter}_conv"], nn.Conv3d, **_GATE_CONV))
+            if uses_bn(unit):
+                reasons.append(_differs(f"{letter}_bn", unit._modules.get(f"{letter}_bn"), _BatchNorm, num_features=1))
+        return _first(*reasons)
+
+    def uses_bn(unit: nn.Module) -> bool:
+        return bool(getattr(unit, "use_BN", any(f"{letter}_bn" in unit._modules for letter in letters)))
+
+    return Form(
+        frozenset(f"{letter}_conv" for letter in letters),
+        lambda: tuple(getattr(modules, name) for name in names),
+        mismatch,
+        lambda unit: {"use_BN": uses_bn(unit)},
+        # Lengths that no two axes share: a gate with its axes in another order has another result.
+        lambda unit, generator: _normal((2 * unit.num_segments, 3, 4, 5), generator),
+    )
+
+
+def _pointwise(path: str, child: Any, kind: type[nn.Module], **expected: Any) -> str | None:
+    axes = 1 if kind is nn.Conv1d else 2
+    plain = {"kernel_size": (1,) * axes, "stride": (1,) * axes, "padding": (0,) * axes, "groups": 1}
+    return _differs(path, child, kind, **plain, **expected)
+
+
+def _block_mismatch(block: nn.Module) -> str | None:
+    """EANet's External_attention."""
+    conv1, linear_0, linear_1, conv2 = (block._modules[name] for name in ("conv1", "linear_0", "linear_1", "conv2"))
+    if (reason := _differs("conv1", conv1, nn.Conv2d) or _differs("linear_0", linear_0, nn.Conv1d)) is not None:
+        return reason
+    c, k = conv1.in_channels, linear_0.out_channels
+    if (reason := _differs("conv2", conv2, nn.Sequential)) is not None or len(conv2) != 2:
+        return reason or f"conv2 has {len(conv2)} submodules, expected a convolution and a batch norm"
+    return _first(
+        _pointwise("conv1", conv1, nn.Conv2d, out_channels=c),
+        _pointwise("linear_0", linear_0, nn.Conv1d, in_channels=c),
+        _pointwise("linear_1", linear_1, nn.Conv1d, in_channels=k, out_channels=c, bias=None),
+        _pointwise("conv2.0", conv2[0], nn.Conv2d, in_channels=c, out_channels=c, bias=None),
+        _differs("conv2.1", conv2[1], _BatchNorm, num_features=c),
+    )
+
+
+def _heads_mismatch(attention: nn.Module) -> str | None:
+    """EAMLP's Attention in transformer_block.py."""
+    trans, first, second, proj = (attention._modules[name] for name in ("trans_dims", "linear_0", "linear_1", "proj"))
+    if (reason := _differs("trans_dims", trans, nn.Linear) or _differs("linear_0", first, nn.Linear)) is not None:
+        return reason
+    heads = getattr(attention, "num_heads", None)
+    wide, d = trans.out_features, first.in_features
+    if not isinstance(heads, int) or heads * d != wide:
+        return f"num_heads: got {heads!r}, expected the {wide} features of trans_dims over {d}, those of linear_0"
+    return _first(
+        _differs("linear_1", second, nn.Linear, in_features=first.out_features, out_features=d),
+        _differs("proj", proj, nn.Linear, in_features=wide, out_features=trans.in_features),
+        _dropouts(attention),
+    )
+
+
+def _dropouts(attention: nn.Module) -> str | None:
+    return _first(*(_differs(name, attention._modules[name], nn.Dropout) for name in ("attn_drop", "proj_drop")))
+
+
+def _token_mismatch(attention: nn.Module) -> str | None:
+    """EAMLP's Attention in token_performer.py and, with other names, in token_transformer.py."""
+    names = ("linear_0", "linear_1") if "linear_0" in attention._modules else ("linear_1", "linear_2")
+    query, key, value, proj = (attention._modules[name] for name in ("q_linear", *names, "proj"))
+    if (reason := _differs("q_linear", query, nn.Linear) or _differs(names[0], key, nn.Linear)) is not None:
+        return reason
+    d = query.out_features
+    for name, linear in ((names[1], value), ("proj", proj)):
+        if getattr(linear, "bias", None) is None:
+            return f"{name}.bias: got None, expected one"
+    return _first(
+        _differs(names[0], key, nn.Linear, in_features=d, bias=None),
+        _differs(names[1], value, nn.Linear, in_features=key.out_features, out_features=d),
+        _differs("proj", proj, nn.Linear, in_features=d, out_features=d),
+        _dropouts(attention),
+    )
+
+
+def _token_layer(name: str) -> Callable[[], tuple[type[nn.Module], ...]]:
+    def layers() -> tuple[type[nn.Module], ...]:
+        from ..models import eamlp
+
+        return (getattr(eamlp, name),)
+
+    return layers
+
+
+def _token_form(key: str, value: str, layer: str) -> Form:
+    return Form(
+        frozenset({"q_linear", key, value, "attn_drop", "proj", "proj_drop"}),
+        _token_layer(layer),
+        _token_mismatch,
+        lambda attention: {},
+        lambda attention, generator: _tokens(attention.q_linear.in_features, generator),
+    )
+
+
+def _plain_mismatch(attention: nn.Module) -> str | None:
+    """The popular port with two linear layers."""
+    mk, mv = attention._modules["mk"], attention._modules["mv"]
+    if (reason := _differs("mk", mk, nn.Linear)) is not None:
+        return reason
+    return _differs("mv", mv, nn.Linear, in_features=mk.out_features, out_features=mk.in_features)
+
+
+def _normal(sizes: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _tokens(features: int, generator: torch.Generator) -> Tensor:
+    """Twelve tokens with eight that are opposite in pairs and larger from sample to sample: one of each pair wins in
+    every slot, which leaves so little of the softmax over tokens to the last four that the smallest eps shows."""
+    tokens = _normal((4, 12, features), generator)
+    tokens[:, 4:8] = -tokens[:, :4]
+    tokens[:, :8] *= torch.tensor([1.0, 8.0, 20.0, 50.0], dtype=torch.float64, device="cpu").view(4, 1, 1)
+    return tokens
+
+
+#: Those with more names come first: the names of one form may be a part of another's.
+FORMS = (
+    _unit("CTHW", "CinST", "STinC", "STinC2"),
+    _unit("THW", "ST"),
+    _unit("C", "C"),
+    Form(
+        frozenset({"trans_dims", "linear_0", "linear_1", "attn_drop", "proj", "proj_drop"}),
+        lambda: (modules.MultiHeadExternalAttention,),
+        _heads_mismatch,
+        lambda attention: {"k": attention.linear_0.out_features},
+        lambda attention, generator: _tokens(attention.trans_dims.in_features, generator),
+    ),
+    _token_form("linear_0", "linear_1", "TokenExternalAttention"),
+    _token_form("linear_1", "linear_2", "TransformerTokenExternalAttention"),
+    Form(
+        frozenset({"conv1", "linear_0", "linear_1", "conv2"}),
+        lambda: (modules.ExternalAttention2d,),
+        _block_mismatch,
+        lambda block: {"k": block.linear_0.out_channels},
+        lambda block, generator: _tokens(block.conv1.in_channels, generator).mT.unflatten(2, (3, 4)),
+    ),
+    Form(
+        frozenset({"mk", "mv"}),
+        lambda: (modules.ExternalAttention,),
+        _plain_mismatch,
+        lambda attention: {},
+        lambda attention, generator: _tokens(attention.mk.in_features, generator),
+    ),
+)

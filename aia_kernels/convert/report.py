@@ -1,0 +1,86 @@
+"""What a conversion did, what it left alone, and the way back."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Converted(NamedTuple):
+    """A layer that was exchanged: all its names in the model (the model itself is ""), and the class before and now."""
+
+    names: tuple[str, ...]
+    before: str
+    now: str
+
+
+class LeftAlone(NamedTuple):
+    """A layer with the names of a published one that was left as it is: all its names, its class, and why."""
+
+    names: tuple[str, ...]
+    kind: str
+    reason: str
+
+
+class Exchange(NamedTuple):
+    """How to undo one conversion: the module, its class before, and the attributes that it was given."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    added: tuple[str, ...]
+
+
+@dataclass(repr=False)
+class Report:
+    """The result of convert: ``model``, the same object that was given, and what became of its layers. Prints well."""
+
+    model: nn.Module
+    converted: list[Converted] = field(default_factory=list)
+    left_alone: list[LeftAlone] = field(default_factory=list)
+    #: Names of layers of this package that the model had before.
+    already_fused: list[str] = field(default_factory=list)
+    _exchanges: list[Exchange] = field(default_factory=list)
+
+    def undo(self) -> Any:
+        """Give every converted layer its own class back; returns the model. What was trained since stays trained."""
+        while self._exchanges:
+            module, kind, added = self._exchanges.pop()
+            module.__class__ = kind
+            for name in added:
+                delattr(module, name)
+        return self.model
+
+    def __str__(self) -> str:
+        if not (self.converted or self.left_alone or self.already_fused):
+            return "aia_kernels.convert: the model has none of the published layers and is unchanged"
+        lines = [f"aia_kernels.convert: {_count(self.converted)} converted, {_count(self.left_alone)} left alone"]
+        if self.already_fused:
+            lines[0] += f", {_count(self.already_fused)} fused before"
+        if not self.converted:
+            lines[0] += "; the model is unchanged"
+        for title, entries in (("converted", self.converted), ("left alone", self.left_alone)):
+            if entries:
+                lines += [f"{title}:", *_grouped(entries)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _count(entries: list) -> str:
+    return f"{len(entries)} layer{'' if len(entries) == 1 else 's'}"
+
+
+def _grouped(entries: list[Converted] | list[LeftAlone]) -> list[str]:
+    """A line for each kind of entry and its names below, a module with several names as ``first = second``."""
+    groups: dict[str, list[str]] = {}
+    for names, kind, rest in entries:
+        head = f"{kind} -> {rest}" if isinstance(entries[0], Converted) else f"{kind}: {rest}"
+        groups.setdefault(head, []).append(" = ".join(name or "(the model itself)" for name in names))
+    lines = []
+    for head, names in groups.items():
+        lines.append(f"  {len(names)} x {head}")
+        lines += textwrap.wrap(", ".join(names), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines

@@ -1,0 +1,95 @@
+"""Checkpoints into networks: from a file or a dictionary, every key accounted for before a parameter changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+Source = str | PathLike | Mapping[str, object]
+
+#: What wrappers (DataParallel and DistributedDataParallel, torch.compile) put before the keys of what they wrap.
+PREFIXES = ("module.", "_orig_mod.")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not fit. Its keys, all of them, are in the message and in missing, extra and misshaped."""
+
+    def __init__(self, missing: Iterable[str], extra: Iterable[str], misshaped: Mapping[str, str]):
+        self.missing, self.extra, self.misshaped = list(missing), list(extra), list(misshaped)
+        lines = ["the checkpoint does not fit the model, and nothing was loaded"]
+        shapes = [f"{key}: {shapes}" for key, shapes in misshaped.items()]
+        for label, keys in (("missing", self.missing), ("extra", self.extra), ("mis-shaped", shapes)):
+            if keys:
+                lines += [f"{len(keys)} {label}:", *(f"  {key}" for key in keys)]
+        super().__init__("\n".join(lines))
+
+
+def load_checkpoint(model: nn.Module, source: Source) -> None:
+    """Load a checkpoint of the same network: every key of the model must be in it, and no other.
+
+    source: the path of a file that torch.save wrote, or what was saved: a state dict, or a dictionary that holds one as
+    "state_dict" or "model". Wrappers do not matter: "module." and "_orig_mod." are taken off the keys, and a wrapped
+    model is loaded inside. Parameters and buffers keep their identity, type and device. Keys that are missing, extra or
+    mis-shaped are a CheckpointError that lists them.
+    """
+    _fill(_unwrapped(model), read_state(source), optional=lambda key: False)
+
+
+def load_imagenet(model: nn.Module, source: Source) -> list[str]:
+    """Load the weights of an ImageNet ResNet, named as torchvision's, into an AIAResNet or a VideoNet around one.
+
+    source: as for load_checkpoint; nothing is downloaded. The classifier ``fc`` is loaded where the model has one of
+    the same shape and left as it is elsewhere. The units and num_batches_tracked, which old files lack, may be missing.
+    Returns the keys of the model that were not loaded. What else does not fit is a CheckpointError.
+    """
+    model = _unwrapped(model)
+    network = getattr(model, "base_model", model)
+    state, own = read_state(source), network.state_dict()
+    classifier = {key: value for key, value in state.items() if key.startswith("fc.")}
+    if any(key not in own or own[key].shape != value.shape for key, value in classifier.items()):
+        state = {key: value for key, value in state.items() if key not in classifier}
+    _fill(network, state, lambda key: key.startswith("fc.") or "eft" in key or key.endswith("num_batches_tracked"))
+    prefix = "" if network is model else "base_model."
+    return [key for key in model.state_dict() if key.removeprefix(prefix) not in state]
+
+
+def read_state(source: Source) -> dict[str, Tensor]:
+    """The state dict of a source, as load_checkpoint takes it, on the CPU and without the prefixes of wrappers."""
+    found = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
+    for name in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        where = "the dictionary" if isinstance(source, Mapping) else source
+        raise TypeError(f"source: {where} holds no state dict; expected one, or one under 'state_dict' or 'model'")
+    state = dict(found)
+    while state and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], optional: Callable[[str], bool]) -> None:
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and not optional(key)]
+    extra = [key for key in state if key not in own]
+    misshaped = {
+        key: f"got {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    }
+    if missing or extra or misshaped:
+        raise CheckpointError(missing, extra, misshaped)
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,312 @@
+"""EAMLP: image classification by external attention alone (arXiv 2105.02358), as published.
+
+Tokens come from two T2T stages (Tokens-to-Token ViT, arXiv 2101.11986), whose attention is external too; a class token
+and a fixed sinusoid of positions follow, then blocks of multi-head external attention and an MLP. Names, shapes and
+values of the state dict are those of the published T2t_vit_7, T2t_vit_14 and T2t_vit_19, so checkpoints pass freely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..autocast import no_autocast
+from ..functional import double_normalize, external_attention
+from ..modules import MultiHeadExternalAttention
+from ..modules.external_attention import EPS
+from ..modules.submodules import must_be_called
+
+#: The kernel, stride and padding of the three soft splits: each turns the patches around a position into one token.
+SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
+#: What becomes of the final tokens: the class token alone, or the mean or the maximum of all.
+POOLS = {
+    "token": lambda tokens: tokens[:, 0],
+    "avg": lambda tokens: tokens.mean(1),
+    "max": lambda tokens: tokens.amax(1),
+}
+#: How many pixels a final token is wide and high.
+PATCH = math.prod(stride for _kernel, stride, _padding in SOFT_SPLITS)
+
+
+class TokenExternalAttention(nn.Module):
+    """The external attention of a T2T stage: q = q_linear(x), y = q + proj(linear_1(A)), A from the logits linear_0(q).
+
+    x: [B, N, dim]; y: [B, N, in_dim]. k slots (128 as published), eps 1e-9. attn_drop is applied to the attention map
+    and proj_drop to the branch; the published stages have 0.1 for both.
+
+    Folded: proj and linear_1 into one [in_dim, k], as nothing stands between them. q_linear stays, for q is wanted by
+    the residual. As published the memories start equal, linear_1.weight = linear_0.weight^T, here without sharing
+    storage.
+    """
+
+    #: The names of the key and the value memory.
+    memories = ("linear_0", "linear_1")
+
+    def __init__(self, dim: int, in_dim: int, k: int = 128, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.k = k
+        self.q_linear = nn.Linear(dim, in_dim)
+        self.add_module(self.memories[0], nn.Linear(in_dim, k, bias=False))
+        self.add_module(self.memories[1], nn.Linear(k, in_dim))
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(in_dim, in_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.tie()
+
+    @torch.no_grad()
+    def tie(self) -> None:
+        """Give the value memory the values of the key memory: where training starts, not how it must go on."""
+        key, value = self._memories()
+        value.weight.copy_(key.weight.T)
+
+    def _memories(self) -> tuple[nn.Module, nn.Module]:
+        return getattr(self, self.memories[0]), getattr(self, self.memories[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = self._memories()
+        if any(map(must_be_called, (key, value, self.attn_drop, self.proj))):
+            return self._through_submodules(x)
+        q = self.q_linear(x)
+        with no_autocast(x):
+            folded = self.proj.weight @ value.weight
+            bias = self.proj.weight @ value.bias + self.proj.bias
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        o = external_attention(q, key.weight, folded, value_bias=bias, eps=EPS, dropout=dropout)
+        return q + self.proj_drop(o)
+
+    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+        key, value = self._memories()
+        q = self.q_linear(x)
+        attention = self.attn_drop(normalize(key(q), eps=EPS))
+        return q + self.proj_drop(self.proj(value(attention)))
+
+
+class TransformerTokenExternalAttention(TokenExternalAttention):
+    """The same with the names of the published T2t_vit_t networks: linear_1 is the key memory, linear_2 the value."""
+
+    memories = ("linear_1", "linear_2")
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))), with dropout after both. x: [..., features]; the result is shaped as x."""
+
+    def __init__(self, features: int, hidden_features: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden_features)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_features, features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Leaves out the whole branch of a sample with probability p in training, and scales the others to make up for it.
+
+    x: [B, ...]; the result is shaped as x. Stochastic depth, arXiv 1603.09382.
+    """
+
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"p: got {p}, expected a probability from 0 to below 1")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0.0 or not self.training:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1.0 - self.p)
+        return x * (keep / (1.0 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class TokenStage(nn.Module):
+    """One T2T stage: x + mlp(norm2(x)) of x = attn(norm1(tokens)). tokens: [B, N, dim]; y: [B, N, in_dim]."""
+
+    def __init__(self, dim: int, in_dim: int, attn_drop: float = 0.1, proj_drop: float = 0.1):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = TokenExternalAttention(dim, in_dim, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.norm2 = nn.LayerNorm(in_dim)
+        self.mlp = Mlp(in_dim, in_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.attn(self.norm1(tokens))
+        return x + self.mlp(self.norm2(x))
+
+
+class TokensToToken(nn.Module):
+    """The T2T stem: three soft splits with a stage of external attention after the first two, then a projection.
+
+    images: [B, in_chans, H, W], H and W multiples of 16; tokens: [B, H / 16 * W / 16, embed_dim].
+    """
+
+    def __init__(self, in_chans: int = 3, embed_dim: int = 256, token_dim: int = 64):
+        super().__init__()
+        self.soft_split0, self.soft_split1, self.soft_split2 = (
+            nn.Unfold(kernel, stride=stride, padding=padding) for kernel, stride, padding in SOFT_SPLITS
+        )
+        patches = [kernel * kernel for kernel, _stride, _padding in SOFT_SPLITS]
+        self.attention1 = TokenStage(in_chans * patches[0], token_dim)
+        self.attention2 = TokenStage(token_dim * patches[1], token_dim)
+        self.project = nn.Linear(token_dim * patches[2], embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2] // SOFT_SPLITS[0][1], images.shape[3] // SOFT_SPLITS[0][1]
+        tokens = self.attention1(self.soft_split0(images).mT)
+        tokens = self.soft_split1(tokens.mT.unflatten(2, (height, width))).mT
+        tokens = self.attention2(tokens)
+        height, width = height // SOFT_SPLITS[1][1], width // SOFT_SPLITS[1][1]
+        return self.project(self.soft_split2(tokens.mT.unflatten(2, (height, width))).mT)
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)). x: [B, N, dim]; the result is shaped as x."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = MultiHeadExternalAttention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def sinusoid(positions: int, features: int) -> Tensor:
+    """The table [1, positions, features] of sines (even features) and cosines (odd) of arXiv 1706.03762, in float32.
+
+    Angles are computed in float64 and the table rounded once, as in the published networks: their pos_embed is this.
+    """
+    feature = torch.arange(features)
+    wavelengths = 10000.0 ** (2 * (feature // 2).double() / features)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] / wavelengths
+    return torch.where(feature % 2 == 0, angles.sin(), angles.cos()).float().unsqueeze(0)
+
+
+class EAMLP(nn.Module):
+    """The published T2T_ViT with external attention: images to logits.
+
+    images: [B, in_chans, H, W] with (H, W) = img_size, an integer or a pair of multiples of 16; logits:
+    [B, num_classes], or the features [B, embed_dim] that the classifier sees where num_classes is 0. Errors are
+    ValueErrors with the name of the argument. drop_path_rate is reached in the last block, growing linearly from 0 in
+    the first.
+
+    global_pool: those features are the class token's as published ("token"), or the mean ("avg") or maximum ("max") of
+    all tokens'. External attention tells a token of the others only by what each slot sums up over tokens, so the class
+    token learns late; on small data the mean learns at once.
+
+    pos_embed is a parameter that is not trained: the table of ``sinusoid``, whose length depends on img_size, as does
+    nothing else in the state dict.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 256,
+        depth: int = 7,
+        num_heads: int = 4,
+        mlp_ratio: float = 2.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        token_dim: int = 64,
+        global_pool: str = "token",
+    ):
+        super().__init__()
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool: got {global_pool!r}, expected one of {', '.join(map(repr, POOLS))}")
+        self.global_pool = global_pool
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(self.img_size) != 2 or any(side < PATCH or side % PATCH for side in self.img_size):
+            raise ValueError(f"img_size: got {img_size}, expected a multiple of {PATCH}, or a pair of such")
+        self.num_classes = num_classes
+        self.num_features = self.embed_dim = embed_dim
+        self.tokens_to_token = TokensToToken(in_chans, embed_dim, token_dim)
+        tokens = math.prod(side // PATCH for side in self.img_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sinusoid(tokens + 1, embed_dim), requires_grad=False)
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, drop_rate, attn_drop_rate, rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = self._new_head()
+        self._initialise()
+
+    def _new_head(self) -> nn.Module:
+        return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+
+    def _initialise(self) -> None:
+        """Normal weights with a deviation of 0.02, truncated, biases 0, and memories of the T2T stages equal."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, TokenExternalAttention):
+                module.tie()
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of parameters that an optimizer should not decay."""
+        return {"cls_token"}
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head, for num_classes classes, of the type and on the device of the network; 0: none."""
+        self.num_classes = num_classes
+        self.head = self._new_head().to(self.cls_token)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """What the classifier sees, [B, embed_dim]."""
+        if images.ndim != 4 or tuple(images.shape[2:]) != self.img_size:
+            height, width = self.img_size
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected [B, channels, {height}, {width}]")
+        tokens = self.tokens_to_token(images)
+        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), tokens), dim=1)
+        tokens = self.pos_drop(tokens + self.pos_embed)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return POOLS[self.global_pool](self.norm(tokens))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.forward_features(images))
+
+
+def eamlp_7(**settings) -> EAMLP:
+    """EAMLP of 7 blocks, 256 features, 4 heads (T2t_vit_7), 5.9 million parameters. settings: those of EAMLP."""
+    return EAMLP(**{"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0, **settings})
+
+
+def eamlp_14(**settings) -> EAMLP:
+    """EAMLP of 14 blocks, 384 features, 6 heads (T2t_vit_14), 29.9 million parameters. settings: those of EAMLP."""
+    return EAMLP(**{"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0, **settings})
+
+
+def eamlp_19(**settings) -> EAMLP:
+    """EAMLP of 19 blocks, 448 features, 7 heads (T2t_vit_19), 54.6 million parameters. settings: those of EAMLP."""
+    return EAMLP(**{"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3.0, **settings})

@@ -1,0 +1,111 @@
+"""What the examples share: one network trained fused and by the reference, from one seed, and both curves compared."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import aia_kernels
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+#: Colours of the two runs, which also differ in their dashes: one curve lies on the other.
+STYLES = {"fused": {"color": "#0072b2", "linewidth": 2.4}, "reference": {"color": "#d55e00", "linestyle": (0, (3, 3))}}
+BACKENDS = {"fused": "auto", "reference": "reference"}
+
+
+@dataclass
+class Run:
+    """One network in training."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def arguments(description: str, picture: str) -> argparse.Namespace:
+    """--quick, --steps, --device, --seed and --output of an example."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a few steps on little data, to see that it runs")
+    parser.add_argument("--steps", type=int, help="of training, instead of the example's own number")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(picture), help="where the picture goes (%(default)s)")
+    return parser.parse_args()
+
+
+def train(
+    make: Callable[[], nn.Module], loss_of: Callable[[nn.Module, int], Tensor], steps: int, lr: float, options
+) -> dict[str, Run]:
+    """Train two networks that start equal, see the same batches and draw the same dropout, in turns, step by step.
+
+    make builds the network; loss_of takes it and the number of the step. AdamW with one cycle of the learning rate.
+    """
+    runs = {}
+    for name in BACKENDS:
+        torch.manual_seed(options.seed)
+        model = make().to(options.device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
+        runs[name] = Run(model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps))
+    bar = tqdm(range(steps), unit="step")
+    for i in bar:
+        for name, run in runs.items():
+            torch.manual_seed(options.seed + 1 + i)
+            start = time.perf_counter()
+            with aia_kernels.use_backend(BACKENDS[name]):
+                loss = loss_of(run.model, i)
+                run.optimizer.zero_grad()
+                loss.backward()
+            run.optimizer.step()
+            run.schedule.step()
+            run.losses.append(loss.item())  # waits for the device
+            run.seconds.append(time.perf_counter() - start)
+        bar.set_postfix({name: f"{run.losses[-1]:.4f}" for name, run in runs.items()})
+    for run in runs.values():
+        run.model.eval()
+    return runs
+
+
+def report(runs: dict[str, Run], family: str, device: str) -> None:
+    """Print what ran, how long a step took, and how far the two curves are from each other."""
+    fused, reference = runs["fused"], runs["reference"]
+    kind = torch.device(device).type
+    print(f"fused backend: {aia_kernels.backends.select(kind, torch.float32, family)} on {device}")
+    for name, run in runs.items():
+        middle = sorted(run.seconds)[len(run.seconds) // 2]
+        print(f"{name:>9}: {1000 * middle:6.1f} ms a step, last loss {run.losses[-1]:.4f}")
+    apart = [abs(a - b) for a, b in zip(fused.losses, reference.losses, strict=True)]
+    early = max(1, min(20, len(apart)))
+    print(f"losses apart: at most {max(apart[:early]):.1e} in the first {early} steps, {max(apart):.1e} in all")
+
+
+def draw_losses(axes: plt.Axes, runs: dict[str, Run]) -> None:
+    """Both curves, smoothed over a few steps alike."""
+    for name, run in runs.items():
+        losses = torch.tensor(run.losses)
+        window = max(1, len(losses) // 40)
+        smooth = losses.unfold(0, window, 1).mean(1)
+        axes.plot(torch.arange(len(smooth)) + window // 2, smooth, label=name, **STYLES[name])
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_title("training loss", fontsize=11)
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def save(figure: plt.Figure, options) -> None:
+    figure.savefig(options.output, dpi=130, facecolor="white")
+    plt.close(figure)
+    print(f"picture: {options.output}")

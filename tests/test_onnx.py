@@ -1,0 +1,84 @@
+"""ONNX: models after to_reference, and decomposed programs, export and compute the same in onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import aia_kernels
+from aia_kernels import models, testing
+
+pytest.importorskip("onnxscript", reason="the exporter of torch.onnx needs onnxscript: pip install 'aia_kernels[test]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'aia_kernels[test]'")
+
+# Two float32 implementations of sums of up to a few hundred terms of order one.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+SEGMENTS = 2
+
+
+class EveryLayer(nn.Module):
+    """Each layer of the package on maps [B * T, 8, H, W] and tokens [B, N, 8]; all results side by side."""
+
+    def __init__(self):
+        super().__init__()
+        units = (aia_kernels.C, aia_kernels.ST, aia_kernels.CinST, aia_kernels.STinC, aia_kernels.STinC2)
+        self.on_maps = nn.ModuleList([unit(SEGMENTS) for unit in units])
+        self.on_maps += [aia_kernels.ST(SEGMENTS, use_BN=False), aia_kernels.TemporalShift(SEGMENTS)]
+        self.on_maps += [aia_kernels.ExternalAttention2d(8, 6)]
+        self.on_tokens = nn.ModuleList(
+            [
+                aia_kernels.ExternalAttention(8, 6),
+                aia_kernels.MultiHeadExternalAttention(8, 2),
+                models.TokenExternalAttention(8, 8, 6),
+            ]
+        )
+
+    def forward(self, maps, tokens):
+        return (*(layer(maps) for layer in self.on_maps), *(layer(tokens) for layer in self.on_tokens))
+
+
+def make() -> EveryLayer:
+    return testing.randomise(EveryLayer()).eval()
+
+
+def inputs(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(samples)
+    return tuple(torch.randn(s, generator=generator) for s in ((samples * SEGMENTS, 8, 5, 3), (samples, 9, 8)))
+
+
+def run(path, arguments) -> list[torch.Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feed = {given.name: a.numpy() for given, a in zip(session.get_inputs(), arguments, strict=True)}
+    return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def assert_same(path, expected: nn.Module, samples: int) -> None:
+    arguments = inputs(samples)
+    with torch.no_grad():
+        ys = expected(*arguments)
+    for index, (found, y) in enumerate(zip(run(path, arguments), ys, strict=True)):
+        torch.testing.assert_close(found, y, **CLOSE, msg=lambda m, index=index: f"output {index}: {m}")
+
+
+@pytest.mark.parametrize("fused", ["to_reference", "decomposed"])
+def test_every_layer_with_a_dynamic_batch(fused, tmp_path):
+    model, expected, path = make(), make(), tmp_path / "model.onnx"
+    samples = torch.export.Dim("samples", min=1, max=64)
+    dynamic = {"maps": {0: SEGMENTS * samples}, "tokens": {0: samples}}
+    if fused == "to_reference":
+        model = aia_kernels.to_reference(model)
+    program = torch.export.export(model, inputs(3), dynamic_shapes=dynamic)
+    if fused == "decomposed":
+        program = program.run_decompositions(aia_kernels.decompositions())
+    torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+    for count in (3, 5):
+        assert_same(path, expected, count)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_every_layer_through_the_tracing_exporter(tmp_path):
+    """The exporter that TensorRT's guides for older releases use; it knows one size."""
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(aia_kernels.to_reference(make()), inputs(3), path, dynamo=False)
+    assert_same(path, make(), 3)
