@@ -1,4 +1,4 @@
-"""How things are measured: units as callables, time samples, bytes kept for backward, errors, the machine."""
+"""How things are measured: layers as callables, time samples, bytes kept for backward, errors, the machine."""
 
 from __future__ import annotations
 
@@ -67,12 +67,14 @@ def poison(x: Tensor) -> None:
     del blocks
 
 
-def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+def errors(
+    found: dict[str, Tensor], truth: dict[str, Tensor], near_ties: Callable[[int], int] = lambda elements: 0
+) -> dict[str, float]:
     """max |found - truth| / max |truth| of y, of the gradient of x, and of all parameters' gradients taken together.
 
     Together, because the gradient of a BN's bias is one number, a sum that may cancel to nothing: its own size would
-    be no measure. "grad x" leaves out the worst near_ties(...) elements, "grad x, all" none. Infinite where a value is
-    not finite.
+    be no measure. "grad x" leaves out the worst near_ties(elements) elements, "grad x, all" none. Infinite where a
+    value is not finite.
     """
     groups: dict[str, list[str]] = {}
     for name in truth:
@@ -88,17 +90,6 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
             if math.isfinite(error) and (spared := near_ties(found[group].numel())):
                 worst[group] = differences[0].topk(spared + 1).values[-1].item() / scale
     return worst
-
-
-def near_ties(elements: int) -> int:
-    """How many elements of the gradient of x may be moved by near ties: one in 500 of a large x, none of a small one.
-
-    Where two candidates for a maximum differ by less than rounding, float32 and float64 choose differently; so does
-    every float32 implementation, the published one too. Among 13 million normal numbers this happens about once. It
-    moves the gradient of two elements by up to some percent of the largest and, through the 3x3x3 convolution and the
-    mean of the inner gate, that of 2 * 27 * C others by about a thousandth of that.
-    """
-    return elements // 500 if elements >= 1_000_000 else 0
 
 
 def kept_bytes(unit: nn.Module, x: Tensor) -> int:

@@ -1,25 +1,39 @@
-"""The raw passes of a backend on one input, each as a call with real arguments: what run --passes measures."""
+"""The nine passes of Attention in Attention, for both contexts."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from aia_kernels import backends, maps
-from aia_kernels.attention_in_attention import as_clips
+from aia_kernels.layouts import as_clips
+
+from ..registry.attention_in_attention import UnitCase
+from .raw import RawPass
 
 CONTEXTS = {"channel": maps.CHANNEL, "spacetime": maps.SPACETIME}
 
+#: x-sized reads and writes, as beside each schema in aia_kernels/ops.py; the gate passes touch maps alone.
+TRAFFIC = {
+    "pool": (1, 0),
+    "unpool": (1, 1),
+    "unpool_reduce": (1, 0),
+    "recalibrate": (1, 1),
+    "recalibrate_reduce": (2, 0),
+    "gate_conv": (0, 0),
+    "gate_activate": (0, 0),
+    "gate_backward_reduce": (0, 0),
+    "gate_backward": (0, 0),
+}
 
-def calls(backend: str, x: Tensor, grad_y: Tensor, num_segments: int) -> dict[str, Callable[[], object]]:
-    """Name ("pool channel", ...) -> call, for both contexts; where a pass takes a second context it is the other one.
+
+def calls(backend: str, case: UnitCase, x: Tensor, grad_y: Tensor) -> dict[str, RawPass]:
+    """Name ("pool channel", ...) -> call; where a pass takes a second context it is the other one.
 
     x and grad_y are [B * T, C, H, W] or [B, C, T, H, W], stored alike.
     """
     passes = backends.passes(backend)
-    x, grad_y = as_clips(x, num_segments), as_clips(grad_y, num_segments)
+    x, grad_y = as_clips(x, case.segments), as_clips(grad_y, case.segments)
     order = passes.map_order(maps.storage_order(x))
     sizes, like = x.shape, {"device": x.device, "dtype": maps.accumulate_dtype(x.dtype)}
     generator = torch.Generator().manual_seed(2)
@@ -39,7 +53,7 @@ def calls(backend: str, x: Tensor, grad_y: Tensor, num_segments: int) -> dict[st
         gate = passes.gate_activate(z, norm, dims)
         state[name] = (context, pooled, argmax, dims, weight, z, norm, gate, normal(*gate.shape), normal(*pooled.shape))
 
-    found: dict[str, Callable[[], object]] = {}
+    found: dict[str, RawPass] = {}
     for name, other in (("channel", "spacetime"), ("spacetime", "channel")):
         context, pooled, argmax, dims, weight, z, norm, gate, grad_gate, grad_pooled = state[name]
         inner, _, inner_argmax, _, _, _, _, inner_gate, _, inner_grad_pooled = state[other]
@@ -58,6 +72,6 @@ def calls(backend: str, x: Tensor, grad_y: Tensor, num_segments: int) -> dict[st
             "gate_backward": (grad_gate, z, norm, correction, pooled, weight, dims),
         }
         for label, given in arguments.items():
-            call = getattr(passes, label.split()[0])
-            found[f"{label} {name}"] = lambda call=call, given=given: call(*given)
+            call, moved = getattr(passes, label.split()[0]), sum(TRAFFIC[label.split()[0]]) * case.x_bytes
+            found[f"{label} {name}"] = RawPass(lambda call=call, given=given: call(*given), moved)
     return found

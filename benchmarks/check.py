@@ -1,0 +1,123 @@
+"""Who competes, and whether their numbers are right: nothing is timed before."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import aia_kernels
+from aia_kernels import maps
+
+from . import measure
+from .registry import DTYPES, Case
+
+BACKENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that runs a case: its name in the rows, how to build its layer, what to enter around its calls.
+
+    comparable: it computes what the case says, so its numbers can be checked and its speedup means something.
+    """
+
+    name: str
+    build: Callable[[Case], nn.Module]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    comparable: bool = True
+
+
+def providers(device: str, family: str) -> list[Provider]:
+    """The published flow, the reference and every fused backend that can run a family on the device."""
+    found, reasons = [Provider("published", lambda case: case.published())], aia_kernels.available_backends(family)
+    for backend in BACKENDS[device]:
+        if reasons[backend] is None:
+            found.append(Provider(backend, lambda case: case.fused(), partial(aia_kernels.use_backend, backend)))
+    return found
+
+
+def alternatives(case: Case, device: str) -> list[Provider]:
+    """What else a user might run on the input of a case, for its time alone."""
+    found = case.alternatives(device).items()
+    return [Provider(name, lambda case, make=make: make(), comparable=False) for name, make in found]
+
+
+def compiled(case: Case) -> nn.Module:
+    return torch.compile(case.published(), dynamic=False)
+
+
+def build(provider: Provider, case: Case, device: str) -> nn.Module:
+    """The provider's layer; one that is comparable has the parameters that all of them get for this case."""
+    torch.manual_seed(0)
+    state = case.published().state_dict()
+    layer = provider.build(case)
+    if provider.comparable:
+        getattr(layer, "_orig_mod", layer).load_state_dict(state)
+    return layer.to(device, DTYPES[case.dtype])
+
+
+class Expected:
+    """What a case must give: the reference in float64, and what the reference in the case's own type misses of it."""
+
+    def __init__(self, case: Case, x: Tensor, grad_y: Tensor, device: str):
+        reference = Provider("reference", lambda case: case.fused(), partial(aia_kernels.use_backend, "reference"))
+        layer = build(reference, case, device)
+        with reference.context():
+            rounded = measure.results(layer, x, grad_y)
+            self.truth = measure.results(layer.double(), x.double(), grad_y.double())
+        self.near_ties = case.near_ties
+        self.band = torch.finfo(x.dtype).eps + 8 * torch.finfo(maps.accumulate_dtype(x.dtype)).eps
+        self.displaced = case.displaced if case.near_ties(x.numel()) else {}
+        self.reference_errors = measure.errors(rounded, self.truth, case.near_ties)
+
+    def check(self, found: dict[str, Tensor]) -> tuple[float, str]:
+        """The largest error and, if one is beyond its budget, a sentence that names it (else "").
+
+        The budget is that of aia_kernels.testing: twice the error of the reference in the same type, one rounding of
+        the largest value and eight of the accumulator's. In a large x rounding may turn a decision or two
+        (Case.near_ties), which moves the gradient of x itself and, less, the sums over all of it (Case.displaced).
+        """
+        errors, complaint = measure.errors(found, self.truth, self.near_ties), ""
+        for group, error in errors.items():
+            budget = 2 * self.reference_errors[group] + self.band + self.displaced.get(group, 0.0)
+            if not error <= budget:
+                complaint = f"error of {group} {error:.1e}, at most {budget:.1e} expected"
+        del errors["grad x, all"]
+        return max(errors.values()), complaint
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A layer that may be timed, what to enter around its calls, and its error (None: nothing to compare it with)."""
+
+    layer: nn.Module
+    context: Callable[[], contextlib.AbstractContextManager]
+    error: float | None
+
+
+def check_case(
+    case: Case, candidates: Iterable[Provider], device: str, x: Tensor, grad_y: Tensor
+) -> tuple[dict[str, Checked], dict[str, float]]:
+    """Every provider that may be timed, by name, and the errors of those whose numbers are wrong."""
+    expected = Expected(case, x, grad_y, device)
+    right, wrong = {}, {}
+    for provider in candidates:
+        layer = build(provider, case, device)
+        if not provider.comparable:
+            right[provider.name] = Checked(layer, provider.context, None)
+            continue
+        with provider.context():
+            error, complaint = expected.check(measure.results(layer, x, grad_y))
+        if complaint:
+            tqdm.write(f"{case}: {provider.name} is wrong and is not timed: {complaint}", file=sys.stderr)
+            wrong[provider.name] = error
+        else:
+            right[provider.name] = Checked(layer, provider.context, error)
+    return right, wrong

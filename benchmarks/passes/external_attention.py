@@ -1,0 +1,59 @@
+"""The fused passes of external attention on memories of a layer's size; see aia_kernels.external_attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aia_kernels import backends, maps
+from aia_kernels.layouts import as_tokens
+
+from ..registry.external_attention import LayerCase
+from .raw import RawPass
+
+
+def calls(backend: str, case: LayerCase, x: Tensor, grad_y: Tensor) -> dict[str, RawPass]:
+    """Name -> call. A pass that overwrites what another made is timed together with that one ("a + b").
+
+    The bytes are those of x, of o and of the attention map, each read or written once a pass.
+    """
+    passes = backends.passes(backend, "external_attention")
+    block = x.ndim == 4
+    tokens, grad = (as_tokens(x), as_tokens(grad_y)) if block else (x, grad_y)
+    columns, group = case.slots
+    settings = group, 1e-9, None
+    width, like = tokens.shape[2], {"device": x.device, "dtype": maps.accumulate_dtype(x.dtype)}
+    generator = torch.Generator().manual_seed(2)
+    key = (torch.randn(1, columns, width, generator=generator) / width**0.5).to(x)
+    value = (torch.randn(1, width, columns, generator=generator) / columns**0.5).to(x)
+    shift, residual = torch.zeros(width, **like), tokens if block else None
+
+    def attend() -> tuple[Tensor, Tensor]:
+        logits, statistics = passes.logits(tokens, key, None)
+        return passes.normalise(logits, statistics[:, 0] + statistics[:, 1].log(), *settings)
+
+    def gradient() -> tuple[object, Tensor]:
+        return passes.attention_gradient(grad, attention, value, None, 1.0, None, None, *settings)
+
+    def back() -> tuple[Tensor, Tensor]:
+        return passes.logits_gradient(gradient()[0], attention, reduced, tokens, key, None, *settings, True)
+
+    attention = attend()
+    reduced = gradient()[1]
+    # Beside each call how often it meets x or o, and how often the attention map.
+    found = {
+        "logits": (lambda: passes.logits(tokens, key, None), 1, 1),
+        "logits + normalise": (attend, 1, 3),
+        "values": (lambda: passes.values(attention, value, shift, None, 1.0, residual, *settings), 1 + block, 1),
+        "value_gradient": (lambda: passes.value_gradient(grad, attention, None, 1.0, 1, *settings, True), 1, 1),
+        "attention_gradient": (gradient, 1, 2),
+        "attention_gradient + logits_gradient": (back, 3, 4),
+    }
+    if block:
+        _, signs = passes.values(attention, value, shift, None, 1.0, residual, *settings)
+        found["moments"] = (lambda: passes.moments(attention, *settings), 0, 1)
+        found["signed"] = (lambda: passes.signed(grad, signs), 2, 0)
+    map_bytes = case.x_bytes * columns // width
+    return {
+        name: RawPass(call, met * case.x_bytes + maps_met * map_bytes) for name, (call, met, maps_met) in found.items()
+    }

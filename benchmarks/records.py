@@ -1,0 +1,47 @@
+"""Rows: their columns, writing them to a CSV and reading them back."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+COLUMNS = [
+    *("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "median_ms", "q25_ms", "q75_ms"),
+    *("samples", "budget_mb", "gb_per_s", "copies", "clones", "speedup", "kept_mb", "kept_x", "max_error", "correct"),
+    *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
+]
+KEY = ("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "device")
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def path(folder: Path, family: str, passes: bool = False) -> Path:
+    """The CSV of a family's layers or raw passes."""
+    return folder / family / ("passes.csv" if passes else "layers.csv")
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """Append rows, with the header first in a new file."""
+    new = not file.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(file: Path) -> list[dict]:
+    """The newest row of each key, with a time, of the device measured last."""
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    newest = {tuple(row[column] for column in KEY): row for row in rows}
+    return [row for row in newest.values() if row["median_ms"] and row["device"] == rows[-1]["device"]]
+
+
+def select(rows: list[dict], **wanted) -> list[dict]:
+    return [row for row in rows if all(row[column] == str(value) for column, value in wanted.items())]
+
+
+def ordered(found, order) -> list:
+    """The members of ``found`` in the order given, others last."""
+    return sorted(set(found), key=lambda value: (list(order).index(value) if value in order else len(order), value))

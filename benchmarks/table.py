@@ -1,0 +1,85 @@
+"""The rows that benchmarks.run wrote as a Markdown table: python -m benchmarks.table FAMILY [--readme PATH]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import records, registry
+from .records import select
+
+FUSED = ("cuda", "triton", "cpu", "reference")
+HEADER = {
+    "attention_in_attention": ("unit", "x"),
+    "external_attention": ("layer", "x"),
+}
+
+
+def milliseconds(row: dict | None) -> str:
+    if row is None:
+        return ""
+    value = float(row["median_ms"])
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}"
+
+
+def cells(rows: list[dict], others: list[str]) -> list[str]:
+    """The cells of one layer on one input: for each mode published, others, fused, ratio; then what is kept."""
+    found, kept = [], []
+    for mode in registry.MODES:
+        by_provider = {row["provider"]: row for row in select(rows, mode=mode)}
+        fused = next((by_provider[name] for name in FUSED if name in by_provider), None)
+        published = by_provider.get("published")
+        found += [milliseconds(published), *(milliseconds(by_provider.get(other)) for other in others)]
+        quartiles = f" ({float(fused['q25_ms']):.1f}–{float(fused['q75_ms']):.1f})" if fused and mode == "step" else ""
+        found += [milliseconds(fused) + quartiles, f"**{float(fused['speedup']):.1f}**" if fused else ""]
+        kept = [f"{float(row['kept_x']):.2f}" for row in (published, fused) if row and row["kept_x"]]
+    return [*found, " → ".join(kept)]
+
+
+def lines(family: str, rows: list[dict]) -> list[str]:
+    """The table of the main input of every layer: fp32, contiguous, the largest batch."""
+    main = [row for row in select(rows, dtype="fp32", layout="contiguous") if row["kind"] != "sweep"]
+    most = {row["stage"]: max(int(other["clips"]) for other in select(main, stage=row["stage"])) for row in main}
+    main = [row for row in main if int(row["clips"]) == most[row["stage"]]]
+    others = [name for name in ("compile", "sdpa") if select(main, provider=name)]
+    titles = [{"compile": "torch.compile", "sdpa": "self-attention"}[name] for name in others]
+    header = [*HEADER[family], "eval: published", *titles, "fused", "ratio"]
+    header += ["step: published", *titles, "fused (quartiles)", "ratio", "kept, in x"]
+    table = [header, ["---"] * len(header)]
+    where = {(case.name, case.stage): case.where for case in registry.FAMILIES[family].cases()}
+    for name, stage in dict.fromkeys((row["name"], row["stage"]) for row in main):
+        table.append([name, where.get((name, stage), stage), *cells(select(main, name=name, stage=stage), others)])
+    return [f"| {' | '.join(line)} |" for line in table]
+
+
+def marks(family: str) -> tuple[str, str]:
+    """What stands before and after a family's table in a page."""
+    return f"<!-- table: {family} -->\n", "\n<!-- end of table -->"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.split(": python")[0])
+    parser.add_argument("family", choices=tuple(registry.FAMILIES))
+    parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="DIR")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="write the table there, between its marks")
+    options = parser.parse_args(arguments)
+    path = records.path(options.results, options.family)
+    if not path.is_file():
+        print(f"no rows in {path}: run python -m benchmarks.run first", file=sys.stderr)
+        return 2
+    text = "\n".join(lines(options.family, records.read(path)))
+    if options.readme is None:
+        print(text)
+        return 0
+    page, (start, end) = options.readme.read_text(), marks(options.family)
+    if start not in page:
+        print(f"no {start.strip()} in {options.readme}", file=sys.stderr)
+        return 2
+    before, rest = page.split(start, 1)
+    options.readme.write_text(before + start + text + end + rest.split(end, 1)[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
