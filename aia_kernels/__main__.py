@@ -1,6 +1,6 @@
 """``python -m aia_kernels``: what is installed, which backends can run, why others cannot, and whether they are right.
 
-The self-check runs every layer of both families forward and backward on each backend that can run here and holds every
+The self-check runs every layer of every family forward and backward on each backend that can run here and holds every
 result, values and gradients, against the reference in float64 (testing.py has the budget).
 """
 
@@ -28,6 +28,7 @@ LAYERS = {
         "ExternalAttention2d": (lambda: modules.ExternalAttention2d(8, k=4), MAPS),
         "MultiHeadExternalAttention": (lambda: modules.MultiHeadExternalAttention(8, num_heads=2), TOKENS),
     },
+    "temporal_shift": {"TemporalShift": (lambda: modules.TemporalShift(SEGMENTS, fold_div=3), (4, 6, 5, 3))},
 }
 
 

@@ -275,10 +275,10 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         grad_x, grad_weight, grad_affine = backward(
             plan, grad_clips, clips, parameters[::3], inner, Kept(*kept[-3:]), statistics, ctx.needs_input_grad[0]
         )
-        grads = []
+        grads, grad_affine = [], grad_affine.mT.contiguous()  # DDP warns of gradients with other strides than [1]
         for i in range(0, n, 3):
             row = slice(i // 3, i // 3 + 1)
-            for p, grad in zip(parameters[i:], (grad_weight[row], *grad_affine[row].unbind(1)), strict=False):
+            for p, grad in zip(parameters[i:], (grad_weight[row], *grad_affine[:, row]), strict=False):
                 grads.append(None if p is None else grad.to(p.dtype))
         return None if grad_x is None else as_input(grad_x, x.ndim), None, None, None, *grads
 

@@ -139,6 +139,11 @@ class Dense:
         return o.new_empty(((o.numel() + 7) // 8,), dtype=torch.uint8)
 
 
+def _wide(t: Tensor) -> bool:
+    """Whether t has the type in which products are accumulated: rounding one before it is added then costs nothing."""
+    return t.dtype == maps.accumulate_dtype(t.dtype)
+
+
 def _by_feature(t: Tensor) -> bool:
     """Whether t [B, N, d] is stored feature by feature, its tokens contiguous."""
     return t.shape[2] > 1 and t.stride(2) != 1
@@ -159,12 +164,17 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
     added_to, if given, is overwritten by its sum with the product, and decides the storage.
     """
     b, n, _ = t.shape
+    if _by_feature(t) and not (by_feature if added_to is None else _by_feature(added_to)) and _wide(t):
+        # With t as it lies, and its narrow result turned afterwards: twice as fast as with t as a transposed operand.
+        product = torch.bmm(matrix.mT.contiguous().expand(b, -1, -1), t.mT).mT
+        return product.contiguous() if added_to is None else added_to.add_(product)
     if added_to is None and by_feature and b == 1:
         return torch.mm(matrix.mT, t[0].mT).unsqueeze(0).mT
     if added_to is None and by_feature:
         return torch.bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
     if added_to is None and _one_matrix(t):
-        return torch.mm(t.flatten(0, 1), matrix).view(b, n, -1)
+        narrow = matrix.shape[1] < matrix.shape[0]  # then rows that are contiguous win a fifth, for a small copy
+        return torch.mm(t.flatten(0, 1), matrix.contiguous() if narrow else matrix).view(b, n, -1)
     if added_to is None:
         return torch.bmm(t, matrix.expand(b, -1, -1))
     if _by_feature(added_to):

@@ -146,7 +146,7 @@ def run_family(family: str, cases: list[Case], minutes: float, options: argparse
         candidates = list(found)
         auto = options.device == "cuda" or case.compiled_on_cpu
         if options.compile == "on" or (options.compile == "auto" and auto):
-            candidates.append(Provider("compile", check.compiled))
+            candidates.append(check.compiled())
         candidates += check.alternatives(case, options.device)
         records.write(path, measured(case, candidates, options.device, rounds, seconds, where))
     print(f"wrote {path}")

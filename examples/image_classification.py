@@ -1,7 +1,7 @@
 """Classification with EAMLP, a network without convolutions and without self-attention: handwritten digits.
 
-The 1797 digits (8 x 8 pixels) come with scikit-learn. They are enlarged to 64 x 64, which the two stages of tokens turn
-into 256, 64 and at last 16 tokens. Training sees three quarters of them, each moved by a few pixels.
+The 1797 digits (8 x 8 pixels) come with scikit-learn. They are enlarged to 32 x 32, which the two stages of tokens turn
+into 64, 16 and at last 4 tokens. Training sees three quarters of them, each batch moved by a few pixels.
 
     python examples/image_classification.py          # under two minutes on two CPU cores; picture in classification.png
 """
@@ -18,20 +18,22 @@ import aia_kernels
 from aia_kernels.models import EAMLP
 
 plt = side_by_side.plt
-SIDE = 64
+SIDE = 32
+MARGIN = 4
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """Images [1797, 1, 64, 64] of mean 0 and deviation 1, with a margin of 8 pixels, and their digits [1797]."""
+    """Images [1797, 1, 32, 32] of mean 0 and deviation 1, and their digits [1797]."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1)
-    images = F.pad(F.interpolate(images, size=(SIDE - 16, SIDE - 16), mode="bilinear"), (8, 8, 8, 8))
+    inner = SIDE - 2 * MARGIN
+    images = F.pad(F.interpolate(images, size=(inner, inner), mode="bilinear"), (MARGIN,) * 4)
     return (images - images.mean()) / images.std(), torch.from_numpy(digits.target)
 
 
 def make() -> nn.Module:
     # The mean of all tokens, as the published class token needs more pictures than these to learn anything.
-    return EAMLP(SIDE, 1, num_classes=10, embed_dim=96, depth=3, token_dim=32, global_pool="avg")
+    return EAMLP(SIDE, 1, num_classes=10, embed_dim=64, depth=2, token_dim=32, global_pool="avg")
 
 
 def main() -> None:
@@ -42,22 +44,22 @@ def main() -> None:
     images, digits = images[~fourth], digits[~fourth]
     if options.quick:
         unseen, truth = unseen[:40], truth[:40]
-    steps = options.steps or (4 if options.quick else 250)
+    steps = options.steps or (4 if options.quick else 600)
     generator = torch.Generator().manual_seed(options.seed)
     batches = torch.randint(len(images), (steps, 32), generator=generator)
-    moves = torch.randint(-6, 7, (steps, 2), generator=generator)
+    moves = torch.randint(-2, 3, (steps, 2), generator=generator)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
         batch = batches[step].to(options.device)
         moved = images[batch].roll(tuple(moves[step].tolist()), (2, 3))
         return F.cross_entropy(model(moved), digits[batch], label_smoothing=0.05)
 
-    runs = side_by_side.train(make, loss_of, steps, 2e-3, options)
+    runs = side_by_side.train(make, loss_of, steps, 7e-3, options)
     side_by_side.report(runs, "external_attention", options.device)
     predictions = {}
-    for name, run in runs.items():
+    for name in ("fused", "reference"):
         with torch.no_grad(), aia_kernels.use_backend(side_by_side.BACKENDS[name]):
-            predictions[name] = torch.cat([run.model(batch).argmax(1) for batch in unseen.split(64)])
+            predictions[name] = torch.cat([runs[name].model(batch).argmax(1) for batch in unseen.split(64)])
         accuracy = (predictions[name] == truth).float().mean()
         print(f"{name:>9}: {accuracy:.1%} of {len(truth)} unseen digits right")
     draw(runs, unseen, truth, predictions["fused"], options)

@@ -18,9 +18,15 @@ import aia_kernels
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-#: Colours of the two runs, which also differ in their dashes: one curve lies on the other.
-STYLES = {"fused": {"color": "#0072b2", "linewidth": 2.4}, "reference": {"color": "#d55e00", "linestyle": (0, (3, 3))}}
-BACKENDS = {"fused": "auto", "reference": "reference"}
+#: The runs and their backends. The third starts from parameters that are one rounding of float32 away from those of the
+#: others: training grows such differences, and how far it grows this one says how close the first two can be.
+BACKENDS = {"fused": "auto", "reference": "reference", "nudged": "reference"}
+ROUNDING = 2.0**-24
+STYLES = {
+    "nudged": {"color": "#999999", "linewidth": 1.2, "label": "reference, nudged by one rounding"},
+    "fused": {"color": "#0072b2", "linewidth": 2.4, "label": "fused"},
+    "reference": {"color": "#d55e00", "linewidth": 1.6, "linestyle": (0, (3, 3)), "label": "reference"},
+}
 
 
 @dataclass
@@ -46,20 +52,28 @@ def arguments(description: str, picture: str) -> argparse.Namespace:
 
 
 def train(
-    make: Callable[[], nn.Module], loss_of: Callable[[nn.Module, int], Tensor], steps: int, lr: float, options
+    make: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module, int], Tensor],
+    steps: int,
+    lr: float,
+    options: argparse.Namespace,
+    bar: bool = True,
 ) -> dict[str, Run]:
     """Train two networks that start equal, see the same batches and draw the same dropout, in turns, step by step.
 
     make builds the network; loss_of takes it and the number of the step. AdamW with one cycle of the learning rate.
+    bar: whether to show progress.
     """
     runs = {}
     for name in BACKENDS:
         torch.manual_seed(options.seed)
         model = make().to(options.device).train()
+        if name == "nudged":
+            nudge(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
         runs[name] = Run(model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps))
-    bar = tqdm(range(steps), unit="step")
-    for i in bar:
+    progress = tqdm(range(steps), unit="step", disable=not bar)
+    for i in progress:
         for name, run in runs.items():
             torch.manual_seed(options.seed + 1 + i)
             start = time.perf_counter()
@@ -71,32 +85,41 @@ def train(
             run.schedule.step()
             run.losses.append(loss.item())  # waits for the device
             run.seconds.append(time.perf_counter() - start)
-        bar.set_postfix({name: f"{run.losses[-1]:.4f}" for name, run in runs.items()})
+        progress.set_postfix({name: f"{run.losses[-1]:.4f}" for name, run in runs.items()})
     for run in runs.values():
         run.model.eval()
     return runs
 
 
+@torch.no_grad()
+def nudge(model: nn.Module) -> None:
+    """Move every trained parameter up or down by one rounding."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.mul_(1 + ROUNDING * (4 * torch.randint_like(p, 2) - 2))
+
+
 def report(runs: dict[str, Run], family: str, device: str) -> None:
-    """Print what ran, how long a step took, and how far the two curves are from each other."""
-    fused, reference = runs["fused"], runs["reference"]
+    """Print what ran, how long a step took, and how far the curves are from each other."""
     kind = torch.device(device).type
     print(f"fused backend: {aia_kernels.backends.select(kind, torch.float32, family)} on {device}")
-    for name, run in runs.items():
-        middle = sorted(run.seconds)[len(run.seconds) // 2]
-        print(f"{name:>9}: {1000 * middle:6.1f} ms a step, last loss {run.losses[-1]:.4f}")
-    apart = [abs(a - b) for a, b in zip(fused.losses, reference.losses, strict=True)]
-    early = max(1, min(20, len(apart)))
-    print(f"losses apart: at most {max(apart[:early]):.1e} in the first {early} steps, {max(apart):.1e} in all")
+    for name in ("fused", "reference"):
+        middle = sorted(runs[name].seconds)[len(runs[name].seconds) // 2]
+        print(f"{name:>9}: {1000 * middle:6.1f} ms a step, last loss {runs[name].losses[-1]:.4f}")
+    print("losses apart from those of the reference, at most, in the first steps and in all:")
+    reference = runs["reference"].losses
+    for name in ("fused", "nudged"):
+        apart = [abs(a - b) for a, b in zip(runs[name].losses, reference, strict=True)]
+        print(f"{name:>9}: {max(apart[:5]):.1e} in 5, {max(apart[:20]):.1e} in 20, {max(apart):.1e} in {len(apart)}")
 
 
 def draw_losses(axes: plt.Axes, runs: dict[str, Run]) -> None:
-    """Both curves, smoothed over a few steps alike."""
-    for name, run in runs.items():
-        losses = torch.tensor(run.losses)
+    """The curves, all smoothed over a few steps."""
+    for name, style in STYLES.items():
+        losses = torch.tensor(runs[name].losses)
         window = max(1, len(losses) // 40)
         smooth = losses.unfold(0, window, 1).mean(1)
-        axes.plot(torch.arange(len(smooth)) + window // 2, smooth, label=name, **STYLES[name])
+        axes.plot(torch.arange(len(smooth)) + window // 2, smooth, **style)
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_title("training loss", fontsize=11)

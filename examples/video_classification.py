@@ -36,12 +36,12 @@ def make_clips(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
         return low + (high - low) * torch.rand(pairs, *shape, generator=generator)
 
     t = torch.arange(SEGMENTS).view(1, -1, 1, 1)
-    radius, step = uniform(2.5, 6, 1, 1, 1), uniform(1, 3, 1, 1, 1)
+    radius, step = uniform(2.5, 5, 1, 1, 1), uniform(0.5, 2, 1, 1, 1)
     x = uniform(12, 20, 1, 1, 1) + step * (t - (SEGMENTS - 1) / 2)
     y = uniform(6, 26, 1, 1, 1)
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     disk = torch.sigmoid(2 * (radius - ((columns - x) ** 2 + (rows - y) ** 2).sqrt()))
-    noise = 0.2 * torch.randn(pairs, SEGMENTS, 3, SIZE, SIZE, generator=generator)
+    noise = 0.3 * torch.randn(pairs, SEGMENTS, 3, SIZE, SIZE, generator=generator)
     forwards = disk.unsqueeze(2) * uniform(0.4, 1.2, 1, 3, 1, 1) + noise
     return torch.cat((forwards, forwards.flip(1))), torch.arange(2).repeat_interleave(pairs)
 
@@ -60,7 +60,7 @@ def accuracy(network: VideoNet, clips: Tensor, classes: Tensor) -> float:
 
 def main() -> None:
     options = side_by_side.arguments(__doc__.split("\n")[0], "video.png")
-    pairs, steps = (8, options.steps or 3) if options.quick else (256, options.steps or 80)
+    pairs, steps = (8, options.steps or 3) if options.quick else (256, options.steps or 60)
     clips, classes = (tensor.to(options.device) for tensor in make_clips(pairs, options.seed))
     unseen, truth = (tensor.to(options.device) for tensor in make_clips(pairs // 2, options.seed + 1))
     generator = torch.Generator().manual_seed(options.seed)

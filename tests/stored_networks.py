@@ -22,6 +22,21 @@ def stored_input(*shape: int) -> Tensor:
     return torch.from_numpy(np.random.Generator(np.random.PCG64(7)).standard_normal(shape))
 
 
+def value(name: str, shape: tuple[int, ...]) -> Tensor:
+    """What a floating-point tensor of a state dict is filled with, in float64."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    r = torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(shape))
+    if name.endswith("running_var"):
+        return 0.5 + 0.3 * r.abs()
+    if name.endswith(("running_mean", "bias")):
+        return 0.1 * r
+    if len(shape) == 1:
+        return 1 + 0.1 * r
+    if len(shape) == 5:
+        return 0.4 * r
+    return r * math.sqrt(2 / math.prod(shape[1:]))
+
+
 @torch.no_grad()
 def fill(network: nn.Module, quiet: str = "") -> nn.Module:
     """Fill a float64 network by the names in its state dict, and put it in evaluation.
@@ -31,19 +46,7 @@ def fill(network: nn.Module, quiet: str = "") -> nn.Module:
     for name, tensor in network.state_dict().items():
         if not tensor.is_floating_point() or name == "pos_embed":
             continue
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        r = torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(tensor.shape)))
-        if name.endswith("running_var"):
-            r = 0.5 + 0.3 * r.abs()
-        elif name.endswith(("running_mean", "bias")):
-            r = 0.1 * r
-        elif tensor.ndim == 1:
-            r = (1 + 0.1 * r) * (0.1 if quiet and name.endswith(quiet) else 1)
-        elif tensor.ndim == 5:
-            r = 0.4 * r
-        else:
-            r = r * math.sqrt(2 / math.prod(tensor.shape[1:]))
-        tensor.copy_(r)
+        tensor.copy_(value(name, tuple(tensor.shape)) * (0.1 if quiet and name.endswith(quiet) else 1))
     return network.eval()
 
 

@@ -219,6 +219,7 @@ class TestWhereLayersStand:
         model = nn.DataParallel(nn.Sequential(published("CinST")))
         assert aia_kernels.convert(model).converted[0].names == ("module.0",)
 
+    @pytest.mark.filterwarnings("error:Grad strides")
     def test_distributed_data_parallel(self, tmp_path):
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         try:

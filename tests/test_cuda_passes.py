@@ -1,4 +1,4 @@
-"""What is particular to the passes of csrc/cuda: vectors, tiles, blocks, barriers. The shared table is test_passes.py's.
+"""What is particular to the CUDA passes: vectors, tiles, blocks, barriers. The shared table is test_passes.py's.
 
 The kernels run on the host emulator, and on a GPU where there is one.
 """
@@ -11,7 +11,7 @@ import pytest
 import test_passes
 import torch
 from emulator import Emulator, build
-from pass_cases import Case, GateCase, activation, agrees, double, features_of, gate_of, magnitude, terms
+from pass_cases import Case, GateCase, activation, agrees, double, features_of, gate_of, magnitude
 from plain_passes import PlainPasses
 
 from aia_kernels import backends, maps

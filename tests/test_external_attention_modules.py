@@ -55,8 +55,8 @@ LAYERS = {
     "multi-head, one head": Layer(lambda: MultiHeadExternalAttention(3, num_heads=1), (2, 9, 3)),
 }
 MAIN = ("plain", "block", "multi-head")
-#: With one slot, or one token, the attention map is constant but for eps. Gradients through it cancel to nothing, and BN
-#: in training multiplies their rounding by 316, one over the root of its eps: that says nothing about a backend.
+#: With one slot, or one token, the attention map is constant but for eps. Gradients through it cancel to nothing, and
+#: BN in training multiplies their rounding by 316, one over the root of its eps: that says nothing about a backend.
 CONSTANT = ("block, one slot", "block, one pixel")
 #: Biases that the softmax over tokens does not see.
 UNSEEN = ("conv1.bias", "trans_dims.bias", "linear_0.bias")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from stored_networks import stored, stored_input
+from stored_networks import value as stored_value
 from torch import Tensor, nn
 
 import aia_kernels
@@ -30,35 +30,19 @@ from aia_kernels.models import (
 from aia_kernels.models.resnet import TEMPORAL, UNITS, Bottleneck
 from aia_kernels.testing import randomise
 from benchmarks.published import attention_in_attention as published
+from benchmarks.published import temporal_shift as published_shift
 
-GOLDEN = json.loads((Path(__file__).with_name("golden") / "resnet50.json").read_text())
+ROOT = Path(__file__).parent.parent
+GOLDEN = stored("resnet50.json")
 #: By how much the largest logit moves, in units of itself, when every pixel is off by one rounding of float64: these
 #: networks, filled with random numbers and ten thousand times the usual activations, decide by gates near a threshold.
 #: Measured with the reference; whatever adds in another order moves them alike.
 MOVED = {"C2D_CinST_BN": 8e-7, "C2D_STinCplusCinST_BN": 7e-9, "TSM_CinST2STinC_BN": 1.5e-8}
 
 
-@functools.cache
-def filled(key: str, shape: tuple[int, ...]) -> Tensor:
-    """The value that golden/README.md gives to a tensor of a state dict, from its key."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    r = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
-    if key.endswith("running_var"):
-        r = 0.5 + 0.3 * abs(r)
-    elif key.endswith(("running_mean", "bias")):
-        r = 0.1 * r
-    elif len(shape) == 1:
-        r = 1 + 0.1 * r
-    elif len(shape) == 5:
-        r = 0.4 * r
-    else:
-        r = r * math.sqrt(2 / math.prod(shape[1:]))
-    return torch.from_numpy(r)
-
-
-@functools.cache
-def frames() -> Tensor:
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(7)).standard_normal((4, 3, 224, 224)))
+#: Most tensors are the same in all networks.
+filled = functools.cache(stored_value)
+frames = functools.cache(lambda: stored_input(4, 3, 224, 224))
 
 
 def stored_network(name: str) -> AIAResNet:
@@ -347,3 +331,42 @@ except AttributeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_benchmark(tmp_path):
+    """Wrong numbers would be an exit status; both modes, all forms and all parts come out."""
+    pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+    from benchmarks import network, records
+
+    for more in ([], ["--whole", "--temporal", "tsm", "--unit", "CplusST"]):
+        assert network.main(["--quick", "--device", "cpu", "--results", str(tmp_path), *more]) == 0
+    rows = records.read(records.path(tmp_path, "network"))
+    parts = ["network", "stem", "layer1", "layer2", "head"]
+    assert len(rows) == 2 * 3 * (len(parts) + 1)
+    assert [row["stage"] for row in records.select(rows, mode="step", provider="published")] == [*parts, "network"]
+    fused = [row for row in rows if row["provider"] not in ("plain", "published")]
+    assert all(row["correct"] == "yes" and float(row["speedup"]) > 0 for row in fused)
+
+
+def test_the_published_form():
+    """The baseline of the benchmark computes the same, by the published flow."""
+    from benchmarks import network
+
+    slow, fast = (network.build(form, "CinST", "tsm", 3, (1, 1)).double().eval() for form in ("published", "fused"))
+    assert isinstance(slow.layer1[0].shift, published_shift.TemporalShift)
+    assert isinstance(slow.layer2[0].eft, published.CinST)
+    x = torch.randn(6, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(slow(x), fast(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_example(tmp_path):
+    pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
+    picture = tmp_path / "video.png"
+    command = [sys.executable, ROOT / "examples" / "video_classification.py", "--quick", "--output", picture]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert picture.stat().st_size > 10_000
+    assert done.stdout.count("unseen clips right") == 8 and "TSM + CinST" in done.stdout
+    # Two classes with the same frames: without a unit or a shift every pair gets one right answer.
+    assert "fused: 50.0% of 8" in done.stdout.split("TSN + CinST")[0]

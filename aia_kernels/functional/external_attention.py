@@ -312,7 +312,7 @@ def _check_eps(eps: float) -> None:
 
 
 def _checked_padding(mask: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The mask, checked and expanded over axes between the first and the tokens."""
+    """The mask, checked, expanded over axes between the first and the tokens, and contiguous as the passes want it."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -328,7 +328,7 @@ def _checked_padding(mask: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> 
         raise ValueError(f"padding_mask: got shape {tuple(mask.shape)}, expected {expected}")
     if tuple(mask.shape) != shape:
         mask = mask.view(shape[0], *(1,) * (len(shape) - 2), shape[-1])
-    return mask.expand(shape)
+    return mask.expand(shape).contiguous()
 
 
 def _refuse_an_empty_shard(name: str, x: Tensor, process_group: Any) -> None:

@@ -124,7 +124,7 @@ class ExternalAttention2d(nn.Module):
 
     def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
         logits = self.linear_0(self.conv1(x).flatten(2))
-        attention = normalize(logits.mT, eps=EPS).mT
+        attention = normalize(logits.transpose(1, 2), eps=EPS).transpose(1, 2)  # .mT is unknown to older exporters
         z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
         return (z + x).relu()
 
@@ -169,7 +169,9 @@ class MultiHeadExternalAttention(nn.Module):
         if any(map(must_be_called, (*linears, self.attn_drop))):
             return self._through_submodules(x)
         with _in_own_precision(x):
-            key = self.linear_0.weight @ self.trans_dims.weight.unflatten(0, (self.num_heads, -1))  # [heads, k, dim]
+            # [heads, k, dim]; bmm, as matmul would copy both operands and the result.
+            by_head = self.trans_dims.weight.unflatten(0, (self.num_heads, -1))
+            key = torch.bmm(self.linear_0.weight.expand(self.num_heads, -1, -1), by_head)
             key = _without_effect(key.flatten(0, 1), self.trans_dims.bias, self.linear_0.bias)
             back = self.proj.weight.unflatten(1, (self.num_heads, -1))  # [dim, heads, dim / heads]
             value = (back @ self.linear_1.weight).flatten(1)

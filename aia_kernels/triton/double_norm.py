@@ -533,9 +533,10 @@ def join_statistics(partial: Tensor) -> Tensor:
     statistics = partial.new_empty((b, 2, m))
     # Few columns to a program: where blocks are many, samples are few.
     block = min(triton.next_power_of_2(m), 1024 if INTERPRETED else 16)
-    rows = min(triton.next_power_of_2(max(blocks, 1)), ELEMENTS // block)
+    rows = min(triton.next_power_of_2(max(blocks, 1)), ELEMENTS // 2 // block)
     arguments = partial, statistics, blocks
-    tiles.start(join_statistics_kernel, partial, (b * triton.cdiv(m, block),), *arguments, M=m, BP=rows, BM=block)
+    constants = {"M": m, "BP": rows, "BM": block, "num_warps": 4}
+    tiles.start(join_statistics_kernel, partial, (b * triton.cdiv(m, block),), *arguments, **constants)
     return statistics
 
 

@@ -59,9 +59,8 @@ Attention = tuple[Tensor, Tensor]
 #: alone and holds the operands in registers too.
 EACH = {2: 64, 4: 16, 8: 16}
 
-#: Warps of a program. More threads share the operands; the products with features are wide enough with four.
+#: Warps of a program: where threads multiply alone, more of them share the operands.
 WARPS = {2: 4, 4: 8, 8: 4}
-FEATURE_WARPS = 4
 
 #: Features of one step of a product over features: 128 bytes, a line of memory.
 STEP = {2: 64, 4: 32, 8: 16}
@@ -506,6 +505,9 @@ def moments(attention: Attention, group: int, eps: float, padding: Tensor | None
     sums, second = rows.new_empty((programs, m)), rows.new_empty((programs, m, m))
     arguments = logits, rows, rows.stride(0), as_bytes(padding), sums, second, b, n
     constants = {"C": c, "EPS": eps, "BT": bt, "num_warps": 4 if c.block <= COLUMNS else 8}
+    if c.block <= COLUMNS:
+        # Left alone, the assembler spills a few registers to fit one more program on an SM.
+        constants["maxnreg"] = 255
     _start(moments_kernel, (logits,), programs * square, *arguments, **constants)
     return sums.sum(0), second.sum(0)
 
@@ -650,11 +652,10 @@ def _features(
     f = o.shape[2] // c.heads
     bf = _most_features(o, f)
     parts = triton.cdiv(f, bf)
-    bt = token_block(b, n, c.heads * parts, min(128, _accumulated(o, FEATURE_WARPS) // max(bf, c.block)))
+    bt = token_block(b, n, c.heads * parts, min(128, _accumulated(o, 4) // max(bf, c.block)))
     inputs = grad, reduced, keep, weight.contiguous(), bias, residual, as_bytes(padding)
     residual_strides = (0, 0, 0) if residual is None else residual.stride()
     constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "BT": bt, "BF": bf, "BY_FEATURE": by_feature(o)}
-    constants["num_warps"] = FEATURE_WARPS
     _start(
         features_kernel,
         (logits, o) if residual is None else (logits, o, residual),

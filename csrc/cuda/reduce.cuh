@@ -241,6 +241,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
   using Partial = typename Op::Partial;
   constexpr int kSize = kTileSize<typename Source::Scalar>, kPerThread = kElements<typename Source::Scalar>;
   constexpr int kVectors = kPerThread / V;
+  // Frames asked for ahead: 32 KiB in flight for a block, next to which a multiprocessor has no room for a second.
+  constexpr int kBytes = kVectors * static_cast<int>(sizeof(Loaded<Source, V>)), kAhead = V > 1 ? 64 / kBytes : 1;
   AIA_SHARED(A, staged, 2 * kSize);
 
   const int groups = (v.O + tile.o - 1) / tile.o * ((v.I + tile.i - 1) / tile.i);
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
 
       int offset[kVectors];  // in the first frame
       Partial over_t[kPerThread];
-      Loaded<Source, V> next[kVectors];
+      Loaded<Source, V> next[kAhead][kVectors];
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         int e = (k * kTileThreads + threadIdx.x) * V;
@@ -268,7 +270,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
         p.h = h0 + e % nh;
         p.o += e / nh;
         offset[k] = v.offset(p);
-        next[k] = source.template load<V>(first + offset[k]);
+#pragma unroll
+        for (int t = 0; t < kAhead; ++t)
+          if (t < v.T) next[t][k] = source.template load<V>(first + offset[k] + t * v.stride_t());
       }
 #pragma unroll
       for (int k = 0; k < kPerThread; ++k) over_t[k] = Partial::starting_at(0);
@@ -279,8 +283,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
           const int e = (k * kTileThreads + threadIdx.x) * V;
           if (e >= size) continue;
           const int here = offset[k] + t * v.stride_t();
-          auto values = Source::widen(next[k]);
-          if (t + 1 < v.T) next[k] = source.template load<V>(first + here + v.stride_t());
+          auto values = Source::widen(next[0][k]);
+#pragma unroll
+          for (int i = 1; i < kAhead; ++i) next[i - 1][k] = next[i][k];
+          if (t + kAhead < v.T) next[kAhead - 1][k] = source.template load<V>(first + here + kAhead * v.stride_t());
           multiply(values, op.field, v, clip, v.position(here));
 #pragma unroll
           for (int j = 0; j < V; ++j) over_t[k * V + j].add(values.at[j], t);

@@ -35,22 +35,30 @@ struct Index {
   int x;
 };
 
-using Site = std::string;  // file:line of a barrier
+// Where a barrier stands in the source, and which step of it a thread waits at.
+struct Site {
+  const char* file = "";
+  unsigned line = 0;
+  int step = 0;
 
-inline Site site_of(const std::source_location& where) {
-  return std::string(where.file_name()) + ":" + std::to_string(where.line());
-}
+  Site() = default;
+  explicit Site(const std::source_location& where, int step = 0)
+      : file(where.file_name()), line(where.line()), step(step) {}
+  bool operator==(const Site&) const = default;
+  std::string text() const { return std::string(file) + ":" + std::to_string(line); }
+};
 
 class Block {
  public:
-  bool backward = false;    // the order in which blocks run, and threads between barriers
-  Site dropped;             // a barrier that is to be skipped, to see whether anything notices
-  std::set<Site> barriers;  // all that were met
+  bool backward = false;           // the order in which blocks run, and threads between barriers
+  std::string dropped;             // a barrier that is to be skipped, to see whether anything notices
+  std::set<std::string> barriers;  // all that were met, as file:line
 
   // Runs one block to its end.
   void run(int threads, std::function<void()> kernel) {
     kernel_ = std::move(kernel);
     shared_.clear();
+    met_ = Site();
     while (fibers_.size() < static_cast<size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
     for (int i = 0; i < threads; ++i) start(*fibers_[i]);
     for (int finished = 0; finished < threads;) {
@@ -61,9 +69,13 @@ class Block {
 
   // Called by a thread: waits for the others.
   void barrier(const std::source_location& where) {
-    const Site site = site_of(where);
-    barriers.insert(site);
-    if (site != dropped) wait(site);
+    const Site site(where);
+    if (site != met_) {
+      met_ = site;
+      barriers.insert(site.text());
+      skipped_ = site.text() == dropped;
+    }
+    if (!skipped_) wait(site);
   }
 
   // Called by a thread: the value that another one brings to the same exchange. All threads of the block must come,
@@ -72,16 +84,16 @@ class Block {
   T exchange(T value, int partner, const std::source_location& where) {
     static_assert(sizeof(T) <= sizeof(double));
     std::memcpy(&fibers_[current_]->exchanged, &value, sizeof(T));
-    wait(site_of(where));
+    wait(Site(where));
     std::memcpy(&value, &fibers_[partner]->exchanged, sizeof(T));
-    wait(site_of(where) + " (read)");
+    wait(Site(where, 1));
     return value;
   }
 
   // Called by a thread: the array declared there, the same one for all threads of the block.
   template <class T>
   T* shared(size_t count, const std::source_location& where = std::source_location::current()) {
-    std::unique_ptr<std::byte[]>& bytes = shared_[site_of(where)];
+    std::unique_ptr<std::byte[]>& bytes = shared_[Site(where).text()];
     if (!bytes) {
       bytes = std::make_unique<std::byte[]>(count * sizeof(T));
       std::memset(bytes.get(), 0xff, count * sizeof(T));
@@ -113,9 +125,11 @@ class Block {
 
   std::function<void()> kernel_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::map<Site, std::unique_ptr<std::byte[]>> shared_;
+  std::map<std::string, std::unique_ptr<std::byte[]>> shared_;
   ucontext_t scheduler_;
   int current_ = 0;
+  Site met_;  // the last barrier, and whether it is the dropped one
+  bool skipped_ = false;
 };
 
 inline Block block;
@@ -151,7 +165,7 @@ inline void Block::start(Fiber& fiber) {
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = &scheduler_;
   fiber.done = false;
-  fiber.waits_at.clear();
+  fiber.waits_at = Site();
   makecontext(&fiber.context, enter, 0);
 }
 
@@ -167,7 +181,7 @@ inline bool Block::resume(int thread) {
 // After a round, either all threads have finished or all wait at one barrier.
 inline void Block::check_round(int threads, int finished) const {
   if (finished == threads) return;
-  const Site& site = fibers_[0]->waits_at;
+  const Site site = fibers_[0]->waits_at;
   for (int i = 0; i < threads; ++i)
     if (fibers_[i]->done || fibers_[i]->waits_at != site)
       throw std::runtime_error("thread " + std::to_string(i) + " does not reach the barrier that others wait at");

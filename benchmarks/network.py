@@ -1,0 +1,289 @@
+"""Measure a ResNet-50 for video: without units, with units as published, with fused units; in all and stage by stage.
+
+Numbers first. The published form in float64 is the truth: its logits, the output of each of its stages on the input
+that it has in the network, and, on small frames, the gradients of a training step. Fused numbers that are further from
+it than twice the published ones in float32, rounding aside, get no ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import aia_kernels
+from aia_kernels.models import AIAResNet
+from aia_kernels.models.resnet import TEMPORAL, UNITS
+
+from . import clip, measure, records
+from .published import attention_in_attention, temporal_shift
+
+FORMS = ("plain", "published", "fused")
+LAYERS, CLASSES, SEGMENTS = (3, 4, 6, 3), 174, 8
+WHOLE = "network"
+#: Rounding in float32: of outputs, sums of a few thousand terms, and of gradients, where a batch norm or a maximum that
+#: is decided otherwise moves more.
+LIMITS = {"outputs": 1e-5, "gradients": 2e-3}
+HEADER = (
+    f"{'':9}{'error':^16} {'eval, ms':^31} {'training step, ms':^31} {'kept, MB':^13}\n"
+    f"{'':9}{'publ.':>8}{'fused':>8} "
+    + f"{'plain':>7}{'publ.':>9}{'fused':>8}{'ratio':>7} " * 2
+    + f"{'publ.':>6}{'fused':>7}"
+)
+FOOTNOTE = """
+plain: without units. publ.: units as published, eager. ratio: published to fused. error: max |value - truth| / max
+|truth| of the output in eval mode, the truth being the published form in float64, each stage on the true input. Times:
+medians of samples taken in turns; those of stages with the gradient of their input. Kept: memory held between forward
+and backward, input included.
+"""
+
+
+def build(form: str, unit: str, temporal: str, segments: int, layers: tuple[int, ...] = LAYERS) -> AIAResNet:
+    """The network in one of FORMS, with the same parameters in all of them."""
+    torch.manual_seed(0)
+    network = AIAResNet(layers, CLASSES, segments, unit, temporal)
+    if form == "published":
+        for block, attribute, fused in units_of(network):
+            slow = attention_in_attention.UNITS[type(fused).__name__](segments)
+            slow.load_state_dict(fused.state_dict())
+            setattr(block, attribute, slow)
+            if block.shift is not None:
+                block.shift = temporal_shift.TemporalShift(segments, block.shift.fold_div)
+    if form == "plain":
+        bare = AIAResNet(layers, CLASSES, segments, None, temporal)
+        state = network.state_dict()
+        bare.load_state_dict({key: state[key] for key in bare.state_dict()})
+        return bare
+    return network
+
+
+def units_of(network: AIAResNet) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every unit of a network with the block and the attribute that hold it."""
+    blocks = [block for block in network.modules() if hasattr(block, "units")]
+    return [(block, attribute, getattr(block, attribute)) for block in blocks for attribute in block.units]
+
+
+def stages_of(network: AIAResNet) -> dict[str, nn.Module]:
+    """The network as a sequence of stages."""
+    stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+    head = nn.Sequential(network.avgpool, nn.Flatten(), network.fc)
+    return {"stem": stem, **{name: getattr(network, name) for name in network.stages}, "head": head}
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    error = ((found.double() - truth).abs().max() / truth.abs().max()).item()
+    return error if error == error else float("inf")
+
+
+@torch.no_grad()
+def output_errors(networks: dict[str, AIAResNet], images: Tensor) -> tuple[dict, dict[str, Tensor]]:
+    """{part: {form: error}} in eval mode, and the true input of each stage in float32."""
+    truth = copy.deepcopy(networks["published"]).double().eval()
+    x, inputs, errors = images.double(), {}, {}
+    forms = {form: stages_of(networks[form].eval()) for form in ("published", "fused")}
+    for name, stage in stages_of(truth).items():
+        inputs[name] = x.float()
+        x = stage(inputs[name].double())
+        errors[name] = {form: distance(stages[name](inputs[name]), x) for form, stages in forms.items()}
+    logits = truth(images.double())
+    return {WHOLE: {form: distance(networks[form](images), logits) for form in forms}} | errors, inputs
+
+
+def gradient_errors(networks: dict[str, AIAResNet], images: Tensor) -> dict[str, float]:
+    """Errors of all parameters' gradients of a training step together, in the l2 norm, on frames of 64x64."""
+    small = F.interpolate(images, size=(64, 64), mode="area")
+
+    def gradients(network: AIAResNet, x: Tensor) -> Tensor:
+        network = copy.deepcopy(network).to(x.dtype).train()
+        network(x).square().mean().backward()
+        return torch.cat([p.grad.double().flatten() for p in network.parameters()])
+
+    truth = gradients(networks["published"], small.double())
+    return {f: ((gradients(networks[f], small) - truth).norm() / truth.norm()).item() for f in ("published", "fused")}
+
+
+def training_step(module: nn.Module, x: Tensor, grad_y: Tensor | None) -> Callable[[], None]:
+    """Forward in training mode and backward: of a stage, also to its input; of the network, from the mean square."""
+    module.train()
+    x = x.detach().requires_grad_(grad_y is not None)
+
+    def run() -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        y = module(x)
+        if grad_y is None:
+            y.square().mean().backward()
+        else:
+            y.backward(grad_y)
+
+    return run
+
+
+def measure_network(
+    images: Tensor,
+    unit: str,
+    temporal: str,
+    segments: int,
+    layers: tuple[int, ...],
+    rounds: int,
+    seconds: float,
+    stages: bool,
+) -> tuple[dict[str, dict], bool]:
+    """What each part costs in each form, {part: {"error": ..., "eval": ..., "step": ..., "kept": ...}}, by form; and
+    whether the numbers of the fused form are right. Without ``stages`` the whole network is the only part."""
+    device = images.device.type
+    networks = {form: build(form, unit, temporal, segments, layers).to(device) for form in FORMS}
+    with tqdm(
+        total=3 + 2 * (len(layers) + 3 if stages else 1), unit="measurement", leave=False, dynamic_ncols=True
+    ) as bar:
+        bar.set_description("numbers")
+        errors, inputs = output_errors(networks, images)
+        bar.update(2)
+        gradients = gradient_errors(networks, images)
+        bar.update()
+        right = gradients["fused"] <= 2 * gradients["published"] + LIMITS["gradients"]
+        right &= all(e["fused"] <= 2 * e["published"] + LIMITS["outputs"] for e in errors.values())
+        parts = {form: {WHOLE: network} | stages_of(network) for form, network in networks.items()}
+        found = {part: {"error": errors[part], "kept": {}} for part in (errors if stages else (WHOLE,))}
+        for part, measured in found.items():
+            x = images if part == WHOLE else inputs[part]
+            with torch.no_grad():
+                y = networks["plain"].eval()(x) if part == WHOLE else parts["plain"][part].eval()(x)
+            grad_y = None if part == WHOLE else torch.randn_like(y)
+            for mode in ("eval", "step"):
+                bar.set_description(f"{part}, {mode}")
+                runs = {}
+                for form in FORMS:
+                    module = parts[form][part]
+                    call = measure.evaluation(module, x) if mode == "eval" else training_step(module, x, grad_y)
+                    # Modules of one form share their parameters and modes: the mode is set again before each sample.
+                    runs[form] = call, lambda module=module, mode=mode: _mode(module, mode == "step")
+                measured[mode] = measure.interleave(runs, rounds, seconds, device)
+                bar.update()
+            for form in FORMS:
+                measured["kept"][form] = measure.kept_bytes(parts[form][part], x)
+    return found, right
+
+
+def _mode(module: nn.Module, training: bool) -> contextlib.AbstractContextManager:
+    module.train(training)
+    return contextlib.nullcontext()
+
+
+def line(part: str, found: dict, right: bool) -> str:
+    cells = f"{part:9}" + "".join(f"{found['error'][form]:8.0e}" for form in ("published", "fused")) + " "
+    for mode in ("eval", "step"):
+        plain, slow, fast = (found[mode][form].median * 1e3 for form in FORMS)
+        cells += f"{plain:7.1f}{slow:9.1f}{fast:8.1f}" + (f"{slow / fast:6.2f}x " if right else "  wrong ")
+    return cells + f"{found['kept']['published'] / 1e6:6.0f}{found['kept']['fused'] / 1e6:7.0f}"
+
+
+def report(images: Tensor, unit: str = "CinST", temporal: str = "tsn", segments: int = SEGMENTS, **settings) -> bool:
+    """Measure and print the table of frames [clips * segments, 3, H, W]; whether the numbers are right."""
+    return _report(images, unit, temporal, segments, **settings)[1]
+
+
+def _report(
+    images: Tensor,
+    unit: str,
+    temporal: str,
+    segments: int,
+    layers: tuple[int, ...] = LAYERS,
+    rounds: int = 5,
+    seconds: float = 10,
+    stages: bool = True,
+) -> tuple[dict, bool]:
+    n, _, h, w = images.shape
+    backend = aia_kernels.backends.select(images.device.type, torch.float32)
+    print(f"{name_of(layers)} with {unit} in every block, {temporal}, {n} frames of {h}x{w}, fp32; fused: {backend}.\n")
+    found, right = measure_network(images, unit, temporal, segments, layers, rounds, seconds, stages)
+    print(HEADER, *(line(part, cells, right) for part, cells in found.items()), sep="\n")
+    print(FOOTNOTE)
+    for mode, text in (("eval", "eval"), ("step", "a training step")):
+        times = found[WHOLE][mode]
+        plain, slow, fast = (times[form].median for form in FORMS)
+        print(f"Slower than without units, {text}: published {slow / plain - 1:.0%}, fused {fast / plain - 1:.0%}.")
+    if not right:
+        print("The fused numbers are wrong.", file=sys.stderr)
+    return found, right
+
+
+def name_of(layers: tuple[int, ...]) -> str:
+    return f"ResNet-{3 * sum(layers) + 2}"
+
+
+def rows(found: dict[str, dict], right: bool, images: Tensor, name: str, segments: int) -> list[dict]:
+    """The rows of the CSV: one for each part, mode and form; the form fused goes by the name of its backend."""
+    device = images.device.type
+    where, backend = measure.machine(device), aia_kernels.backends.select(device, torch.float32)
+    made = []
+    for part, cells in found.items():
+        for mode in ("eval", "step"):
+            for form in FORMS:
+                times = cells[mode][form]
+                low, high = times.quartiles
+                row = dict.fromkeys(records.COLUMNS, "") | where
+                row |= {"kind": "network", "name": name, "stage": part, "clips": len(images) // segments}
+                row |= {"dtype": "fp32", "layout": "contiguous", "mode": mode, "samples": len(times.seconds)}
+                row |= {"provider": backend if form == "fused" else form}
+                row |= {"median_ms": f"{times.median * 1e3:.4f}", "q25_ms": f"{low * 1e3:.4f}"}
+                row |= {"q75_ms": f"{high * 1e3:.4f}"}
+                if form != "plain":
+                    row |= {"max_error": f"{cells['error'][form]:.2e}"}
+                if form == "fused":
+                    row |= {"correct": "yes" if right else "no"}
+                    if right:
+                        row["speedup"] = f"{cells[mode]['published'].median / times.median:.2f}"
+                if mode == "step":
+                    row["kept_mb"] = f"{cells['kept'][form] / 1e6:.3f}"
+                made.append(row)
+    return made
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.network", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--unit", choices=[unit for unit in UNITS if unit], default="CinST")
+    parser.add_argument("--temporal", choices=TEMPORAL, default="tsn")
+    parser.add_argument("--video", type=Path, default=clip.CLIP, metavar="PATH", help="a video of your own")
+    parser.add_argument("--clips", type=int, default=2, help="clips of 8 frames of 224x224 (default 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each form (default 7)")
+    parser.add_argument("--seconds", type=float, default=30, help="begin no more samples of a row after (default 30)")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="DIR", help="where the CSV goes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--whole", action="store_true", help="the network in all, not its stages")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: a shallow network, small random frames")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    settings = {"rounds": options.rounds, "seconds": options.seconds, "layers": LAYERS, "stages": not options.whole}
+    if options.quick:
+        segments, images = 2, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        settings |= {"layers": (1, 1), "rounds": 2, "seconds": 1}
+    else:
+        segments = SEGMENTS
+        try:
+            images = clip.sample_clips(clip.decode(options.video, least=segments), options.clips, segments)
+        except clip.VideoError as error:
+            print(f"network: {error}", file=sys.stderr)
+            return 2
+    images = images.to(options.device)
+    found, right = _report(images, options.unit, options.temporal, segments, **settings)
+    name = f"{name_of(settings['layers'])} {options.unit} {options.temporal}"
+    path = records.path(options.results, "network")
+    records.write(path, rows(found, right, images, name, segments))
+    print(f"wrote {path}")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
