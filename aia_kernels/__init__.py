@@ -5,6 +5,7 @@
 
 Attention in Attention (arXiv 2204.09303): C, ST, CinST, STinC, STinC2. External attention (arXiv 2105.02358):
 ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention. As functions: aia_kernels.functional.
+``convert(model)`` makes the published layers of a model the fused ones, ``to_reference(model)`` plain PyTorch.
 ``python -m aia_kernels`` tells what can run.
 """
 

@@ -1,5 +1,4 @@
-// The CPU implementation of the temporal shift: checks, allocation and the split over threads. The work is in
-// cpu/shift.h.
+// The temporal shift on the CPU: checks, allocation and the split over threads. The work is in cpu/shift.h.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/shift.h"

@@ -114,7 +114,7 @@ def draw(runs, unseen, found: Tensor, options) -> None:
     figure = plt.figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
     side_by_side.draw_losses(left.subplots(), runs)
-    right.suptitle("unseen clips, brightest frame at each pixel; speeds in pixels a frame", fontsize=11)
+    right.suptitle("unseen clips, maximum over time; pixels a frame", fontsize=11)
     for i, axes in enumerate(right.subplots(2, len(SPEEDS)).flat):
         axes.imshow(unseen[0][i, :, 0].amax(0).cpu(), cmap="magma", vmin=0, vmax=1)
         answer, truth = SPEEDS[found[i]], SPEEDS[unseen[1][i]]

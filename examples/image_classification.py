@@ -54,10 +54,10 @@ def main() -> None:
         moved = images[batch].roll(tuple(moves[step].tolist()), (2, 3))
         return F.cross_entropy(model(moved), digits[batch], label_smoothing=0.05)
 
-    runs = side_by_side.train(make, loss_of, steps, 7e-3, options)
+    runs = side_by_side.train(make, loss_of, steps, 7e-3, options, nudged=True)
     side_by_side.report(runs, "external_attention", options.device)
     predictions = {}
-    for name in ("fused", "reference"):
+    for name in side_by_side.BACKENDS:
         with torch.no_grad(), aia_kernels.use_backend(side_by_side.BACKENDS[name]):
             predictions[name] = torch.cat([runs[name].model(batch).argmax(1) for batch in unseen.split(64)])
         accuracy = (predictions[name] == truth).float().mean()
@@ -77,7 +77,7 @@ def draw(runs, images: Tensor, truth: Tensor, predicted: Tensor, options) -> Non
     )
     for axes, i in zip(left.subplots(rows, columns).flat, order, strict=False):
         right_answer = bool(predicted[i] == truth[i])
-        axes.imshow(images[i, 0].cpu(), cmap="gray_r")
+        axes.imshow(images[i, 0].cpu().numpy(), cmap="gray_r")
         text = str(predicted[i].item()) if right_answer else f"{predicted[i].item()}, is {truth[i].item()}"
         axes.set_title(text, fontsize=10, color="black" if right_answer else "#c0392b", pad=2)
         axes.set(xticks=[], yticks=[])

@@ -78,10 +78,10 @@ def main() -> None:
     def make() -> nn.Module:
         return EANet(CLASSES, make_backbone(), channels=96, width=128)
 
-    runs = side_by_side.train(make, loss_of, steps, 3e-3, options)
+    runs = side_by_side.train(make, loss_of, steps, 3e-3, options, nudged=True)
     side_by_side.report(runs, "external_attention", options.device)
     predictions = {}
-    for name in ("fused", "reference"):
+    for name in side_by_side.BACKENDS:
         with aia_kernels.use_backend(side_by_side.BACKENDS[name]):
             predictions[name], iou = test(runs[name].model, unseen, truth)
         print(f"{name:>9}: mean intersection over union {iou:.3f} on unseen digits and photographs")
@@ -98,7 +98,7 @@ def draw(runs, images: Tensor, truth: Tensor, predictions: dict[str, Tensor], op
         row[0].set_ylabel(name, fontsize=11)
         for i, axes in enumerate(row):
             axes.set(xticks=[], yticks=[])
-            axes.imshow(images[i].permute(1, 2, 0).cpu().clamp(0, 1), alpha=1.0 if masks is None else 0.35)
+            axes.imshow(images[i].permute(1, 2, 0).clamp(0, 1).cpu().numpy(), alpha=1.0 if masks is None else 0.35)
             if masks is not None:
                 mask = masks[i].cpu().numpy()
                 shades = np.ma.masked_equal(mask, 0)

@@ -134,10 +134,10 @@ def main() -> None:
         return PointCloudSegmenter(len(PARTS), len(SHAPES), channels=64)
 
     print("which shape it is")
-    classifiers = side_by_side.train(make_classifier, shape_loss, steps, 1e-3, options)
+    classifiers = side_by_side.train(make_classifier, shape_loss, steps, 1e-3, options, nudged=True)
     side_by_side.report(classifiers, "external_attention", options.device)
     print("which part a point lies on")
-    segmenters = side_by_side.train(make_segmenter, part_loss, steps, 2e-3, options)
+    segmenters = side_by_side.train(make_segmenter, part_loss, steps, 2e-3, options, nudged=True)
     side_by_side.report(segmenters, "external_attention", options.device)
     for name in ("reference", "fused"):
         with torch.no_grad(), aia_kernels.use_backend(side_by_side.BACKENDS[name]):
@@ -155,12 +155,12 @@ def draw(classifiers, segmenters, unseen, named: Tensor, found: Tensor, options)
     palette = plt.get_cmap("Dark2")
     for i, shape in enumerate(SHAPES):
         axes = clouds.add_subplot(1, len(SHAPES), i + 1, projection="3d")
-        x, y, z = unseen[0][i].cpu()
+        x, y, z = unseen[0][i].cpu().numpy()
         first = PARTS.index(f"{shape}: {SHAPES[shape][0]}")
         for j, part in enumerate(SHAPES[shape]):
-            own = (found[i] == first + j).cpu()
+            own = (found[i] == first + j).cpu().numpy()
             axes.scatter(x[own], y[own], z[own], s=12, color=palette(j), label=part, depthshade=False)
-        others = ~torch.isin(found[i], torch.arange(first, first + len(SHAPES[shape]), device=found.device)).cpu()
+        others = ((found[i] < first) | (found[i] >= first + len(SHAPES[shape]))).cpu().numpy()
         if others.any():
             axes.scatter(x[others], y[others], z[others], s=12, color="black", label="of another shape")
         answer = list(SHAPES)[named[i]]

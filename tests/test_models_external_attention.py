@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
+import re
+import runpy
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -464,3 +464,25 @@ BAD = {
 def test_bad_input_names_the_argument(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+EXAMPLES = {
+    "image_segmentation": "mean intersection over union",
+    "image_classification": "unseen digits right",
+    "point_cloud": "of their points right",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_quick_example(name, tmp_path, monkeypatch, capsys):
+    for package in ("matplotlib", "tqdm", *(["sklearn"] if name.startswith("image") else [])):
+        pytest.importorskip(package, reason="pip install 'aia_kernels[examples]'")
+    picture = tmp_path / "picture.png"
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--device", "cpu", "--output", str(picture)])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert EXAMPLES[name] in said.out and "100%|" in said.err
+    # A few steps of float32 in two orders of summation; Adam divides by what may be small.
+    assert all(float(apart) < 1e-2 for apart in re.findall(r"losses apart: at most (\S+)", said.out))
+    assert picture.stat().st_size > 20_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -44,7 +44,7 @@ class Report:
     already_fused: list[str] = field(default_factory=list)
     _exchanges: list[Exchange] = field(default_factory=list)
 
-    def undo(self) -> Any:
+    def undo(self) -> nn.Module:
         """Give every converted layer its own class back; returns the model. What was trained since stays trained."""
         while self._exchanges:
             module, kind, added = self._exchanges.pop()

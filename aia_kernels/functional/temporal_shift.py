@@ -22,8 +22,8 @@ def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tenso
     x: [B * T, C, H, W] with T = num_segments, contiguous or channels_last; or [B, C, T, H, W], contiguous or
     channels_last_3d, and then num_segments is not used; other strides cost a copy. float32, bfloat16, float16, float64.
     The first C // fold_div channels of a frame come from the next frame of its clip, as many again from the previous
-    one, 0 where there is none, and the others stay. Returns y, shaped and stored as x. Errors are TypeError and ValueError
-    with the name of the argument.
+    one, 0 where there is none, and the others stay. Returns y, shaped and stored as x. Errors are TypeError and
+    ValueError with the name of the argument.
     """
     check_clips(x, num_segments)
     if fold_div < 2:

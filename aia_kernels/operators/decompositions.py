@@ -54,7 +54,9 @@ def _external_attention_block(x, key, value, weight, bias, fixed, eps, batch, no
     if members:
         return NotImplemented
     settings = eps, batch, norm_eps, members, backend
-    _y, *kept, _statistics = ops.FAKES["external_attention_block_forward"](x, key, value, weight, bias, fixed, *settings)
+    _y, *kept, _statistics = ops.FAKES["external_attention_block_forward"](
+        x, key, value, weight, bias, fixed, *settings
+    )
     mean, var = (None, None) if batch else fixed.unbind(0)
     norm = Norm(weight, bias, mean, var, training=batch, eps=norm_eps)
     y, statistics = reference.external_attention_block(x, key, value, norm, eps)
@@ -65,8 +67,8 @@ def _temporal_shift(x: Tensor, fold: int, reverse: bool, backend: str) -> Tensor
     return stored_as(reference.temporal_shift(x, fold, reverse), x)
 
 
-# What a forward keeps for its backward comes from the fake implementation: uninitialised, and removed as unused, for the
-# gradients of the decomposed program are ATen's own.
+# What a forward keeps for its backward comes from the fake implementation: uninitialised, and removed as unused, as
+# the gradients of the decomposed program are those of ATen.
 _TABLE = {
     "unit_forward": _unit,
     "double_normalize_forward": _double_normalize,
