@@ -36,12 +36,13 @@ def make_scenes(number: int, test: bool, seed: int) -> tuple[Tensor, Tensor]:
         photograph = photographs[rng.integers(len(photographs))]
         top, left = (rng.integers(side - SIDE) for side in photograph.shape[:2])
         image[:] = photograph[top : top + SIDE, left : left + SIDE] / 255.0
-        for _ in range(3):
-            which, side = rng.integers(len(inks)), int(rng.integers(20, 33))
+        shade = 0.6 if image.mean() > 0.5 else 1.4  # digits darker than bright places, and brighter than dark ones
+        for quarter in rng.permutation(4)[:3]:
+            which, side = rng.integers(len(inks)), int(rng.integers(24, SIDE // 2 + 1))
             ink = F.interpolate(inks[which][None, None], size=(side, side), mode="bilinear")[0, 0].numpy()
-            top, left = rng.integers(SIDE - side, size=2)
-            place = slice(top, top + side), slice(left, left + side)
-            image[place] += ink[..., None] * (rng.uniform(0.2, 1.0, 3) - image[place])
+            corner = np.array(divmod(quarter, 2)) * SIDE // 2 + rng.integers(SIDE // 2 - side + 1, size=2)
+            place = tuple(slice(start, start + side) for start in corner)
+            image[place] += ink[..., None] * (shade * rng.uniform(0.1, 0.7, 3) - image[place])
             label[place][ink > 0.4] = names[which] + 1
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 

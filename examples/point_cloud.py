@@ -164,11 +164,20 @@ def draw(classifiers, segmenters, unseen, named: Tensor, found: Tensor, options)
         if others.any():
             axes.scatter(x[others], y[others], z[others], s=12, color="black", label="of another shape")
         answer = list(SHAPES)[named[i]]
-        axes.set_title(answer if answer == shape else f"{answer}, is {shape}", fontsize=11, y=0.97)
-        axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), zlim=(-0.75, 0.75), box_aspect=(1, 1, 1))
+        axes.set_title(answer if answer == shape else f"{answer}, is {shape}", fontsize=11)
+        axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), zlim=(-0.75, 0.75))
+        axes.set_box_aspect((1, 1, 1), zoom=1.35)
         axes.set_axis_off()
         axes.view_init(elev=18, azim=-60)
-        axes.legend(frameon=False, loc="lower center", ncols=3, fontsize=9, handletextpad=0.1, columnspacing=0.8)
+        axes.legend(
+            frameon=False,
+            loc="lower center",
+            bbox_to_anchor=(0.5, -0.08),
+            ncols=3,
+            fontsize=9,
+            handletextpad=0.1,
+            columnspacing=0.8,
+        )
     left, right = curves.subplots(1, 2)
     side_by_side.draw_losses(left, classifiers)
     left.set_title("training loss, shapes", fontsize=11)

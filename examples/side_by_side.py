@@ -128,10 +128,10 @@ def draw_losses(axes: plt.Axes, runs: dict[str, Run]) -> None:
         smooth = losses.unfold(0, window, 1).mean(1)
         steps = range(window // 2, window // 2 + len(smooth))
         axes.plot(steps, smooth.tolist(), **STYLES[name])
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_title("training loss", fontsize=11)
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
 

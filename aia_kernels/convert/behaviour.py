@@ -222,7 +222,8 @@ def _run(module: nn.Module, x: Tensor) -> dict[str, Tensor] | str:
     y = module(x * 1.0)  # not a leaf, so that a forward may write into it
     if not isinstance(y, Tensor):
         return f"a {type(y).__name__}"
-    y.backward(torch.linspace(-1.0, 1.5, y.numel(), dtype=y.dtype, device="cpu").view(y.shape).sin())
+    # A scalar, as torch imports its symbolic shapes, which takes seconds on a busy machine, for any other gradient.
+    (y * torch.linspace(-1.0, 1.5, y.numel(), dtype=y.dtype, device="cpu").view(y.shape).sin()).sum().backward()
     tensors = {"y": y.detach(), "gradient of x": x.grad}
     for name, p in module.named_parameters():
         tensors[f"gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
