@@ -67,7 +67,7 @@ def test(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, floa
 def main() -> None:
     options = side_by_side.arguments(__doc__.split("\n")[0], "segmentation.png")
     number = 24 if options.quick else 1024
-    steps = options.steps or (4 if options.quick else 300)
+    steps = options.steps or (4 if options.quick else 450)
     images, labels = (t.to(options.device) for t in make_scenes(number, test=False, seed=1))
     unseen, truth = (t.to(options.device) for t in make_scenes(16 if options.quick else 128, test=True, seed=2))
     batches = torch.randint(number, (steps, 16), generator=torch.Generator().manual_seed(options.seed))
@@ -77,9 +77,9 @@ def main() -> None:
         return model(images[batch], labels[batch]).mean()
 
     def make() -> nn.Module:
-        return EANet(CLASSES, make_backbone(), channels=96, width=128)
+        return EANet(CLASSES, make_backbone(), channels=96, width=96)
 
-    runs = side_by_side.train(make, loss_of, steps, 3e-3, options, nudged=True)
+    runs = side_by_side.train(make, loss_of, steps, 6e-3, options, nudged=True)
     side_by_side.report(runs, "external_attention", options.device)
     predictions = {}
     for name in side_by_side.BACKENDS:

@@ -166,7 +166,7 @@ def draw(classifiers, segmenters, unseen, named: Tensor, found: Tensor, options)
         answer = list(SHAPES)[named[i]]
         axes.set_title(answer if answer == shape else f"{answer}, is {shape}", fontsize=11)
         axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), zlim=(-0.75, 0.75))
-        axes.set_box_aspect((1, 1, 1), zoom=1.35)
+        axes.set_box_aspect((1, 1, 1), zoom=1.15)
         axes.set_axis_off()
         axes.view_init(elev=18, azim=-60)
         axes.legend(

@@ -118,19 +118,17 @@ def signed_kernel(
     program = tl.program_id(0) // BLOCKS
     total = tl.zeros([BF], ACC)
     blocks = tl.cdiv(n, BT)
-    f = first_f + tl.arange(0, BF)
+    f = (first_f + tl.arange(0, BF)).to(tl.int64 if WIDE else tl.int32)
     for task in range(program, batch * blocks, tl.num_programs(0) // BLOCKS):
         b, first_t = (task // blocks).to(tl.int64), task % blocks * BT
         shown = load_signs(signs_ptr, b, n, first_t, first_f, BT, BF, F, BY_FEATURE, WIDE)
-        t = first_t + tl.arange(0, BT)
+        t = (first_t + tl.arange(0, BT)).to(tl.int64 if WIDE else tl.int32)
         mask = (t < n)[:, None] & (f < F)[None, :]
-        if WIDE:
-            t, f = t.to(tl.int64), f.to(tl.int64)
         at = b * stride_b + t[:, None] * stride_n + f[None, :] * stride_f
         g = tl.where(shown, tl.load(grad_y_ptr + at, mask=mask, other=0), 0)
         tl.store(grad_ptr + at, g, mask=mask)
         total += tl.sum(g.to(ACC), 0)
-    tl.store(partial_ptr + program * F + first_f + tl.arange(0, BF), total, mask=first_f + tl.arange(0, BF) < F)
+    tl.store(partial_ptr + program * F + f, total, mask=f < F)
 
 
 def signed(grad_y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
