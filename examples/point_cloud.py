@@ -162,7 +162,7 @@ def draw(classifiers, segmenters, unseen, named: Tensor, found: Tensor, options)
             axes.scatter(x[own], y[own], z[own], s=12, color=palette(j), label=part, depthshade=False)
         others = ((found[i] < first) | (found[i] >= first + len(SHAPES[shape]))).cpu().numpy()
         if others.any():
-            axes.scatter(x[others], y[others], z[others], s=12, color="black", label="of another shape")
+            axes.scatter(x[others], y[others], z[others], s=12, color="black", label="other", depthshade=False)
         answer = list(SHAPES)[named[i]]
         axes.set_title(answer if answer == shape else f"{answer}, is {shape}", fontsize=11)
         axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), zlim=(-0.75, 0.75))

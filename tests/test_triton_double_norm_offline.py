@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +76,19 @@ def kernels(case: Case) -> set[str]:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    """One row for each kernel, case and GPU, from a process in which Triton compiles instead of interpreting."""
+    """One row for each kernel, case and GPU, from processes in which Triton compiles instead of interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    processes, names = os.cpu_count() or 1, list(CASES)
+
+    def compile_cases(first: int) -> list[dict]:
+        command = [sys.executable, __file__, *names[first::processes]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(processes) as pool:
+        return [row for rows in pool.map(compile_cases, range(min(processes, len(names)))) for row in rows]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,8 +117,8 @@ def test_wide_accesses(compiled, name):
             assert row["wide_stores"] >= row["stores_of_x"], row
 
 
-def main() -> None:
-    """Print a row of JSON for each kernel: runs in its own process."""
+def main(names: list[str]) -> None:
+    """Print a row of JSON for each kernel of the named cases: runs in its own process."""
     import offline
     import torch
 
@@ -190,7 +198,8 @@ def main() -> None:
             **numbers,
         }
 
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
         with offline.recorded(tiles) as launches:
             call(case)
@@ -200,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
