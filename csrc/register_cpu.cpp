@@ -8,17 +8,24 @@
 #include <tuple>
 #include <vector>
 
+#include "common/moments.h"
+
 namespace {
 
-using aia::cpu::check_same;
-using aia::cpu::Gate;
-using aia::cpu::Index;
+using aia::accumulate_type;
+using aia::check_context;
+using aia::check_parameters;
+using aia::check_same;
+using aia::dims_of;
+using aia::Gate;
+using aia::index_type;
+using aia::Moments;
+using aia::PackedDims;
+using aia::Unpooled;
 using aia::cpu::output_like;
-using aia::cpu::PackedDims;
 using aia::cpu::parallel;
 using aia::cpu::pick_level;
-using aia::cpu::scalar_of;
-using aia::cpu::Unpooled;
+using aia::cpu::slabs;
 using aia::cpu::Volume;
 using aia::cpu::volume_of;
 using aia::cpu::with_large_pages;
@@ -75,53 +82,36 @@ const GateLevel<A>& gate_passes() {
   return level;
 }
 
-// The type of the packed maps of x.
-ScalarType map_type(const Tensor& x) { return aia::cpu::accumulate_type(x); }
-
 void check_map(const Tensor& map, const Volume& v, int64_t context, std::vector<int64_t> lead, const Tensor& x,
                const char* name) {
   lead.push_back(v.packed(static_cast<int>(context)));
   bool fits = map.dim() == static_cast<int64_t>(lead.size()) && map.is_contiguous();
   for (size_t i = 0; fits && i < lead.size(); ++i) fits = map.size(static_cast<int64_t>(i)) == lead[i];
   STD_TORCH_CHECK(fits, name, " must be a contiguous packed map of its context");
-  STD_TORCH_CHECK(map.scalar_type() == map_type(x), name, " must have the accumulation type of x");
-}
-
-void check_context(int64_t context) {
-  STD_TORCH_CHECK(context == aia::cpu::kChannel || context == aia::cpu::kSpacetime, "context must be 1 or 3, got ",
-                  context);
+  STD_TORCH_CHECK(map.scalar_type() == accumulate_type(x), name, " must have the accumulation type of x");
 }
 
 Gate gate_of(const std::optional<Tensor>& maps, int64_t context, const Volume& v, const Tensor& x) {
-  if (!maps || context == aia::cpu::kNone) return Gate{nullptr, aia::cpu::kNone};
-  check_context(context);
+  if (!maps || context == aia::kNone) return Gate{nullptr, aia::kNone};
+  check_context(context, "gate_context");
   check_map(*maps, v, context, {v.B}, x, "gate");
   return Gate{maps->const_data_ptr(), static_cast<int>(context)};
 }
 
-Index index_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte: return Index::kUInt8;
-    case ScalarType::Short: return Index::kInt16;
-    case ScalarType::Int: return Index::kInt32;
-    default: STD_TORCH_CHECK(false, "argmax must be uint8, int16 or int32");
-  }
+ScalarType index_type_of(const Volume& v, int64_t context) {
+  return index_type(context == aia::kChannel ? v.C : std::max({v.T, v.H, v.W}));
 }
 
 Unpooled unpooled_of(const std::optional<Tensor>& grad, const std::optional<Tensor>& argmax, int64_t context,
                      const Volume& v, const Tensor& x) {
-  if (!grad || !argmax || context == aia::cpu::kNone) return Unpooled{nullptr, nullptr, Index::kUInt8, aia::cpu::kNone};
-  check_context(context);
+  if (!grad || !argmax || context == aia::kNone) return Unpooled{nullptr, nullptr, 1, aia::kNone};
+  check_context(context, "context");
   check_map(*grad, v, context, {v.B, 2}, x, "grad_pooled");
-  STD_TORCH_CHECK(argmax->is_contiguous() && argmax->numel() == v.B * v.packed(static_cast<int>(context)),
-                  "argmax must be a contiguous packed map of its context");
-  return Unpooled{grad->const_data_ptr(), argmax->const_data_ptr(), index_of(argmax->scalar_type()),
+  STD_TORCH_CHECK(argmax->is_contiguous() && argmax->numel() == v.B * v.packed(static_cast<int>(context)) &&
+                      argmax->scalar_type() == index_type_of(v, context),
+                  "argmax must be a contiguous packed map of its context, of the type that pool gives it");
+  return Unpooled{grad->const_data_ptr(), argmax->const_data_ptr(), static_cast<int>(argmax->element_size()),
                   static_cast<int>(context)};
-}
-
-ScalarType index_type(const Volume& v, int64_t context) {
-  const int64_t longest = context == aia::cpu::kChannel ? v.C : std::max(v.T, std::max(v.H, v.W));
-  return longest <= 256 ? ScalarType::Byte : longest <= 32768 ? ScalarType::Short : ScalarType::Int;
 }
 
 // A packed map [B, M] or [B, 2, M] of a context of x.
@@ -132,15 +122,15 @@ Tensor new_map(const Tensor& x, std::vector<int64_t> lead, const Volume& v, int6
 
 std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
   const Volume v = volume_of(x);
-  check_context(context);
+  check_context(context, "context");
   const Gate inner = gate_of(gate, gate_context, v, x);
-  Tensor pooled = new_map(x, {v.B, 2}, v, context, map_type(x));
-  Tensor argmax = new_map(x, {v.B}, v, context, index_type(v, context));
-  const Index index = index_of(argmax.scalar_type());
+  Tensor pooled = new_map(x, {v.B, 2}, v, context, accumulate_type(x));
+  Tensor argmax = new_map(x, {v.B}, v, context, index_type_of(v, context));
+  const auto index_bytes = static_cast<int>(argmax.element_size());
   const void* data = x.const_data_ptr();
   void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(context), inner.context), [&](int64_t begin, int64_t end) {
-    passes().pool(v, data, inner, static_cast<int>(context), out, arg, index, begin, end);
+    passes().pool(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
   });
   return {pooled, argmax};
 }
@@ -149,7 +139,7 @@ Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_poole
               int64_t context, std::optional<Tensor> inner_gate, int64_t inner_gate_context,
               std::optional<Tensor> inner_grad_pooled, std::optional<Tensor> inner_argmax, int64_t inner_context) {
   const Volume v = volume_of(grad_y);
-  check_context(context);
+  check_context(context, "context");
   const Gate outer_gate = gate_of(gate, context, v, grad_y);
   const Unpooled outer = unpooled_of(grad_pooled, argmax, context, v, grad_y);
   const Gate inside = gate_of(inner_gate, inner_gate_context, v, grad_y);
@@ -167,10 +157,10 @@ Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_poole
 Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& argmax, int64_t context,
                      int64_t gate_context) {
   const Volume v = volume_of(x);
-  check_context(context);
-  check_context(gate_context);
+  check_context(context, "context");
+  check_context(gate_context, "gate_context");
   const Unpooled from = unpooled_of(grad_pooled, argmax, context, v, x);
-  Tensor grad_gate = new_map(x, {v.B}, v, gate_context, map_type(x));
+  Tensor grad_gate = new_map(x, {v.B}, v, gate_context, accumulate_type(x));
   const void* data = x.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
@@ -181,7 +171,7 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
 
 Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
   const Volume v = volume_of(x);
-  check_context(context);
+  check_context(context, "context");
   const Gate outer = gate_of(gate, context, v, x);
   Tensor y = output_like(x);
   const void* data = x.const_data_ptr();
@@ -193,9 +183,9 @@ Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
 
 Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context) {
   const Volume v = volume_of(x);
-  check_context(context);
+  check_context(context, "context");
   check_same(grad_y, x, "grad_y and x");
-  Tensor grad_gate = new_map(x, {v.B}, v, context, map_type(x));
+  Tensor grad_gate = new_map(x, {v.B}, v, context, accumulate_type(x));
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)),
@@ -205,31 +195,10 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   return grad_gate;
 }
 
-PackedDims dims_of(const std::vector<int64_t>& dims, const Tensor& map) {
-  const size_t n = dims.size() / 3;
-  STD_TORCH_CHECK((n == 1 || n == 3) && dims.size() == 3 * n, "dims must hold three lengths for each of 1 or 3 maps");
-  PackedDims d{map.size(0), static_cast<int>(n), {}};
-  for (size_t i = 0; i < dims.size(); ++i) d.dims[i / 3][i % 3] = dims[i];
-  STD_TORCH_CHECK(map.is_contiguous() && map.size(map.dim() - 1) == d.packed() && map.numel() > 0,
-                  "a packed map must be contiguous and as long as dims say");
-  return d;
-}
-
-void check_parameters(const Tensor& parameters, const Tensor& map, int64_t n, int64_t per_map, const char* name) {
-  STD_TORCH_CHECK(
-      parameters.is_contiguous() && parameters.numel() == n * per_map && parameters.scalar_type() == map.scalar_type(),
-      name, " must be contiguous, of the type of the maps, with ", per_map, " values for each map");
-}
-
 // Calls body with a value of the type of the maps.
 template <class Body>
 void with_map_type(const Tensor& map, Body&& body) {
-  if (map.scalar_type() == ScalarType::Double)
-    body(double{});
-  else if (map.scalar_type() == ScalarType::Float)
-    body(float{});
-  else
-    STD_TORCH_CHECK(false, "packed maps must be float32 or float64");
+  return map.scalar_type() == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 template <class A>
@@ -250,56 +219,52 @@ void for_partials(const PackedDims& d, const std::vector<double>& partial, int p
 }
 
 std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight, std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, pooled);
+  const PackedDims d = dims_of(dims, pooled, "pooled");
   STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
   check_parameters(weight, pooled, d.n, 54, "weight");
   Tensor z = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
   Tensor moments = torch::stable::new_empty(pooled, {d.n, 2});
-  std::vector<double> partial(d.slabs() * aia::cpu::kMomentPartials);
+  std::vector<double> partial(slabs(d) * aia::cpu::kMomentPartials);
   with_map_type(pooled, [&](auto type) {
     using A = decltype(type);
     const A *in = data<A>(pooled), *w = data<A>(weight);
     A* out = mutable_data<A>(z);
-    parallel(d.slabs(),
+    parallel(slabs(d),
              [&](int64_t begin, int64_t end) { gate_passes<A>().conv(d, in, w, out, partial.data(), begin, end); });
-    double count[3] = {}, mean[3] = {}, squares[3] = {};
-    for_partials(d, partial, aia::cpu::kMomentPartials, [&](int map, const double* p) {  // Chan's update
-      const double total = count[map] + p[0], delta = p[1] - mean[map];
-      mean[map] += delta * p[0] / total;
-      squares[map] += p[2] + delta * delta * count[map] * p[0] / total;
-      count[map] = total;
-    });
+    Moments total[3] = {Moments::none(), Moments::none(), Moments::none()};
+    for_partials(d, partial, aia::cpu::kMomentPartials,
+                 [&](int map, const double* p) { total[map].merge({p[0], p[1], p[2]}); });
     for (int map = 0; map < d.n; ++map) {
-      mutable_data<A>(moments)[map * 2] = static_cast<A>(mean[map]);
-      mutable_data<A>(moments)[map * 2 + 1] = static_cast<A>(squares[map] / count[map]);
+      mutable_data<A>(moments)[map * 2] = static_cast<A>(total[map].mean);
+      mutable_data<A>(moments)[map * 2 + 1] = static_cast<A>(total[map].squares / total[map].count);
     }
   });
   return {z, moments};
 }
 
 Tensor gate_activate(const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, z);
+  const PackedDims d = dims_of(dims, z, "z");
   check_parameters(norm, z, d.n, 4, "norm");
   Tensor gate = output_like(z);
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
     const A *in = data<A>(z), *bn = data<A>(norm);
     A* out = mutable_data<A>(gate);
-    parallel(d.slabs(), [&](int64_t begin, int64_t end) { gate_passes<A>().activate(d, in, bn, out, begin, end); });
+    parallel(slabs(d), [&](int64_t begin, int64_t end) { gate_passes<A>().activate(d, in, bn, out, begin, end); });
   });
   return gate;
 }
 
 Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, z);
+  const PackedDims d = dims_of(dims, z, "z");
   check_same(grad_gate, z, "grad_gate and z");
   check_parameters(norm, z, d.n, 4, "norm");
   Tensor sums = torch::stable::new_empty(z, {d.n, 2});
-  std::vector<double> partial(d.slabs() * aia::cpu::kNormPartials);
+  std::vector<double> partial(slabs(d) * aia::cpu::kNormPartials);
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
     const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm);
-    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
+    parallel(slabs(d), [&](int64_t begin, int64_t end) {
       gate_passes<A>().backward_reduce(d, grad, in, bn, partial.data(), begin, end);
     });
     double total[3][2] = {};
@@ -313,7 +278,7 @@ Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tens
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z, const Tensor& norm,
                                          const Tensor& correction, const Tensor& pooled, const Tensor& weight,
                                          std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, z);
+  const PackedDims d = dims_of(dims, z, "z");
   check_same(grad_gate, z, "grad_gate and z");
   check_parameters(norm, z, d.n, 4, "norm");
   check_parameters(correction, z, d.n, 2, "correction");
@@ -322,13 +287,13 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& 
                   "pooled must be [B, 2, M], of the type of z");
   Tensor grad_pooled = output_like(pooled);
   Tensor grad_weight = torch::stable::empty_like(weight);
-  std::vector<double> partial(d.slabs() * aia::cpu::kWeightPartials);
+  std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
     const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *mean = data<A>(correction);
     const A *features = data<A>(pooled), *w = data<A>(weight);
     A* out = mutable_data<A>(grad_pooled);
-    parallel(d.slabs(), [&](int64_t begin, int64_t end) {
+    parallel(slabs(d), [&](int64_t begin, int64_t end) {
       gate_passes<A>().backward(d, grad, in, bn, mean, features, w, out, partial.data(), begin, end);
     });
     std::vector<double> total(d.n * 54);

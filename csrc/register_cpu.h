@@ -1,5 +1,5 @@
 // What the files that register CPU operators share: the choice of the instruction level, the split over threads, and
-// common checks and allocations.
+// allocations.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,6 +15,7 @@
 #endif
 
 #include "cpu/passes.h"
+#include "register_common.h"
 
 namespace aia::cpu {
 
@@ -40,23 +41,6 @@ void parallel(int64_t units, const Body& body) {
   torch::stable::parallel_for(0, units, 1, body);
 }
 
-inline Scalar scalar_of(const torch::stable::Tensor& x, const char* name = "x") {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Scalar::kFloat32;
-    case ScalarType::Double: return Scalar::kFloat64;
-    case ScalarType::BFloat16: return Scalar::kBFloat16;
-    case ScalarType::Half: return Scalar::kFloat16;
-    default: STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
-  }
-}
-
-// The accumulation type of x.
-inline torch::headeronly::ScalarType accumulate_type(const torch::stable::Tensor& x) {
-  using torch::headeronly::ScalarType;
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // x [B, T, C, H, W] as the passes see it; refused if it is empty or not stored densely.
 inline Volume volume_of(const torch::stable::Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 5, "x must be [B, T, C, H, W], got ", x.dim(), " axes");
@@ -70,13 +54,6 @@ inline Volume volume_of(const torch::stable::Tensor& x) {
   if (v.H * v.W == 1 && v.stride_c == 1) v.stride_p = v.C;
   STD_TORCH_CHECK(lines && (v.stride_c == 1 || v.stride_p == 1), "x must be stored densely in an order of maps.ORDERS");
   return v;
-}
-
-inline void check_same(const torch::stable::Tensor& a, const torch::stable::Tensor& b, const char* names) {
-  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type();
-  for (int64_t i = 0; same && i < a.dim(); ++i)
-    same = a.size(i) == b.size(i) && (a.size(i) == 1 || a.stride(i) == b.stride(i));
-  STD_TORCH_CHECK(same, names, " must agree in shape, strides and dtype");
 }
 
 // Large blocks go back to the system when they are freed, so each new one is paid for page by page, several times what

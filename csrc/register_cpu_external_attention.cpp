@@ -12,13 +12,13 @@
 
 namespace {
 
-using aia::cpu::accumulate_type;
-using aia::cpu::check_same;
+using aia::accumulate_type;
+using aia::check_same;
+using aia::scalar_of;
 using aia::cpu::output_like;
 using aia::cpu::parallel;
 using aia::cpu::pick_level;
 using aia::cpu::Rows;
-using aia::cpu::scalar_of;
 using aia::cpu::Split;
 using aia::cpu::token_units;
 using aia::cpu::Tokens;

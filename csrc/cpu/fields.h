@@ -53,7 +53,7 @@ void unpool_tile(const Volume& x, const Tile& at, const Unpooled& from, Vec<A>* 
   const A* grad_mean = grad_max + packed;
   const int64_t W = x.W, C = x.C, rows = at.rows;
   const auto put = [&](int64_t i, Vec<A> u) { tile[i] = kAdd ? tile[i] + u : u; };
-  with_index(from.index, [&](auto index) {
+  with_index(from.index_bytes, [&](auto index) {
     using I = decltype(index);
     const I* argmax = static_cast<const I*>(from.argmax) + at.b * packed;
     if (from.context == kChannel) {

@@ -6,10 +6,9 @@
 // then z[c] = S_0[c - 1] + S_1[c] + S_2[c + 1]. So every load is shared by three products, none is shifted, and rows
 // outside the map are skipped instead of padded. Two features and 27 neighbours make 54 multiply-adds per element. The
 // transpose with respect to the features is the same correlation with the taps mirrored.
-#include <cmath>
-#include <limits>
 #include <vector>
 
+#include "exponential.h"
 #include "tile.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
@@ -105,36 +104,6 @@ inline int64_t longest_row(const PackedDims& maps) {
   int64_t longest = 0;
   for (int i = 0; i < maps.n; ++i) longest = std::max(longest, maps.dims[i][2]);
   return longest;
-}
-
-template <class A>
-Vec<A> exponential(Vec<A> v);
-
-// exp by 2^n * p(r), |r| <= ln2 / 2: a Taylor polynomial of degree 7 errs by less than 2^-27 there. Above 88, where the
-// scale would soon overflow, it is infinity: a sigmoid is 0 from there on.
-template <>
-AIA_INLINE Vec<float> exponential<float>(Vec<float> argument) {
-  Vec<float> v = argument > 88.0f ? splat(88.0f) : argument;
-  v = v < -87.0f ? splat(-87.0f) : v;
-  const Vec<float> shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const Vec<float> n = shifted - 12582912.0f;
-  const Vec<float> r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const IVec<float> exponent = (detail::bit_cast<IVec<float>>(shifted) - 0x4b400000 + 127) << 23;
-  const Vec<float> result = p * detail::bit_cast<Vec<float>>(exponent);
-  return argument > 88.0f ? splat(std::numeric_limits<float>::infinity()) : result;
-}
-template <>
-AIA_INLINE Vec<double> exponential<double>(Vec<double> v) {
-  for (int i = 0; i < kLanes; ++i) v[i] = std::exp(v[i]);
-  return v;
 }
 
 template <class A>

@@ -6,11 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace aia::cpu {
+#include "../common/packed.h"
 
-enum Context : int { kNone = 0, kChannel = 1, kSpacetime = 3 };
-enum class Scalar : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class Index : int { kUInt8, kInt16, kInt32 };
+namespace aia::cpu {
 
 // x [B, T, C, H, W], stored so that the positions (h, w) of a plane are evenly spaced. Strides in elements.
 struct Volume {
@@ -28,40 +26,12 @@ struct Volume {
   }
 };
 
-// A packed gate [B, M], or none.
-struct Gate {
-  const void* maps;
-  int context;
-};
-
-// Packed gradients of pooled features [B, 2, M] (maximum, mean) with the index of the maximum [B, M], or none.
-struct Unpooled {
-  const void* grad;
-  const void* argmax;
-  Index index;
-  int context;
-};
-
-// Up to three maps [D0, D1, D2] packed in each clip, as the gate passes see them.
-struct PackedDims {
-  int64_t B;
-  int n;
-  int64_t dims[3][3];
-
-  int64_t numel(int map) const { return dims[map][0] * dims[map][1] * dims[map][2]; }
-  int64_t offset(int map) const {
-    int64_t sum = 0;
-    for (int i = 0; i < map; ++i) sum += numel(i);
-    return sum;
-  }
-  int64_t packed() const { return offset(n); }
-  // Units of the passes that walk a map slab by slab: one slab of the outermost axis of one map of one clip.
-  int64_t slabs() const {
-    int64_t sum = 0;
-    for (int i = 0; i < n; ++i) sum += B * dims[i][0];
-    return sum;
-  }
-};
+// Units of the passes that walk a map slab by slab: one slab of the outermost axis of one map of one clip.
+inline int64_t slabs(const PackedDims& maps) {
+  int64_t sum = 0;
+  for (int i = 0; i < maps.n; ++i) sum += maps.B * maps.dims[i][0];
+  return sum;
+}
 
 constexpr int kLanes = 16;
 // Positions of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction keeps three times as much
@@ -103,7 +73,8 @@ inline int64_t elementwise_units(const Volume& x, int highest) {
 
 #define AIA_DECLARE_CPU_PASSES(level)                                                                               \
   namespace level {                                                                                                 \
-  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, Index, int64_t, int64_t);  \
+  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, int index_bytes, int64_t,  \
+            int64_t);                                                                                               \
   void unpool(const Volume&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,     \
               int64_t, int64_t);                                                                                    \
   void unpool_reduce(const Volume&, const void* x, Unpooled, int gate_context, void* grad_gate, int64_t, int64_t);  \

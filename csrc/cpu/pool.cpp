@@ -8,11 +8,11 @@ namespace {
 
 template <class T>
 void pool_as(const Volume& x, const T* data, const Gate& gate, int context, Accumulate<T>* pooled, void* argmax,
-             Index index, int64_t begin, int64_t end) {
+             int index_bytes, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const int64_t packed = x.packed(context);
-  with_index(index, [&](auto index_value) {
-    using I = decltype(index_value);
+  with_index(index_bytes, [&](auto index) {
+    using I = decltype(index);
     const auto emit = [&](const Tile& at, int64_t offset, const SumAndMax<A>& total, int64_t length, int lanes) {
       A* maximum = pooled + at.b * 2 * packed + offset;
       store(maximum, total.max, lanes);
@@ -47,7 +47,7 @@ void unpool_as(const Volume& x, const T* grad_y, const Gate& gate, const Unpoole
                const Unpooled& inner, T* grad_x, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   if (lanes_along_positions(x, std::max({outer.context, inner_gate.context, inner.context}))) {
-    with_index(outer.index, [&](auto index) {
+    with_index(outer.index_bytes, [&](auto index) {
       using Field = ChannelUnpooled<A, decltype(index)>;  // both contexts pool over C: one index type serves them
       for (int64_t unit = begin; unit < end; ++unit) {
         for_channels_of_unit(x, unit, [&](const Tile& at, int64_t c, int64_t row) {
@@ -88,7 +88,7 @@ void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int 
                       int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   if (gate_context == kChannel && lanes_along_positions(x, from.context)) {
-    with_index(from.index, [&](auto index) {
+    with_index(from.index_bytes, [&](auto index) {
       reduce_channel_rows<A, Sum<A>>(
           x, begin, end,
           [&](const Tile& at) {
@@ -114,12 +114,12 @@ void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int 
 
 }  // namespace
 
-void pool(const Volume& x, const void* data, Gate gate, int context, void* pooled, void* argmax, Index index,
+void pool(const Volume& x, const void* data, Gate gate, int context, void* pooled, void* argmax, int index_bytes,
           int64_t begin, int64_t end) {
   with_scalar(x.scalar, [&](auto scalar) {
     using T = decltype(scalar);
-    pool_as(x, static_cast<const T*>(data), gate, context, static_cast<Accumulate<T>*>(pooled), argmax, index, begin,
-            end);
+    pool_as(x, static_cast<const T*>(data), gate, context, static_cast<Accumulate<T>*>(pooled), argmax, index_bytes,
+            begin, end);
   });
 }
 

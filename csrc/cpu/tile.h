@@ -126,11 +126,11 @@ void with_scalar(Scalar scalar, Body&& body) {
   }
 }
 template <class Body>
-void with_index(Index index, Body&& body) {
-  switch (index) {
-    case Index::kUInt8: return body(uint8_t{});
-    case Index::kInt16: return body(int16_t{});
-    case Index::kInt32: return body(int32_t{});
+void with_index(int bytes, Body&& body) {
+  switch (bytes) {
+    case 1: return body(uint8_t{});
+    case 2: return body(int16_t{});
+    case 4: return body(int32_t{});
   }
 }
 
