@@ -4,12 +4,13 @@
     y = CinST(num_segments=8)(x)           # x [B * 8, C, H, W]
 
 Attention in Attention (arXiv 2204.09303): C, ST, CinST, STinC, STinC2. External attention (arXiv 2105.02358):
-ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention. As functions: aia_kernels.functional.
+ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention. As functions: aia_kernels.functional. In the papers'
+networks: aia_kernels.models.
 ``convert(model)`` makes the published layers of a model the fused ones, ``to_reference(model)`` plain PyTorch.
 ``python -m aia_kernels`` tells what can run.
 """
 
-from . import functional
+from . import functional, models
 from .attention_in_attention import AttentionInAttentionFunction
 from .backends import available_backends, set_backend, use_backend
 from .convert import convert, to_reference
@@ -46,6 +47,7 @@ __all__ = [
     "convert",
     "decompositions",
     "functional",
+    "models",
     "set_backend",
     "to_reference",
     "use_backend",

@@ -319,8 +319,9 @@ def test_imports():
     code = """
 import sys
 import aia_kernels
-assert not [m for m in sys.modules if m.startswith("aia_kernels.models")]
-import aia_kernels.models as models
+models = aia_kernels.models
+assert not [m for m in sys.modules if m.startswith("aia_kernels.models.")]
+assert models.eanet.EANet is models.EANet
 assert "aia_kernels.models.resnet" not in sys.modules
 models.VideoNet(models.AIAResNet((1,), width=8), 2)
 assert "VideoNet" in dir(models) and not {"torchvision", "matplotlib", "triton"} & set(sys.modules)

@@ -33,6 +33,18 @@ def test_import_does_not_import_triton():
     assert heavy.split() == []
 
 
+def test_import_takes_little_beside_that_of_torch():
+    """The networks too are within reach, each imported when it is used. Seconds of this process, whatever else runs."""
+    code = """
+import time, torch
+begin = time.process_time()
+import aia_kernels
+print(time.process_time() - begin)
+aia_kernels.models.aia_resnet50, aia_kernels.functional.CinST, aia_kernels.modules.CinST, aia_kernels.reference.UNITS
+"""
+    assert float(run(code)) < 0.3
+
+
 def test_without_triton():
     reasons = "reasons = aia_kernels.available_backends(); assert 'not installed' in reasons['triton'], reasons"
     run(f"{BLOCK_TRITON}import torch, aia_kernels\n{STEP}\n{reasons}", TRITON_INTERPRET="1")
