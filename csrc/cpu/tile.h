@@ -89,13 +89,18 @@ void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
         for (int c = 0; c < lanes; ++c) target[c * stride_c + i] = part[c];
       }
     } else {
+      // Whole planes lie in one piece: written there in order the lines are foreseen, by sixteen turns they are not.
+      T packed[kLanes * kTilePositions];
+      const bool whole = n == stride_c && n <= kTilePositions;
+      T* rows = whole ? packed : target;
       for (int64_t i = 0; i < n; i += kLanes) {
         const int64_t first = std::min(i, n - kLanes);
         Vec<A> block[kLanes];
         for (int p = 0; p < kLanes; ++p) block[p] = tile[first + p];
         transpose(block);
-        for (int c = 0; c < lanes; ++c) store(target + c * stride_c + first, block[c]);
+        for (int c = 0; c < lanes; ++c) store(rows + c * stride_c + first, block[c]);
       }
+      if (whole) __builtin_memcpy(target, packed, lanes * n * sizeof(T));
     }
   });
 }
