@@ -265,10 +265,11 @@ def test_other_parameter_groups():
     assert [groups[name]["lr_mult"] for name in ("ef_weight", "lr5_weight", "lr10_bias")] == [2, 5, 10]
 
 
-def test_checkpoint_of_data_parallel(tmp_path):
+@pytest.mark.parametrize("held_as", ["state_dict", "model", "net"])
+def test_checkpoint_of_data_parallel(tmp_path, held_as):
     trained, network = (randomise(VideoNet(small("STinC", "tsm"), 4), seed) for seed in (1, 2))
     path, parameters = tmp_path / "checkpoint.pth.tar", list(network.parameters())
-    torch.save({"epoch": 3, "arch": "resnet50", "state_dict": nn.DataParallel(trained).state_dict()}, path)
+    torch.save({"epoch": 3, "arch": "resnet50", held_as: nn.DataParallel(trained).state_dict()}, path)
     for target in (network, nn.DataParallel(randomise(network))):
         load_checkpoint(target, path)
         assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
@@ -292,7 +293,7 @@ def test_checkpoint_that_does_not_fit():
         caught.match(word)
     assert caught.value.extra == ["base_model.layer9.weight"] and caught.value.misshaped == ["new_fc.weight"]
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    with pytest.raises(TypeError, match="holds no state dict"):
+    with pytest.raises(TypeError, match="holds no state dict; expected one, or one under 'state_dict', 'model', 'net'"):
         load_checkpoint(network, {"epoch": 3})
 
 

@@ -12,6 +12,8 @@ Source = str | PathLike | Mapping[str, object]
 
 #: What wrappers (DataParallel and DistributedDataParallel, torch.compile) put before the keys of what they wrap.
 PREFIXES = ("module.", "_orig_mod.")
+#: Under which names published checkpoints hold the state dict beside other things; EANet's, "net".
+KEYS = ("state_dict", "model", "net")
 
 
 class CheckpointError(RuntimeError):
@@ -31,9 +33,9 @@ def load_checkpoint(model: nn.Module, source: Source) -> None:
     """Load a checkpoint of the same network: every key of the model must be in it, and no other.
 
     source: the path of a file that torch.save wrote, or what was saved: a state dict, or a dictionary that holds one as
-    "state_dict" or "model". Wrappers do not matter: "module." and "_orig_mod." are taken off the keys, and a wrapped
-    model is loaded inside. Parameters and buffers keep their identity, type and device. Keys that are missing, extra or
-    mis-shaped are a CheckpointError that lists them.
+    "state_dict", "model" or "net". Wrappers do not matter: "module." and "_orig_mod." are taken off the keys, and a
+    wrapped model is loaded inside. Parameters and buffers keep their identity, type and device. Keys that are missing,
+    extra or mis-shaped are a CheckpointError that lists them.
     """
     _fill(_unwrapped(model), read_state(source), optional=lambda key: False)
 
@@ -59,12 +61,12 @@ def load_imagenet(model: nn.Module, source: Source) -> list[str]:
 def read_state(source: Source) -> dict[str, Tensor]:
     """The state dict of a source, as load_checkpoint takes it, on the CPU and without the prefixes of wrappers."""
     found = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
-    for name in ("state_dict", "model"):
+    for name in KEYS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         where = "the dictionary" if isinstance(source, Mapping) else source
-        raise TypeError(f"source: {where} holds no state dict; expected one, or one under 'state_dict' or 'model'")
+        raise TypeError(f"source: {where} holds no state dict; expected one, or one under {', '.join(map(repr, KEYS))}")
     state = dict(found)
     while state and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
