@@ -1,7 +1,6 @@
 """Build of aia_kernels: one shared library, aia_kernels/_C.so, made from csrc/ by ninja.
 
-C++ is built wherever torch and a compiler are found, CUDA C++ wherever nvcc is found, also beside a CPU torch. Either
-may be missing: the package then installs without it, and this file says aloud what it built and what it did not.
+C++ is built where torch and a compiler are found, CUDA C++ where nvcc is; without them it installs and says so aloud.
 
 Environment: CXX, CUDA_HOME, MAX_JOBS; TORCH_CUDA_ARCH_LIST (default "8.0;9.0;10.0+PTX"); FORCE_CUDA (1: no CUDA is an
 error; 0: leave CUDA out).
@@ -71,8 +70,7 @@ def gencode_flags():
 def run_ninja(torch, nvcc, without_cuda):
     """Write build.ninja, and the one generated source by which the library says what it lacks; then build."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    reason = f'"{without_cuda}"' if without_cuda else "nullptr"
-    info = BUILD / "build_info.cpp"
+    info, reason = BUILD / "build_info.cpp", f'"{without_cuda}"' if without_cuda else "nullptr"
     text = f'extern "C" [[gnu::visibility("default")]] const char* aia_kernels_without_cuda() {{ return {reason}; }}\n'
     if not info.exists() or info.read_text() != text:
         info.write_text(text)
@@ -131,6 +129,9 @@ class BuildLibrary(build_ext):
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", os.sep) + ".so"
+
+    def copy_file(self, infile, outfile, *_, **__):  # whole or not at all: half a library, loaded, ends the program
+        os.replace(shutil.copy2(infile, f"{outfile}.part"), outfile)
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))

@@ -85,6 +85,18 @@ def test_without_a_compiler_it_installs_and_says_what_to_do(build, compiler, sen
     assert not build.library.exists(), "a library of older sources must not stay"
 
 
+def test_a_process_killed_while_it_installs_leaves_the_library_of_before(build):
+    """Half a library is worse than none: the dynamic linker ends the program that loads it."""
+    build()
+    build.library.write_text("before")
+    build.script("killed/sitecustomize.py", "import os, signal\nos.utime = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n")
+    build(expect=-9, PYTHONPATH=str(build.folder.parent / "killed"))
+    assert build.library.read_text() == "before"
+    build()
+    assert build.library.read_text() == ""
+    assert not list(build.library.parent.glob("*.part"))
+
+
 def test_a_cuda_compiler_that_fails_costs_only_the_cuda_part(build):
     build.script("cuda/bin/nvcc", "#!/bin/sh\nexit 1\n")
     output = build(CUDA_HOME=str(build.folder.parent / "cuda"), FORCE_CUDA="")
