@@ -1,0 +1,240 @@
+"""convert: what looks like a published layer and computes something else is left alone, and the report says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch.nn.functional as F
+from convert_cases import TokenPerformer, assert_same_objects, tensors
+from torch import nn
+
+import aia_kernels
+from benchmarks.published import attention_in_attention as units
+from benchmarks.published import external_attention as external
+
+
+class GuideAsOutput(units.CinST):
+    """As a relative of the published unit does: the gates alone, without x."""
+
+    def flow(self, x):
+        return super().flow(x) / x
+
+
+class AddedGuide(units.CinST):
+    """As another does: x + g_C(x) guides, not x * g_C(x)."""
+
+    def flow(self, x):
+        c = self.gate("C", units.pool(x, 2).permute(0, 2, 1, 3, 4)).permute(0, 2, 1, 3, 4)
+        t, h, w = self.spacetime(lambda: x + c)
+        return x * (t + h + w) / 3
+
+
+class OtherWeights(units.ST):
+    def flow(self, x):
+        t, h, w = self.spacetime(lambda: x)
+        return x * (t / 2 + h / 4 + w / 4)
+
+
+class StoppedGradient(units.C):
+    def flow(self, x):
+        return super().flow(x.detach()) + x - x.detach()
+
+
+class OwnTrain(units.C):
+    def train(self, mode=True):
+        super().train(mode)
+        self.C_bn.eval()
+        return self
+
+
+class OwnKeys(units.C):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        pass
+
+
+class Slots(units.C):
+    __slots__ = ("more",)
+
+
+class Masked(external.ExternalAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+class Pair(external.ExternalAttention):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class NoEps(TokenPerformer):
+    def normalize(self, attention):
+        return attention / attention.sum(dim=-1, keepdim=True)
+
+
+class OtherEps(TokenPerformer):
+    def normalize(self, attention):
+        return attention / (1e-8 + attention.sum(dim=-1, keepdim=True))
+
+
+class L2(TokenPerformer):
+    def normalize(self, attention):
+        return F.normalize(attention, dim=-1)
+
+
+class LateDropout(TokenPerformer):
+    def forward(self, x):
+        q = self.q_linear(x)
+        attention = self.normalize(self.linear_0(q).softmax(dim=-2))
+        return q + self.proj_drop(self.proj(self.attn_drop(self.linear_1(attention))))
+
+
+class NeedsMore(units.C):
+    def flow(self, x):
+        return super().flow(x) * self.scale
+
+
+class Container(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mk, self.mv = nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False)
+
+
+class LowRank(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def changed(make, **children):
+    def build():
+        module = make()
+        for name, child in children.items():
+            module.set_submodule(name, child)
+        return module
+
+    return build
+
+
+def with_attributes(make, **attributes):
+    def build():
+        module = make()
+        for name, value in attributes.items():
+            owner, _, last = name.replace("__", ".").rpartition(".")
+            setattr(module.get_submodule(owner), last, value)
+        return module
+
+    return build
+
+
+def hooked():
+    module = units.C(2)
+    module.C_conv.register_forward_hook(lambda *_: None)
+    return module
+
+
+def pooling_hooked():
+    module = units.C(2)
+    module.sigmoid = nn.Sigmoid()
+    module.sigmoid.register_forward_pre_hook(lambda *_: None)
+    return module
+
+
+def patched():
+    module = units.C(2)
+    module.forward = lambda x: x
+    return module
+
+
+#: Look-alikes, and what the report says of each.
+LEFT_ALONE = {
+    "other kernel": (
+        changed(lambda: units.C(2), C_conv=nn.Conv3d(2, 1, 1, bias=False)),
+        r"C_conv.kernel_size: got \(1,",
+    ),
+    "more features": (
+        changed(lambda: units.ST(2), T_conv=nn.Conv3d(3, 1, 3, padding=1, bias=False)),
+        "T_conv.in_channels: got 3",
+    ),
+    "conv with bias": (changed(lambda: units.C(2), C_conv=nn.Conv3d(2, 1, 3, padding=1)), "C_conv.bias: got"),
+    "circular padding": (
+        with_attributes(lambda: units.C(2), C_conv__padding_mode="circular"),
+        "padding_mode: got circular",
+    ),
+    "other norm": (changed(lambda: units.C(2), C_bn=nn.GroupNorm(1, 1)), "C_bn is a GroupNorm, expected a BatchNorm"),
+    "two gates": (changed(lambda: units.C(2), T_conv=nn.Conv3d(2, 1, 3, padding=1)), "it has T_conv beside"),
+    "no segments": (with_attributes(lambda: units.C(2), num_segments=None), "num_segments: got None"),
+    "missing norm": (with_attributes(lambda: units.C(2, use_BN=False), use_BN=True), "C_bn is a NoneType"),
+    "guide as output": (
+        lambda: GuideAsOutput(2),
+        "its y differs from that of CinST .*; STinC and STinC2 do not fit either",
+    ),
+    "added guide": (lambda: AddedGuide(2), "its y differs"),
+    "other weights": (lambda: OtherWeights(2), "its y differs from that of ST "),
+    "stopped gradient": (lambda: StoppedGradient(2), "its gradient of"),
+    "own train": (lambda: OwnTrain(2), "its class overrides train"),
+    "own keys": (lambda: OwnKeys(2), "its class overrides _save_to_state_dict"),
+    "slots": (lambda: Slots(2), "Python cannot exchange its class"),
+    "a missing attribute": (lambda: NeedsMore(2), "its forward fails .* no attribute 'scale'"),
+    "hooks": (hooked, "C_conv has hooks"),
+    "hooks on a part without parameters": (pooling_hooked, "sigmoid has hooks"),
+    "patched instance": (patched, "its forward was replaced on the instance"),
+    "more arguments": (lambda: Masked(6, 4), r"its forward takes \(x, mask=None\)"),
+    "more results": (lambda: Pair(6, 4), "its forward returns a tuple"),
+    "container": (Container, "it has no forward"),
+    "memories of other sizes": (
+        changed(lambda: external.ExternalAttention(6, 4), mv=nn.Linear(4, 5)),
+        "mv.out_features: got 5",
+    ),
+    "no eps": (NoEps, "its y differs from that of TokenExternalAttention"),
+    "other eps": (OtherEps, "its y differs"),
+    "other norm over slots": (L2, "its y differs"),
+    "dropout elsewhere": (LateDropout, "with a marked dropout"),
+    "adapted linear": (changed(TokenPerformer, proj=LowRank(5, 5)), "proj is a LowRank with a forward of its own"),
+    "token memories without bias": (
+        changed(TokenPerformer, linear_1=nn.Linear(6, 5, bias=False)),
+        "linear_1.bias: got None",
+    ),
+    "other heads": (
+        with_attributes(lambda: external.MultiHeadExternalAttention(6, 2), num_heads=4),
+        "num_heads: got 4",
+    ),
+    "no dropout": (
+        changed(lambda: external.MultiHeadExternalAttention(6, 2), attn_drop=nn.Identity()),
+        "attn_drop is a Identity, expected a Dropout",
+    ),
+    "strided": (
+        changed(lambda: external.ExternalAttention2d(6, 5), conv1=nn.Conv2d(6, 6, 1, stride=2)),
+        "conv1.stride: got",
+    ),
+    "more layers": (
+        changed(lambda: external.ExternalAttention2d(6, 5), conv2=nn.Sequential(nn.Conv2d(6, 6, 1))),
+        "conv2 has 1 submodules",
+    ),
+}
+
+
+class TestLookAlikes:
+    @pytest.mark.parametrize("name", LEFT_ALONE)
+    def test_left_alone_and_named(self, name):
+        make, reason = LEFT_ALONE[name]
+        module = make()
+        model = nn.ModuleDict({"odd": module, "even": units.C(2)})
+        kind, before = type(module), tensors(model)
+        report = aia_kernels.convert(model)
+        assert type(module) is kind
+        assert isinstance(model["even"], aia_kernels.C)
+        ((names, told, why),) = report.left_alone
+        assert names == ("odd",)
+        assert told.endswith(kind.__qualname__)
+        assert "odd" in str(report)
+        assert why in str(report)
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(why)
+        assert_same_objects(model, before)
+
+    def test_the_same_class_with_another_setting(self):
+        """What was found out about one layer holds for those alone that are built and set alike."""
+        model = nn.ModuleList(NeedsMore(2) for _ in range(4))
+        for module, scale in zip(model, (1.0, 2.0, 1.0, 2.0), strict=True):
+            module.scale = scale
+        report = aia_kernels.convert(model)
+        assert [entry.names for entry in report.converted] == [("0",), ("2",)]
+        assert [entry.names for entry in report.left_alone] == [("1",), ("3",)]

@@ -1,0 +1,81 @@
+"""to_reference: fused layers become plain PyTorch modules, from which convert leads back, and nothing else moves."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from convert_cases import LAYERS, assert_same_objects, assert_same_step, make_input, published, tensors
+from torch import nn
+
+import aia_kernels
+
+
+class TestToReference:
+    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_and_back(self, name, train):
+        model = nn.Sequential(published(name)).train(train)
+        expected, before, keys = copy.deepcopy(model), tensors(model), list(model.state_dict())
+        aia_kernels.convert(model)
+        fused = type(model[0])
+        assert aia_kernels.to_reference(model) is model
+        assert type(model[0]) is not fused
+        assert_same_objects(model, before)
+        assert list(model.state_dict()) == keys
+        assert_same_step(model, expected, make_input(name))
+        assert aia_kernels.to_reference(model) is model  # plain already
+        report = aia_kernels.convert(model)
+        assert type(model[0]) is fused
+        assert len(report.converted) == 1
+        report.undo()
+        assert type(model[0]) is not fused
+
+    def test_temporal_shift(self):
+        model = nn.Sequential(aia_kernels.TemporalShift(4))
+        x = torch.randn(8, 16, 3, 2, dtype=torch.float64)
+        expected = model(x)
+        assert torch.equal(aia_kernels.to_reference(model)(x), expected)
+
+    @pytest.mark.parametrize("name", [*LAYERS, "shift"])
+    def test_no_operator_of_the_package_remains(self, name):
+        """Under torch.export, where the fused layers record theirs."""
+        if name == "shift":
+            model, x = aia_kernels.TemporalShift(4), torch.randn(8, 16, 3, 2)
+        else:
+            model, x = published(name), make_input(name)
+            aia_kernels.convert(model)
+        program = torch.export.export(aia_kernels.to_reference(model), (x,))
+        called = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+        assert {operator.namespace for operator in called} == {"aten"}
+
+    def test_hooks_of_the_layer_stay(self):
+        module = published("EANet")
+        aia_kernels.convert(module)
+        fired = []
+        module.register_forward_hook(lambda *_: fired.append(1))
+        aia_kernels.to_reference(module)(make_input("EANet"))
+        assert fired == [1]
+
+    def test_deepcopy_and_pickle(self):
+        module = aia_kernels.to_reference(aia_kernels.CinST(2).eval())
+        y = module(x := torch.randn(4, 3, 5, 6))
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(other(x), y)
+
+    def test_a_derived_class(self):
+        class Named(aia_kernels.C):
+            """Adds nothing to the forward."""
+
+        class Doubled(aia_kernels.C):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        module = aia_kernels.to_reference(Named(2))
+        assert type(module) is not Named
+        model = nn.Sequential(aia_kernels.C(2), Doubled(2))
+        with pytest.raises(TypeError, match=r"1 \(.*Doubled\)"):
+            aia_kernels.to_reference(model)
+        assert type(model[0]) is aia_kernels.C
