@@ -35,7 +35,7 @@ lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-demo: $(INSTALLED)  ## run every layer on a real video, fused beside published (VIDEO=path)
+demo: $(INSTALLED)  ## every layer and a ResNet-50 on a real video, fused beside published (VIDEO=path)
 	$(BIN)/python -m benchmarks.demo $(if $(VIDEO),--video "$(VIDEO)") $(ARGS)
 
 bench: $(INSTALLED)  ## microbenchmarks: rows and plots in benchmarks/results

@@ -39,10 +39,10 @@ HEADER = (
     + f"{'publ.':>6}{'fused':>7}"
 )
 FOOTNOTE = """
-plain: without units. publ.: units as published, eager. ratio: published to fused. error: max |value - truth| / max
-|truth| of the output in eval mode, the truth being the published form in float64, each stage on the true input. Times:
-medians of samples taken in turns; those of stages with the gradient of their input. Kept: memory held between forward
-and backward, input included.
+plain: without units. publ.: units as published, eager. ratio: published to fused. The parameters are random and the
+same in all forms. error: max |value - truth| / max |truth| of the output in eval mode, the truth being the published
+form in float64, each stage on the true input. Times: medians of samples taken in turns; those of stages with the
+gradient of their input. Kept: memory held between forward and backward, input included.
 """
 
 

@@ -312,6 +312,20 @@ class TestDemo:
         error = capsys.readouterr().err
         assert name in error and message in error
 
+    @pytest.mark.parametrize("right", [True, False])
+    def test_the_network_runs_on_the_first_clip(self, tmp_path, monkeypatch, capsys, right):
+        """Its numbers are a part of what the demo answers for."""
+        pytest.importorskip("av", reason="decoding needs PyAV")
+        pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+        seen = []
+        monkeypatch.setattr(demo.network, "report", lambda images, **settings: seen.append(images) or right)
+        for family in (gates, slots):
+            monkeypatch.setattr(family, "rows", lambda stages: [])
+        status = demo.main(["--output", str(tmp_path / "demo.png"), "--clips", "2"])
+        assert status == (0 if right else 1)
+        assert torch.equal(seen[0].cpu(), clip.sample_clips(clip.decode(clip.CLIP), clips=2)[:8])
+        assert "demo-slots.png" in capsys.readouterr().out
+
     def test_short_videos_are_refused(self):
         pytest.importorskip("av", reason="decoding needs PyAV")
         with pytest.raises(clip.VideoError, match="has 66 frames; at least 67 are needed"):

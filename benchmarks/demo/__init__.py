@@ -1,1 +1,1 @@
-"""The demo: the layers on a real video, fused and as published, in one table and a picture for each family."""
+"""The demo: the layers, and a network of them, on a real video, fused and as published; a picture for each family."""
