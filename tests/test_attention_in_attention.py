@@ -224,6 +224,11 @@ def cumulative(module: nn.Module) -> None:
         bn.momentum = None
 
 
+def cumulative_without_a_count(module: nn.Module) -> None:
+    for bn in batch_norms(module):
+        bn.momentum = bn.num_batches_tracked = None
+
+
 def mixed(module: nn.Module) -> None:
     for i, bn in enumerate(batch_norms(module)):
         bn.momentum, bn.eps = 0.1 * (i + 1), 10.0 ** -(i + 2)
@@ -252,7 +257,16 @@ def batch_norms(module: nn.Module) -> list[nn.BatchNorm3d]:
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
-    "change", [as_published, partly_frozen, cumulative, mixed, without_running_statistics, without_affine]
+    "change",
+    [
+        as_published,
+        partly_frozen,
+        cumulative,
+        cumulative_without_a_count,
+        mixed,
+        without_running_statistics,
+        without_affine,
+    ],
 )
 def test_batch_norm_as_its_submodule_says(change, train, backend_on):
     """Two steps beside the formula run through the submodules themselves, that is through torch's batch norm."""
@@ -281,6 +295,33 @@ def test_hooks_are_called(backend_on):
     module.H_conv.register_forward_hook(lambda *_: seen.append("H"))
     torch.testing.assert_close(module(x), expected, **EXACT)
     assert seen == ["H"]
+
+
+@pytest.mark.parametrize(
+    "name, submodule",
+    [
+        ("H_conv", nn.Conv3d(2, 1, 3, padding=1)),
+        ("H_conv", nn.Conv3d(2, 1, 3, padding=2, dilation=2, bias=False)),
+        ("H_conv", nn.Conv3d(2, 1, 3, padding=1, padding_mode="replicate", bias=False)),
+        ("H_conv", nn.Conv3d(2, 1, 1, bias=False)),
+        ("H_conv", nn.Sequential(nn.Conv3d(2, 1, 3, padding=1, bias=False))),
+        ("H_bn", nn.Identity()),
+        ("H_bn", nn.Sequential(nn.BatchNorm3d(1))),
+        ("H_bn", nn.InstanceNorm3d(1, affine=True)),
+    ],
+    ids=["bias", "dilation", "padding mode", "pointwise", "sequence", "none", "norms", "instance norm"],
+)
+def test_replaced_submodule_is_called(name, submodule, backend_on):
+    """A submodule with other settings or of another kind computes its own, not what the published one would."""
+    module = unit("CinST", SHAPES["small"])
+    setattr(module, name, copy.deepcopy(submodule).double())
+    module.to(backend_on[1])
+    oracle = copy.deepcopy(module)
+    x = make_input(SHAPES["small"], torch.float64, device=backend_on[1])
+    y, expected = module(x), oracle._through_submodules(x)
+    torch.testing.assert_close(y, expected, **EXACT)
+    y.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
 
 
 def test_parametrised_weight_is_read(backend_on):

@@ -3,7 +3,7 @@
 Each gate d of C, T, H, W is two real submodules, ``<d>_conv`` (Conv3d 2 -> 1, 3x3x3, padding 1, no bias) and ``<d>_bn``
 (BatchNorm3d(1)), which hold its parameters, mode and settings and may be frozen, converted to SyncBatchNorm or
 parametrised as usual. Their forward is not called, unless somebody must see the call: a submodule that is of another
-kind or has hooks is run, and the unit is computed by the reference around it.
+kind, has other settings (a bias, a dilation) or hooks is run, and the unit is computed by the reference around it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
+from ..functional.clips import check_clips
 from ..layouts import as_clips, as_input
 from ..reference import UNITS, Gate, Unit, compose
-from .submodules import must_be_called, norm_of
+from .submodules import is_gate_convolution, must_be_called, norm_of
+
+
+def _is_read(bn: nn.Module) -> bool:
+    return isinstance(bn, _BatchNorm) and not must_be_called(bn)
 
 
 def _kaiming(weight: Tensor) -> None:
@@ -52,12 +58,14 @@ class AttentionInAttention(nn.Module):
         for letter in self.unit.letters:
             conv = getattr(self, f"{letter}_conv")
             bn = getattr(self, f"{letter}_bn") if self.use_BN else None
-            if must_be_called(conv) or (bn is not None and must_be_called(bn)):
+            if must_be_called(conv) or not is_gate_convolution(conv) or (bn is not None and not _is_read(bn)):
                 return self._through_submodules(x)
             gates.append(Gate(conv.weight, None if bn is None else norm_of(bn)))
         return functional.attention_in_attention(x, self.unit.name, gates, self.num_segments)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
+        check_clips(x, self.num_segments)
+
         def gate(letter: str, pooled: Tensor) -> Tensor:
             z = getattr(self, f"{letter}_conv")(pooled)
             return (getattr(self, f"{letter}_bn")(z) if self.use_BN else z).sigmoid()[:, 0]

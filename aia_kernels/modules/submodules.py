@@ -40,6 +40,17 @@ def is_pointwise(conv: nn.Module) -> bool:
     )
 
 
+def is_gate_convolution(conv: nn.Module) -> bool:
+    """Whether a module is the convolution of a gate as published: 3x3x3, zeros around, no bias, all else plain."""
+    return (
+        isinstance(conv, nn.Conv3d)
+        and (conv.kernel_size, conv.padding, conv.padding_mode) == ((3, 3, 3), (1, 1, 1), "zeros")
+        and set(conv.stride) == set(conv.dilation) == {1}
+        and conv.groups == 1
+        and conv.bias is None
+    )
+
+
 def norm_of(bn: _BatchNorm) -> Norm:
     """The parameters, buffers, mode and settings of a batch norm."""
     group = None
