@@ -266,7 +266,8 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         parameters, (statistics, *kept) = saved[:n], saved[n:]
         if grad_y is None:
             return (None,) * (4 + n)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            # create_graph=True, or is_grads_batched=True, which is a vmap over grad_y.
             needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
             grad_x, *grads = differentiable_backward(plan, grad_y, x, ctx.num_segments, parameters, statistics, needs)
             return grad_x, None, None, None, *grads
@@ -300,12 +301,14 @@ def differentiable_backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x and the parameters as a differentiable function of them and grad_y: create_graph=True.
+    """The gradients of x and the parameters; under create_graph=True a differentiable function of them and grad_y.
 
-    Differentiates the reference. Each input enters as a fresh view, so that a gradient is that of its own argument even
-    where one argument was computed from another.
+    Differentiates the reference, which takes a batch of grad_y under a vmap too. Each input enters as a fresh view, so
+    that a gradient is that of its own argument even where one argument was computed from another.
     """
-    inputs = [a.view_as(a) if need else a for a, need in zip((x, *parameters), needs, strict=True)]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [a.view_as(a) if need else a for a, need in zip((x, *parameters), needs, strict=True)]
     gates = []
     for i, (weight, scale, shift) in enumerate(zip(*[iter(inputs[1:])] * 3, strict=True)):
         mean, var, _ = statistics[i].split(1)
@@ -313,7 +316,9 @@ def differentiable_backward(
         if plan.groups[i]:
             norm = norm._replace(process_group=resolve(plan.groups[i]))
         gates.append(Gate(weight, norm))
-    y, _ = attention_in_attention(as_clips(inputs[0], num_segments), plan.unit, gates)
+    with torch.enable_grad():
+        y, _ = attention_in_attention(as_clips(inputs[0], num_segments), plan.unit, gates)
+        y = as_input(y, x.ndim)
     wanted = [a for a, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(as_input(y, x.ndim), wanted, grad_y, create_graph=True))
+    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=again))
     return [next(grads) if need else None for need in needs]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .layouts import as_clips, as_input, unviewed, with_dense_clips
+from .reference import temporal_shift as reference
 
 
 class TemporalShiftFunction(torch.autograd.Function):
@@ -27,4 +28,8 @@ class TemporalShiftFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor):
         dense = with_dense_clips(grad_y, ctx.settings[0])
+        if torch._C._are_functorch_transforms_active():  # a vmap over grad_y
+            num_segments, fold, reverse, _ = ctx.settings
+            y = reference(as_clips(dense, num_segments), fold, reverse)
+            return as_input(y, dense.ndim), None, None, None, None
         return TemporalShiftFunction.apply(dense, *ctx.settings), None, None, None, None

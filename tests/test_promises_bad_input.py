@@ -27,7 +27,12 @@ def call(x=X, unit="C", gates=None, num_segments=4):
         ({"x": X[:7]}, ValueError, ("x:", "7 frames", "multiple of num_segments = 4")),
         ({"num_segments": 0}, ValueError, ("num_segments:", "0", "at least 1")),
         ({"num_segments": -4}, ValueError, ("num_segments:", "-4", "at least 1")),
+        ({"num_segments": 4.0}, TypeError, ("num_segments:", "4.0", "integer")),
+        ({"num_segments": None}, TypeError, ("num_segments:", "None", "integer")),
         ({"x": X.int()}, TypeError, ("x:", "torch.int32", "floating-point")),
+        ({"x": X.to(torch.float8_e4m3fn)}, TypeError, ("x:", "float8_e4m3fn", r"torch\.bfloat16")),
+        ({"x": X.to_sparse()}, TypeError, ("x:", "sparse", "dense")),
+        ({"x": torch.nested.as_nested_tensor([X, X], layout=torch.jagged)}, TypeError, ("x:", "nested", "dense")),
         ({"x": X.to(torch.complex64)}, TypeError, ("x:", "torch.complex64", "floating-point")),
         ({"x": X.numpy()}, TypeError, ("x:", "ndarray", "tensor")),
         ({"x": X.double()}, TypeError, ("weight of gate C", "torch.float32", "expected torch.float64")),
@@ -43,7 +48,7 @@ def call(x=X, unit="C", gates=None, num_segments=4):
         (
             {"gates": (Gate(torch.randn(1, 2, 3, 3, 3), Norm(torch.ones(1).double(), training=True)),)},
             TypeError,
-            ("gate C", "torch.float64", "expected torch.float32"),
+            ("BN's weight of gate C", "torch.float64", "expected torch.float32"),
         ),
         (
             {
@@ -67,6 +72,10 @@ def test_bad_argument(arguments, error, words):
 def test_bad_input_to_a_module():
     with pytest.raises(ValueError, match="multiple of num_segments = 8"):
         aia_kernels.CinST()(X[:5])
+    hooked = aia_kernels.CinST(4)
+    hooked.C_conv.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"x: got shape \(3, 4, 5\)"):
+        hooked(X[0])
 
 
 def test_mixed_types_under_autocast():

@@ -38,6 +38,19 @@ def test_exported_unit(name, strict, backend_on):
         torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced(layout, backend_on):
+    """torch.jit.trace, for those who still have it: the reference is recorded, parameters stay parameters."""
+    module = randomise(aia_kernels.CinST(SHAPES["small"].t)).double().to(backend_on[1]).eval()
+    shapes = SHAPES["small"], SHAPES["small"]._replace(b=3)
+    example, x = (make_input(shape, torch.float64, layout, device=backend_on[1]) for shape in shapes)
+    traced = torch.jit.trace(module, example)
+    with torch.no_grad():
+        module.C_conv.weight.mul_(2)
+    torch.testing.assert_close(traced(x), module(x), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "dropout"])
 def test_exported_external_attention(form, strict, external_on):

@@ -6,7 +6,8 @@ import external_cases
 import pytest
 import torch
 from external_cases import FORMS, SIZES
-from torch.func import functional_call, grad, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import aia_kernels
 from aia_kernels.reference import UNITS
@@ -34,6 +35,50 @@ def test_grad_and_vmap(name, backend_on):
         torch.testing.assert_close(found[1][i], leaf.grad, **EXACT)
         for key, p in parameters.items():
             torch.testing.assert_close(found[0][key][i], p.grad, **EXACT)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_vmap_over_gradients_of_one_call(name, backend_on):
+    """The graph is made outside, in training: the rows of a Jacobian."""
+    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(backend_on[1])
+    x = make_input(SHAPE, torch.float64, device=backend_on[1]).requires_grad_()
+    grads_y = torch.stack([make_input(SHAPE, torch.float64, seed=seed, device=backend_on[1]) for seed in (1, 2, 3)])
+    y, inputs = module(x), (x, *module.parameters())
+    found = vmap(lambda grad_y: torch.autograd.grad(y, inputs, grad_y, retain_graph=True))(grads_y)
+    for i, grad_y in enumerate(grads_y):
+        for rows, expected in zip(found, torch.autograd.grad(y, inputs, grad_y, retain_graph=True), strict=True):
+            torch.testing.assert_close(rows[i], expected, **EXACT)
+    assert not any(rows.requires_grad for rows in found)
+
+
+def test_ensemble_in_training(backend_on):
+    """Each member has its own parameters and running statistics, and moves its own."""
+    members = [randomise(aia_kernels.CinST(SHAPE.t)).double().to(backend_on[1]) for _ in range(2)]
+    parameters, buffers = stack_module_state(members)
+    xs = torch.stack([make_input(SHAPE, torch.float64, seed=seed, device=backend_on[1]) for seed in (0, 1)])
+    found = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)))(parameters, buffers, xs)
+    for i, (member, x) in enumerate(zip(members, xs, strict=True)):
+        torch.testing.assert_close(found[i], member(x), **EXACT)
+        for key, buffer in member.named_buffers():
+            torch.testing.assert_close(buffers[key][i], buffer, **EXACT)
+
+
+@pytest.mark.parametrize("argument", ["x", "C_conv.weight", "H_bn.bias"])
+def test_dual_numbers(argument, backend_on):
+    """Forward mode without torch.func: no argument loses its tangent, whether or not gradients are wanted too."""
+    module = randomise(aia_kernels.CinST(SHAPE.t)).double().to(backend_on[1]).eval()
+    x = make_input(SHAPE, torch.float64, device=backend_on[1])
+    inputs = {"x": x} | {key: p.detach() for key, p in module.named_parameters()}
+    tangent = torch.randn_like(inputs[argument])
+
+    def call(value):
+        arguments = inputs | {argument: value}
+        return functional_call(module, {k: v for k, v in arguments.items() if k != "x"}, (arguments["x"],))
+
+    _, expected = jvp(call, (inputs[argument],), (tangent,))
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(call(forward_ad.make_dual(inputs[argument], tangent))).tangent
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 def test_forward_mode(backend_on):

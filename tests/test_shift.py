@@ -141,6 +141,11 @@ def test_torch_func(shift_on):
     for x, one in zip(xs, found, strict=True):
         # The square of what survived the shift, differentiated: every element that is still in y, doubled.
         assert torch.equal(one, expected(2 * expected(x, 2), 2, reverse=True))
+    x = xs[0].requires_grad_()
+    y = functional.temporal_shift(x, SHAPE.t, 4)
+    rows = vmap(lambda grad_y: torch.autograd.grad(y, x, grad_y, retain_graph=True)[0])(xs.detach())
+    for grad_y, row in zip(xs.detach(), rows, strict=True):
+        assert torch.equal(row, expected(grad_y, 2, reverse=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -3,7 +3,7 @@
 The roads of a call that has something to compute:
 
 1. under torch.compile or torch.export: the registered operators (operators.py);
-2. under a functorch transform (torch.func.grad, vmap): the reference;
+2. under a functorch transform (torch.func.grad, vmap), forward-mode differentiation or torch.jit.trace: the reference;
 3. where gradients are wanted: AttentionInAttentionFunction;
 4. otherwise: the passes, keeping nothing.
 
@@ -25,6 +25,7 @@ from ..reference import UNITS, Gate, Norm, Unit
 from ..reference import attention_in_attention as reference
 from ..running_statistics import update_running_statistics
 from .clips import check_clips
+from .common import needs_reference
 
 WEIGHT_SHAPE = (1, 2, 3, 3, 3)
 
@@ -70,8 +71,7 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
         return _empty(x, gates)
     dense = with_dense_clips(x, num_segments)
     backend = backends.select(x.device.type, x.dtype)
-    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
-    if backend == "reference" or transformed:
+    if backend == "reference" or needs_reference():
         y, statistics = reference(as_clips(dense, num_segments), described, gates)
         y = as_input(y, x.ndim)
     else:
@@ -156,12 +156,13 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per map for BN in training")
         if tuple(weight.shape) != WEIGHT_SHAPE:
             raise ValueError(f"weight of gate {letter}: got shape {tuple(weight.shape)}, expected {WEIGHT_SHAPE}")
-        for name, p in (("weight", weight), *(zip(Norm._fields[:4], norm[:4], strict=True) if norm else ())):
+        of_norm = zip((f"BN's {field}" for field in Norm._fields), norm[:4], strict=False) if norm else ()
+        for name, p in (("weight", weight), *of_norm):
             if p is None:
                 continue
             if p.device != x.device:
                 raise ValueError(f"{name} of gate {letter}: got device {p.device}, expected that of x, {x.device}")
-            if name in ("weight", "bias") and p.dtype not in expected:
+            if "running" not in name and p.dtype not in expected:
                 raise TypeError(f"{name} of gate {letter}: got {p.dtype}, expected {expected[0]}, as x is {x.dtype}")
             if p is not weight and p.numel() != 1:
                 raise ValueError(f"{name} of gate {letter}: got shape {tuple(p.shape)}, expected (1,)")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .common import check_tensor
+
 
 def check_clips(x: Tensor, num_segments: int) -> None:
     """Refuse what is not [B * num_segments, C, H, W] or [B, C, T, H, W] of a floating-point type."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
-    if not x.is_floating_point():
-        raise TypeError(f"x: got {x.dtype}, expected a floating-point tensor")
+    check_tensor("x", x)
     if x.ndim not in (4, 5):
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B * T, C, H, W] or [B, C, T, H, W]")
     if x.ndim == 4:
+        if not hasattr(num_segments, "__index__"):
+            raise TypeError(f"num_segments: got {num_segments!r}, expected an integer")
         if num_segments < 1:
             raise ValueError(f"num_segments: got {num_segments}, expected at least 1")
         if x.shape[0] % num_segments:

@@ -3,7 +3,7 @@
 The roads of a call that has something to compute are those of the first family:
 
 1. under torch.compile or torch.export: the registered operators (operators/external_attention.py);
-2. under a functorch transform (torch.func.grad, vmap): the reference;
+2. under a functorch transform (torch.func.grad, vmap), forward-mode differentiation or torch.jit.trace: the reference;
 3. where gradients are wanted: the autograd Functions of external_attention.py;
 4. otherwise: the passes, keeping nothing.
 
@@ -26,6 +26,7 @@ from ..layouts import as_maps, as_tokens, with_dense_maps, with_rows
 from ..operators import external_attention as operators
 from ..reference import Norm
 from ..running_statistics import update_running_statistics
+from .common import check_tensor, needs_reference
 
 FAMILY = "external_attention"
 
@@ -47,7 +48,7 @@ def double_normalize(
     its members hold the tokens in shards, each at least one, and A is a shard of the whole's. Returns A, contiguous,
     in the shape and type of the logits. Errors are TypeError and ValueError with the name of the argument.
     """
-    _check_tensor("logits", logits)
+    check_tensor("logits", logits)
     if logits.ndim < 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., N, M]")
     _check_slots("logits", logits.shape[-1])
@@ -110,7 +111,7 @@ def external_attention(
     Returns o [B, N, heads * v], contiguous, in the type of x or, under autocast, of the autocast. Errors are TypeError
     and ValueError with the name of the argument, before anything runs.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.ndim != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
     if heads < 1:
@@ -164,12 +165,12 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
     in the autocast's type where x has it, and in float32 where x, and so the residual stream, is float32.
     Errors are TypeError and ValueError with the name of the argument, before anything runs.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.ndim != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W]")
     c = x.shape[1]
     for name, memory in (("key", key), ("value", value)):
-        _check_tensor(name, memory)
+        check_tensor(name, memory)
         if memory.ndim != 2:
             raise ValueError(
                 f"{name}: got shape {tuple(memory.shape)}, expected [{'S, C' if name == 'key' else 'C, S'}]"
@@ -221,9 +222,8 @@ def _block_through_passes(
 
 
 def _road(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
-    """The backend, and whether a functorch transform asks for the reference."""
-    backend = backends.select(x.device.type, dtype, FAMILY)
-    return backend, torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    """The backend, and whether the call needs the reference whatever it is."""
+    return backends.select(x.device.type, dtype, FAMILY), needs_reference()
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -243,18 +243,11 @@ def _nothing(y: Tensor, *inputs: Tensor | None) -> Tensor:
     return y + sum(a.flatten()[:0].sum() for a in inputs if a is not None).to(y.dtype)
 
 
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor")
-
-
 def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     """A parameter has one of the shapes, the device of x and its type; under autocast also float32."""
     if p is None:
         return
-    _check_tensor(name, p)
+    check_tensor(name, p)
     if p.device != x.device:
         raise ValueError(f"{name}: got device {p.device}, expected that of x, {x.device}")
     autocast = autocast_dtype(x)
@@ -273,7 +266,7 @@ def _check_slots(name: str, slots: int) -> None:
 def _check_memories(x: Tensor, key: Tensor, value: Tensor, heads: int) -> int:
     """The number of slots of memories that fit x and each other."""
     for name, memory in (("memory_key", key), ("memory_value", value)):
-        _check_tensor(name, memory)
+        check_tensor(name, memory)
         if memory.ndim not in (2, 3):
             rest = "S, d / heads" if name == "memory_key" else "v, S"
             raise ValueError(f"{name}: got shape {tuple(memory.shape)}, expected [{rest}] or [heads, {rest}]")

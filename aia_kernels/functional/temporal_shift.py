@@ -12,6 +12,7 @@ from ..operators.temporal_shift import temporal_shift_by
 from ..reference import temporal_shift as reference
 from ..temporal_shift import TemporalShiftFunction
 from .clips import check_clips
+from .common import needs_reference
 
 FAMILY = "temporal_shift"
 
@@ -33,8 +34,7 @@ def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tenso
     fold = x.shape[1] // fold_div
     x = with_dense_clips(x, num_segments)
     backend = backends.select(x.device.type, x.dtype, FAMILY)
-    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
-    if backend == "reference" or transformed:
+    if backend == "reference" or needs_reference():
         clips = as_clips(x, num_segments)
         with no_autocast(x):  # which has a word on concatenation
             return as_input(stored_as(reference(clips, fold), clips), x.ndim)

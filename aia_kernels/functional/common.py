@@ -1,0 +1,31 @@
+"""What the functions of every family ask of a tensor and of the road that a call takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..backends import DTYPES
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is not a dense tensor of a type that the layers compute in."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        raise TypeError(f"{name}: got {layout}, expected a dense one")
+    if value.dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor, of {expected}")
+
+
+def needs_reference() -> bool:
+    """Whether somebody follows the call operation by operation, as a pass cannot be followed: a functorch transform,
+    forward-mode differentiation or torch.jit.trace. Under torch.compile the operators speak for themselves."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
