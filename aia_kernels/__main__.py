@@ -65,8 +65,12 @@ def main() -> int:
     versions = f"torch {torch.__version__}, triton {_version('triton')}, Python {platform.python_version()}"
     print(f"aia_kernels {__version__}, {versions}")
     print(f"{platform.platform()}, {_device()}\n")
-    print(f"backend in force: {backends.chosen_backend()}")
     healthy = True
+    try:
+        print(f"backend in force: {backends.chosen_backend()}")
+    except ValueError as error:
+        healthy = False
+        print(f"backend in force: none: {error}")
     for family in LAYERS:
         print(f"{family}:")
         for name, reason in backends.available_backends(family).items():

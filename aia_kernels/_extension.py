@@ -19,7 +19,8 @@ def load() -> str | None:
     try:
         torch.ops.load_library(LIBRARY)
     except Exception as error:
-        return f"the C++ extension does not load ({str(error).splitlines()[0]}); reinstall aia_kernels"
+        reason = str(error.__cause__ or error).splitlines()[0]  # torch wraps the linker's words
+        return f"the C++ extension does not load ({reason}); reinstall aia_kernels"
     return None
 
 

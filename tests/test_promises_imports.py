@@ -79,3 +79,18 @@ def test_command_line(interpret):
     text = run(f"{BLOCK_TRITON}from aia_kernels.__main__ import main; raise SystemExit(main())", **environment)
     for word in ("aia_kernels", "torch", "backend in force", "reference  can run; right", "triton     cannot:"):
         assert word in text
+
+
+def test_command_line_with_an_unknown_backend():
+    code = f"{BLOCK_TRITON}from aia_kernels.__main__ import main; print('ended with', main())"
+    text = run(code, AIA_KERNELS_BACKEND="tpu")
+    for word in ("backend in force: none: unknown backend 'tpu'", "reference  can run; right", "ended with 1"):
+        assert word in text
+
+
+def test_with_a_library_that_does_not_load(tmp_path):
+    (tmp_path / "_C.so").write_text("no library")
+    broken = NOTHING_COMPILED.replace("there/is/no/such/library.so", str(tmp_path / "_C.so"))
+    reason = run(f"import torch, aia_kernels\n{broken}\n{STEP}\nprint(aia_kernels.available_backends()['cpu'])")
+    assert "file too short" in reason  # the linker's own words, which name a missing symbol or library too
+    assert "reinstall" in reason
