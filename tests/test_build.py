@@ -89,7 +89,10 @@ def test_a_process_killed_while_it_installs_leaves_the_library_of_before(build):
     """Half a library is worse than none: the dynamic linker ends the program that loads it."""
     build()
     build.library.write_text("before")
-    build.script("killed/sitecustomize.py", "import os, signal\nos.utime = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n")
+    build.script(
+        "killed/sitecustomize.py",
+        "import os, signal\nos.utime = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n",
+    )
     build(expect=-9, PYTHONPATH=str(build.folder.parent / "killed"))
     assert build.library.read_text() == "before"
     build()
