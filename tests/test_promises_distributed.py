@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 
 import external_cases
 import pytest
@@ -37,6 +38,7 @@ def clips_of(rank: int, tensor: torch.Tensor, split: int) -> torch.Tensor:
 
 def start(rank: int, store: str, world: int, work, *arguments) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # nothing rests on what torch gives up
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     work(rank, *arguments)
     dist.barrier()  # nobody leaves while another still talks

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..maps import accumulate_dtype
+from .all_reduce import all_reduce
 
 
 def log_sum_exp(logits: Tensor, padding: Tensor | None, process_group: Any = None) -> Tensor:
@@ -16,8 +17,6 @@ def log_sum_exp(logits: Tensor, padding: Tensor | None, process_group: Any = Non
     Over the tokens of all members of a process group if one is given. The maximum is only there against overflow: its
     derivative cancels, so it is taken as a constant.
     """
-    if padding is None and process_group is None:
-        return logits.logsumexp(-2, keepdim=True)
     shown = logits if padding is None else logits.masked_fill(padding.unsqueeze(-1), -torch.inf)
     maximum = shown.detach().amax(-2, keepdim=True)
     if process_group is not None:
@@ -25,9 +24,7 @@ def log_sum_exp(logits: Tensor, padding: Tensor | None, process_group: Any = Non
     maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
     total = (shown - maximum).exp().sum(-2, keepdim=True)
     if process_group is not None:
-        from torch.distributed.nn.functional import all_reduce
-
-        total = all_reduce(total, group=process_group)
+        total = all_reduce(total, process_group)
     return maximum + (total + (total == 0)).log()
 
 
@@ -44,7 +41,11 @@ def double_normalize(
     x = logits.to(accumulate_dtype(logits.dtype))
     if padding is not None:
         x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-    log_p = (x - log_sum_exp(x, padding, process_group)).unflatten(-1, (-1, group))
+    if padding is None and process_group is None:
+        log_p = x.log_softmax(-2)
+    else:
+        log_p = x - log_sum_exp(x, padding, process_group)
+    log_p = log_p.unflatten(-1, (-1, group))
     if eps == 0:
         attention = log_p.softmax(-1)
     else:

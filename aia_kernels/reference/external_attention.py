@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..maps import accumulate_dtype
+from .all_reduce import all_reduce
 from .double_norm import double_normalize
 from .norm import Norm
 
@@ -66,9 +67,7 @@ def second_moments(attention: Tensor, group: int, process_group: Any = None) -> 
     count = a.new_full((), a.shape[0])
     total, second = a.sum(0), a.mT @ a
     if process_group is not None:
-        from torch.distributed.nn.functional import all_reduce
-
-        flat = all_reduce(torch.cat((total, second.flatten(), count.view(1))), group=process_group)
+        flat = all_reduce(torch.cat((total, second.flatten(), count.view(1))), process_group)
         total, second, count = flat[: total.numel()], flat[total.numel() : -1].view_as(second), flat[-1]
     mean = total / count
     return mean + 1 / group, second / count - mean.outer(mean), count

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..maps import accumulate_dtype
+from .all_reduce import all_reduce
 from .norm import Norm
 
 
@@ -24,11 +25,9 @@ def batch_statistics(z: Tensor, process_group: Any = None) -> tuple[Tensor, Tens
     count = z.new_full((), z.numel())
     if process_group is None:
         return z.mean(), z.var(correction=0), count
-    from torch.distributed.nn.functional import all_reduce
-
-    total, count = all_reduce(torch.stack((z.sum(), count)), group=process_group).unbind()
+    total, count = all_reduce(torch.stack((z.sum(), count)), process_group).unbind()
     mean = total / count
-    return mean, all_reduce((z - mean).square().sum(), group=process_group) / count, count
+    return mean, all_reduce((z - mean).square().sum(), process_group) / count, count
 
 
 def gate(pooled: Tensor, parameters: Gate) -> tuple[Tensor, Tensor]:
