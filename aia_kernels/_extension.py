@@ -15,7 +15,10 @@ LIBRARY = Path(__file__).with_name("_C.so")
 def load() -> str | None:
     """Load the library and with it every compiled operator. None on success, else the reason."""
     if not LIBRARY.exists():
-        return "the C++ extension was not built; install a C++20 compiler (apt install g++) and reinstall aia_kernels"
+        return (
+            "the C++ extension was not built; install a C++20 compiler (apt install g++) and reinstall aia_kernels"
+            " with pip install -v --no-build-isolation, which says what else is missing"
+        )
     try:
         torch.ops.load_library(LIBRARY)
     except Exception as error:

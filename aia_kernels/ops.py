@@ -1,7 +1,7 @@
 """The operators: every schema and every fake implementation, and nowhere else.
 
 The passes below are raw operators without autograd. A backend implements each under the same name and signature: C++
-for the CPU and CUDA C++ for CUDA devices register theirs with the dispatcher (csrc/register.cpp); Triton's are plain
+for the CPU and CUDA C++ for CUDA devices register theirs with the dispatcher (csrc/register_*.cpp); Triton's are plain
 Python functions (aia_kernels/triton). The algorithm (attention_in_attention.py) is written once in terms of them.
 
 Common to all of them:
