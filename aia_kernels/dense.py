@@ -42,8 +42,7 @@ class Dense:
         return logits, self.double_norm_(logits, lse, group, eps, padding)
 
     def moments(self, attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        a = attention[0].flatten(0, 1)
-        a = a.to(maps.accumulate_dtype(a.dtype)) - 1 / group
+        a = _shifted(attention[0], group).flatten(0, 1)
         return a.sum(0), a.mT @ a
 
     def values(
@@ -79,8 +78,9 @@ class Dense:
         eps: float,
         padding: Tensor | None,
         needs_sums: bool,
+        shifted: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        a = _dropped(attention[0], keep, scale)
+        a = _shifted(attention[0], group) if shifted else _dropped(attention[0], keep, scale)
         sums = grad.sum((0, 1), dtype=maps.accumulate_dtype(grad.dtype)) if needs_sums else None
         return _over_tokens(grad, a, heads), sums
 
@@ -104,7 +104,7 @@ class Dense:
                 grad_attention.mul_(keep).mul_(scale)
         else:
             # The two terms cancel in part: they are added in the type that they come in.
-            grad_attention = torch.addmm(constant, a.flatten(0, 1).to(inner.dtype), inner).view_as(a)
+            grad_attention = torch.addmm(constant, _shifted(a, group).flatten(0, 1), inner).view_as(a)
             grad_attention = _times(grad, value[0], added_to=grad_attention.to(a.dtype))
         return grad_attention, self.double_norm_backward_reduce(grad_attention, a, group)
 
@@ -158,6 +158,11 @@ def _dropped(a: Tensor, keep: Tensor | None, scale: float) -> Tensor:
     return a if keep is None else (a * keep).mul_(scale)
 
 
+def _shifted(a: Tensor, group: int) -> Tensor:
+    """A - 1 / group, in the accumulation type."""
+    return a.to(maps.accumulate_dtype(a.dtype)) - 1 / group
+
+
 def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor | None = None) -> Tensor:
     """t [B, N, p] times a matrix [p, q]: [B, N, q], its tokens contiguous if by_feature, else its features.
 
@@ -202,7 +207,7 @@ def _over_tokens(s: Tensor, t: Tensor, heads: int) -> Tensor:
     if heads == 1 and p > q and not _by_feature(s):
         # Rows of the longer side are contiguous: the product runs faster along them.
         return _over_tokens(t, s, 1).mT.contiguous()
-    if s.dtype == dtype and _one_matrix(s) and _one_matrix(t):
+    if s.dtype == t.dtype == dtype and _one_matrix(s) and _one_matrix(t):
         pairs = [(s.flatten(0, 1), t.flatten(0, 1))]
     else:
         # One sample after the other, so that a copy in the wider type stays small.

@@ -11,17 +11,18 @@ Backward, with dA the gradient of A (with respect to o: dA = do V):
     dx = dL K                  dK = dL^T x            dV = do^T A
 
 BN of the block, z = A V^T, over the n tokens of the batch, needs the moments of A alone: mean(z) = V mean(A) and
-var(z) = diag(V Cov(A) V^T). They are taken of A' = A - 1 / group, as nearly constant columns of A are nearly 1 / group.
-In backward, with g = dy where y > 0, G = g^T A [C, M] and zhat = (z - mean) * rstd:
+var(z) = diag(V Cov(A) V^T). They are taken of A' = A - 1 / group, as nearly constant columns of A are nearly 1 / group;
+and as dz sums to zero over the batch, A' serves in backward too. With g = dy where y > 0, G = g^T A' [C, M] and
+zhat = V (A' - mean(A')) * rstd:
 
-    dbeta = sum g              dgamma = sum g * zhat = rstd * (rowsum(V * G) - mean(z) * dbeta)
+    dbeta = sum g              dgamma = sum g * zhat = rstd * rowsum(V * (G - dbeta mean(A')^T))
     dz = factor * (g - dbeta / n - zhat * dgamma / n), factor = gamma * rstd
-    dV = dz^T A = factor * (G - dbeta / n (sum A)^T - rstd * dgamma / n * V T),  T = sum (A - mean(A)) A^T
-    dA = dz V = g V1 + (A - mean(A)) K1 - 1 (factor * dbeta / n)^T V
+    dV = dz^T A' = factor * (G - dbeta / n (sum A')^T - rstd * dgamma / n * V T),  T = sum (A' - mean(A')) A'^T
+    dA = dz V = g V1 + (A' - mean(A')) K1 - 1 (factor * dbeta / n)^T V
     K1 = -V^T diag(factor * rstd * dgamma / n) V
 
 so z and dz are never formed: x-sized are only x, y, dy, g and dx, and every product over tokens is one of C x M or
-M x M. Under fixed statistics the terms with / n fall away.
+M x M. Under fixed statistics dz is factor * g, which does not sum to zero: G is that of A, and zhat rstd * (z - mean).
 
 The passes
 ----------
@@ -45,12 +46,13 @@ of ``empty_attention`` and its signs those of ``empty_signs``.
         the residual, and signs, one bit per element of o that says where the sum is positive or NaN.
     signed(grad_y, signs) -> (g, sums [d])
         g = grad_y where the sign is set, else 0, and its sums over batch and tokens. grad_y is stored as o.
-    value_gradient(grad, attention, keep, scale, heads, group, eps, padding, needs_sums)
+    value_gradient(grad, attention, keep, scale, heads, group, eps, padding, needs_sums, shifted)
         -> (grad_value [H, v, M'], sums [H * v] | None)
-        grad^T A, and where they are needed the sums of grad over batch and tokens, in maps.accumulate_dtype.
+        grad^T A, or where shifted (without keep) grad^T A', and where they are needed the sums of grad over batch and
+        tokens, in maps.accumulate_dtype.
     attention_gradient(grad, attention, value, keep, scale, inner [M, M] | None, constant [M] | None, group, eps,
                        padding) -> (grad_attention, reduced [B, M])
-        dA = keep * scale * (grad V) + A inner + constant, and D.
+        dA = keep * scale * (grad V) + A' inner + constant, and D.
     logits_gradient(grad_attention, attention, reduced, x, key, residual_grad | None, group, eps, padding, needs_x)
         -> (grad_x | None, grad_key [H, M', k])
         dL key (+ residual_grad, which is stored as x and may be overwritten), stored as torch.empty_like(x), and
@@ -101,8 +103,8 @@ Attention = tuple[Tensor, Tensor]
 class BatchNorm(NamedTuple):
     """What the block keeps of its batch; empty under fixed statistics.
 
-    mean [M]: of A over the batch of the statistics. total [M] and centred [M, M]: the sum of A and T over the tokens of
-    the local batch.
+    mean [M]: of A' over the batch of the statistics. total [M] and centred [M, M]: the sum of A' and T over the tokens
+    of the local batch.
     """
 
     mean: Tensor
@@ -178,7 +180,7 @@ def backward(
         x, grad = (a.masked_fill(padding.unsqueeze(-1), 0.0) for a in (x, grad))
     passes, settings = plan.passes, (plan.group, plan.eps, padding)
     grad_value, grad_bias = passes.value_gradient(
-        grad, attention, keep, plan.scale, value.shape[0], *settings, needs_bias
+        grad, attention, keep, plan.scale, value.shape[0], *settings, needs_bias, False
     )
     grad_attention, reduced = passes.attention_gradient(grad, attention, value, keep, plan.scale, None, None, *settings)
     reduced = _sum_of_members(reduced, plan.shards)
@@ -228,14 +230,16 @@ def block_backward(
     needs_x: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, key, value, weight and bias for grad_y stored as x; those of the parameters in
-    maps.accumulate_dtype. Arguments as for block_forward and as kept by it."""
+    maps.accumulate_dtype. Arguments as for block_forward and as kept by it. Where members share the statistics, the
+    gradients of the parameters are shares of the whole batch's: their sum over the members is exact."""
     passes, settings = plan.passes, (plan.group, plan.eps, None)
     v = value.to(statistics.dtype)
     mean, var, share = statistics.unbind(1)
     factor, rstd = _factor(plan, weight, var)
     g, sums = passes.signed(grad_y, signs)
-    product = passes.value_gradient(g, attention, None, 1.0, 1, *settings, False)[0][0]
-    grad_weight = rstd * ((v * product).sum(1) - mean * sums)
+    product = passes.value_gradient(g, attention, None, 1.0, 1, *settings, False, plan.batch)[0][0]
+    centre = v @ batch.mean if plan.batch else mean
+    grad_weight = rstd * ((v * product).sum(1) - centre * sums)
     inner = constant = None
     if plan.batch:
         joint = _sum_of_members(torch.stack((sums, grad_weight)), plan.members) * share
@@ -269,7 +273,7 @@ def _factor(plan: Plan, weight: Tensor | None, var: Tensor) -> tuple[Tensor, Ten
 
 def _batch_moments(plan: Plan, x: Tensor, attention: Attention, v: Tensor) -> tuple[BatchNorm, Tensor]:
     """What is kept of the batch, and mean, variance and share [3, C] of z = A V^T."""
-    near, count = 1 / plan.group, x.shape[0] * x.shape[1]
+    count = x.shape[0] * x.shape[1]
     sums, second = plan.passes.moments(attention, plan.group, plan.eps, None)
     if plan.members:
         part = torch.cat((sums, second.flatten(), sums.new_full((1,), count)))
@@ -280,10 +284,8 @@ def _batch_moments(plan: Plan, x: Tensor, attention: Attention, v: Tensor) -> tu
         share = sums.new_full((), 1 / count)
         mean, joint_second = sums / count, second / count
     var = ((v @ (joint_second - mean.outer(mean))) * v).sum(1).clamp_min(0)
-    # Of A - mean(A) = A' - mean(A') and A = A' + near.
-    centred = second - mean.outer(sums) + near * (sums - count * mean).unsqueeze(1)
-    batch = BatchNorm(mean + near, sums + count * near, centred)
-    return batch, torch.stack((v @ batch.mean, var, share.expand_as(var)))
+    batch = BatchNorm(mean, sums, second - mean.outer(sums))
+    return batch, torch.stack((v @ (mean + 1 / plan.group), var, share.expand_as(var)))
 
 
 def double_normalize_forward(plan: Plan, logits: Tensor, padding: Tensor | None) -> Attention:

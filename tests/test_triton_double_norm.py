@@ -25,7 +25,7 @@ from aia_kernels.dense import Dense
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from aia_kernels import triton as passes
-from aia_kernels.triton import double_norm, external_attention, residual
+from aia_kernels.triton import columns, double_norm, products, residual, token_sums
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -88,9 +88,9 @@ def case(request) -> Case:
 @pytest.fixture
 def many_programs(monkeypatch) -> None:
     """Tokens and their sums divided among many programs, as on a GPU."""
-    for module in (double_norm, external_attention, residual):
+    for module in (columns, token_sums, residual):
         monkeypatch.setattr(module, "PROGRAMS", 12)
-    monkeypatch.setattr(external_attention, "SUMMED", 16)
+    monkeypatch.setattr(token_sums, "SUMMED", 16)
     monkeypatch.setattr(residual, "RUN", 16)
     monkeypatch.setattr(residual, "ROWS", 8)
 
@@ -154,6 +154,11 @@ class Inputs:
 
     def dropped(self, a: Tensor) -> Tensor:
         return a if self.keep is None else a * self.keep * self.scale
+
+    def shifted(self) -> tuple[Tensor, Tensor]:
+        """A' = A - 1 / group and its error."""
+        near = 1 / self.case.group
+        return self.a - near, self.a_error + self.eps * (self.a + near)
 
     def product(self, factor: Tensor, error: Tensor, weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
         """factor @ weight and its error, where the factor is off by error and rounded to the type of the product."""
@@ -245,14 +250,14 @@ def test_values(case):
 def test_value_gradient(case):
     i = Inputs(case)
     arguments = i.grad, i.attention, i.keep, i.scale, case.heads, *i.settings, i.padding
-    got, sums = passes.value_gradient(*arguments, True)
-    factors = (i.by_head(i.dropped(t)).mT for t in (i.a, i.a_error))
-    want, error = i.product(*factors, i.by_head(i.grad), case.b * case.n)
+    got, sums = passes.value_gradient(*arguments, True, case.block)
+    factors = i.shifted() if case.block else (i.dropped(i.a), i.dropped(i.a_error))
+    want, error = i.product(*(i.by_head(t).mT for t in factors), i.by_head(i.grad), case.b * case.n)
     within(got, want.mT, error.mT)
     assert got.dtype == sums.dtype == i.acc
     flat = i.grad.double().flatten(0, 1)
     within(sums, flat.sum(0), (flat.shape[0] + 8) * i.eps * flat.abs().sum(0))
-    again, absent = passes.value_gradient(*arguments, False)
+    again, absent = passes.value_gradient(*arguments, False, case.block)
     assert torch.equal(again, got) and absent is None
 
 
@@ -264,14 +269,9 @@ def test_attention_gradient(case):
     grad, value = i.by_head(i.grad), i.value.double()
     want, error = (i.dropped(i.by_token(t)) for t in (grad @ value, (case.v + 10) * i.eps * grad.abs() @ value.abs()))
     if case.block:
-        # A inner is made of A' = A - 1 / group in the type of the product, and of what that leaves out.
-        a, near = i.a - 1 / case.group, 1 / case.group
-        inner = i.inner.double().abs()
-        through, through_error = i.product(a, i.a_error + i.low * a.abs() + i.eps * (i.a + near), i.inner, case.width)
-        rest = i.constant.double() + near * i.inner.double().sum(0)
-        want = want + through + rest
-        error = error + through_error + (case.width + 4) * i.eps * (i.constant.double().abs() + near * inner.sum(0))
-        error = error + 4 * i.eps * want.abs()
+        through, through_error = i.product(*i.shifted(), i.inner, case.width)
+        want = want + through + i.constant.double()
+        error = error + through_error + 4 * i.eps * (want.abs() + i.constant.double().abs())
     # For groups in pieces the gradient of A is stored on the way.
     error = error + i.low * want.abs()
 
@@ -319,7 +319,7 @@ def everything(i: Inputs) -> list[Tensor]:
     c, settings = i.case, (*i.settings, i.padding)
     o, signs = passes.values(i.attention, i.value, i.bias, i.keep, i.scale, i.residual, *settings)
     results = [*passes.logits(i.x, i.key, i.padding), o]
-    results += passes.value_gradient(i.grad, i.attention, i.keep, i.scale, c.heads, *settings, True)
+    results += passes.value_gradient(i.grad, i.attention, i.keep, i.scale, c.heads, *settings, True, c.block)
     terms = i.inner, i.constant
     grad, reduced = passes.attention_gradient(i.grad, i.attention, i.value, i.keep, i.scale, *terms, *settings)
     results += grad.clone(), reduced
@@ -349,7 +349,7 @@ def test_wide_offsets(case, monkeypatch):
     """64-bit offsets inside a sample, as a sample of 2^31 elements has them, change nothing."""
     i = Inputs(case)
     narrow = everything(i)
-    for module in (double_norm, external_attention, residual):
+    for module in (double_norm, products, residual):
         monkeypatch.setattr(module, "is_wide", lambda elements: True)
     for first, second in zip(narrow, everything(i), strict=True):
         assert torch.equal(first, second)
@@ -399,7 +399,7 @@ def test_no_token():
     assert (statistics[:, 0] == -torch.inf).all() and (statistics[:, 1] == 0).all()
     attention = passes.normalise(logits, i.attention[1], *i.settings, None)
     o, _ = passes.values(attention, i.value, i.bias, None, 1.0, None, *i.settings, None)
-    grad_value, sums = passes.value_gradient(grad, attention, None, 1.0, 1, *i.settings, None, True)
+    grad_value, sums = passes.value_gradient(grad, attention, None, 1.0, 1, *i.settings, None, True, False)
     grad_a, reduced = passes.attention_gradient(grad, attention, i.value, None, 1.0, None, None, *i.settings, None)
     grad_x, grad_key = passes.logits_gradient(grad_a, attention, reduced, x, i.key, None, *i.settings, None, True)
     assert o.shape == (2, 0, 2) and grad_x.shape == x.shape

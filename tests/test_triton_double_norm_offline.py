@@ -153,7 +153,7 @@ def main(names: list[str]) -> None:
         if case.block:
             passes.moments(attention, *settings)
             passes.signed(grad, signs)
-        passes.value_gradient(grad, attention, keep, 1.25, case.heads, *settings, True)
+        passes.value_gradient(grad, attention, keep, 1.25, case.heads, *settings, True, case.block)
         grad_a, reduced = passes.attention_gradient(grad, attention, value, keep, 1.25, inner, constant, *settings)
         passes.logits_gradient(grad_a, attention, reduced, x, key, residual, *settings, True)
         if case.block:

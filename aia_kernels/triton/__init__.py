@@ -6,21 +6,14 @@ Maps keep the storage order of x with the pooled letter struck out.
 """
 
 from .double_norm import column_statistics, double_norm_, double_norm_backward_, double_norm_backward_reduce
-from .external_attention import (
-    attention_gradient,
-    empty_attention,
-    logits,
-    logits_gradient,
-    moments,
-    normalise,
-    value_gradient,
-    values,
-)
 from .gate import gate_activate, gate_backward, gate_backward_reduce, gate_conv
+from .logits import attention_gradient, empty_attention, logits, normalise
 from .pool import pool, unpool, unpool_reduce
 from .recalibrate import recalibrate, recalibrate_reduce
 from .residual import empty_signs, signed
 from .shift import temporal_shift
+from .token_sums import moments, value_gradient
+from .values import logits_gradient, values
 
 __all__ = [
     "attention_gradient",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
-from .double_norm import INTERPRETED, PROGRAMS, is_wide
+from .columns import INTERPRETED, PROGRAMS, is_wide
 
 #: A tile: elements along the contiguous axis, and of the other one.
 RUN, ROWS = (256, 64) if INTERPRETED else (128, 32)

@@ -1,0 +1,128 @@
+"""What the products of external attention's fused passes share: the factor that they take, their tiles, their launch.
+
+The attention that is kept is (logits [B, N, M] in the type of the product, rows [B, M] = lse); for groups in pieces
+(columns.py) rows go on with r and norm of every token and group. A is made again from them wherever it is needed, in
+the accumulation type, and rounded to the type of the product where it enters a product. Logits are rounded to that type
+first, as a linear layer rounds its output, and their statistics are those of the rounded ones. The gradient of A is
+kept as Q, in the same way.
+
+Three shapes of product, each with a prologue or an epilogue for its passes:
+
+    tokens x features -> columns    logits.py: logits and the gradient of A
+    tokens x columns -> features    values.py: o and the gradient of x
+    features x tokens -> columns    token_sums.py: gradients of the memories; columns x tokens: moments
+
+Products of 16-bit numbers run on tensor cores and accumulate in float32; those of float32 are exact unless torch allows
+TF32 (torch.backends.cuda.matmul). Features may be contiguous or tokens may: strides are arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .columns import (
+    LEAST,
+    Columns,
+    attention_tile,
+    column_count,
+    columns_at,
+    is_wide,
+    load_tile,
+    log_p_tile,
+    pieces,
+    spans,
+)
+from .residual import extent
+
+Attention = tuple[Tensor, Tensor]
+
+#: Elements of an accumulator to a thread, by bytes of an element: many on tensor cores, few where a thread multiplies
+#: alone and holds the operands in registers too.
+EACH = {2: 64, 4: 16, 8: 16}
+
+#: Warps of a program: where threads multiply alone, more of them share the operands.
+WARPS = {2: 4, 4: 8, 8: 4}
+
+#: Most features of a tile.
+FEATURES = {2: 128, 4: 64, 8: 64}
+
+
+@triton.jit
+def gradient_tile(grad_ptr, logits_ptr, rows_ptr, reduced_ptr, t, shown, m, exists, M: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of the logits at a tile, Q - P * D, 0 at padding and outside."""
+    mask = shown[:, None] & exists[None, :]
+    p = tl.exp(log_p_tile(logits_ptr, rows_ptr, t, m, mask, M, ACC))
+    reduced = tl.load(reduced_ptr + m, mask=exists, other=0)
+    q = load_tile(grad_ptr, t, m, mask, M).to(ACC)
+    return tl.where(mask, q - p * reduced[None, :], 0)
+
+
+@triton.jit
+def factor_tile(
+    attention_ptr,
+    rows_ptr,
+    grad_ptr,
+    reduced_ptr,
+    keep_ptr,
+    n,
+    t,
+    shown,
+    head,
+    tile,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What multiplies the features at a tile of columns: A - SHIFT, with dropout if keep is given, or, with grad, the
+    gradient of the logits."""
+    M: tl.constexpr = column_count(C)
+    span, piece = tile // pieces(C), tile % pieces(C)
+    m, exists, _ = columns_at(head, span, piece, C)
+    if grad_ptr is not None:
+        factor = gradient_tile(grad_ptr, attention_ptr, rows_ptr, reduced_ptr, t, shown, m, exists, M, ACC)
+    else:
+        factor = attention_tile(attention_ptr, rows_ptr, n, t, shown, head, span, piece, C, EPS, ACC)
+        if keep_ptr is not None:
+            keep = load_tile(keep_ptr, t, m, shown[:, None] & exists[None, :], M)
+            factor = factor * (keep.to(ACC) * tl.full([1, 1], SCALE, ACC))
+        if SHIFT > 0:
+            factor -= SHIFT
+    return factor
+
+
+@triton.jit
+def load_features(x_ptr, t, shown, head, f, stride_n, stride_f, F: tl.constexpr):
+    """A tile [BT, BF] of a head's features of x."""
+    mask = shown[:, None] & (f < F)[None, :]
+    feature = (head * F + f).to(t.dtype)
+    return tl.load(x_ptr + t[:, None] * stride_n + feature[None, :] * stride_f, mask=mask, other=0)
+
+
+def tile_count(c: Columns) -> int:
+    """Tiles of a head's columns."""
+    return spans.fn(c) * pieces.fn(c)
+
+
+def accumulated(x: Tensor, warps: int | None = None) -> int:
+    """Elements of an accumulator."""
+    return EACH[x.element_size()] * 32 * (warps or WARPS[x.element_size()])
+
+
+def most_features(x: Tensor, features: int) -> int:
+    return max(min(FEATURES[x.element_size()], triton.next_power_of_2(features)), LEAST)
+
+
+def start(kernel, sized: tuple[Tensor, ...], programs: int, *args, **constants) -> None:
+    """Launch, with 64-bit offsets inside a sample where one of the tensors [B, N, d] takes them."""
+    x = sized[0]
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    constants["PRECISION"] = "tf32" if tf32 else "ieee"
+    wide = is_wide(max(extent(t) for t in sized))
+    constants.setdefault("num_warps", WARPS[x.element_size()])
+    tiles.start(kernel, x, (programs,), *args, **constants, WIDE=wide)

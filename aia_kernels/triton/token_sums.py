@@ -1,0 +1,250 @@
+"""Sums over the tokens of products with A or its gradient: gradients of the memories, and moments of A."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .columns import (
+    COLUMNS,
+    INTERPRETED,
+    LEAST,
+    PROGRAMS,
+    Columns,
+    as_bytes,
+    attention_tile,
+    column_count,
+    columns,
+    columns_at,
+    pieces,
+    spans,
+    tokens_at,
+)
+from .products import Attention, accumulated, factor_tile, most_features, start, tile_count
+
+#: Tokens of one step of a product over tokens.
+TOKENS = {2: 64, 4: 16, 8: 16}
+
+#: The least tokens of a program that sums over them: its sums cost about as much traffic as this many tokens.
+SUMMED = 1 << 16 if INTERPRETED else 128
+
+
+@triton.jit
+def token_sum_kernel(
+    x_ptr,
+    logits_ptr,
+    rows_ptr,
+    rows_stride,
+    grad_ptr,
+    reduced_ptr,
+    keep_ptr,
+    padding_ptr,
+    partial_ptr,
+    sums_ptr,
+    batch,
+    n,
+    stride_b,
+    stride_n,
+    stride_f,
+    C: tl.constexpr,
+    F: tl.constexpr,
+    STRIDE_M: tl.constexpr,
+    STRIDE_F: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """x^T factor over the tokens of this program: partial [P, H, F, M'] with strides of columns and features; factor as
+    factor_tile. With sums, also those of x: [P, H * F]. Program p takes blocks p, p + P, ... of all samples."""
+    M: tl.constexpr = column_count(C)
+    WIDTH: tl.constexpr = C.width
+    ACC: tl.constexpr = rows_ptr.dtype.element_ty
+    PARTS: tl.constexpr = tl.cdiv(F, BF)
+    TILES: tl.constexpr = spans(C) * pieces(C)
+    pid = tl.program_id(0)
+    part = pid % PARTS
+    pid = pid // PARTS
+    tile = pid % TILES
+    pid = pid // TILES
+    head = pid % C.heads
+    program = (pid // C.heads).to(tl.int64)
+    blocks = tl.cdiv(n, BT)
+    f = part * BF + tl.arange(0, BF)
+    total = tl.zeros([BF, C.block], ACC)
+    sums = tl.zeros([BF], ACC)
+    for task in range(pid // C.heads, batch * blocks, tl.num_programs(0) // (PARTS * TILES * C.heads)):
+        b = (task // blocks).to(tl.int64)
+        t, _, shown = tokens_at(b, task % blocks, n, padding_ptr, BT, WIDE)
+        feature = (head * F + f).to(t.dtype)
+        at = b * stride_b + feature[:, None] * stride_f + t[None, :] * stride_n
+        x = tl.load(x_ptr + at, mask=(f < F)[:, None] & shown[None, :], other=0)
+        here = b * n * M
+        grad, reduced, keep = grad_ptr, reduced_ptr, keep_ptr
+        if grad_ptr is not None:
+            grad, reduced = grad_ptr + here, reduced_ptr + b * M
+        if keep_ptr is not None:
+            keep = keep_ptr + here
+        sources = (logits_ptr + here, rows_ptr + b * rows_stride, grad, reduced, keep)
+        factor = factor_tile(*sources, n, t, shown, head, tile, C, EPS, SCALE, SHIFT, ACC)
+        total = tl.dot(x, factor.to(x.dtype), total, input_precision=PRECISION, out_dtype=ACC)
+        if sums_ptr is not None:
+            sums += tl.sum(x.to(ACC), 1)
+    m, exists, _ = columns_at(head, tile // pieces(C), tile % pieces(C), C)
+    partial_ptr += (program * C.heads + head) * (F * WIDTH)
+    at = f[:, None] * STRIDE_F + (m - head * WIDTH)[None, :] * STRIDE_M
+    tl.store(partial_ptr + at, total, mask=(f < F)[:, None] & exists[None, :])
+    if sums_ptr is not None:
+        # Every tile of columns has made them; the first tells.
+        sums_ptr += (program * C.heads + head) * F + f
+        tl.store(sums_ptr, sums, mask=f < tl.where(tile == 0, F, 0))
+
+
+@triton.jit
+def moments_kernel(
+    logits_ptr,
+    rows_ptr,
+    rows_stride,
+    padding_ptr,
+    sums_ptr,
+    second_ptr,
+    batch,
+    n,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Sums of A' and of A'^T A' over the tokens of this program, [P, M] and [P, M, M], A' = A - 1 / group.
+
+    Both are made of A' rounded to the type of the product, so that the covariance that follows is one.
+    """
+    M: tl.constexpr = column_count(C)
+    GROUP: tl.constexpr = C.group
+    ACC: tl.constexpr = rows_ptr.dtype.element_ty
+    TYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    TILES: tl.constexpr = spans(C) * pieces(C)
+    right = tl.program_id(0) % TILES
+    left = tl.program_id(0) // TILES % TILES
+    program = tl.program_id(0) // (TILES * TILES)
+    blocks = tl.cdiv(n, BT)
+    second = tl.zeros([C.block, C.block], ACC)
+    sums = tl.zeros([C.block], ACC)
+    for task in range(program, batch * blocks, tl.num_programs(0) // (TILES * TILES)):
+        b = (task // blocks).to(tl.int64)
+        t, inside, shown = tokens_at(b, task % blocks, n, padding_ptr, BT, WIDE)
+        arguments = (logits_ptr + b * n * M, rows_ptr + b * rows_stride, n, t, shown, 0)
+        a = attention_tile(*arguments, left // pieces(C), left % pieces(C), C, EPS, ACC) - 1 / GROUP
+        a = tl.where(inside[:, None], a, 0).to(TYPE)
+        if TILES == 1:
+            other = a
+        else:
+            other = attention_tile(*arguments, right // pieces(C), right % pieces(C), C, EPS, ACC) - 1 / GROUP
+            other = tl.where(inside[:, None], other, 0).to(TYPE)
+        second = tl.dot(tl.trans(a), other, second, input_precision=PRECISION, out_dtype=ACC)
+        sums += tl.sum(a.to(ACC), 0)
+    i, i_exists, _ = columns_at(0, left // pieces(C), left % pieces(C), C)
+    j, j_exists, _ = columns_at(0, right // pieces(C), right % pieces(C), C)
+    at = program.to(tl.int64) * (M * M) + i[:, None] * M + j[None, :]
+    tl.store(second_ptr + at, second, mask=i_exists[:, None] & j_exists[None, :])
+    if right == 0:
+        tl.store(sums_ptr + program.to(tl.int64) * M + i, sums, mask=i_exists)
+
+
+def value_gradient(
+    grad: Tensor,
+    attention: Attention,
+    keep: Tensor | None,
+    scale: float,
+    heads: int,
+    group: int,
+    eps: float,
+    padding: Tensor | None,
+    needs_sums: bool,
+    shifted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """grad^T A or grad^T A' [H, v, M'], and if needed the sums [H * v] of grad over batch and tokens. Reads
+    (1 + M / d) |X|."""
+    c = columns(heads, attention[0].shape[2] // heads, group)
+    shift = 1 / group if shifted else 0.0
+    return token_sums(grad, attention, None, None, keep, padding, c, eps, scale, shift, needs_sums, by_column=False)
+
+
+def moments(attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over all tokens of A' [M] and of A'^T A' [M, M], A' = A - 1 / group. Reads M / d |X|."""
+    logits, rows = attention
+    b, n, m = logits.shape
+    c = columns(1, m, group)
+    square = tile_count(c) ** 2
+    bt = _summed_tokens(logits, c)
+    programs = _summing_programs(b, n, bt, square)
+    sums, second = rows.new_empty((programs, m)), rows.new_empty((programs, m, m))
+    arguments = logits, rows, rows.stride(0), as_bytes(padding), sums, second, b, n
+    constants = {"C": c, "EPS": eps, "BT": bt, "num_warps": 4 if c.block <= COLUMNS else 8}
+    if c.block <= COLUMNS:
+        # Left alone, the assembler spills a few registers to fit one more program on an SM.
+        constants["maxnreg"] = 255
+    start(moments_kernel, (logits,), programs * square, *arguments, **constants)
+    return sums.sum(0), second.sum(0)
+
+
+def token_sums(
+    x: Tensor,
+    attention: Attention,
+    grad: Tensor | None,
+    reduced: Tensor | None,
+    keep: Tensor | None,
+    padding: Tensor | None,
+    c: Columns,
+    eps: float,
+    scale: float,
+    shift: float,
+    needs_sums: bool,
+    by_column: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """x^T factor over all tokens, [H, F, M'] or by column [H, M', F], and the sums of x if needed."""
+    logits, rows = attention
+    b, n, _ = x.shape
+    f = x.shape[2] // c.heads
+    bf = max(min(most_features(x, f), accumulated(x) // c.block), LEAST)
+    parts, count = triton.cdiv(f, bf), tile_count(c)
+    bt = _summed_tokens(x, c)
+    programs = _summing_programs(b, n, bt, parts * count * c.heads)
+    shape = (c.heads, c.width, f) if by_column else (c.heads, f, c.width)
+    partial = rows.new_empty((programs, *shape))
+    sums = rows.new_empty((programs, c.heads * f)) if needs_sums else None
+    strides = {"STRIDE_M": f, "STRIDE_F": 1} if by_column else {"STRIDE_M": 1, "STRIDE_F": c.width}
+    arguments = (
+        x,
+        logits,
+        rows,
+        rows.stride(0),
+        grad,
+        reduced,
+        keep,
+        as_bytes(padding),
+        partial,
+        sums,
+        b,
+        n,
+        *x.stride(),
+    )
+    constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "SHIFT": shift, "BT": bt, "BF": bf}
+    start(token_sum_kernel, (logits, x), programs * parts * count * c.heads, *arguments, **constants)
+    return partial.sum(0), None if sums is None else sums.sum(0)
+
+
+def _summed_tokens(x: Tensor, c: Columns) -> int:
+    """Tokens of one step of a sum over them."""
+    most = min(TOKENS[x.element_size()], accumulated(x) // c.block)
+    return max(min(most, triton.next_power_of_2(x.shape[1])), LEAST)
+
+
+def _summing_programs(b: int, n: int, bt: int, others: int) -> int:
+    """Programs among which the tokens of the batch are divided, each with blocks of bt of them."""
+    return max(1, min(triton.cdiv(PROGRAMS, others), b * n // max(SUMMED, bt)))

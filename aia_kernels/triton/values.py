@@ -1,0 +1,202 @@
+"""Products of columns that give features: the values, and the gradient of x."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .columns import (
+    Columns,
+    as_bytes,
+    column_count,
+    columns,
+    columns_at,
+    pieces,
+    place,
+    spans,
+    token_block,
+    tokens_at,
+)
+from .products import Attention, accumulated, factor_tile, load_features, most_features, start
+from .residual import by_feature, empty_signs, store_signs
+from .token_sums import token_sums
+
+#: Columns of one step of a product over columns whose factor can be cut anywhere.
+CUT = {2: 64, 4: 32, 8: 32}
+
+
+@triton.jit
+def features_kernel(
+    logits_ptr,
+    rows_ptr,
+    rows_stride,
+    grad_ptr,
+    reduced_ptr,
+    keep_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    padding_ptr,
+    o_ptr,
+    signs_ptr,
+    n,
+    residual_b,
+    residual_n,
+    residual_f,
+    stride_b,
+    stride_n,
+    stride_f,
+    C: tl.constexpr,
+    F: tl.constexpr,
+    STRIDE_M: tl.constexpr,
+    STRIDE_F: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+    BY_FEATURE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """o = factor weight (+ bias) (+ residual) at a tile [BT, BF], over all columns of a head; factor as factor_tile.
+
+    With signs, o = relu of that, and the signs are stored.
+    """
+    M: tl.constexpr = column_count(C)
+    WIDTH: tl.constexpr = C.width
+    ACC: tl.constexpr = rows_ptr.dtype.element_ty
+    TYPE: tl.constexpr = o_ptr.dtype.element_ty
+    PARTS: tl.constexpr = tl.cdiv(F, BF)
+    b, block, head, part = place(n, C.heads, PARTS, BT)
+    t, inside, shown = tokens_at(b, block, n, padding_ptr, BT, WIDE)
+    f = part * BF + tl.arange(0, BF)
+    logits_ptr += b * n * M
+    rows_ptr += b * rows_stride
+    if grad_ptr is not None:
+        grad_ptr += b * n * M
+        reduced_ptr += b * M
+    if keep_ptr is not None:
+        keep_ptr += b * n * M
+    weight_ptr += head.to(tl.int64) * (F * WIDTH)
+    o = tl.zeros([BT, BF], ACC)
+    for tile in range(spans(C) * pieces(C)):
+        sources = (logits_ptr, rows_ptr, grad_ptr, reduced_ptr, keep_ptr)
+        factor = factor_tile(*sources, n, t, shown, head, tile, C, EPS, SCALE, 0, ACC)
+        m, exists, _ = columns_at(head, tile // pieces(C), tile % pieces(C), C)
+        at = (m - head * WIDTH)[:, None] * STRIDE_M + f[None, :] * STRIDE_F
+        w = tl.load(weight_ptr + at, mask=exists[:, None] & (f < F)[None, :], other=0)
+        o = tl.dot(factor.to(TYPE), w, o, input_precision=PRECISION, out_dtype=ACC)
+    if bias_ptr is not None:
+        o += tl.load(bias_ptr + head * F + f, mask=f < F, other=0)[None, :]
+    if residual_ptr is not None:
+        residual_ptr += b * residual_b
+        o += load_features(residual_ptr, t, inside, head, f, residual_n, residual_f, F).to(ACC)
+    if signs_ptr is not None:
+        # Not where o > 0: NaN passes, as through torch.relu.
+        o = tl.where(o <= 0, 0, o)
+        store_signs(signs_ptr, b, n, block * BT, part * BF, o != 0, F, BY_FEATURE, WIDE)
+    mask = inside[:, None] & (f < F)[None, :]
+    at = b * stride_b + t[:, None] * stride_n + (head * F + f).to(t.dtype)[None, :] * stride_f
+    tl.store(o_ptr + at, o.to(TYPE), mask=mask)
+
+
+def values(
+    attention: Attention,
+    value: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    scale: float,
+    residual: Tensor | None,
+    group: int,
+    eps: float,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """o = A V^T + bias [B, N, H * v], features contiguous, and None; with a residual, relu of the sum, stored as the
+    residual, and its signs. Reads M / d |X| (+ 1 |X|), writes 1 |X|."""
+    heads, v, width = value.shape
+    b, n, _ = attention[0].shape
+    if residual is None:
+        o, signs = value.new_empty((b, n, heads * v)), None
+    else:
+        o = torch.empty_like(residual)
+        signs = empty_signs(o)
+    c = columns(heads, width, group)
+    strides = {"STRIDE_M": 1, "STRIDE_F": width}
+    _features(attention, None, None, keep, value, bias, residual, padding, o, signs, c, strides, eps, scale)
+    return o, signs
+
+
+def logits_gradient(
+    grad_attention: Tensor,
+    attention: Attention,
+    reduced: Tensor,
+    x: Tensor,
+    key: Tensor,
+    residual_grad: Tensor | None,
+    group: int,
+    eps: float,
+    padding: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """dL key (+ residual_grad), stored as x, if needed, and dL^T x [H, M', k], with dL = Q - P * D.
+
+    Reads (2 + 4 M / d) |X|, writes 1 |X|: dL is made twice. It asks nothing of groups, so tiles cut them anywhere.
+    """
+    heads, width, k = key.shape
+    c = columns(heads, width, 1)
+    reduced = reduced.contiguous()
+    grad_key, _ = token_sums(
+        x, attention, grad_attention, reduced, None, padding, c, eps, 1.0, 0.0, needs_sums=False, by_column=True
+    )
+    if not needs_x:
+        return None, grad_key
+    grad_x = torch.empty_like(x)
+    strides = {"STRIDE_M": k, "STRIDE_F": 1}
+    sources = attention, grad_attention, reduced, None
+    c = columns(heads, width, 1, CUT[x.element_size()])
+    _features(*sources, key, None, residual_grad, padding, grad_x, None, c, strides, eps, 1.0)
+    return grad_x, grad_key
+
+
+def _features(
+    attention: Attention,
+    grad: Tensor | None,
+    reduced: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: Tensor | None,
+    o: Tensor,
+    signs: Tensor | None,
+    c: Columns,
+    strides: dict[str, int],
+    eps: float,
+    scale: float,
+) -> None:
+    logits, rows = attention
+    b, n, _ = logits.shape
+    f = o.shape[2] // c.heads
+    bf = most_features(o, f)
+    parts = triton.cdiv(f, bf)
+    bt = token_block(b, n, c.heads * parts, min(128, accumulated(o, 4) // max(bf, c.block)))
+    inputs = grad, reduced, keep, weight.contiguous(), bias, residual, as_bytes(padding)
+    residual_strides = (0, 0, 0) if residual is None else residual.stride()
+    constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "BT": bt, "BF": bf, "BY_FEATURE": by_feature(o)}
+    start(
+        features_kernel,
+        (logits, o) if residual is None else (logits, o, residual),
+        b * triton.cdiv(n, bt) * c.heads * parts,
+        logits,
+        rows,
+        rows.stride(0),
+        *inputs,
+        o,
+        signs,
+        n,
+        *residual_strides,
+        *o.stride(),
+        **constants,
+    )
