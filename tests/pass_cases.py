@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,6 +184,19 @@ def conv_backward(dz: Tensor, pooled: Tensor, weight: Tensor, dims) -> tuple[Ten
     pooled, weight = pooled.requires_grad_(), weight.requires_grad_()
     z, _ = PlainPasses().gate_conv(pooled, weight, dims)
     return torch.autograd.grad(z, (pooled, weight), dz)
+
+
+def same_bits_with_any_threads(everything: Callable[[], Iterable[Tensor]]) -> None:
+    """Assert that results do not depend on the number of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 def run_at_level(level: str, file: str, selected: str) -> None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from pass_cases import agrees, double, epsilon, run_at_level
+from conftest import skip_unless_runnable
+from pass_cases import agrees, double, epsilon, run_at_level, same_bits_with_any_threads
 from plain_double_norm import PlainDoubleNorm
 from torch import Tensor
 
@@ -69,8 +70,7 @@ FLUSHED = {torch.float32: 2.0**-66, torch.float64: 2.0**-510}
 
 @pytest.fixture(scope="module")
 def passes():
-    if (reason := backends.available_backends("external_attention")["cpu"]) is not None:
-        pytest.skip(reason)
+    skip_unless_runnable("cpu", "cpu", "external_attention")
     return backends.passes("cpu", "external_attention")
 
 
@@ -257,16 +257,7 @@ def test_threads_change_nothing(passes, name):
         passes.double_norm_backward_(out, attention, mass, reduced, case.group)
         return statistics, attention, mass, reduced, out
 
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(everything())
-    finally:
-        torch.set_num_threads(before)
-    for others in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    same_bits_with_any_threads(everything)
 
 
 def test_a_row_is_its_own(passes):

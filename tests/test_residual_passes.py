@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from pass_cases import agrees, run_at_level
+from conftest import skip_unless_runnable
+from pass_cases import agrees, run_at_level, same_bits_with_any_threads
 from plain_double_norm import PlainDoubleNorm
 from torch import Tensor
 
@@ -49,8 +50,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def passes():
-    if (reason := backends.available_backends("external_attention")["cpu"]) is not None:
-        pytest.skip(reason)
+    skip_unless_runnable("cpu", "cpu", "external_attention")
     return backends.passes("cpu", "external_attention")
 
 
@@ -116,17 +116,14 @@ def test_not_finite(passes, by_maps):
 def test_threads_change_nothing(passes, name):
     case = CASES[name]
     z, x, grad_y = (stored(torch.randn(case[:3]), case) for _ in range(3))
-    shift, before, results = torch.randn(case.c), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            y = torch.empty_like(z).copy_(z)
-            signs = passes.residual_relu_(y, x, shift)
-            results.append((y, signs, *passes.residual_relu_backward(grad_y, signs)))
-    finally:
-        torch.set_num_threads(before)
-    for others in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    shift = torch.randn(case.c)
+
+    def everything():
+        y = torch.empty_like(z).copy_(z)
+        signs = passes.residual_relu_(y, x, shift)
+        return y, signs, *passes.residual_relu_backward(grad_y, signs)
+
+    same_bits_with_any_threads(everything)
 
 
 Z, SIGNS = torch.randn(2, 6, 8), torch.zeros(12, dtype=torch.uint8)
