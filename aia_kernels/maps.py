@@ -119,11 +119,14 @@ def pack(maps: Sequence[Tensor], context: int, map_order: str) -> Tensor:
 
 
 def arrange_weight(weights: Sequence[Tensor], context: int, map_order: str) -> Tensor:
-    """Gate weights, each [1, 2, 3, 3, 3] in the paper's axis order, as one [n, 2, 3, 3, 3] in stored order."""
+    """Gate weights, each [1, 2, 3, 3, 3] in the paper's axis order, as one contiguous [n, 2, 3, 3, 3] in stored order.
+
+    Their strides are those of the network, which may be channels_last_3d.
+    """
     arranged = []
     for pooled, axes, weight in zip(POOLED_AXES[context], map_axes(context, map_order), weights, strict=True):
         arranged.append(weight.permute(0, 1, *(2 + GATE_AXES[pooled].index(a) for a in axes)))
-    return torch.cat(arranged)
+    return torch.cat(arranged).contiguous()
 
 
 def restore_weight(arranged: Tensor, context: int, map_order: str) -> list[Tensor]:

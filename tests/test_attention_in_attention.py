@@ -188,6 +188,16 @@ def test_expanded_and_strided_gradients(layout, backend_on):
         torch.testing.assert_close(found, expected, **EXACT)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_of_a_channels_last_network(name, backend_on):
+    """The convolutions' weights follow their network's .to(memory_format=torch.channels_last_3d)."""
+    backend, device = backend_on
+    module = unit(name, SHAPES["small"], device=device)
+    moved = copy.deepcopy(module).to(memory_format=torch.channels_last_3d)
+    x, grad_y = (make_input(SHAPES["small"], torch.float64, "channels_last_3d", seed, device) for seed in (0, 1))
+    assert_same_results(testing.run(moved, x, grad_y, backend), testing.run(module, x, grad_y, backend))
+
+
 def test_input_of_other_strides(backend_on):
     backend, device = backend_on
     shape = SHAPES["prime"]

@@ -38,6 +38,14 @@ def call(x=X, unit="C", gates=None, num_segments=4):
         ({"x": X.double()}, TypeError, ("weight of gate C", "torch.float32", "expected torch.float64")),
         ({"x": X.to("meta")}, ValueError, ("weight of gate C", "cpu", "meta")),
         ({"unit": "CST"}, ValueError, ("unit:", "'CST'", "CinST")),
+        ({"unit": ["C"]}, ValueError, ("unit:", r"\['C'\]", "CinST")),
+        ({"gates": torch.randn(1, 2, 3, 3, 3)}, TypeError, ("gate C:", "Tensor", "expected a Gate")),
+        ({"gates": (Gate(None),)}, TypeError, ("weight of gate C", "NoneType", "tensor")),
+        (
+            {"gates": (Gate(torch.randn(1, 2, 3, 3, 3), Norm(running_mean=torch.zeros(1))),)},
+            ValueError,
+            ("BN of gate C", "running_var", "both or neither"),
+        ),
         ({"unit": "ST"}, ValueError, ("gates:", "got 1", "expected 3")),
         ({"gates": (Gate(torch.randn(1, 2, 3, 3)),)}, ValueError, ("weight of gate C", r"\(1, 2, 3, 3\)", "expected")),
         (

@@ -64,6 +64,8 @@ def test_full_graph_with_dynamic_batch(name, train, backend_on):
 def test_layouts(layout, backend_on):
     _, device = backend_on
     module = randomise(aia_kernels.CinST(SHAPE.t)).double().to(device)
+    if layout == "channels_last_3d":
+        module.to(memory_format=torch.channels_last_3d)
     expected = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x, grad_y = (make_input(SHAPE, torch.float64, layout, seed, device) for seed in (0, 1))

@@ -131,7 +131,7 @@ def _empty(x: Tensor, gates: Sequence[Gate]) -> Tensor:
 
 
 def _unit(unit: str) -> Unit:
-    if unit not in UNITS:
+    if not isinstance(unit, str) or unit not in UNITS:
         raise ValueError(f"unit: got {unit!r}, expected one of {', '.join(UNITS)}")
     return UNITS[unit]
 
@@ -151,7 +151,14 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
         autocast = torch.get_autocast_dtype(x.device.type)
         expected = (torch.float32,) if x.dtype in (torch.float32, autocast) else (x.dtype,)
     length = maps.lengths(_clip_sizes(x, num_segments))
-    for letter, (weight, norm) in zip(unit.letters, gates, strict=True):
+    for letter, gate in zip(unit.letters, gates, strict=True):
+        if not isinstance(gate, Gate):
+            raise TypeError(f"gate {letter}: got {type(gate).__name__}, expected a Gate")
+        weight, norm = gate
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight of gate {letter}: got {type(weight).__name__}, expected a tensor")
+        if norm and (norm.running_mean is None) != (norm.running_var is None):
+            raise ValueError(f"BN of gate {letter}: got one of running_mean and running_var, expected both or neither")
         if norm and norm.uses_batch and not norm.process_group and 0 < x.numel() == length[letter]:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per map for BN in training")
         if tuple(weight.shape) != WEIGHT_SHAPE:
