@@ -4,8 +4,8 @@
     y = CinST(num_segments=8)(x)           # x [B * 8, C, H, W]
 
 Attention in Attention (arXiv 2204.09303): C, ST, CinST, STinC, STinC2. External attention (arXiv 2105.02358):
-ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention. As functions: aia_kernels.functional. In the papers'
-networks: aia_kernels.models.
+ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention, TokenExternalAttention. As functions:
+aia_kernels.functional. In the papers' networks: aia_kernels.models.
 ``convert(model)`` makes the published layers of a model the fused ones, ``to_reference(model)`` plain PyTorch.
 ``python -m aia_kernels`` tells what can run.
 """
@@ -24,6 +24,7 @@ from .modules import (
     STinC,
     STinC2,
     TemporalShift,
+    TokenExternalAttention,
 )
 from .operators.decompositions import decompositions
 from .reference import Gate, Norm
@@ -43,6 +44,7 @@ __all__ = [
     "STinC",
     "STinC2",
     "TemporalShift",
+    "TokenExternalAttention",
     "available_backends",
     "convert",
     "decompositions",

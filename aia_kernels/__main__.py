@@ -27,6 +27,7 @@ LAYERS = {
         "ExternalAttention": (lambda: modules.ExternalAttention(8, S=5), TOKENS),
         "ExternalAttention2d": (lambda: modules.ExternalAttention2d(8, k=4), MAPS),
         "MultiHeadExternalAttention": (lambda: modules.MultiHeadExternalAttention(8, num_heads=2), TOKENS),
+        "TokenExternalAttention": (lambda: modules.TokenExternalAttention(8, 8, k=5), TOKENS),
     },
     "temporal_shift": {"TemporalShift": (lambda: modules.TemporalShift(SEGMENTS, fold_div=3), (4, 6, 5, 3))},
 }

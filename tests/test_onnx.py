@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import aia_kernels
-from aia_kernels import models, testing
+from aia_kernels import testing
 from aia_kernels.reference import UNITS
 
 pytest.importorskip("onnxscript", reason="the exporter of torch.onnx needs onnxscript: pip install 'aia_kernels[test]'")
@@ -30,7 +30,7 @@ class EveryLayer(nn.Module):
             [
                 aia_kernels.ExternalAttention(8, 6),
                 aia_kernels.MultiHeadExternalAttention(8, 2),
-                models.TokenExternalAttention(8, 8, 6),
+                aia_kernels.TokenExternalAttention(8, 8, 6),
             ]
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import behaviour
-from .published import Form, find_form, fused_layers
+from .published import FUSED_LAYERS, Form, find_form
 from .report import Converted, Exchange, LeftAlone, Report
 
 
@@ -33,9 +33,9 @@ def convert(model: nn.Module) -> Report:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    report, fused, tried = Report(model), fused_layers(), {}
+    report, tried = Report(model), {}
     for module, known_as in names.items():
-        if type(module) in fused:
+        if type(module) in FUSED_LAYERS:
             report.already_fused += known_as[:1]
         elif (form := find_form(module)) is not None:
             before = _name(type(module))
@@ -60,7 +60,7 @@ def _fused_layer(module: nn.Module, form: Form, tried: dict[Any, type[nn.Module]
 
 def _compare(module: nn.Module, form: Form) -> type[nn.Module] | str:
     # The layer of the same name is the likeliest, and its difference the one to tell.
-    layers = sorted(form.layers(), key=lambda layer: layer.__name__ != type(module).__name__)
+    layers = sorted(form.layers, key=lambda layer: layer.__name__ != type(module).__name__)
     told = None
     for layer in layers:
         if (reason := behaviour.difference(module, layer, form.settings(module), form.example)) is None:

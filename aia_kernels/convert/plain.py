@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor, nn
 
 from .. import modules, reference
@@ -22,7 +20,7 @@ class _PlainUnit(AttentionInAttention):
         return self._through_submodules(x)
 
 
-class PlainExternal(nn.Module):
+class _PlainExternal(nn.Module):
     """The forward of external attention's layers in plain PyTorch."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,16 +47,24 @@ class PlainSTinC2(_PlainUnit, modules.STinC2):
     """STinC2 in plain PyTorch."""
 
 
-class PlainExternalAttention(PlainExternal, modules.ExternalAttention):
+class PlainExternalAttention(_PlainExternal, modules.ExternalAttention):
     """ExternalAttention in plain PyTorch."""
 
 
-class PlainExternalAttention2d(PlainExternal, modules.ExternalAttention2d):
+class PlainExternalAttention2d(_PlainExternal, modules.ExternalAttention2d):
     """ExternalAttention2d in plain PyTorch, its projections not folded."""
 
 
-class PlainMultiHeadExternalAttention(PlainExternal, modules.MultiHeadExternalAttention):
+class PlainMultiHeadExternalAttention(_PlainExternal, modules.MultiHeadExternalAttention):
     """MultiHeadExternalAttention in plain PyTorch, its projections not folded."""
+
+
+class PlainTokenExternalAttention(_PlainExternal, modules.TokenExternalAttention):
+    """TokenExternalAttention in plain PyTorch, its projections not folded."""
+
+
+class PlainTransformerTokenExternalAttention(_PlainExternal, modules.TransformerTokenExternalAttention):
+    """TransformerTokenExternalAttention in plain PyTorch, its projections not folded."""
 
 
 class PlainTemporalShift(modules.TemporalShift):
@@ -69,17 +75,15 @@ class PlainTemporalShift(modules.TemporalShift):
         return as_input(reference.temporal_shift(clips, clips.shape[2] // self.fold_div), x.ndim)
 
 
-@functools.cache
-def plain_layers() -> dict[type[nn.Module], type[nn.Module]]:
-    """The plain layer of each fused one."""
-    from . import plain_tokens  # a model's layers are imported when they are first wanted
-
-    plain = (
+#: The plain layer of each fused one.
+PLAIN_LAYERS = {
+    kind.__bases__[-1]: kind
+    for kind in (
         *(PlainC, PlainST, PlainCinST, PlainSTinC, PlainSTinC2, PlainTemporalShift),
         *(PlainExternalAttention, PlainExternalAttention2d, PlainMultiHeadExternalAttention),
-        *(plain_tokens.PlainTokenExternalAttention, plain_tokens.PlainTransformerTokenExternalAttention),
+        *(PlainTokenExternalAttention, PlainTransformerTokenExternalAttention),
     )
-    return {kind.__bases__[-1]: kind for kind in plain}
+}
 
 
 def to_reference(model: nn.Module) -> nn.Module:
@@ -92,14 +96,14 @@ def to_reference(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    exchanges, unknown, plain = {}, [], plain_layers()
+    exchanges, unknown = {}, []
     for name, module in model.named_modules():
-        layer = next((kind for kind in type(module).__mro__ if kind in plain), None)
-        if layer is None or type(module) in plain.values():
+        layer = next((kind for kind in type(module).__mro__ if kind in PLAIN_LAYERS), None)
+        if layer is None or type(module) in PLAIN_LAYERS.values():
             continue
         if type(module).forward is not layer.forward or "forward" in module.__dict__:
             unknown.append(f"{name or 'the model itself'} ({type(module).__qualname__})")
-        exchanges[module] = plain[layer]
+        exchanges[module] = PLAIN_LAYERS[layer]
     if unknown:
         raise TypeError(
             f"model: got layers with a forward of their own, expected those of the package: {', '.join(unknown)}"

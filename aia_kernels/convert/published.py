@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ class Form(NamedTuple):
     """
 
     children: frozenset[str]
-    layers: Callable[[], tuple[type[nn.Module], ...]]
+    layers: tuple[type[nn.Module], ...]
     mismatch: Callable[[nn.Module], str | None]
     settings: Callable[[nn.Module], Mapping[str, Any]]
     example: Callable[[nn.Module, torch.Generator], Tensor]
@@ -33,12 +32,6 @@ def find_form(module: nn.Module) -> Form | None:
     """The form whose names a module has; the one with the most names where there are several."""
     names = module._modules.keys()
     return next((form for form in FORMS if form.children <= names), None)
-
-
-@functools.cache
-def fused_layers() -> frozenset[type[nn.Module]]:
-    """Every layer that a published one may become."""
-    return frozenset(layer for form in FORMS for layer in form.layers())
 
 
 def _differs(path: str, child: Any, kind: type[nn.Module], **expected: Any) -> str | None:
@@ -93,7 +86,7 @@ def _unit(letters: str, *names: str) -> Form:
 
     return Form(
         frozenset(f"{letter}_conv" for letter in letters),
-        lambda: tuple(getattr(modules, name) for name in names),
+        tuple(getattr(modules, name) for name in names),
         mismatch,
         lambda unit: {"use_BN": uses_bn(unit)},
         # Lengths that no two axes share: a gate with its axes in another order has another result.
@@ -162,19 +155,10 @@ def _token_mismatch(attention: nn.Module) -> str | None:
     )
 
 
-def _token_layer(name: str) -> Callable[[], tuple[type[nn.Module], ...]]:
-    def layers() -> tuple[type[nn.Module], ...]:
-        from ..models import eamlp
-
-        return (getattr(eamlp, name),)
-
-    return layers
-
-
-def _token_form(key: str, value: str, layer: str) -> Form:
+def _token_form(key: str, value: str, layer: type[nn.Module]) -> Form:
     return Form(
         frozenset({"q_linear", key, value, "attn_drop", "proj", "proj_drop"}),
-        _token_layer(layer),
+        (layer,),
         _token_mismatch,
         lambda attention: {},
         lambda attention, generator: _tokens(attention.q_linear.in_features, generator),
@@ -209,25 +193,28 @@ FORMS = (
     _unit("C", "C"),
     Form(
         frozenset({"trans_dims", "linear_0", "linear_1", "attn_drop", "proj", "proj_drop"}),
-        lambda: (modules.MultiHeadExternalAttention,),
+        (modules.MultiHeadExternalAttention,),
         _heads_mismatch,
         lambda attention: {"k": attention.linear_0.out_features},
         lambda attention, generator: _tokens(attention.trans_dims.in_features, generator),
     ),
-    _token_form("linear_0", "linear_1", "TokenExternalAttention"),
-    _token_form("linear_1", "linear_2", "TransformerTokenExternalAttention"),
+    _token_form("linear_0", "linear_1", modules.TokenExternalAttention),
+    _token_form("linear_1", "linear_2", modules.TransformerTokenExternalAttention),
     Form(
         frozenset({"conv1", "linear_0", "linear_1", "conv2"}),
-        lambda: (modules.ExternalAttention2d,),
+        (modules.ExternalAttention2d,),
         _block_mismatch,
         lambda block: {"k": block.linear_0.out_channels},
         lambda block, generator: _tokens(block.conv1.in_channels, generator).mT.unflatten(2, (3, 4)),
     ),
     Form(
         frozenset({"mk", "mv"}),
-        lambda: (modules.ExternalAttention,),
+        (modules.ExternalAttention,),
         _plain_mismatch,
         lambda attention: {},
         lambda attention, generator: _tokens(attention.mk.in_features, generator),
     ),
 )
+
+#: Every layer that a published one may become.
+FUSED_LAYERS = frozenset(layer for form in FORMS for layer in form.layers)

@@ -9,7 +9,7 @@ _EXPORTS = {
     "checkpoints": ("CheckpointError", "load_checkpoint", "load_imagenet"),
     "detection": ("ExternalAttentionFPN", "FeaturePyramid"),
     "dilated_resnet": ("DilatedResNet",),
-    "eamlp": ("EAMLP", "TokenExternalAttention", "eamlp_14", "eamlp_19", "eamlp_7"),
+    "eamlp": ("EAMLP", "eamlp_14", "eamlp_19", "eamlp_7"),
     "eanet": ("EANet",),
     "generation": ("Discriminator", "Generator", "SpectralExternalAttention", "gradient_penalty"),
     "point_cloud": ("PointCloudClassifier", "PointCloudSegmenter"),

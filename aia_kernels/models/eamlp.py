@@ -8,16 +8,11 @@ values of the state dict are those of the published T2t_vit_7, T2t_vit_14 and T2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..autocast import no_autocast
-from ..functional import double_normalize, external_attention
-from ..modules import MultiHeadExternalAttention
-from ..modules.external_attention import EPS
-from ..modules.submodules import must_be_called
+from ..modules import MultiHeadExternalAttention, TokenExternalAttention
 
 #: The kernel, stride and padding of the three soft splits: each turns the patches around a position into one token.
 SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
@@ -29,65 +24,6 @@ POOLS = {
 }
 #: How many pixels a final token is wide and high.
 PATCH = math.prod(stride for _kernel, stride, _padding in SOFT_SPLITS)
-
-
-class TokenExternalAttention(nn.Module):
-    """The external attention of a T2T stage: q = q_linear(x), y = q + proj(linear_1(A)), A from the logits linear_0(q).
-
-    x: [B, N, dim]; y: [B, N, in_dim]. k slots (128 as published), eps 1e-9. attn_drop is applied to the attention map
-    and proj_drop to the branch; the published stages have 0.1 for both.
-
-    Folded: proj and linear_1 into one [in_dim, k], as nothing stands between them. q_linear stays, for q is wanted by
-    the residual. As published the memories start equal, linear_1.weight = linear_0.weight^T, here without sharing
-    storage.
-    """
-
-    #: The names of the key and the value memory.
-    memories = ("linear_0", "linear_1")
-
-    def __init__(self, dim: int, in_dim: int, k: int = 128, attn_drop: float = 0.0, proj_drop: float = 0.0):
-        super().__init__()
-        self.k = k
-        self.q_linear = nn.Linear(dim, in_dim)
-        self.add_module(self.memories[0], nn.Linear(in_dim, k, bias=False))
-        self.add_module(self.memories[1], nn.Linear(k, in_dim))
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(in_dim, in_dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.tie()
-
-    @torch.no_grad()
-    def tie(self) -> None:
-        """Give the value memory the values of the key memory: where training starts, not how it must go on."""
-        key, value = self._memories()
-        value.weight.copy_(key.weight.T)
-
-    def _memories(self) -> tuple[nn.Module, nn.Module]:
-        return getattr(self, self.memories[0]), getattr(self, self.memories[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        key, value = self._memories()
-        if any(map(must_be_called, (key, value, self.attn_drop, self.proj))):
-            return self._through_submodules(x)
-        q = self.q_linear(x)
-        with no_autocast(x):
-            folded = self.proj.weight @ value.weight
-            bias = self.proj.weight @ value.bias + self.proj.bias
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        o = external_attention(q, key.weight, folded, value_bias=bias, eps=EPS, dropout=dropout)
-        return q + self.proj_drop(o)
-
-    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
-        key, value = self._memories()
-        q = self.q_linear(x)
-        attention = self.attn_drop(normalize(key(q), eps=EPS))
-        return q + self.proj_drop(self.proj(value(attention)))
-
-
-class TransformerTokenExternalAttention(TokenExternalAttention):
-    """The same with the names of the published T2t_vit_t networks: linear_1 is the key memory, linear_2 the value."""
-
-    memories = ("linear_1", "linear_2")
 
 
 class Mlp(nn.Module):

@@ -1,7 +1,13 @@
 """The layers as modules, with the published names and parameters. One file per family."""
 
 from .attention_in_attention import ST, C, CinST, STinC, STinC2
-from .external_attention import ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention
+from .external_attention import (
+    ExternalAttention,
+    ExternalAttention2d,
+    MultiHeadExternalAttention,
+    TokenExternalAttention,
+    TransformerTokenExternalAttention,
+)
 from .temporal_shift import TemporalShift
 
 __all__ = [
@@ -14,4 +20,6 @@ __all__ = [
     "STinC",
     "STinC2",
     "TemporalShift",
+    "TokenExternalAttention",
+    "TransformerTokenExternalAttention",
 ]

@@ -13,25 +13,19 @@ replaced), every submodule is run in the published order around the double norma
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..autocast import no_autocast
 from ..functional.external_attention import double_normalize, external_attention, external_attention_block
-from .submodules import is_pointwise, must_be_called, norm_of
+from .submodules import can_be_read, is_pointwise, must_be_called, norm_of
 
 #: What EANet and EAMLP add to the sum over slots.
 EPS = 1e-9
-
-
-def _in_own_precision(x: Tensor):
-    """A context in which products of parameters alone have the type of the parameters, autocast or not."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _without_effect(memory_key: Tensor, *biases: Tensor | None) -> Tensor:
@@ -62,7 +56,7 @@ class ExternalAttention(nn.Module):
             nn.init.normal_(linear.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        if must_be_called(self.mk) or must_be_called(self.mv):
+        if not all(can_be_read(linear, nn.Linear) for linear in (self.mk, self.mv)):
             return self._through_submodules(x)
         return external_attention(x, self.mk.weight, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
 
@@ -104,20 +98,20 @@ class ExternalAttention2d(nn.Module):
         if not self._foldable():
             return self._through_submodules(x)
         conv2, norm = self.conv2
-        with _in_own_precision(x):
+        with no_autocast(x):
             key = self.linear_0.weight.flatten(1) @ self.conv1.weight.flatten(1)
             key = _without_effect(key, self.conv1.bias, self.linear_0.bias)
             value = conv2.weight.flatten(1) @ self.linear_1.weight.flatten(1)
         return external_attention_block(x, key, value, norm_of(norm), eps=EPS)
 
     def _foldable(self) -> bool:
-        if must_be_called(self.conv2) or not isinstance(self.conv2, nn.Sequential) or len(self.conv2) != 2:
+        if not can_be_read(self.conv2, nn.Sequential) or len(self.conv2) != 2:
             return False
         convolutions = (self.conv1, self.linear_0, self.linear_1, self.conv2[0])
         return (
-            not any(map(must_be_called, (*convolutions, self.conv2[1])))
+            not any(map(must_be_called, convolutions))
             and all(map(is_pointwise, convolutions))
-            and isinstance(self.conv2[1], nn.modules.batchnorm._BatchNorm)
+            and can_be_read(self.conv2[1], _BatchNorm)
             and self.linear_1.bias is None
             and self.conv2[0].bias is None
         )
@@ -166,9 +160,9 @@ class MultiHeadExternalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linears = (self.trans_dims, self.linear_0, self.linear_1, self.proj)
-        if any(map(must_be_called, (*linears, self.attn_drop))):
+        if not _readable(linears, self.attn_drop):
             return self._through_submodules(x)
-        with _in_own_precision(x):
+        with no_autocast(x):
             # [heads, k, dim]; bmm, as matmul would copy both operands and the result.
             by_head = self.trans_dims.weight.unflatten(0, (self.num_heads, -1))
             key = torch.bmm(self.linear_0.weight.expand(self.num_heads, -1, -1), by_head)
@@ -187,6 +181,72 @@ class MultiHeadExternalAttention(nn.Module):
         heads = self.trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
         attention = self.attn_drop(normalize(self.linear_0(heads), eps=EPS))
         return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
+
+
+class TokenExternalAttention(nn.Module):
+    """The external attention of a T2T stage: q = q_linear(x), y = q + proj(linear_1(A)), A from the logits linear_0(q).
+
+    x: [B, N, dim]; y: [B, N, in_dim]. k slots (128 as published), eps 1e-9. attn_drop is applied to the attention map
+    and proj_drop to the branch; the published stages have 0.1 for both.
+
+    Folded: proj and linear_1 into one [in_dim, k], as nothing stands between them. q_linear stays, for q is wanted by
+    the residual. As published the memories start equal, linear_1.weight = linear_0.weight^T, here without sharing
+    storage.
+    """
+
+    #: The names of the key and the value memory.
+    memories = ("linear_0", "linear_1")
+
+    def __init__(self, dim: int, in_dim: int, k: int = 128, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        _check_at_least_one(dim=dim, in_dim=in_dim, k=k)
+        self.k = k
+        self.q_linear = nn.Linear(dim, in_dim)
+        self.add_module(self.memories[0], nn.Linear(in_dim, k, bias=False))
+        self.add_module(self.memories[1], nn.Linear(k, in_dim))
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(in_dim, in_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.tie()
+
+    @torch.no_grad()
+    def tie(self) -> None:
+        """Give the value memory the values of the key memory: where training starts, not how it must go on."""
+        key, value = self._memories()
+        value.weight.copy_(key.weight.T)
+
+    def _memories(self) -> tuple[nn.Module, nn.Module]:
+        return getattr(self, self.memories[0]), getattr(self, self.memories[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = self._memories()
+        if not _readable((key, value, self.proj), self.attn_drop):
+            return self._through_submodules(x)
+        q = self.q_linear(x)
+        with no_autocast(x):
+            folded = self.proj.weight @ value.weight
+            bias = self.proj.bias
+            if value.bias is not None:
+                bias = nn.functional.linear(value.bias, self.proj.weight, bias)
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        o = external_attention(q, key.weight, folded, key_bias=key.bias, value_bias=bias, eps=EPS, dropout=dropout)
+        return q + self.proj_drop(o)
+
+    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+        key, value = self._memories()
+        q = self.q_linear(x)
+        attention = self.attn_drop(normalize(key(q), eps=EPS))
+        return q + self.proj_drop(self.proj(value(attention)))
+
+
+class TransformerTokenExternalAttention(TokenExternalAttention):
+    """The same with the names of the published T2t_vit_t networks: linear_1 is the key memory, linear_2 the value."""
+
+    memories = ("linear_1", "linear_2")
+
+
+def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:
+    return can_be_read(dropout, nn.Dropout) and all(can_be_read(linear, nn.Linear) for linear in linears)
 
 
 def _check_at_least_one(**sizes: int) -> None:
