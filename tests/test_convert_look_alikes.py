@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn.functional as F
 from convert_cases import TokenPerformer, assert_same_objects, tensors
 from torch import nn
@@ -143,6 +144,10 @@ def patched():
     return module
 
 
+def traced():
+    return torch.jit.trace(external.ExternalAttention(6, 4), torch.randn(2, 5, 6))
+
+
 #: Look-alikes, and what the report says of each.
 LEFT_ALONE = {
     "other kernel": (
@@ -153,7 +158,10 @@ LEFT_ALONE = {
         changed(lambda: units.ST(2), T_conv=nn.Conv3d(3, 1, 3, padding=1, bias=False)),
         "T_conv.in_channels: got 3",
     ),
-    "conv with bias": (changed(lambda: units.C(2), C_conv=nn.Conv3d(2, 1, 3, padding=1)), "C_conv.bias: got"),
+    "conv with bias": (
+        changed(lambda: units.C(2), C_conv=nn.Conv3d(2, 1, 3, padding=1)),
+        r"C_conv.bias: got one of shape \(1,\), expected None",
+    ),
     "circular padding": (
         with_attributes(lambda: units.C(2), C_conv__padding_mode="circular"),
         "padding_mode: got circular",
@@ -178,6 +186,11 @@ LEFT_ALONE = {
     "patched instance": (patched, "its forward was replaced on the instance"),
     "more arguments": (lambda: Masked(6, 4), r"its forward takes \(x, mask=None\)"),
     "more results": (lambda: Pair(6, 4), "its forward returns a tuple"),
+    "traced": (traced, "it is a TorchScript module"),
+    "a Linear of another library": (
+        changed(lambda: external.ExternalAttention(6, 4), mk=type("Linear", (nn.Module,), {})()),
+        r"mk is a test_convert_look_alikes\.Linear, expected a Linear",
+    ),
     "container": (Container, "it has no forward"),
     "memories of other sizes": (
         changed(lambda: external.ExternalAttention(6, 4), mv=nn.Linear(4, 5)),
@@ -212,6 +225,7 @@ LEFT_ALONE = {
 
 
 class TestLookAlikes:
+    @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("name", LEFT_ALONE)
     def test_left_alone_and_named(self, name):
         make, reason = LEFT_ALONE[name]

@@ -185,7 +185,10 @@ def test_a_network_in_one_graph():
         (lambda: small("CinTS"), ["unit: got 'CinTS'", "'CinST'", "'STinCplusCinST'", "None"]),
         (lambda: small(temporal="TSM"), ["temporal: got 'TSM'", "'tsn', 'tsm'"]),
         (lambda: AIAResNet(()), [r"layers: got \(\)"]),
-        (lambda: aia_resnet50(num_segments=0), ["num_segments: got 0, expected at least 1"]),
+        (lambda: small(["C", "ST"]), [r"unit: got \['C', 'ST'\]", "'CplusST'"]),
+        (lambda: aia_resnet50(num_segments=0), ["num_segments: got 0, expected a whole number, at least 1"]),
+        (lambda: aia_resnet50(num_segments="8"), ["num_segments: got '8'"]),
+        (lambda: aia_resnet101(temporal="tsm", fold_div=0), ["fold_div: got 0"]),
         (lambda: VideoNet(small(), 0), ["num_classes: got 0"]),
         (lambda: VideoNet(small(), 4, dropout=1), ["dropout: got 1"]),
         (lambda: VideoNet(VideoNet(small(), 4).base_model, 4), ["base_model: its classifier fc was replaced"]),
@@ -295,6 +298,10 @@ def test_checkpoint_that_does_not_fit():
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     with pytest.raises(TypeError, match="holds no state dict; expected one, or one under 'state_dict', 'model', 'net'"):
         load_checkpoint(network, {"epoch": 3})
+    with pytest.raises(TypeError, match="holds no state dict"):
+        load_checkpoint(network, {0: torch.zeros(1)})
+    with pytest.raises(TypeError, match="source: got NoneType, expected the path of a checkpoint or a dictionary"):
+        load_checkpoint(network, None)
 
 
 def test_imagenet_weights(tmp_path):

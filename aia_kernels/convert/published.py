@@ -30,19 +30,22 @@ class Form(NamedTuple):
 
 def find_form(module: nn.Module) -> Form | None:
     """The form whose names a module has; the one with the most names where there are several."""
-    names = module._modules.keys()
+    names = set(module._modules.keys())
     return next((form for form in FORMS if form.children <= names), None)
 
 
 def _differs(path: str, child: Any, kind: type[nn.Module], **expected: Any) -> str | None:
     """Why a submodule is not a plain module of a kind with these attributes, or None."""
     if not isinstance(child, kind):
-        return f"{path} is a {type(child).__name__}, expected a {kind.__name__.lstrip('_')}"
+        found = type(child)
+        name = f"{found.__module__}.{found.__name__}" if found.__name__ == kind.__name__ else found.__name__
+        return f"{path} is a {name}, expected a {kind.__name__.lstrip('_')}"
     if must_be_called(child):
         return f"{path} is a {type(child).__name__} with a forward of its own, expected a plain {kind.__name__}"
     for name, value in expected.items():
         if (found := getattr(child, name)) != value:
-            return f"{path}.{name}: got {found}, expected {value}"
+            told = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else found
+            return f"{path}.{name}: got {told}, expected {value}"
     return None
 
 

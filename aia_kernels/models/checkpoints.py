@@ -60,17 +60,23 @@ def load_imagenet(model: nn.Module, source: Source) -> list[str]:
 
 def read_state(source: Source) -> dict[str, Tensor]:
     """The state dict of a source, as load_checkpoint takes it, on the CPU and without the prefixes of wrappers."""
+    if not isinstance(source, Mapping | str | PathLike):
+        raise TypeError(f"source: got {type(source).__name__}, expected the path of a checkpoint or a dictionary")
     found = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
     for name in KEYS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not _is_state(found):
         where = "the dictionary" if isinstance(source, Mapping) else source
         raise TypeError(f"source: {where} holds no state dict; expected one, or one under {', '.join(map(repr, KEYS))}")
     state = dict(found)
     while state and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _is_state(found: object) -> bool:
+    return isinstance(found, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

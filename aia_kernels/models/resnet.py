@@ -120,9 +120,10 @@ class AIAResNet(nn.Module):
         super().__init__()
         _check("unit", unit, UNITS)
         _check("temporal", temporal, TEMPORAL)
-        for name, value in (("num_segments", num_segments), ("num_classes", num_classes), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        sizes = {"num_segments": num_segments, "num_classes": num_classes, "fold_div": fold_div, "width": width}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number, at least 1")
         if not layers or min(layers) < 1:
             raise ValueError(f"layers: got {layers!r}, expected the number of blocks in each of one stage or more")
         self.num_segments, self.unit, self.temporal = num_segments, unit, temporal
@@ -174,7 +175,7 @@ def _make_stage(
 
 
 def _check(argument: str, value, known) -> None:
-    if value not in known:
+    if value not in tuple(known):
         raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
