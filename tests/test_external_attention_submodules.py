@@ -35,6 +35,38 @@ class Double(nn.Module):
         return 2 * weight
 
 
+class Scaled(torch.Tensor):
+    """Three times its values, in linear layers and convolutions alone."""
+
+    values: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values):
+        scaled = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        scaled.values = values
+        return scaled
+
+    def __tensor_flatten__(self):
+        return ["values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, context, size, stride):
+        return Scaled(tensors["values"])
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d):
+            x, weight, *rest = args
+            return function(x, 3 * weight.values, *rest, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        raise NotImplementedError(f"{function} of {cls.__name__}")
+
+
 SUBMODULES = [(name, key) for name in MAIN for key, _ in LAYERS[name].make().named_modules() if key]
 
 
@@ -97,6 +129,37 @@ class TestSubmodules:
             plain = layer(name).eval()(x)
             unseen = key in ("proj_drop",)
             assert unseen or not torch.allclose(module(x), plain)
+
+    @pytest.mark.parametrize("name, key", SUBMODULES, ids="-".join)
+    def test_a_sequence_is_called(self, name, key):
+        """Of another kind, with the forward of its kind, as adapters and exporters leave them."""
+        module = layer(name)
+        x, grad_y = inputs(name)
+        expected = step(copy.deepcopy(module), x, grad_y)
+        parent, _, attribute = key.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, nn.Sequential(module.get_submodule(key)))
+        found = step(module, x, grad_y)
+        assert_same({name.replace(f"{key}.0", key, 1): value for name, value in found.items()}, expected)
+
+    @pytest.mark.parametrize("name", MAIN)
+    def test_hooks_of_all_modules_see_every_submodule(self, name):
+        module = layer(name)
+        x, grad_y = inputs(name)
+        expected, seen = step(copy.deepcopy(module), x, grad_y), []
+        with nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m)):
+            assert_same(step(module, x, grad_y), expected)
+        assert {id(m) for m in seen} == {id(m) for m in module.modules()}
+
+    @pytest.mark.parametrize("name", MAIN)
+    def test_a_weight_of_another_kind_of_tensor(self, name):
+        """As weight-only quantisation leaves them: the tensor knows the product of its layer, and no view or matmul."""
+        module = layer(name).requires_grad_(False)
+        x, _ = inputs(name)
+        expected = copy.deepcopy(module)(x)
+        for part in module.modules():
+            if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                part.weight = nn.Parameter(Scaled(part.weight / 3), requires_grad=False)
+        torch.testing.assert_close(module(x), expected, **EXACT)
 
     def test_quantised_submodules_are_called(self):
         """A layer whose weight is no tensor: it has a forward of its own, and only that."""

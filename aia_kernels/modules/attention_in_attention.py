@@ -17,11 +17,7 @@ from .. import functional
 from ..functional.clips import check_clips
 from ..layouts import as_clips, as_input
 from ..reference import UNITS, Gate, Unit, compose
-from .submodules import is_gate_convolution, must_be_called, norm_of
-
-
-def _is_read(bn: nn.Module) -> bool:
-    return isinstance(bn, _BatchNorm) and not must_be_called(bn)
+from .submodules import can_be_read, is_gate_convolution, must_be_called, norm_of
 
 
 def _kaiming(weight: Tensor) -> None:
@@ -58,7 +54,11 @@ class AttentionInAttention(nn.Module):
         for letter in self.unit.letters:
             conv = getattr(self, f"{letter}_conv")
             bn = getattr(self, f"{letter}_bn") if self.use_BN else None
-            if must_be_called(conv) or not is_gate_convolution(conv) or (bn is not None and not _is_read(bn)):
+            if (
+                must_be_called(conv)
+                or not is_gate_convolution(conv)
+                or (bn is not None and not can_be_read(bn, _BatchNorm))
+            ):
                 return self._through_submodules(x)
             gates.append(Gate(conv.weight, None if bn is None else norm_of(bn)))
         return functional.attention_in_attention(x, self.unit.name, gates, self.num_segments)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..reference import Norm
 
@@ -22,12 +24,24 @@ _PLAIN_FORWARDS = (
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """Whether somebody must see the call of a submodule: it has hooks, or its forward is not that of its kind.
+    """Whether somebody must see the call of a submodule: it has hooks, or all modules have; its forward is not that of
+    its kind; or a weight is a tensor of another kind, which may know the products of its layer and no other.
 
     A parametrised weight needs no call: the attribute is the computed one. Quantised, adapted or patched layers do.
     """
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooked) or type(module).forward not in _PLAIN_FORWARDS or "forward" in module.__dict__
+    return (
+        bool(hooked)
+        or _has_any_global_hook()
+        or type(module).forward not in _PLAIN_FORWARDS
+        or "forward" in module.__dict__
+        or any(map(is_traceable_wrapper_subclass, module._parameters.values()))
+    )
+
+
+def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a submodule is of a kind and nobody must see its call: its parameters and settings say what it does."""
+    return isinstance(module, kind) and not must_be_called(module)
 
 
 def is_pointwise(conv: nn.Module) -> bool:
