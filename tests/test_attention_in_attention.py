@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from agreement import EXACT, assert_same, assert_within_budget
 from conftest import skip_unless_runnable
 from plain_passes import PlainPasses
 from torch import nn
@@ -19,23 +20,9 @@ from aia_kernels.testing import SHAPES, Shape, make_input, randomise
 ALL = tuple(UNITS)
 LOW = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# float64 sums in another order: the values are of order one to a hundred, so this leaves four digits.
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
-
 
 def unit(name: str, shape: Shape, dtype=torch.float64, device="cpu", **settings) -> nn.Module:
     return randomise(getattr(aia_kernels, name)(shape.t, **settings)).to(device, dtype)
-
-
-def assert_within_budget(excesses: list[testing.Excess]) -> None:
-    worst = excesses[0]
-    assert worst.ratio <= 1, f"{worst.name}: error {worst.error:.3g}, budget {worst.budget:.3g}"
-
-
-def assert_same_results(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.fixture(params=[None, "THWC", "CTHW"], ids=lambda order: f"plain-{order or 'as-x'}")
@@ -51,7 +38,7 @@ def test_algorithm_over_plain_passes(name, layout, plain_passes):
     for train in (True, False):
         module = unit(name, SHAPES["prime"]).train(train)
         x, grad_y = (make_input(SHAPES["prime"], torch.float64, layout, seed) for seed in (0, 1))
-        assert_same_results(testing.run(module, x, grad_y, "auto"), testing.run(module, x, grad_y, "reference"))
+        assert_same(testing.run(module, x, grad_y, "auto"), testing.run(module, x, grad_y, "reference"))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -195,7 +182,7 @@ def test_parameters_of_a_channels_last_network(name, backend_on):
     module = unit(name, SHAPES["small"], device=device)
     moved = copy.deepcopy(module).to(memory_format=torch.channels_last_3d)
     x, grad_y = (make_input(SHAPES["small"], torch.float64, "channels_last_3d", seed, device) for seed in (0, 1))
-    assert_same_results(testing.run(moved, x, grad_y, backend), testing.run(module, x, grad_y, backend))
+    assert_same(testing.run(moved, x, grad_y, backend), testing.run(module, x, grad_y, backend))
 
 
 def test_input_of_other_strides(backend_on):
@@ -208,7 +195,7 @@ def test_input_of_other_strides(backend_on):
     for x in (base[:, ::2], channels_last, base[:, :c].mT.contiguous().mT, base[:1, :c].expand(b, -1, -1, -1)):
         dense = torch.empty(x.shape, dtype=x.dtype, device=device).copy_(x)
         grad_y = torch.randn_like(dense)
-        assert_same_results(testing.run(module, x, grad_y, backend), testing.run(module, dense, grad_y, backend))
+        assert_same(testing.run(module, x, grad_y, backend), testing.run(module, dense, grad_y, backend))
     assert module(channels_last).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -294,7 +281,7 @@ def test_batch_norm_as_its_submodule_says(change, train, backend_on):
             y.backward(grad_y)
             results.append({"y": y.detach(), "grad x": leaf.grad})
             results[-1] |= {key: p.grad for key, p in m.named_parameters()} | dict(m.named_buffers())
-        assert_same_results(*results)
+        assert_same(*results)
 
 
 def test_hooks_are_called(backend_on):

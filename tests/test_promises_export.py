@@ -7,6 +7,7 @@ import copy
 import external_cases
 import pytest
 import torch
+from agreement import EXACT, assert_same
 from external_cases import FORMS, SIZES
 
 import aia_kernels
@@ -26,16 +27,7 @@ def test_exported_unit(name, strict, backend_on):
     program = torch.export.export(copy.deepcopy(module), (example,), dynamic_shapes=({0: frames},), strict=strict)
     exported = program.module()
     x, grad_y = (make_input(shape._replace(b=3), torch.float64, seed=seed, device=device) for seed in (2, 3))
-    expected = testing.run(module, x, grad_y, "auto")
-    x.requires_grad_()
-    y = exported(x)
-    y.backward(grad_y)
-    found = {"y": y.detach(), "grad x": x.grad, **{f"grad {key}": p.grad for key, p in exported.named_parameters()}}
-    found |= {key: b for key, b in exported.named_buffers() if b.is_floating_point()}
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        # float64 sums in another order.
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11)
+    assert_same(testing.run(exported, x, grad_y, "auto"), testing.run(module, x, grad_y, "auto"))
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
@@ -48,7 +40,7 @@ def test_traced(layout, backend_on):
     traced = torch.jit.trace(module, example)
     with torch.no_grad():
         module.C_conv.weight.mul_(2)
-    torch.testing.assert_close(traced(x), module(x), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(traced(x), module(x), **EXACT)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -62,13 +54,4 @@ def test_exported_external_attention(form, strict, external_on):
     exported = program.module()
     sizes = SIZES["small"]._replace(b=3)
     x, grad = (make(form, sizes, device=device) for make in (external_cases.make_input, external_cases.make_grad))
-    expected = testing.run(module, x, grad, "auto")
-    x.requires_grad_()
-    y = exported(x)
-    y.backward(grad)
-    found = {"y": y.detach(), "grad x": x.grad, **{f"grad {key}": p.grad for key, p in exported.named_parameters()}}
-    found |= {key: b for key, b in exported.named_buffers() if b.is_floating_point()}
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        # float64 sums in another order.
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11)
+    assert_same(testing.run(exported, x, grad, "auto"), testing.run(module, x, grad, "auto"))
