@@ -200,7 +200,7 @@ LEFT_ALONE = {
     "other eps": (OtherEps, "its y differs"),
     "other norm over slots": (L2, "its y differs"),
     "dropout elsewhere": (LateDropout, "with a marked dropout"),
-    "adapted linear": (changed(TokenPerformer, proj=LowRank(5, 5)), "proj is a LowRank with a forward of its own"),
+    "adapted linear": (changed(TokenPerformer, proj=LowRank(5, 5)), "proj is a LowRank that must be called"),
     "token memories without bias": (
         changed(TokenPerformer, linear_1=nn.Linear(6, 5, bias=False)),
         "linear_1.bias: got None",

@@ -76,6 +76,16 @@ class TestToReference:
         module = aia_kernels.to_reference(Named(2))
         assert type(module) is not Named
         model = nn.Sequential(aia_kernels.C(2), Doubled(2))
-        with pytest.raises(TypeError, match=r"1 \(.*Doubled\)"):
+        with pytest.raises(TypeError, match=r"1 \(.*Doubled: forward\)"):
             aia_kernels.to_reference(model)
         assert type(model[0]) is aia_kernels.C
+
+    def test_a_class_that_keeps_its_parameters_elsewhere(self):
+        """As FSDP's do, which it derives from the class of each module that it shards."""
+
+        class Sharded(aia_kernels.C):
+            def _apply(self, function, recurse=True):
+                return self
+
+        with pytest.raises(TypeError, match=r"the model itself \(.*Sharded: _apply\)"):
+            aia_kernels.to_reference(Sharded(2))

@@ -49,13 +49,18 @@ def unlike(module: nn.Module) -> str | None:
         return "it is a TorchScript module"
     if kind.forward is nn.Module.forward:
         return "it has no forward: something else calls its submodules"
-    owners = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    if overridden := {name for owner in owners for name in vars(owner)} & _METHODS:
-        return f"its class overrides {', '.join(sorted(overridden))}"
+    if methods := overridden(kind, nn.Module):
+        return f"its class overrides {', '.join(methods)}"
     _, *others = inspect.signature(kind.forward).parameters.values()
     if len(others) != 1 or others[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return f"its forward takes ({', '.join(map(str, others))}), expected x alone"
     return None
+
+
+def overridden(kind: type[nn.Module], base: type[nn.Module]) -> list[str]:
+    """The methods of nn.Module that a class has from others than its base and that a change of class would take."""
+    owners = kind.__mro__[: kind.__mro__.index(base)]
+    return sorted({name for owner in owners for name in vars(owner)} & _METHODS)
 
 
 def signature(module: nn.Module) -> Any:

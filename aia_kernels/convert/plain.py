@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .. import modules, reference
 from ..layouts import as_clips, as_input
 from ..modules.attention_in_attention import AttentionInAttention
+from .behaviour import overridden
 
 
 def _normalize(logits: Tensor, eps: float = 0.0) -> Tensor:
@@ -92,7 +93,8 @@ def to_reference(model: nn.Module) -> nn.Module:
     The result calls its submodules and PyTorch's own operators, in the published order and whatever the backend: for
     torch.onnx.export, TensorRT and quantisation. Layers keep their parameters, buffers, keys, settings, modes and
     hooks, as under ``convert``, which makes them fused again. TypeError, before anything is changed, names the
-    modules whose class derives from a fused layer and has a forward of its own: what is plain for them is unknown.
+    modules whose class derives from a fused layer and has a forward of its own, or overrides what nn.Module does (as
+    FSDP's classes do): what is plain for them is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -101,12 +103,15 @@ def to_reference(model: nn.Module) -> nn.Module:
         layer = next((kind for kind in type(module).__mro__ if kind in PLAIN_LAYERS), None)
         if layer is None or type(module) in PLAIN_LAYERS.values():
             continue
+        own = overridden(type(module), layer)
         if type(module).forward is not layer.forward or "forward" in module.__dict__:
-            unknown.append(f"{name or 'the model itself'} ({type(module).__qualname__})")
+            own.append("forward")
+        if own:
+            unknown.append(f"{name or 'the model itself'} ({type(module).__qualname__}: {', '.join(own)})")
         exchanges[module] = PLAIN_LAYERS[layer]
     if unknown:
         raise TypeError(
-            f"model: got layers with a forward of their own, expected those of the package: {', '.join(unknown)}"
+            f"model: got layers with methods of their own, expected those of the package: {', '.join(unknown)}"
         )
     for module, kind in exchanges.items():
         module.__class__ = kind

@@ -41,7 +41,8 @@ def _differs(path: str, child: Any, kind: type[nn.Module], **expected: Any) -> s
         name = f"{found.__module__}.{found.__name__}" if found.__name__ == kind.__name__ else found.__name__
         return f"{path} is a {name}, expected a {kind.__name__.lstrip('_')}"
     if must_be_called(child):
-        return f"{path} is a {type(child).__name__} with a forward of its own, expected a plain {kind.__name__}"
+        told = "that must be called (for a forward, weights or hooks of its own)"
+        return f"{path} is a {type(child).__name__} {told}, expected a plain {kind.__name__.lstrip('_')}"
     for name, value in expected.items():
         if (found := getattr(child, name)) != value:
             told = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else found
