@@ -53,6 +53,11 @@ inline Volume volume_of(const torch::stable::Tensor& x) {
   if (v.C == 1) v.stride_c = v.stride_p == 1 ? v.H * v.W : 1;
   if (v.H * v.W == 1 && v.stride_c == 1) v.stride_p = v.C;
   STD_TORCH_CHECK(lines && (v.stride_c == 1 || v.stride_p == 1), "x must be stored densely in an order of maps.ORDERS");
+  // Where channels lie side by side several blocks of them make longer pieces, if every thread still has a few units.
+  if (channels_side_by_side(v)) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    v.blocks = std::clamp<int64_t>(v.B * channel_blocks(v) / (4 * threads), 1, 4);
+  }
   return v;
 }
 

@@ -15,7 +15,7 @@ struct SpacetimeRows {
         h(clip + x.map_t() + at.t * x.W * x.C + at.c),
         w(clip + x.map_t() + x.map_h() + (at.t * x.H + at.h) * x.C + at.c) {
     // The next frame's rows of the H and W maps: lines a whole set of channels apart, which nothing else foresees.
-    if (at.t + 1 == x.T) return;
+    if (at.t + 1 == x.T || at.blocks > 1) return;
     const int64_t frame_h = x.W * x.C, frame_w = x.H * x.C;
     for (int64_t i = 0; i < x.W; ++i) __builtin_prefetch(h + frame_h + i * x.C);
     for (int64_t i = 0; i < at.rows; ++i) __builtin_prefetch(w + frame_w + i * x.C);
@@ -30,18 +30,17 @@ void multiply_by_gate(const Volume& x, const Tile& at, const Gate& gate, const V
   const auto put = [&](int64_t i, Vec<A> product) { tile[i] = kAdd ? tile[i] + product : product; };
   if (gate.context == kChannel) {
     const A* g = clip + (at.t * x.H + at.h) * W;
-    for (int64_t i = 0; i < rows * W; ++i) put(i, values[i] * g[i]);
+    with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
+      for (int64_t i = 0; i < rows * W; ++i)
+        for_blocks([&](int64_t k, auto) { put(i * blocks + k, values[i * blocks + k] * g[i]); });
+    });
   } else {
     const SpacetimeRows<A> g(x, at, clip);
-    with_lanes(at.lanes, [&](auto n) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const Vec<A> gw = load(g.w + r * C, n);
-        for (int64_t w = 0; w < W; ++w) {
-          const int64_t i = r * W + w;
-          put(i, (load(g.t + i * C, n) + load(g.h + w * C, n) + gw) * A(1.0 / 3) * values[i]);
-        }
-      }
-    });
+    for_each_vector(
+        x, at, [&](int64_t r, int64_t c, auto n) { return load(g.w + r * C + c, n); },
+        [&](int64_t v, int64_t i, int64_t w, int64_t c, auto n, Vec<A> gw) {
+          put(v, (load(g.t + i * C + c, n) + load(g.h + w * C + c, n) + gw) * A(1.0 / 3) * values[v]);
+        });
   }
 }
 
@@ -60,29 +59,39 @@ void unpool_tile(const Volume& x, const Tile& at, const Unpooled& from, Vec<A>* 
       const int64_t first = (at.t * x.H + at.h) * W;
       const IVec<A> channel = iota<A>() + splat_index<A>(at.c);
       const A share = A(1) / static_cast<A>(C);
-      for (int64_t i = 0; i < rows * W; ++i) {
-        const Vec<A> mean = splat<A>(grad_mean[first + i] * share), peak = splat<A>(grad_max[first + i]);
-        put(i, add_where<A>(channel == splat_index<A>(argmax[first + i]), mean, peak));
-      }
+      with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
+        for (int64_t i = 0; i < rows * W; ++i) {
+          const Vec<A> mean = splat<A>(grad_mean[first + i] * share), peak = splat<A>(grad_max[first + i]);
+          const IVec<A> where = splat_index<A>(argmax[first + i]) - channel;
+          for_blocks([&](int64_t k, auto) {
+            put(i * blocks + k, add_where<A>(where == splat_index<A>(k * kLanes), mean, peak));
+          });
+        }
+      });
     } else {
       const SpacetimeRows<A> peak(x, at, grad_max), mean(x, at, grad_mean);
       const SpacetimeRows<I> arg(x, at, argmax);
       const A share_t = A(1) / static_cast<A>(x.T), share_h = A(1) / static_cast<A>(x.H);
       const A share_w = A(1) / static_cast<A>(W);
       const IVec<A> t = splat_index<A>(at.t);
-      with_lanes(at.lanes, [&](auto n) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const Vec<A> peak_w = load(peak.w + r * C, n), mean_w = load(mean.w + r * C, n) * share_w;
-          const IVec<A> arg_w = load_index<A>(arg.w + r * C, n), h = splat_index<A>(at.h + r);
-          for (int64_t w = 0; w < W; ++w) {
-            const int64_t i = r * W + w;
-            Vec<A> u = mean_w + load(mean.t + i * C, n) * share_t + load(mean.h + w * C, n) * share_h;
-            u = add_where<A>(load_index<A>(arg.t + i * C, n) == t, u, load(peak.t + i * C, n));
-            u = add_where<A>(load_index<A>(arg.h + w * C, n) == h, u, load(peak.h + w * C, n));
-            put(i, add_where<A>(arg_w == splat_index<A>(w), u, peak_w));
-          }
-        }
-      });
+      struct Row {
+        Vec<A> peak, mean;
+        IVec<A> arg, h;
+      };
+      for_each_vector(
+          x, at,
+          [&](int64_t r, int64_t c, auto n) {
+            const int64_t of_w = r * C + c;
+            return Row{load(peak.w + of_w, n), load(mean.w + of_w, n) * share_w, load_index<A>(arg.w + of_w, n),
+                       splat_index<A>(at.h + r)};
+          },
+          [&](int64_t v, int64_t i, int64_t w, int64_t c, auto n, const Row& row) {
+            const int64_t of_t = i * C + c, of_h = w * C + c;
+            Vec<A> u = row.mean + load(mean.t + of_t, n) * share_t + load(mean.h + of_h, n) * share_h;
+            u = add_where<A>(load_index<A>(arg.t + of_t, n) == t, u, load(peak.t + of_t, n));
+            u = add_where<A>(load_index<A>(arg.h + of_h, n) == row.h, u, load(peak.h + of_h, n));
+            put(v, add_where<A>(row.arg == splat_index<A>(w), u, row.peak));
+          });
     }
   });
 }

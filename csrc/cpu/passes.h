@@ -15,6 +15,7 @@ struct Volume {
   int64_t B, T, C, H, W;
   int64_t stride_b, stride_t, stride_c, stride_p;
   Scalar scalar;
+  int64_t blocks = 1;  // of channels in a unit of a reduction over space and time
 
   int64_t map_t() const { return H * W * C; }
   int64_t map_h() const { return T * W * C; }
@@ -34,16 +35,23 @@ inline int64_t slabs(const PackedDims& maps) {
 }
 
 constexpr int kLanes = 16;
-// Positions of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction keeps three times as much
+// Vectors of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction keeps three times as much
 // again in accumulators, so its tiles are half as large.
-constexpr int64_t kTilePositions = 256, kReductionPositions = 128;
+constexpr int64_t kTileVectors = 256, kReductionVectors = 128;
 
-// Rows of a plane in one tile of x, and blocks of lanes along its channels.
+// Rows of a plane in one tile of so many positions, and blocks of lanes along the channels of x.
 inline int64_t tile_rows(const Volume& x, int64_t positions) {
   const int64_t rows = std::clamp<int64_t>(positions / x.W, 1, x.H);
   return rows < x.H && rows > 4 ? rows / 4 * 4 : rows;  // the reductions walk four rows side by side
 }
 inline int64_t channel_blocks(const Volume& x) { return (x.C + kLanes - 1) / kLanes; }
+
+// Where channels lie side by side, a tile takes as many blocks of them as it can: memory is met in order, in long
+// pieces. A reduction over space and time has an accumulator for each, and takes x.blocks.
+inline bool channels_side_by_side(const Volume& x) { return x.stride_c == 1 && x.C > 1; }
+inline int64_t tile_blocks(const Volume& x) {
+  return channels_side_by_side(x) ? std::clamp<int64_t>(kTileVectors / x.W, 1, channel_blocks(x)) : 1;
+}
 
 // Whether a pass that meets maps of contexts up to `highest` runs its lanes along positions instead of channels: it
 // meets no spacetime map, and the positions lie adjacent in planes of at least a vector.
@@ -51,24 +59,26 @@ inline bool lanes_along_positions(const Volume& x, int highest) {
   return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= kLanes;
 }
 
-// Rows of a frame in one unit of a reduction over channels. Along positions each channel is one run, the longer the
-// better foreseen by the hardware; the accumulators of a run stay in the L1 cache.
+// Rows of a frame in one unit of a pass that meets all its channels. Along positions each channel is one run, the
+// longer the better foreseen by the hardware; the accumulators of a run stay in the L1 cache.
 constexpr int64_t kRunPositions = 1024;
 inline int64_t unit_rows(const Volume& x, int highest) {
-  return lanes_along_positions(x, highest) ? std::clamp<int64_t>(kRunPositions / x.W, 1, x.H)
-                                           : tile_rows(x, kReductionPositions);
+  if (lanes_along_positions(x, highest)) return std::clamp<int64_t>(kRunPositions / x.W, 1, x.H);
+  return tile_rows(x, channels_side_by_side(x) ? kTileVectors / tile_blocks(x) : kReductionVectors);
+}
+inline int64_t row_units(const Volume& x, int highest) {
+  return x.B * x.T * ((x.H + unit_rows(x, highest) - 1) / unit_rows(x, highest));
 }
 
-// Units of a pass over x that meets maps of contexts up to `highest`: runs of rows of every frame where it reduces over
-// channels, blocks of channels of every clip where it reduces over space and time. An elementwise pass has the latter
-// too, or, with lanes along positions, blocks of channels of every frame, which lie in one piece.
-inline int64_t block_units(const Volume& x) { return x.B * channel_blocks(x); }
+// Units of a pass over x that meets maps of contexts up to `highest`. Where it reduces over channels: rows of every
+// frame. Over space and time: x.blocks blocks of channels of every clip. Elementwise: rows of every frame where
+// channels lie side by side, blocks of channels of every frame with lanes along positions, else blocks of every clip.
 inline int64_t reduction_units(const Volume& x, int context, int highest) {
-  const int64_t rows = unit_rows(x, highest);
-  return context == kChannel ? x.B * x.T * ((x.H + rows - 1) / rows) : block_units(x);
+  return context == kChannel ? row_units(x, highest) : x.B * ((channel_blocks(x) + x.blocks - 1) / x.blocks);
 }
 inline int64_t elementwise_units(const Volume& x, int highest) {
-  return block_units(x) * (lanes_along_positions(x, highest) ? x.T : 1);
+  if (channels_side_by_side(x)) return row_units(x, highest);
+  return x.B * channel_blocks(x) * (lanes_along_positions(x, highest) ? x.T : 1);
 }
 
 #define AIA_DECLARE_CPU_PASSES(level)                                                                               \

@@ -13,11 +13,11 @@ void pool_as(const Volume& x, const T* data, const Gate& gate, int context, Accu
   const int64_t packed = x.packed(context);
   with_index(index_bytes, [&](auto index) {
     using I = decltype(index);
-    const auto emit = [&](const Tile& at, int64_t offset, const SumAndMax<A>& total, int64_t length, int lanes) {
-      A* maximum = pooled + at.b * 2 * packed + offset;
+    const auto emit = [&](int64_t clip, int64_t offset, const SumAndMax<A>& total, int64_t length, int lanes) {
+      A* maximum = pooled + clip * 2 * packed + offset;
       store(maximum, total.max, lanes);
       store(maximum + packed, total.sum * (A(1) / static_cast<A>(length)), lanes);
-      store_index<A>(static_cast<I*>(argmax) + at.b * packed + offset, total.argmax, lanes);
+      store_index<A>(static_cast<I*>(argmax) + clip * packed + offset, total.argmax, lanes);
     };
     if (context == kChannel && lanes_along_positions(x, gate.context)) {
       reduce_channel_rows<A, SumAndMax<A>>(
@@ -65,10 +65,10 @@ void unpool_as(const Volume& x, const T* grad_y, const Gate& gate, const Unpoole
     });
     return;
   }
-  const int64_t capacity = tile_capacity(x, kTilePositions);
+  const int64_t capacity = elementwise_capacity(x);
   Buffer<A> tile(capacity), field(capacity);
   for (int64_t unit = begin; unit < end; ++unit) {
-    for_each_tile(x, unit, kTilePositions, [&](const Tile& at) {
+    for_each_elementwise_tile(x, unit, [&](const Tile& at) {
       load_tile(x, at, grad_y, static_cast<Vec<A>*>(tile));
       multiply_by_gate<A>(x, at, gate, tile, tile);
       if (inner_gate.context) {
@@ -101,13 +101,13 @@ void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int 
     });
     return;
   }
-  Buffer<A> field(tile_capacity(x, kReductionPositions));
+  Buffer<A> field(reduction_capacity(x, gate_context));
   reduce<A, Sum<A>>(
       x, gate_context, begin, end,
       [&](const Tile& at, Vec<A>* tile) {
         load_tile(x, at, data, tile);
         unpool_tile<A>(x, at, from, field);
-        for (int64_t i = 0; i < at.rows * x.W; ++i) tile[i] *= field[i];
+        for (int64_t i = 0; i < at.vectors(x); ++i) tile[i] *= field[i];
       },
       emit_gate(x, gate_context, grad_gate));
 }

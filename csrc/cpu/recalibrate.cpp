@@ -19,9 +19,9 @@ void recalibrate_as(const Volume& x, const T* data, const Gate& gate, T* y, int6
     }
     return;
   }
-  Buffer<A> tile(tile_capacity(x, kTilePositions));
+  Buffer<A> tile(elementwise_capacity(x));
   for (int64_t unit = begin; unit < end; ++unit) {
-    for_each_tile(x, unit, kTilePositions, [&](const Tile& at) {
+    for_each_elementwise_tile(x, unit, [&](const Tile& at) {
       load_tile(x, at, data, static_cast<Vec<A>*>(tile));
       multiply_by_gate<A>(x, at, gate, tile, tile);
       store_tile(x, at, static_cast<const Vec<A>*>(tile), y);
@@ -45,13 +45,13 @@ void recalibrate_reduce_as(const Volume& x, const T* grad_y, const T* data, int 
         emit_gate(x, context, grad_gate));
     return;
   }
-  Buffer<A> grad(tile_capacity(x, kReductionPositions));
+  Buffer<A> grad(reduction_capacity(x, context));
   reduce<A, Sum<A>>(
       x, context, begin, end,
       [&](const Tile& at, Vec<A>* tile) {
         load_tile(x, at, data, tile);
         load_tile(x, at, grad_y, static_cast<Vec<A>*>(grad));
-        for (int64_t i = 0; i < at.rows * x.W; ++i) tile[i] *= grad[i];
+        for (int64_t i = 0; i < at.vectors(x); ++i) tile[i] *= grad[i];
       },
       emit_gate(x, context, grad_gate));
 }

@@ -1,6 +1,6 @@
 // Reductions of a value over x, given tile by tile, to the maps of a context.
 //
-// `fill(tile, values)` writes the value at each position and channel of a tile; `emit(tile, offset, accumulator,
+// `fill(tile, values)` writes the value at each position and channel of a tile; `emit(clip, offset, accumulator,
 // length, lanes)` receives each finished group of elements: its offset in the packed maps of the clip and the number of
 // elements it was reduced over.
 #pragma once
@@ -66,9 +66,10 @@ struct SumAndMax {
 // Rows walked side by side: as many independent chains of maxima along W, and one visit to the H accumulators for all.
 constexpr int kRows = 4;
 
-template <class A, int kCount, class Accumulator, class Emit>
-AIA_INLINE void reduce_rows(const Volume& x, const Tile& at, int64_t r, const Vec<A>* __restrict v,
-                            Accumulator* __restrict acc_t, Accumulator* __restrict acc_h, Emit&& emit) {
+// v: the values of one block of the tile, `pitch` vectors apart.
+template <class A, int kCount, class Accumulator, class EmitRow>
+AIA_INLINE void reduce_rows(const Volume& x, const Tile& at, int64_t r, const Vec<A>* __restrict v, int64_t pitch,
+                            Accumulator* __restrict acc_t, Accumulator* __restrict acc_h, EmitRow&& emit_row) {
   const int64_t W = x.W;
   const IVec<A> t = splat_index<A>(at.t);
   IVec<A> h[kCount], w{};
@@ -77,70 +78,80 @@ AIA_INLINE void reduce_rows(const Volume& x, const Tile& at, int64_t r, const Ve
   for (int64_t i = 0; i < W; ++i, ++w) {
     Accumulator over_h = acc_h[i];
     for (int k = 0; k < kCount; ++k) {
-      const Vec<A> value = v[(r + k) * W + i];
+      const Vec<A> value = v[((r + k) * W + i) * pitch];
       acc_w[k].add(value, w);
       acc_t[(r + k) * W + i].add(value, t);
       over_h.add(value, h[k]);
     }
     acc_h[i] = over_h;
   }
-  for (int k = 0; k < kCount; ++k)
-    emit(at, x.map_t() + x.map_h() + (at.t * x.H + at.h + r + k) * x.C + at.c, acc_w[k], W, at.lanes);
+  for (int k = 0; k < kCount; ++k) emit_row(at.h + r + k, acc_w[k]);
 }
 
-// Over T, H and W at once: unit = one block of channels of one clip.
+// Over T, H and W at once: unit = x.blocks blocks of channels of one clip.
 template <class A, class Accumulator, class Fill, class Emit>
 void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
-  const int64_t capacity = tile_capacity(x, kReductionPositions);
-  Buffer<A> values(capacity);
-  std::unique_ptr<Accumulator[]> over_t(new Accumulator[capacity]), over_h(new Accumulator[x.T * x.W]);
+  const int64_t all_t = reduction_capacity(x, kSpacetime), pitch = all_t / x.blocks, all_h = x.blocks * x.T * x.W;
+  Buffer<A> values(all_t);
+  std::unique_ptr<Accumulator[]> over_t(new Accumulator[all_t]), over_h(new Accumulator[all_h]);
   for (int64_t unit = begin; unit < end; ++unit) {
-    std::fill_n(over_h.get(), x.T * x.W, Accumulator{});
-    for_each_tile(x, unit, kReductionPositions, [&](const Tile& at) {
+    std::fill_n(over_h.get(), all_h, Accumulator{});
+    for_each_tile(x, unit, x.blocks, kReductionVectors / x.blocks, [&](const Tile& at) {
       fill(at, static_cast<Vec<A>*>(values));
-      const Vec<A>* __restrict v = values;
-      Accumulator* __restrict acc_t = over_t.get();
-      Accumulator* __restrict acc_h = over_h.get() + at.t * x.W;
-      if (at.t == 0) std::fill_n(acc_t, at.rows * x.W, Accumulator{});
-      int64_t r = 0;
-      for (; r + kRows <= at.rows; r += kRows) reduce_rows<A, kRows>(x, at, r, v, acc_t, acc_h, emit);
-      for (; r + 2 <= at.rows; r += 2) reduce_rows<A, 2>(x, at, r, v, acc_t, acc_h, emit);
-      for (; r < at.rows; ++r) reduce_rows<A, 1>(x, at, r, v, acc_t, acc_h, emit);
-      if (at.t == x.T - 1)
-        for (int64_t i = 0; i < at.rows * x.W; ++i) emit(at, (at.h * x.W + i) * x.C + at.c, acc_t[i], x.T, at.lanes);
-      if (at.h + at.rows == x.H)
-        for (int64_t i = 0; i < x.W; ++i) emit(at, x.map_t() + (at.t * x.W + i) * x.C + at.c, acc_h[i], x.H, at.lanes);
+      if (at.t == 0) std::fill_n(over_t.get(), all_t, Accumulator{});
+      for (int64_t k = 0; k < at.blocks; ++k) {
+        const Vec<A>* __restrict v = values + k;
+        Accumulator* __restrict acc_t = over_t.get() + k * pitch;
+        Accumulator* __restrict acc_h = over_h.get() + (k * x.T + at.t) * x.W;
+        const int64_t c = at.c + k * kLanes;
+        const int lanes = k + 1 < at.blocks ? kLanes : at.lanes;
+        const auto emit_row = [&](int64_t h, const Accumulator& total) {
+          emit(at.b, x.map_t() + x.map_h() + (at.t * x.H + h) * x.C + c, total, x.W, lanes);
+        };
+        int64_t r = 0;
+        for (; r + kRows <= at.rows; r += kRows) reduce_rows<A, kRows>(x, at, r, v, at.blocks, acc_t, acc_h, emit_row);
+        for (; r + 2 <= at.rows; r += 2) reduce_rows<A, 2>(x, at, r, v, at.blocks, acc_t, acc_h, emit_row);
+        for (; r < at.rows; ++r) reduce_rows<A, 1>(x, at, r, v, at.blocks, acc_t, acc_h, emit_row);
+        if (at.t == x.T - 1)
+          for (int64_t i = 0; i < at.positions(x); ++i) emit(at.b, (at.h * x.W + i) * x.C + c, acc_t[i], x.T, lanes);
+        if (at.h + at.rows == x.H)
+          for (int64_t i = 0; i < x.W; ++i) emit(at.b, x.map_t() + (at.t * x.W + i) * x.C + c, acc_h[i], x.H, lanes);
+      }
     });
   }
 }
 
-// Over C: unit = the rows of one tile of one frame.
+// Over C: unit = a run of rows of one frame.
 template <class A, class Accumulator, class Fill, class Emit>
 void reduce_channel(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
-  const int64_t capacity = (tile_capacity(x, kReductionPositions) + kLanes - 1) / kLanes * kLanes;
-  Buffer<A> values(capacity);
+  const int64_t positions = unit_rows(x, kSpacetime) * x.W, capacity = (positions + kLanes - 1) / kLanes * kLanes;
+  Buffer<A> values(reduction_capacity(x, kChannel));
   std::unique_ptr<Accumulator[]> over_c(new Accumulator[capacity]);
   for (int64_t unit = begin; unit < end; ++unit) {
-    Tile at = rows_of_unit(x, unit, kSpacetime);
-    const int64_t n = at.rows * x.W;
     Accumulator* __restrict acc = over_c.get();
-    std::fill_n(acc, n, Accumulator{});
-    for (at.c = 0; at.c < x.C; at.c += kLanes) {
-      at.lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - at.c));
-      at.ahead = kLanes * x.stride_c;
+    std::fill_n(acc, capacity, Accumulator{});
+    for_each_tile_of_rows(x, unit, [&](const Tile& at) {
       fill(at, static_cast<Vec<A>*>(values));
       const Vec<A>* __restrict v = values;
-      const IVec<A> channel = iota<A>() + splat_index<A>(at.c);
-      if (at.lanes == kLanes) {
-        for (int64_t i = 0; i < n; ++i) acc[i].add(v[i], channel);
-      } else {
-        const IVec<A> valid = iota<A>() < splat_index<A>(at.lanes);
-        for (int64_t i = 0; i < n; ++i) acc[i].add_where(valid, v[i], channel);
-      }
-    }
-    for (int64_t i = 0; i < n; i += kLanes)
-      emit(at, (at.t * x.H + at.h) * x.W + i, Accumulator::across_lanes(acc + i), x.C,
-           static_cast<int>(std::min<int64_t>(kLanes, n - i)));
+      const int64_t n = at.positions(x);
+      with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
+        for (int64_t i = 0; i < n; ++i) {
+          Accumulator total = acc[i];
+          for_blocks([&](int64_t k, auto lanes) {
+            const IVec<A> channel = iota<A>() + splat_index<A>(at.c + k * kLanes);
+            if (lanes == kLanes)
+              total.add(v[i * blocks + k], channel);
+            else
+              total.add_where(iota<A>() < splat_index<A>(lanes), v[i * blocks + k], channel);
+          });
+          acc[i] = total;
+        }
+      });
+      if (at.c + at.blocks * kLanes < x.C) return;
+      for (int64_t i = 0; i < n; i += kLanes)
+        emit(at.b, (at.t * x.H + at.h) * x.W + i, Accumulator::across_lanes(acc + i), x.C,
+             static_cast<int>(std::min<int64_t>(kLanes, n - i)));
+    });
   }
 }
 
@@ -156,9 +167,9 @@ void reduce(const Volume& x, int context, int64_t begin, int64_t end, Fill&& fil
 // maps.
 template <class A>
 auto emit_gate(const Volume& x, int context, A* grad_gate) {
-  return [&x, context, grad_gate, share = A(1) / static_cast<A>(context)](const Tile& at, int64_t offset,
+  return [&x, context, grad_gate, share = A(1) / static_cast<A>(context)](int64_t clip, int64_t offset,
                                                                           const Sum<A>& total, int64_t, int lanes) {
-    store(grad_gate + at.b * x.packed(context) + offset, total.sum * share, lanes);
+    store(grad_gate + clip * x.packed(context) + offset, total.sum * share, lanes);
   };
 }
 

@@ -6,10 +6,10 @@
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
-// The unit-th run of rows of a frame, all channels: the unit of the reductions over channels.
-inline Tile rows_of_unit(const Volume& x, int64_t unit, int highest) {
-  const int64_t rows = unit_rows(x, highest), runs = (x.H + rows - 1) / rows, h = unit % runs * rows;
-  return Tile{unit / runs / x.T, unit / runs % x.T, 0, h, std::min(rows, x.H - h), kLanes};
+// The unit-th run of rows of a frame: the unit of the reductions over channels.
+inline Tile rows_of_unit(const Volume& x, int64_t unit) {
+  const int64_t rows = unit_rows(x, kChannel), runs = (x.H + rows - 1) / rows;
+  return tile_at(x, unit / runs / x.T, unit / runs % x.T, 0, unit % runs * rows, rows, 1);
 }
 
 // The unit-th block of channels of a frame, all rows: the unit of the elementwise passes. Calls body(tile, c, row)
@@ -17,7 +17,7 @@ inline Tile rows_of_unit(const Volume& x, int64_t unit, int highest) {
 template <class Body>
 AIA_INLINE void for_channels_of_unit(const Volume& x, int64_t unit, Body&& body) {
   const int64_t first = unit % channel_blocks(x) * kLanes, frame = unit / channel_blocks(x);
-  const Tile at{frame / x.T, frame % x.T, 0, 0, x.H, kLanes};
+  const Tile at = tile_at(x, frame / x.T, frame % x.T, 0, 0, x.H, 1);
   for (int64_t c = first; c < std::min(x.C, first + kLanes); ++c) body(at, c, tile_offset(x, at) + c * x.stride_c);
 }
 
@@ -42,7 +42,7 @@ void reduce_channel_rows(const Volume& x, int64_t begin, int64_t end, Values&& v
   const int64_t longest = unit_rows(x, kChannel) * x.W;
   std::unique_ptr<Accumulator[]> over_c(new Accumulator[(longest + kLanes - 1) / kLanes]);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Tile at = rows_of_unit(x, unit, kChannel);
+    const Tile at = rows_of_unit(x, unit);
     const auto value = values(at);
     const int64_t n = at.rows * x.W, first = (at.t * x.H + at.h) * x.W;
     Accumulator* __restrict acc = over_c.get();
@@ -51,7 +51,7 @@ void reduce_channel_rows(const Volume& x, int64_t begin, int64_t end, Values&& v
       const IVec<A> channel = splat_index<A>(c);
       for_positions(n, [&](int64_t i, auto lanes) { acc[(i + kLanes - 1) / kLanes].add(value(c, i, lanes), channel); });
     }
-    for_positions(n, [&](int64_t i, auto lanes) { emit(at, first + i, acc[(i + kLanes - 1) / kLanes], x.C, lanes); });
+    for_positions(n, [&](int64_t i, auto lanes) { emit(at.b, first + i, acc[(i + kLanes - 1) / kLanes], x.C, lanes); });
   }
 }
 

@@ -8,7 +8,6 @@
 namespace aia::cpu {
 
 // Units of the shift: blocks of channels of every frame or, where channels lie side by side, rows of every frame.
-inline bool channels_side_by_side(const Volume& x) { return x.stride_c == 1 && x.C > 1; }
 inline int64_t shift_units(const Volume& x) { return x.B * x.T * (channels_side_by_side(x) ? x.H : channel_blocks(x)); }
 
 // The first fold channels of y [B, T, C, H, W] come `step` frames from their own (1 or -1), the next fold from as far

@@ -1,8 +1,9 @@
-// Tiles of x: the positions of a few rows of one plane, sixteen channels wide, held as [positions][16 channels].
+// Tiles of x: the positions of a few rows of one plane, sixteen channels wide or a few times that, held as
+// [positions][blocks][16 channels].
 //
 // Lanes are channels in every pass that meets a spacetime map. Where x is stored with its channels apart the tile is
-// transposed on the way in and out, about five vector operations per sixteen elements; after that every loop runs over
-// whole vectors without a remainder, be the plane 56 wide or 7.
+// one block wide and transposed on the way in and out, about five vector operations per sixteen elements; after that
+// every loop runs over whole vectors without a remainder, be the plane 56 wide or 7.
 #pragma once
 
 #include <algorithm>
@@ -14,15 +15,38 @@
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
-// Where a tile lies: rows [h, h + rows) of frame t of clip b, channels [c, c + lanes). `ahead` is the distance in
-// elements to the tile that will be read next: sixteen short runs are more than the hardware foresees.
+// Where a tile lies: rows [h, h + rows) of frame t of clip b, `blocks` blocks of channels from c on, the last of them
+// with `lanes` channels. `ahead` is the distance in elements to the tile that will be read next: sixteen short runs are
+// more than the hardware foresees.
 struct Tile {
-  int64_t b, t, c, h, rows;
+  int64_t b, t, c, h, rows, blocks;
   int lanes;
   int64_t ahead = 0;
+
+  int64_t positions(const Volume& x) const { return rows * x.W; }
+  int64_t vectors(const Volume& x) const { return positions(x) * blocks; }
 };
 
-inline int64_t tile_capacity(const Volume& x, int64_t positions) { return tile_rows(x, positions) * x.W; }
+// The tile of up to `blocks` blocks from channel c on.
+inline Tile tile_at(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h, int64_t rows, int64_t blocks) {
+  blocks = std::min(blocks, channel_blocks(x) - c / kLanes);
+  return {b,
+          t,
+          c,
+          h,
+          std::min(rows, x.H - h),
+          blocks,
+          static_cast<int>(std::min(x.C - c, blocks * kLanes) - (blocks - 1) * kLanes)};
+}
+
+// Vectors of the largest tile of a pass.
+inline int64_t row_capacity(const Volume& x) { return unit_rows(x, kSpacetime) * x.W * tile_blocks(x); }
+inline int64_t elementwise_capacity(const Volume& x) {
+  return channels_side_by_side(x) ? row_capacity(x) : tile_rows(x, kTileVectors) * x.W;
+}
+inline int64_t reduction_capacity(const Volume& x, int context) {
+  return context == kChannel ? row_capacity(x) : tile_rows(x, kReductionVectors / x.blocks) * x.W * x.blocks;
+}
 
 template <class A>
 class Buffer {
@@ -42,16 +66,59 @@ inline int64_t tile_offset(const Volume& x, const Tile& at) {
   return at.b * x.stride_b + at.t * x.stride_t + at.c * x.stride_c + at.h * x.W * x.stride_p;
 }
 
+// Calls body(blocks, for_blocks) with for_blocks(each) calling each(block, lanes) for every block of a tile. One block
+// and full lanes are constants, as in most tiles: what they spare are loops and branches around single loads.
+template <class Body>
+AIA_INLINE void with_blocks(const Tile& at, Body&& body) {
+  const auto run = [&](auto blocks, auto last) {
+    body(blocks, [blocks, last](auto&& each) {
+      for (int64_t k = 0; k + 1 < blocks; ++k) each(k, std::integral_constant<int, kLanes>{});
+      each(blocks - 1, last);
+    });
+  };
+  with_lanes(at.lanes, [&](auto last) {
+    if (at.blocks == 1)
+      run(std::integral_constant<int64_t, 1>{}, last);
+    else
+      run(at.blocks, last);
+  });
+}
+
+// Calls body(v, i, w, c, lanes, row) for the vectors of a tile: the v-th one lies at position i, in column w, and its
+// first channel is the c-th of the tile. row = per_row(r, c, lanes) is what the vectors of row r share; where the tile
+// is one block wide it is made once.
+template <class PerRow, class Body>
+AIA_INLINE void for_each_vector(const Volume& x, const Tile& at, PerRow&& per_row, Body&& body) {
+  const int64_t W = x.W;
+  with_lanes(at.lanes, [&](auto last) {
+    for (int64_t r = 0; r < at.rows; ++r) {
+      if (at.blocks == 1) {
+        const auto row = per_row(r, int64_t{0}, last);
+        for (int64_t w = 0; w < W; ++w) body(r * W + w, r * W + w, w, int64_t{0}, last, row);
+        continue;
+      }
+      constexpr std::integral_constant<int, kLanes> full;
+      const int64_t c = (at.blocks - 1) * kLanes;
+      for (int64_t w = 0, v = r * W * at.blocks; w < W; ++w, ++v) {
+        for (int64_t k = 0; k < c; k += kLanes, ++v) body(v, r * W + w, w, k, full, per_row(r, k, full));
+        body(v, r * W + w, w, c, last, per_row(r, c, last));
+      }
+    }
+  });
+}
+
 template <class T, class A = Accumulate<T>>
 void load_tile(const Volume& x, const Tile& at, const T* data, Vec<A>* tile) {
   const T* source = data + tile_offset(x, at);
-  const int64_t n = at.rows * x.W, stride_c = x.stride_c, stride_p = x.stride_p, ahead = at.ahead;
+  const int64_t n = at.positions(x), stride_c = x.stride_c, stride_p = x.stride_p, ahead = at.ahead;
   if (stride_c == 1) {
-    with_lanes(at.lanes, [&](auto lanes) {
-      for (int64_t i = 0; i < n; ++i) {
-        __builtin_prefetch(source + i * stride_p + ahead);
-        tile[i] = load(source + i * stride_p, lanes);
-      }
+    with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
+      for (int64_t i = 0; i < n; ++i)
+        for_blocks([&](int64_t k, auto lanes) {
+          const T* from = source + i * stride_p + k * kLanes;
+          __builtin_prefetch(from + ahead);
+          tile[i * blocks + k] = load(from, lanes);
+        });
     });
   } else if (n < kLanes) {
     for (int64_t i = 0; i < n; ++i) {
@@ -78,11 +145,17 @@ void load_tile(const Volume& x, const Tile& at, const T* data, Vec<A>* tile) {
 template <class T, class A = Accumulate<T>>
 void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
   T* target = data + tile_offset(x, at);
-  const int64_t n = at.rows * x.W, stride_c = x.stride_c, stride_p = x.stride_p;
+  const int64_t n = at.positions(x), stride_c = x.stride_c, stride_p = x.stride_p;
+  if (stride_c == 1) {
+    with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
+      for (int64_t i = 0; i < n; ++i)
+        for_blocks(
+            [&](int64_t k, auto lanes) { store(target + i * stride_p + k * kLanes, tile[i * blocks + k], lanes); });
+    });
+    return;
+  }
   with_lanes(at.lanes, [&](auto lanes) {
-    if (stride_c == 1) {
-      for (int64_t i = 0; i < n; ++i) store(target + i * stride_p, tile[i], lanes);
-    } else if (n < kLanes) {
+    if (n < kLanes) {
       for (int64_t i = 0; i < n; ++i) {
         T part[kLanes];
         store(part, tile[i]);
@@ -90,8 +163,8 @@ void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
       }
     } else {
       // Whole planes lie in one piece: written there in order the lines are foreseen, by sixteen turns they are not.
-      T packed[kLanes * kTilePositions];
-      const bool whole = n == stride_c && n <= kTilePositions;
+      T packed[kLanes * kTileVectors];
+      const bool whole = n == stride_c && n <= kTileVectors;
       T* rows = whole ? packed : target;
       for (int64_t i = 0; i < n; i += kLanes) {
         const int64_t first = std::min(i, n - kLanes);
@@ -105,19 +178,41 @@ void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
   });
 }
 
-// The tiles of one block of channels of one clip: rows outermost, then frames, so that what the frames share (the T
-// map of the rows) stays in cache. Calls each(tile).
+// The tiles of the unit-th group of `blocks` blocks of channels of a clip: rows outermost, then frames, so that what
+// the frames share (the T map of the rows) stays in cache. Calls each(tile).
 template <class Each>
-void for_each_tile(const Volume& x, int64_t block, int64_t positions, Each&& each) {
-  const int64_t b = block / channel_blocks(x), c = block % channel_blocks(x) * kLanes, step = tile_rows(x, positions);
-  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - c));
-  for (int64_t h = 0; h < x.H; h += step)
+void for_each_tile(const Volume& x, int64_t unit, int64_t blocks, int64_t positions, Each&& each) {
+  const int64_t groups = (channel_blocks(x) + blocks - 1) / blocks, rows = tile_rows(x, positions);
+  const int64_t b = unit / groups, c = unit % groups * blocks * kLanes;
+  for (int64_t h = 0; h < x.H; h += rows)
     for (int64_t t = 0; t < x.T; ++t) {
-      Tile at{b, t, c, h, std::min(step, x.H - h), lanes};
-      const Tile next{b, t + 1 < x.T ? t + 1 : 0, c, t + 1 < x.T ? h : h + step, 0, 0};
+      Tile at = tile_at(x, b, t, c, h, rows, blocks);
+      const Tile next =
+          t + 1 < x.T ? tile_at(x, b, t + 1, c, h, rows, blocks) : tile_at(x, b, 0, c, h + rows, rows, blocks);
       at.ahead = tile_offset(x, next) - tile_offset(x, at);
       each(at);
     }
+}
+
+// The tiles of the unit-th run of rows of a frame (unit_rows), from the first channel to the last. Calls each(tile).
+template <class Each>
+void for_each_tile_of_rows(const Volume& x, int64_t unit, Each&& each) {
+  const int64_t rows = unit_rows(x, kSpacetime), runs = (x.H + rows - 1) / rows, blocks = tile_blocks(x);
+  const int64_t frame = unit / runs, h = unit % runs * rows;
+  for (int64_t c = 0; c < x.C; c += blocks * kLanes) {
+    Tile at = tile_at(x, frame / x.T, frame % x.T, c, h, rows, blocks);
+    at.ahead = blocks * kLanes * x.stride_c;
+    each(at);
+  }
+}
+
+// The tiles of a unit of an elementwise pass (elementwise_units). Calls each(tile).
+template <class Each>
+void for_each_elementwise_tile(const Volume& x, int64_t unit, Each&& each) {
+  if (channels_side_by_side(x))
+    for_each_tile_of_rows(x, unit, each);
+  else
+    for_each_tile(x, unit, 1, kTileVectors, each);
 }
 
 // Calls body with a value of the storage type, or of the index type, that the argument names.
