@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ class TestPublishedLayers:
         assert (model.training, model.T_bn.training, model.C_bn.momentum, model.C_bn.eps) == (True, False, None, 0.5)
         assert not model.H_conv.weight.requires_grad
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_dtype_dropout_and_segments(self, dtype):
         model = nn.ModuleList([units.ST(16), external.MultiHeadExternalAttention(6, 2, attn_drop=0.3, proj_drop=0.2)])
         model.to(dtype)
@@ -136,6 +137,23 @@ class TestWhereLayersStand:
         assert model["b"] is model["a"][0][0]
         assert isinstance(model["b"], aia_kernels.C)
         assert "a.0.0 = b" in str(report)
+
+    def test_parameters_and_submodules_in_two_layers(self):
+        """What two layers share they go on sharing, in one step of training too."""
+        model = nn.Sequential(*(published("C") for _ in range(3)))
+        model[1].C_conv.weight, model[2].C_bn = model[0].C_conv.weight, model[0].C_bn
+        expected, before = copy.deepcopy(model), tensors(model)
+        assert len(aia_kernels.convert(model).converted) == 3
+        assert_same_objects(model, before)
+        assert_same_step(model, expected, make_input("C"))
+
+    def test_one_memory_for_keys_and_values(self):
+        module = external.ExternalAttention(6, 6).double()
+        module.mv = module.mk
+        expected = copy.deepcopy(module)
+        assert len(aia_kernels.convert(module).converted) == 1
+        assert module.mv is module.mk
+        assert_same_step(module, expected, make_input("two linear"))
 
     def test_data_parallel(self):
         model = nn.DataParallel(nn.Sequential(published("CinST")))
@@ -190,7 +208,9 @@ class TestWhereLayersStand:
         compared = []
         difference = behaviour.difference
         monkeypatch.setattr(behaviour, "difference", lambda *a: compared.append(a[1]) or difference(*a))
+        begin = time.process_time()
         report = aia_kernels.convert(model)
+        assert time.process_time() - begin < 2
         assert len(blocks) == 16
         assert len(report.converted) == 32
         assert compared == [aia_kernels.CinST, aia_kernels.STinC]
