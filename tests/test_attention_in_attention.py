@@ -199,6 +199,37 @@ def test_input_of_other_strides(backend_on):
     assert module(channels_last).is_contiguous(memory_format=torch.channels_last)
 
 
+PAST_2_31 = {
+    "small": Shape(2, 3, 44, 44, 5),
+    "a batch": Shape(9, 8, 128, 512, 512),
+    "a clip": Shape(1, 8, 1032, 512, 512),
+}
+
+
+@pytest.mark.parametrize("name, axis", [("C", 2), ("ST", 1)])
+@pytest.mark.parametrize("size", PAST_2_31)
+def test_past_2_31_elements(size, name, axis, compiled_on):
+    """The end of x, where offsets are largest. C is local in H and ST in C: values reach one position far and gradients
+    two, so a crop of 40 positions tells the last 32."""
+    backend, device = compiled_on
+    shape = PAST_2_31[size]
+    if size != "small":
+        if device == "cpu":
+            pytest.skip("needs a GPU")
+        if torch.cuda.mem_get_info()[0] < 8 * 2 * 2**31:
+            pytest.skip("needs 32 GiB of GPU memory")
+    module = unit(name, shape, torch.bfloat16, device).eval()
+    sizes = shape.b * shape.t, *shape[2:]
+    x, grad_y = (torch.randn(sizes, dtype=torch.bfloat16, device=device) for _ in range(2))
+    found = testing.run(module, x, grad_y, backend)
+    crops = (a.narrow(axis, sizes[axis] - 40, 40)[-shape.t :].contiguous().float() for a in (x, grad_y))
+    expected = testing.run(copy.deepcopy(module).float(), *crops, "reference")
+    for key in ("y", "grad x"):
+        end, value = found[key].narrow(axis, sizes[axis] - 32, 32)[-shape.t :], expected[key].narrow(axis, 8, 32)
+        # y and dx are of order one and rounded to eight bits.
+        torch.testing.assert_close(end.float(), value, rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize("sizes", [(0, 5, 3, 4), (8, 0, 3, 4), (8, 5, 0, 4), (2, 5, 4, 3, 0), (2, 5, 0, 3, 4)], ids=str)
 @pytest.mark.parametrize("name", ["C", "STinC2"])
 def test_empty_input(name, sizes, backend_on):
