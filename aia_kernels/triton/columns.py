@@ -134,33 +134,32 @@ def columns_at(head, span, piece, C: tl.constexpr):
 
 
 @triton.jit
-def by_group(t, ROOM: tl.constexpr):
-    """A tile [BT, BM] as [BT, BM / ROOM, ROOM]."""
-    return tl.reshape(t, [t.shape[0], t.shape[1] // ROOM, ROOM])
+def along(t, AXIS: tl.constexpr, MAXIMUM: tl.constexpr):
+    """The maximum or the sum along an axis, which stays."""
+    return tl.max(t, AXIS, keep_dims=True) if MAXIMUM else tl.sum(t, AXIS, keep_dims=True)
 
 
 @triton.jit
-def over_group(t, ROOM: tl.constexpr):
-    """A number for each group, [BT, G, 1], at each of its columns, [BT, BM], or as [BT, 1] if the tile is one group."""
+def over_group(t, ROOM: tl.constexpr, MAXIMUM: tl.constexpr):
+    """The maximum (NaN may be passed over) or sum of each token's group, [BT, BM], or [BT, 1] if the tile is one."""
     BT: tl.constexpr = t.shape[0]
-    GROUPS: tl.constexpr = t.shape[1]
-    if GROUPS == 1:
-        result = tl.reshape(t, [BT, 1])
+    BM: tl.constexpr = t.shape[1]
+    if BM == ROOM:
+        result = along(t, 1, MAXIMUM)
     else:
-        result = tl.reshape(tl.broadcast_to(t, [BT, GROUPS, ROOM]), [BT, GROUPS * ROOM])
+        result = along(tl.reshape(t, [BT, BM // ROOM, ROOM]), 2, MAXIMUM)
+        result = tl.reshape(tl.broadcast_to(result, [BT, BM // ROOM, ROOM]), [BT, BM])
     return result
 
 
 @triton.jit
 def group_sum(t, ROOM: tl.constexpr):
-    """The sum of each token's group, as over_group."""
-    return over_group(tl.sum(by_group(t, ROOM), 2, keep_dims=True), ROOM)
+    return over_group(t, ROOM, False)
 
 
 @triton.jit
 def group_max(t, ROOM: tl.constexpr):
-    """The maximum of each token's group, as over_group; NaN may be passed over."""
-    return over_group(tl.max(by_group(t, ROOM), 2, keep_dims=True), ROOM)
+    return over_group(t, ROOM, True)
 
 
 @triton.jit
