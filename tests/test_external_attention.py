@@ -439,6 +439,16 @@ def test_extreme_logits(kind, eps, dtype, external_on):
         )
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_what_is_not_finite_spreads_as_published(value, external_on):
+    """An infinite logit makes its column NaN, and with it every token's row; -inf weighs nothing."""
+    logits = torch.randn(2, 9, 6, dtype=torch.float64, device=external_on[1])
+    logits[0, 4, 2] = value
+    for group in (6, 3):
+        found, expected = functional.double_normalize(logits, group=group), published(logits, group, 0.0)
+        torch.testing.assert_close(found, expected, equal_nan=True, **EXACT)
+
+
 def test_float16_at_full_range(external_on):
     """eps 1e-9 is 0 in float16, and P below 6e-8 too: both live in float32."""
     device = external_on[1]
