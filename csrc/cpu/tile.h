@@ -30,13 +30,8 @@ struct Tile {
 // The tile of up to `blocks` blocks from channel c on.
 inline Tile tile_at(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h, int64_t rows, int64_t blocks) {
   blocks = std::min(blocks, channel_blocks(x) - c / kLanes);
-  return {b,
-          t,
-          c,
-          h,
-          std::min(rows, x.H - h),
-          blocks,
-          static_cast<int>(std::min(x.C - c, blocks * kLanes) - (blocks - 1) * kLanes)};
+  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, x.C - c - (blocks - 1) * kLanes));
+  return {b, t, c, h, std::min(rows, x.H - h), blocks, lanes};
 }
 
 // Vectors of the largest tile of a pass.
