@@ -23,6 +23,16 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor, of {expected}")
 
 
+def check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+
+
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+
+
 def needs_reference() -> bool:
     """Whether somebody follows the call operation by operation, as a pass cannot be followed: a functorch transform,
     forward-mode differentiation or torch.jit.trace. Under torch.compile the operators speak for themselves."""

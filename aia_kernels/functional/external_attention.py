@@ -26,7 +26,7 @@ from ..layouts import as_maps, as_tokens, with_dense_maps, with_rows
 from ..operators import external_attention as operators
 from ..reference import Norm
 from ..running_statistics import update_running_statistics
-from .common import check_tensor, needs_reference
+from .common import check_integer, check_number, check_tensor, needs_reference
 
 FAMILY = "external_attention"
 
@@ -114,9 +114,12 @@ def external_attention(
     check_tensor("x", x)
     if x.ndim != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
+    check_integer("heads", heads)
     if heads < 1:
         raise ValueError(f"heads: got {heads}, expected at least 1")
     b, n, d = x.shape
+    if d < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one feature")
     if d % heads:
         raise ValueError(f"x: got {d} features, expected a multiple of heads = {heads}")
     slots = _check_memories(x, memory_key, memory_value, heads)
@@ -124,6 +127,7 @@ def external_attention(
     _check_parameter("value_bias", value_bias, x, (memory_value.shape[-2:-1], (heads, memory_value.shape[-2])))
     group = _checked_group(group, slots)
     _check_eps(eps)
+    check_number("dropout", dropout)
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: got {dropout}, expected a probability from 0 to 1")
     padding = _checked_padding(padding_mask, x, (b, n))
@@ -294,12 +298,14 @@ def _checked_group(group: int | None, slots: int) -> int:
     """The slots in a group of the normalisation."""
     if group is None:
         return slots
+    check_integer("group", group)
     if group < 1 or slots % group:
         raise ValueError(f"group: got {group}, expected a divisor of the {slots} slots")
     return group
 
 
 def _check_eps(eps: float) -> None:
+    check_number("eps", eps)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a finite number, 0 or more")
 

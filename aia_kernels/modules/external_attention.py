@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autocast import no_autocast
+from ..functional.common import check_integer
 from ..functional.external_attention import double_normalize, external_attention, external_attention_block
 from .submodules import can_be_read, is_pointwise, must_be_called, norm_of
 
@@ -251,5 +252,6 @@ def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:
 
 def _check_at_least_one(**sizes: int) -> None:
     for name, size in sizes.items():
+        check_integer(name, size)
         if size < 1:
             raise ValueError(f"{name}: got {size}, expected at least 1")
