@@ -236,6 +236,17 @@ def test_gate_backward(passes, plain, gate):
     assert ((grad_weight.cpu().double() - want_weight).abs() <= bound).all()
 
 
+def test_gate_backward_of_infinite_z(passes):
+    """Where nothing is corrected, a saturated gate has no gradient, and spoils none."""
+    values = torch.tensor([[float("inf"), float("-inf"), 0.0, 1.0]], device=pass_cases.DEVICE)
+    norm = torch.tensor([[0.0, 1.0, 1.0, 0.0]]).to(values)
+    pooled, weight = torch.ones(1, 2, 4).to(values), torch.ones(1, 2, 3, 3, 3).to(values)
+    grads = passes.gate_backward(
+        torch.ones_like(values), values, norm, torch.zeros(1, 2).to(values), pooled, weight, (1, 1, 4)
+    )
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize("level", ["base", "v3"])
 def test_lesser_instruction_levels(level):
     """The C++ passes are compiled for several instruction levels; each must be right, not only the best one here."""

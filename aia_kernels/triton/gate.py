@@ -214,7 +214,9 @@ def grad_z_kernel(
         xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
         gate = activate(xhat, norm_ptr, m)
         du = tl.load(grad_gate_ptr + at, mask=exists, other=0) * gate * (1 - gate)
-        tl.store(grad_z_ptr + at, scale * (du - mean_du - xhat * mean_du_xhat), mask=exists)
+        # A product with zero is left out: an infinite z would make a NaN of it.
+        corrected = tl.where(mean_du_xhat == 0, 0.0, xhat * mean_du_xhat)
+        tl.store(grad_z_ptr + at, scale * (du - mean_du - corrected), mask=exists)
 
 
 @triton.jit

@@ -19,10 +19,12 @@ struct Norm {
   AIA_HOST_DEVICE V gate(V xhat, Exponential&& exponential) const {
     return A(1) / (A(1) + exponential(-(xhat * weight + bias)));
   }
-  // The gradient of z, given that of the sigmoid's argument and its means (of itself, and times xhat) over the batch.
+  // The gradient of z, given that of the sigmoid's argument and its means (of itself, and times xhat) over the batch. A
+  // product with zero is left out: an infinite z would make a NaN of it.
   template <class V>
   AIA_HOST_DEVICE V grad_z(V grad, V xhat, A mean_grad, A mean_grad_xhat) const {
-    return (grad - mean_grad - xhat * mean_grad_xhat) * (weight * rstd);
+    const V corrected = mean_grad_xhat == A(0) ? grad - mean_grad : grad - mean_grad - xhat * mean_grad_xhat;
+    return corrected * (weight * rstd);
   }
 };
 

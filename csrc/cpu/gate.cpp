@@ -274,6 +274,7 @@ void GatePasses<A>::backward(const PackedDims& maps, const A* grad_gate, const A
     const Norm<A> bn(norm + slab.map * 4);
     const A scale = bn.weight * bn.rstd;
     const A mean_du = correction[slab.map * 2], mean_du_normalized = correction[slab.map * 2 + 1];
+    const bool corrected = mean_du_normalized != A(0);  // else an infinite z would make a NaN of the zero
     const Taps t0(slab.d0, slab.dims[0]);
     const A* dz[3] = {};  // of the slab before, this one and the next
     for (int k0 = t0.first; k0 < t0.last; ++k0) {
@@ -283,7 +284,7 @@ void GatePasses<A>::backward(const PackedDims& maps, const A* grad_gate, const A
         for_vectors(length, [&](int64_t i, auto n) {
           const Vec<A> normalized = bn.normalized(load(z + first + i, n));
           const Vec<A> du = bn.through_gate(load(grad_gate + first + i, n), normalized);
-          store(row + i, (du - mean_du - normalized * mean_du_normalized) * scale, n);
+          store(row + i, (du - mean_du - (corrected ? normalized * mean_du_normalized : Vec<A>{})) * scale, n);
         });
       });
     }
