@@ -15,7 +15,7 @@ import aia_kernels
 from .. import clip, measure, network
 from . import attention_in_attention, external_attention, table
 
-SECONDS = 60  # for the table, about: rows take fewer samples when time runs short
+SECONDS = 55  # for the table, about: rows take fewer samples when time runs short
 NETWORK = {"rounds": 3, "seconds": 5}  # samples of each of its rows, and seconds after which a row begins no more
 
 
