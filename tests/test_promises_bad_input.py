@@ -103,8 +103,8 @@ def attend(x=TOKENS, key=KEY, value=VALUE, **settings):
     return functional.external_attention(x, key, value, **settings)
 
 
-def block(x=torch.randn(2, 6, 3, 4), key=KEY, value=torch.randn(6, 4), norm=None, **settings):  # noqa: B008
-    return functional.external_attention_block(x, key, value, norm or Norm(training=True), **settings)
+def block(x=torch.randn(2, 6, 3, 4), key=KEY, value=torch.randn(6, 4), norm=Norm(training=True), **settings):  # noqa: B008
+    return functional.external_attention_block(x, key, value, norm, **settings)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,8 @@ def block(x=torch.randn(2, 6, 3, 4), key=KEY, value=torch.randn(6, 4), norm=None
         (attend, {"padding_mask": MASK[:, :5]}, ValueError, ("padding_mask:", r"\(2, 5\)", r"\(2, 7\)")),
         (attend, {"padding_mask": MASK.tolist()}, TypeError, ("padding_mask:", "list", "tensor")),
         (attend, {"padding_mask": MASK.to("meta")}, ValueError, ("padding_mask:", "meta", "cpu")),
+        (attend, {"process_group": "world"}, TypeError, ("process_group:", "world", "ProcessGroup")),
+        (block, {"norm": None}, TypeError, ("norm:", "NoneType", "Norm")),
         (block, {"x": TOKENS}, ValueError, ("x:", r"\(2, 7, 6\)", r"\[B, C, H, W\]")),
         (block, {"key": KEY[0]}, ValueError, ("key:", r"\(6,\)", r"\[S, C\]")),
         (block, {"key": KEY[:, :5]}, ValueError, ("key:", r"\(4, 5\)", r"\(4, 6\)")),
@@ -154,6 +156,12 @@ def block(x=torch.randn(2, 6, 3, 4), key=KEY, value=torch.randn(6, 4), norm=None
         (functional.double_normalize, {"logits": torch.randn(5)}, ValueError, ("logits:", r"\(5,\)", "N, M")),
         (functional.double_normalize, {"logits": torch.ones(5, 4).int()}, TypeError, ("logits:", "torch.int32")),
         (functional.double_normalize, {"logits": torch.ones(5, 0)}, ValueError, ("logits:", "0 slots", "at least 1")),
+        (
+            functional.double_normalize,
+            {"logits": torch.ones(5, 4), "process_group": 0},
+            TypeError,
+            ("process_group:", "0"),
+        ),
         (functional.double_normalize, {"logits": torch.ones(5, 4), "group": 3}, ValueError, ("group:", "3", "4 slots")),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",

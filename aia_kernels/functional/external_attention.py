@@ -55,6 +55,7 @@ def double_normalize(
     group = _checked_group(group, logits.shape[-1])
     _check_eps(eps)
     padding = _checked_padding(padding_mask, logits, logits.shape[:-1])
+    _check_process_group(process_group)
     if logits.numel() == 0:
         _refuse_an_empty_shard("logits", logits, process_group)
         return logits.contiguous() * 1.0
@@ -131,6 +132,7 @@ def external_attention(
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: got {dropout}, expected a probability from 0 to 1")
     padding = _checked_padding(padding_mask, x, (b, n))
+    _check_process_group(process_group)
     dtype = autocast_dtype(x) or x.dtype
     x, key, value = x.to(dtype), _by_head(memory_key, heads).to(dtype), _by_head(memory_value, heads).to(dtype)
     bias = None if value_bias is None else value_bias.to(dtype).expand(heads, -1).flatten()
@@ -234,6 +236,11 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _check_process_group(process_group: Any) -> None:
+    if not (process_group is None or hasattr(process_group, "group_name")):
+        raise TypeError(f"process_group: got {process_group!r}, expected a torch.distributed.ProcessGroup")
+
+
 def _group_name(process_group: Any) -> str:
     return "" if process_group is None else process_group.group_name
 
@@ -282,6 +289,8 @@ def _check_memories(x: Tensor, key: Tensor, value: Tensor, heads: int) -> int:
 
 
 def _check_norm(norm: Norm, x: Tensor) -> None:
+    if not isinstance(norm, Norm):
+        raise TypeError(f"norm: got {type(norm).__name__}, expected a reference.Norm")
     c = x.shape[1]
     if norm.uses_batch and not norm.process_group and 0 < x.numel() == c:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per channel for BN in training")
