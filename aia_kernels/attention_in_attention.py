@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import maps
+from .formulas import backward_is_followed, gradients
 from .layouts import as_clips, as_input, stored_as, unviewed
 from .process_groups import gather, resolve
 from .reference import Gate, Norm, Unit, attention_in_attention
@@ -266,10 +267,14 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         parameters, (statistics, *kept) = saved[:n], saved[n:]
         if grad_y is None:
             return (None,) * (4 + n)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            # create_graph=True, or is_grads_batched=True, which is a vmap over grad_y.
+        if backward_is_followed():
+
+            def formula(x, *parameters):
+                gates = gates_of(plan, parameters, statistics)
+                return as_input(attention_in_attention(as_clips(x, ctx.num_segments), plan.unit, gates)[0], x.ndim)
+
             needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
-            grad_x, *grads = differentiable_backward(plan, grad_y, x, ctx.num_segments, parameters, statistics, needs)
+            grad_x, *grads = gradients(formula, (x, *parameters), needs, grad_y)
             return grad_x, None, None, None, *grads
         clips, grad_clips = (as_clips(a, ctx.num_segments) for a in (x, stored_as(grad_y, x)))
         inner = Kept(*kept[:3]) if plan.unit.inner else None
@@ -292,33 +297,13 @@ def pack_affine(parameters: Sequence[Tensor | None]) -> Tensor:
     return torch.cat(flat).view(-1, 2)
 
 
-def differentiable_backward(
-    plan: Plan,
-    grad_y: Tensor,
-    x: Tensor,
-    num_segments: int,
-    parameters: Sequence[Tensor | None],
-    statistics: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of x and the parameters; under create_graph=True a differentiable function of them and grad_y.
-
-    Differentiates the reference, which takes a batch of grad_y under a vmap too. Each input enters as a fresh view, so
-    that a gradient is that of its own argument even where one argument was computed from another.
-    """
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [a.view_as(a) if need else a for a, need in zip((x, *parameters), needs, strict=True)]
+def gates_of(plan: Plan, parameters: Sequence[Tensor | None], statistics: Tensor) -> list[Gate]:
+    """The gates of the reference, from parameters and statistics as AttentionInAttentionFunction has them."""
     gates = []
-    for i, (weight, scale, shift) in enumerate(zip(*[iter(inputs[1:])] * 3, strict=True)):
+    for i, (weight, scale, shift) in enumerate(zip(*[iter(parameters)] * 3, strict=True)):
         mean, var, _ = statistics[i].split(1)
         norm = Norm(scale, shift, mean, var, training=plan.batch[i], eps=plan.eps[i])
         if plan.groups[i]:
             norm = norm._replace(process_group=resolve(plan.groups[i]))
         gates.append(Gate(weight, norm))
-    with torch.enable_grad():
-        y, _ = attention_in_attention(as_clips(inputs[0], num_segments), plan.unit, gates)
-        y = as_input(y, x.ndim)
-    wanted = [a for a, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=again))
-    return [next(grads) if need else None for need in needs]
+    return gates

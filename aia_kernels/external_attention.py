@@ -63,14 +63,14 @@ of ``empty_attention`` and its signs those of ``empty_signs``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import maps
-from .autocast import no_autocast, without_autocast
+from .autocast import without_autocast
+from .formulas import backward_is_followed, gradients
 from .layouts import as_maps, as_tokens, stored_as, unviewed, with_rows
 from .process_groups import gather, resolve
 from .reference import Norm
@@ -327,12 +327,12 @@ class DoubleNormalizeFunction(torch.autograd.Function):
             return (None,) * 3
         logits, attention, mass, padding = ctx.saved_tensors
         plan = ctx.plan
-        if torch.is_grad_enabled():
+        if backward_is_followed():
 
             def formula(logits):
                 return reference_double_normalize(logits, plan.group, plan.eps, padding, resolve(plan.shards))
 
-            return *differentiable_backward(formula, (logits,), (True,), grad), None, None
+            return *gradients(formula, (logits,), (True,), grad), None, None
         return double_normalize_backward(plan, grad, attention, mass, padding), None, None
 
 
@@ -354,13 +354,13 @@ class ExternalAttentionFunction(torch.autograd.Function):
             return (None,) * 7
         plan, needs = ctx.plan, ctx.needs_input_grad[:4]
         x, key, value, bias, padding, keep, *attention = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if backward_is_followed():
 
             def formula(*tensors):
                 settings = plan.group, plan.eps, padding, keep, plan.scale, resolve(plan.shards)
                 return reference(*tensors, *settings)
 
-            return *differentiable_backward(formula, (x, key, value, bias), needs, grad), None, None, None
+            return *gradients(formula, (x, key, value, bias), needs, grad), None, None, None
         grads = backward(plan, with_rows(grad), x, key, value, tuple(attention), padding, keep, needs[0], needs[3])
         return *(_typed(g, a) for g, a in zip(grads, (x, key, value, bias), strict=True)), None, None, None
 
@@ -391,14 +391,14 @@ class ExternalAttentionBlockFunction(torch.autograd.Function):
         plan, needs = ctx.plan, ctx.needs_input_grad[:5]
         x, key, value, weight, bias, first, second, signs, *batch, statistics = ctx.saved_tensors
         inputs = x, key, value, weight, bias
-        if torch.is_grad_enabled():
+        if backward_is_followed():
 
             def formula(x, key, value, weight, bias):
                 norm = Norm(weight, bias, *statistics[:, :2].unbind(1), eps=plan.norm_eps, training=plan.batch)
                 norm = norm._replace(process_group=resolve(plan.members))
                 return as_maps(reference_block(as_tokens(x), key, value, norm, plan.eps)[0], x)
 
-            return *differentiable_backward(formula, inputs, needs, grad_y), None, None
+            return *gradients(formula, inputs, needs, grad_y), None, None
         tokens, grad = as_tokens(x), as_tokens(stored_as(grad_y, x))
         batch, attention = BatchNorm(*batch), (first, second)
         grad_x, *grads = block_backward(
@@ -410,18 +410,3 @@ class ExternalAttentionBlockFunction(torch.autograd.Function):
 
 def _typed(grad: Tensor | None, of: Tensor | None) -> Tensor | None:
     return None if grad is None or of is None else grad.to(of.dtype)
-
-
-def differentiable_backward(
-    formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
-) -> list[Tensor | None]:
-    """The gradients of a formula as a differentiable function of its inputs and of grad: create_graph=True.
-
-    Each input enters as a fresh view, so that a gradient is that of its own argument even where one argument was
-    computed from another.
-    """
-    inputs = [a.view_as(a) if need else a for a, need in zip(inputs, needs, strict=True)]
-    wanted = [a for a, need in zip(inputs, needs, strict=True) if need]
-    with no_autocast(grad):
-        grads = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
-    return [next(grads) if need else None for need in needs]

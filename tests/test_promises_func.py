@@ -24,18 +24,30 @@ def test_grad_and_vmap(name, backend_on):
     assert_grad_and_vmap(module, xs)
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_vmap_over_gradients_of_one_call(name, backend_on):
-    """The graph is made outside, in training: the rows of a Jacobian."""
-    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(backend_on[1])
-    x = make_input(SHAPE, torch.float64, device=backend_on[1]).requires_grad_()
-    grads_y = torch.stack([make_input(SHAPE, torch.float64, seed=seed, device=backend_on[1]) for seed in (1, 2, 3)])
-    y, inputs = module(x), (x, *module.parameters())
+def assert_rows_of_a_jacobian(y, inputs, grads_y):
+    """vmap over the gradients of one call, its graph made outside, gives what one gradient after the other does."""
     found = vmap(lambda grad_y: torch.autograd.grad(y, inputs, grad_y, retain_graph=True))(grads_y)
     for i, grad_y in enumerate(grads_y):
         for rows, expected in zip(found, torch.autograd.grad(y, inputs, grad_y, retain_graph=True), strict=True):
             torch.testing.assert_close(rows[i], expected, **EXACT)
     assert not any(rows.requires_grad for rows in found)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_vmap_over_gradients_of_one_call(name, backend_on):
+    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(backend_on[1])
+    x = make_input(SHAPE, torch.float64, device=backend_on[1]).requires_grad_()
+    grads_y = torch.stack([make_input(SHAPE, torch.float64, seed=seed, device=backend_on[1]) for seed in (1, 2, 3)])
+    assert_rows_of_a_jacobian(module(x), (x, *module.parameters()), grads_y)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_over_gradients_of_one_call_of_external_attention(form, external_on):
+    device = external_on[1]
+    module = external_cases.make(form, SIZES["small"], device=device)
+    x = external_cases.make_input(form, SIZES["small"], device=device).requires_grad_()
+    y = module(x)
+    assert_rows_of_a_jacobian(y, (x, *module.parameters()), torch.randn(3, *y.shape).to(y))
 
 
 def test_ensemble_in_training(backend_on):
