@@ -15,8 +15,8 @@ import aia_kernels
 from .. import clip, measure, network
 from . import attention_in_attention, external_attention, table
 
-SECONDS = 55  # for the table, about: rows take fewer samples when time runs short
-NETWORK = {"rounds": 3, "seconds": 5}  # samples of each of its rows, and seconds after which a row begins no more
+SECONDS = 35  # for the table, about: rows take fewer samples when time runs short
+NETWORK = {"rounds": 3, "seconds": 3}  # samples of each of its rows, and seconds after which a row begins no more
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
