@@ -207,15 +207,22 @@ def _over_tokens(s: Tensor, t: Tensor, heads: int) -> Tensor:
     if heads == 1 and p > q and not _by_feature(s):
         # Rows of the longer side are contiguous: the product runs faster along them.
         return _over_tokens(t, s, 1).mT.contiguous()
-    if s.dtype == t.dtype == dtype and _one_matrix(s) and _one_matrix(t):
+    # bfloat16 has the range of the wider type, and the framework's product rounds its sum once, as it does a gradient.
+    narrow = s.dtype == t.dtype == torch.bfloat16
+    if s.dtype == t.dtype and (narrow or _wide(s)) and _one_matrix(s) and _one_matrix(t):
         pairs = [(s.flatten(0, 1), t.flatten(0, 1))]
+    elif narrow:
+        pairs = zip(s, t, strict=True)
     else:
         # One sample after the other, so that a copy in the wider type stays small.
         pairs = ((one.to(dtype), other.to(dtype)) for one, other in zip(s, t, strict=True))
     out = s.new_zeros((heads, p, q), dtype=dtype)
     for one, other in pairs:
-        if heads == 1:
+        left, right = one.unflatten(1, (heads, p)).permute(1, 2, 0), other.unflatten(1, (heads, q)).transpose(0, 1)
+        if narrow:
+            out += torch.mm(one.mT, other) if heads == 1 else torch.bmm(left, right)
+        elif heads == 1:
             out[0].addmm_(one.mT, other)
         else:
-            out.baddbmm_(one.unflatten(1, (heads, p)).permute(1, 2, 0), other.unflatten(1, (heads, q)).transpose(0, 1))
+            out.baddbmm_(left, right)
     return out
