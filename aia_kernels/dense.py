@@ -209,20 +209,20 @@ def _over_tokens(s: Tensor, t: Tensor, heads: int) -> Tensor:
         return _over_tokens(t, s, 1).mT.contiguous()
     # bfloat16 has the range of the wider type, and the framework's product rounds its sum once, as it does a gradient.
     narrow = s.dtype == t.dtype == torch.bfloat16
-    if s.dtype == t.dtype and (narrow or _wide(s)) and _one_matrix(s) and _one_matrix(t):
+    factor = torch.bfloat16 if narrow else dtype
+    if s.dtype == t.dtype == factor and _one_matrix(s) and _one_matrix(t):
         pairs = [(s.flatten(0, 1), t.flatten(0, 1))]
-    elif narrow:
-        pairs = zip(s, t, strict=True)
     else:
         # One sample after the other, so that a copy in the wider type stays small.
-        pairs = ((one.to(dtype), other.to(dtype)) for one, other in zip(s, t, strict=True))
+        pairs = ((one.to(factor), other.to(factor)) for one, other in zip(s, t, strict=True))
     out = s.new_zeros((heads, p, q), dtype=dtype)
     for one, other in pairs:
-        left, right = one.unflatten(1, (heads, p)).permute(1, 2, 0), other.unflatten(1, (heads, q)).transpose(0, 1)
+        if heads > 1:
+            one, other = one.unflatten(1, (heads, p)).transpose(0, 1), other.unflatten(1, (heads, q)).transpose(0, 1)
         if narrow:
-            out += torch.mm(one.mT, other) if heads == 1 else torch.bmm(left, right)
+            out += one.mT @ other
         elif heads == 1:
             out[0].addmm_(one.mT, other)
         else:
-            out.baddbmm_(left, right)
+            out.baddbmm_(one.mT, other)
     return out
