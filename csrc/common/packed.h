@@ -16,6 +16,18 @@ struct Gate {
   int context;
 };
 
+// What a gate is computed with, in the type of the maps: the weight of its convolution, [2, 3, 3, 3] in the map's
+// stored order of axes, and of its normalisation scale and shift (1 and 0 where null), eps, and either the statistics
+// of the batch or fixed ones (mean 0 and variance 1 where null). Strides in elements: those of the network's own
+// parameter.
+struct GateParameters {
+  const void* weight;
+  int64_t stride[4];
+  const void *scale, *shift, *mean, *var;
+  double eps;
+  bool batch;
+};
+
 // Packed gradients of pooled features [B, 2, M] (maximum, mean) with the index of the maximum [B, M], or none.
 struct Unpooled {
   const void* grad;
