@@ -212,6 +212,7 @@ def test_every_barrier_is_needed(emulator):
         finally:
             emulator.schedule()
 
+    emulator.schedule()
     expected = every_pass(emulator)
     barriers = emulator.barriers()
     names = {Path(barrier.split(":")[0]).name for barrier in barriers}

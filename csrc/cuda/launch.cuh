@@ -4,13 +4,21 @@
 #if defined(AIA_EMULATOR)
 #include "emulator.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
 #include <type_traits>
 
 // A block's array in shared memory, uninitialised, aligned for vectors.
 #define AIA_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+// The same, of as many bytes as the launch says.
+#define AIA_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char aia_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(aia_dynamic_shared)
 
 namespace aia::cuda {
 
@@ -18,6 +26,43 @@ namespace aia::cuda {
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int bits) {
   return __shfl_xor_sync(0xffffffffu, value, bits);
+}
+
+// Waits for all blocks of a launch_together; what they wrote to global memory before is then visible to all.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// The place of this block in its cluster. Below compute capability 9.0 there are no clusters: these functions then see
+// one of a single block, so that kernels compile, but nothing launches them.
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+// Waits for all threads of the cluster; what they wrote before is then visible to all. Needed before the first access
+// to the shared memory of another block, which may not have begun, and after the last, so that none ends too early.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The same address in the shared memory of a block of this cluster.
+template <class T>
+__device__ __forceinline__ T* cluster_shared(T* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
+  return reinterpret_cast<T*>(theirs);
+#else
+  return mine;
+#endif
 }
 
 // Queues a kernel on a stream; returns the error code of the launch.
@@ -28,6 +73,96 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* str
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, addresses, 0,
                           static_cast<cudaStream_t>(stream));
+}
+
+// Calls `ask(device)` once for a key and the current device. Synchronises nothing, so a stream may be under capture.
+template <class Key, class Ask>
+int answer_of_device(const Key& key, Ask&& ask) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Key>, int> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = answers.find({device, key});
+  if (found != answers.end()) return found->second;
+  const int answer = ask(device);
+  cudaGetLastError();  // a question that fails has an answer, and leaves no error to the next launch
+  return answers[{device, key}] = answer;
+}
+
+// How many blocks of a kernel the current device holds at once, at least 1.
+template <class... Parameters>
+int blocks_together(void (*kernel)(Parameters...), int threads) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  return answer_of_device(std::make_tuple(function, threads), [&](int device) {
+    int each = 0, multiprocessors = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, threads, 0);
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    return each * multiprocessors > 0 ? each * multiprocessors : 1;
+  });
+}
+
+// Queues a kernel whose blocks all run at once and may wait for one another; an error where they do not fit.
+template <class... Parameters>
+int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+                    std::type_identity_t<Parameters>... parameters) {
+  if (blocks > INT32_MAX) return cudaErrorCooperativeLaunchTooLarge;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads,
+                                     addresses, 0, static_cast<cudaStream_t>(stream));
+}
+
+// A launch in clusters as the runtime takes it; refers to itself.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int64_t blocks, int cluster, int threads, int shared_bytes, void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = static_cast<unsigned>(blocks);
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+
+  // Clusters above 8 blocks and more shared memory than every GPU has are had by asking.
+  static int allow(const void* function, int shared_bytes) {
+    const int error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+};
+
+// How many clusters of so many blocks, each with so many bytes of AIA_DYNAMIC_SHARED, the current device holds at once;
+// 0 where it has no clusters or these do not fit.
+template <class... Parameters>
+int clusters_together(void (*kernel)(Parameters...), int cluster, int threads, int shared_bytes) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  return answer_of_device(std::make_tuple(function, cluster, threads, shared_bytes), [&](int device) {
+    int has_clusters = 0, most_bytes = 0, count = 0;
+    cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
+    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (!has_clusters || shared_bytes > most_bytes) return 0;
+    const ClusterLaunch launch(cluster, cluster, threads, shared_bytes, nullptr);
+    if (ClusterLaunch::allow(function, shared_bytes) != cudaSuccess) return 0;
+    return cudaOccupancyMaxActiveClusters(&count, function, &launch.config) == cudaSuccess ? count : 0;
+  });
+}
+
+// Queues a kernel in clusters of so many blocks; their number is a multiple of that.
+template <class... Parameters>
+int launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes,
+                    void* stream, std::type_identity_t<Parameters>... parameters) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (const int error = ClusterLaunch::allow(function, shared_bytes)) return error;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  const ClusterLaunch launch(blocks, cluster, threads, shared_bytes, stream);
+  return cudaLaunchKernelExC(&launch.config, function, addresses);
 }
 
 inline bool captures(void* stream) {

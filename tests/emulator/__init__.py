@@ -108,7 +108,7 @@ class Emulator:
         return answer
 
     def barriers(self) -> set[str]:
-        """The barriers met so far, as file:line."""
+        """The barriers met since the last call of schedule, as file:line."""
         return self.call("barriers")[0]
 
     def schedule(self, backward: bool = False, dropped: str = "") -> None:

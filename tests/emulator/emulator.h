@@ -1,9 +1,10 @@
 // CUDA on the host, for tests: stands in for the toolkit when csrc/cuda is compiled by a C++ compiler.
 //
-// Blocks run one after the other. The threads of a block are fibers: one runs until its next barrier, then the next
-// one does, and when all have arrived the round starts again. So a missing barrier shows as a thread that reads what
-// its neighbours have not yet written, the same way on every run, in forward or in backward order of blocks and
-// threads. Shared memory starts as NaN, and lies on the heap where AddressSanitizer sees its bounds.
+// The threads of a block are fibers: one runs until its next barrier, then the next one does, and when all have arrived
+// the round starts again. Blocks run one after the other, those of a cluster or of a launch_together likewise up to
+// their next barrier. So a missing barrier shows as a thread that reads what its neighbours have not yet written, the
+// same way on every run, in forward or in backward order of blocks and threads. Shared memory starts as NaN, is NaN
+// again after the end of its block, and lies on the heap where AddressSanitizer sees its bounds.
 #pragma once
 
 #include <ucontext.h>
@@ -27,7 +28,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define AIA_SHARED(type, name, count) type* const name = aia::emulator::block.shared<type>(count)
+#define AIA_SHARED(type, name, count) type* const name = aia::emulator::running->shared<type>(count)
+#define AIA_DYNAMIC_SHARED(type, name) type* const name = aia::emulator::running->dynamic_shared<type>()
 
 namespace aia::emulator {
 
@@ -48,34 +50,41 @@ struct Site {
   std::string text() const { return std::string(file) + ":" + std::to_string(line); }
 };
 
-class Block {
- public:
+// How launches run, and what they met.
+struct Schedule {
   bool backward = false;           // the order in which blocks run, and threads between barriers
   std::string dropped;             // a barrier that is to be skipped, to see whether anything notices
   std::set<std::string> barriers;  // all that were met, as file:line
 
-  // Runs one block to its end.
-  void run(int threads, std::function<void()> kernel) {
-    kernel_ = std::move(kernel);
-    shared_.clear();
-    met_ = Site();
-    while (fibers_.size() < static_cast<size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
-    for (int i = 0; i < threads; ++i) start(*fibers_[i]);
-    for (int finished = 0; finished < threads;) {
-      for (int i = 0; i < threads; ++i) finished += resume(backward ? threads - 1 - i : i);
-      check_round(threads, finished);
-    }
-  }
+  int64_t in_order(int64_t i, int64_t count) const { return backward ? count - 1 - i : i; }
+};
+
+inline Schedule schedule;
+
+// Who waits at a barrier, and which blocks of a launch run together.
+enum class Scope { kBlock, kCluster, kGrid };
+
+class Block {
+ public:
+  // Makes ready to run. The kernel must live as long.
+  void start(int index, int rank, Scope together, int threads, size_t dynamic_bytes,
+             const std::function<void()>& kernel);
+
+  // Runs until all threads have finished, which is true, or wait for other blocks.
+  bool run();
 
   // Called by a thread: waits for the others.
-  void barrier(const std::source_location& where) {
+  void barrier(const std::source_location& where, Scope scope = Scope::kBlock) {
     const Site site(where);
+    if (scope == Scope::kGrid && together_ != scope) fail("a barrier of all blocks, which do not run together");
+    const bool of_blocks = scope != Scope::kBlock && together_ == scope;  // else a cluster is a block
     if (site != met_) {
       met_ = site;
-      barriers.insert(site.text());
-      skipped_ = site.text() == dropped;
+      schedule.barriers.insert(site.text());
+      skipped_ = site.text() == schedule.dropped;
     }
-    if (!skipped_) wait(site);
+    // Without its barrier of several blocks, a kernel keeps that of the block: only the former is in question.
+    if (!skipped_ || of_blocks) wait(site, of_blocks && !skipped_);
   }
 
   // Called by a thread: the value that another one brings to the same exchange. All threads of the block must come,
@@ -93,52 +102,87 @@ class Block {
   // Called by a thread: the array declared there, the same one for all threads of the block.
   template <class T>
   T* shared(size_t count, const std::source_location& where = std::source_location::current()) {
-    std::unique_ptr<std::byte[]>& bytes = shared_[Site(where).text()];
-    if (!bytes) {
-      bytes = std::make_unique<std::byte[]>(count * sizeof(T));
-      std::memset(bytes.get(), 0xff, count * sizeof(T));
-    }
-    return reinterpret_cast<T*>(bytes.get());
+    return reinterpret_cast<T*>(array(Site(where).text(), count * sizeof(T)).bytes.get());
   }
+  template <class T>
+  T* dynamic_shared() {
+    return reinterpret_cast<T*>(array("", dynamic_bytes_).bytes.get());
+  }
+
+  // Called by a thread: this block's address in the shared memory of another one.
+  void* shared_of(Block& other, const void* mine);
+
+  int rank() const { return rank_; }
+  const Site& waits_at() const { return fibers_[0]->waits_at; }
 
  private:
   static constexpr size_t kStack = size_t{128} << 10;
 
   struct Fiber {
     ucontext_t context;
-    std::unique_ptr<std::byte[]> stack = std::make_unique<std::byte[]>(kStack);
+    std::unique_ptr<std::byte[]> stack = std::make_unique_for_overwrite<std::byte[]>(kStack);
     Site waits_at;
     double exchanged;  // bits of any type
     bool done;
   };
+  struct Array {
+    std::unique_ptr<std::byte[]> bytes;
+    size_t size;
+  };
 
-  void wait(const Site& site) {
+  Array& array(const std::string& name, size_t size) {
+    Array& found = shared_[name];
+    if (!found.bytes) {
+      found = {std::make_unique_for_overwrite<std::byte[]>(size), size};
+      std::memset(found.bytes.get(), 0xff, size);
+    }
+    return found;
+  }
+
+  // Called by a thread, from which no exception finds its way out.
+  void fail(const std::string& error) {
+    error_ = error;
+    wait(Site());
+  }
+
+  void wait(const Site& site, bool for_blocks = false) {
     Fiber& self = *fibers_[current_];
     self.waits_at = site;
+    for_blocks_ = for_blocks;
     swapcontext(&self.context, &scheduler_);
   }
 
   static void enter();
   void start(Fiber& fiber);
   bool resume(int thread);
-  void check_round(int threads, int finished) const;
+  void check_round(int finished) const;
 
-  std::function<void()> kernel_;
+  const std::function<void()>* kernel_;
+  int index_, rank_, threads_;
+  Scope together_;
+  size_t dynamic_bytes_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::map<std::string, std::unique_ptr<std::byte[]>> shared_;
+  std::map<std::string, Array> shared_;
   ucontext_t scheduler_;
   int current_ = 0;
   Site met_;  // the last barrier, and whether it is the dropped one
-  bool skipped_ = false;
+  bool skipped_ = false, for_blocks_ = false, begun_ = false, ended_ = false;
+  std::string error_;
 };
 
-inline Block block;
+// The blocks that run together, and which of them runs.
+inline std::vector<std::unique_ptr<Block>> blocks;
+inline Block* running = nullptr;
+
+// Runs blocks [first, first + count) of a launch together.
+void run_together(Scope, int64_t first, int count, int threads, size_t dynamic_bytes,
+                  const std::function<void()>& kernel);
 
 }  // namespace aia::emulator
 
 inline aia::emulator::Index threadIdx, blockIdx;
 
-inline void __threadfence() {}  // blocks do not overlap here
+inline void __threadfence() {}  // what a block writes, the others see
 
 inline unsigned atomicInc(unsigned* address, unsigned last) {
   const unsigned old = *address;
@@ -147,7 +191,7 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
 }
 
 inline void __syncthreads(const std::source_location& where = std::source_location::current()) {
-  aia::emulator::block.barrier(where);
+  aia::emulator::running->barrier(where);
 }
 
 using std::min;
@@ -155,8 +199,8 @@ using std::min;
 namespace aia::emulator {
 
 inline void Block::enter() {
-  block.kernel_();
-  block.fibers_[block.current_]->done = true;
+  (*running->kernel_)();
+  running->fibers_[running->current_]->done = true;
 }
 
 inline void Block::start(Fiber& fiber) {
@@ -169,41 +213,144 @@ inline void Block::start(Fiber& fiber) {
   makecontext(&fiber.context, enter, 0);
 }
 
+inline void Block::start(int index, int rank, Scope together, int threads, size_t dynamic_bytes,
+                         const std::function<void()>& kernel) {
+  kernel_ = &kernel;
+  index_ = index, rank_ = rank, threads_ = threads;
+  together_ = together;
+  dynamic_bytes_ = dynamic_bytes;
+  shared_.clear();
+  met_ = Site();
+  begun_ = ended_ = false;
+  error_.clear();
+  while (fibers_.size() < static_cast<size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
+  for (int i = 0; i < threads; ++i) start(*fibers_[i]);
+}
+
+inline bool Block::run() {
+  running = this;
+  blockIdx.x = index_;
+  begun_ = true;
+  for (for_blocks_ = false; !for_blocks_;) {
+    int finished = 0;
+    for (int i = 0; i < threads_; ++i) finished += resume(static_cast<int>(schedule.in_order(i, threads_)));
+    check_round(finished);
+    if (finished < threads_) continue;
+    for (auto& [name, array] : shared_) std::memset(array.bytes.get(), 0xff, array.size);
+    return ended_ = true;
+  }
+  return false;
+}
+
 // Runs a thread up to its next barrier; true when it has come to its end.
 inline bool Block::resume(int thread) {
   Fiber& fiber = *fibers_[thread];
-  if (fiber.done) return false;
+  if (fiber.done) return true;
   current_ = threadIdx.x = thread;
   swapcontext(&scheduler_, &fiber.context);
+  if (!error_.empty()) throw std::runtime_error(error_);
   return fiber.done;
 }
 
 // After a round, either all threads have finished or all wait at one barrier.
-inline void Block::check_round(int threads, int finished) const {
-  if (finished == threads) return;
+inline void Block::check_round(int finished) const {
+  if (finished == threads_) return;
   const Site site = fibers_[0]->waits_at;
-  for (int i = 0; i < threads; ++i)
+  for (int i = 0; i < threads_; ++i)
     if (fibers_[i]->done || fibers_[i]->waits_at != site)
       throw std::runtime_error("thread " + std::to_string(i) + " does not reach the barrier that others wait at");
+}
+
+inline void* Block::shared_of(Block& other, const void* mine) {
+  const auto* const address = static_cast<const std::byte*>(mine);
+  if (!other.begun_) fail("a thread asks for the shared memory of a block that has not begun");
+  if (other.ended_) fail("a thread asks for the shared memory of a block that has ended");
+  for (const auto& [name, array] : shared_)
+    if (address >= array.bytes.get() && address <= array.bytes.get() + array.size)
+      return other.array(name, array.size).bytes.get() + (address - array.bytes.get());
+  fail("a thread asks where in another block lies what is not in shared memory");
+  return nullptr;
+}
+
+inline void run_together(Scope scope, int64_t first, int count, int threads, size_t dynamic_bytes,
+                         const std::function<void()>& kernel) {
+  while (blocks.size() < static_cast<size_t>(count)) blocks.push_back(std::make_unique<Block>());
+  for (int i = 0; i < count; ++i)
+    blocks[i]->start(static_cast<int>(first) + i, i, scope, threads, dynamic_bytes, kernel);
+  for (int finished = 0; finished < count;) {
+    finished = 0;
+    for (int i = 0; i < count; ++i) finished += blocks[schedule.in_order(i, count)]->run();
+    for (int i = 0; i < count && finished < count; ++i)
+      if (finished > 0 || blocks[i]->waits_at() != blocks[0]->waits_at())
+        throw std::runtime_error("not all blocks reach the barrier that others wait at");
+  }
 }
 
 }  // namespace aia::emulator
 
 namespace aia::cuda {
 
+inline void grid_barrier(const std::source_location& where = std::source_location::current()) {
+  emulator::running->barrier(where, emulator::Scope::kGrid);
+}
+
+inline int cluster_rank() { return emulator::running->rank(); }
+
+inline void cluster_barrier(const std::source_location& where = std::source_location::current()) {
+  emulator::running->barrier(where, emulator::Scope::kCluster);
+}
+
+template <class T>
+T* cluster_shared(T* mine, int rank) {
+  return static_cast<T*>(emulator::running->shared_of(*emulator::blocks[rank], mine));
+}
+
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
            std::type_identity_t<Parameters>... parameters) {
-  for (int64_t i = 0; i < blocks; ++i) {
-    blockIdx.x = static_cast<int>(emulator::block.backward ? blocks - 1 - i : i);
-    emulator::block.run(threads, [&] { kernel(parameters...); });
-  }
+  const std::function<void()> call = [&] { kernel(parameters...); };
+  for (int64_t i = 0; i < blocks; ++i)
+    emulator::run_together(emulator::Scope::kBlock, emulator::schedule.in_order(i, blocks), 1, threads, 0, call);
+  return 0;
+}
+
+// Two blocks for each of the multiprocessors of passes.h.
+template <class... Parameters>
+int blocks_together(void (*)(Parameters...), int) {
+  return 6;
+}
+
+template <class... Parameters>
+int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+                    std::type_identity_t<Parameters>... parameters) {
+  if (blocks > blocks_together(kernel, threads)) throw std::runtime_error("these blocks do not fit together");
+  const std::function<void()> call = [&] { kernel(parameters...); };
+  emulator::run_together(emulator::Scope::kGrid, 0, static_cast<int>(blocks), threads, 0, call);
+  return 0;
+}
+
+// As on an H200.
+template <class... Parameters>
+int clusters_together(void (*)(Parameters...), int cluster, int, int shared_bytes) {
+  return cluster <= 16 && shared_bytes <= 227 << 10 ? 1 : 0;
+}
+
+template <class... Parameters>
+int launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
+                    std::type_identity_t<Parameters>... parameters) {
+  if (blocks % cluster != 0 || clusters_together(kernel, cluster, threads, shared_bytes) == 0)
+    throw std::runtime_error("these clusters do not fit");
+  const std::function<void()> call = [&] { kernel(parameters...); };
+  const int64_t clusters = blocks / cluster;
+  for (int64_t i = 0; i < clusters; ++i)
+    emulator::run_together(emulator::Scope::kCluster, emulator::schedule.in_order(i, clusters) * cluster, cluster,
+                           threads, shared_bytes, call);
   return 0;
 }
 
 template <class T>
 T shuffle_xor(T value, int bits, const std::source_location& where = std::source_location::current()) {
-  return emulator::block.exchange(value, threadIdx.x ^ bits, where);
+  return emulator::running->exchange(value, threadIdx.x ^ bits, where);
 }
 
 inline bool captures(void*) { return false; }

@@ -12,6 +12,7 @@
 #include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/residual.h"
 #include "emulator.h"
+#include "together.h"
 
 namespace {
 
@@ -170,9 +171,14 @@ PYBIND11_MODULE(aia_emulator, m) {
                            partial.get(), sums.mutable_data(), nullptr);
   });
 
-  m.def("schedule", [](bool backward, std::string dropped) {
-    aia::emulator::block.backward = backward;
-    aia::emulator::block.dropped = dropped;
+  m.def("turn_among_blocks", [](int64_t blocks, int waiting, py::array values) {
+    turn_among_blocks(blocks, waiting, static_cast<float*>(values.mutable_data()));
   });
-  m.def("barriers", [] { return aia::emulator::block.barriers; });
+  m.def("turn_in_clusters", [](int64_t blocks, int cluster, int unused_bytes, py::array values) {
+    turn_in_clusters(blocks, cluster, unused_bytes, static_cast<float*>(values.mutable_data()));
+  });
+
+  m.def("schedule",
+        [](bool backward, std::string dropped) { emulator::schedule = {backward, std::move(dropped), {}}; });
+  m.def("barriers", [] { return emulator::schedule.barriers; });
 }
