@@ -1,9 +1,9 @@
-"""The algorithm, y = x * G_outer(x * G_inner(x)), forward and backward, written once in terms of the nine passes.
+"""The algorithm, y = x * G_outer(x * G_inner(x)), forward and backward, written once in terms of passes.
 
 Forward, for a unit with an inner context i and an outer context o (without an inner one its lines fall away):
 
-    P_i = pool(x)               G_i = activate(conv(P_i))
-    P_o = pool(x * G_i)         G_o = activate(conv(P_o))         y = x * G_o
+    P_i = pool(x)               G_i = gate(P_i)
+    P_o = pool(x * G_i)         G_o = gate(P_o)         y = x * G_o
 
 Backward, with U the transpose of pool (the passes: ops.py):
 
@@ -18,7 +18,7 @@ they would cost half as much memory as the pooled features, which the convolutio
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from .reference import Gate, Norm, Unit, attention_in_attention
 class Plan(NamedTuple):
     """What is constant about a call: the unit, the passes that compute it and, per gate in unit.letters, its BN.
 
-    passes has the nine passes of ops.PASSES as attributes and map_order(storage order of x), the order in which it
+    passes has the passes of ops.PASSES as attributes and map_order(storage order of x), the order in which it
     packs maps. batch: normalise by the statistics of the batch. eps: added to the variance. groups: the name of the
     process group that shares the statistics, or "".
     """
@@ -46,52 +46,60 @@ class Plan(NamedTuple):
     groups: tuple[str, ...]
 
 
+class GateParameters(NamedTuple):
+    """One gate's parameters, in the type of the maps: the weight [1, 2, 3, 3, 3] of its convolution in the paper's
+    order of axes, and of one element each scale (1 if None) and shift (0) of its BN, and mean (0) and variance (1) of
+    one that does not use the batch's."""
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
 class Kept(NamedTuple):
-    """What one context keeps for the backward: features [B, 2, M], indices [B, M], and norm [n, 4] as in ops.py."""
+    """What one context keeps for the backward: features [B, 2, M], indices [B, M], norm [n, 4] and statistics [n, 3],
+    as in ops.py."""
 
     pooled: Tensor
     argmax: Tensor
     norm: Tensor
+    statistics: Tensor
 
 
 class Forward(NamedTuple):
-    """Result of forward: y, what is kept, and statistics [n, 3], per gate: the mean and biased variance that normalised
-    it, and the share of one element in them, 1 / (elements in the batch), or 0 for fixed ones."""
+    """Result of forward: y and what is kept of each context."""
 
     y: Tensor
     inner: Kept | None
     outer: Kept
-    statistics: Tensor
 
 
-def forward(plan: Plan, x: Tensor, weight: Sequence[Tensor], affine: Tensor, fixed: Tensor | None) -> Forward:
-    """The unit on x [B, T, C, H, W], stored in one of maps.ORDERS and not empty.
-
-    weight: n convolution weights [1, 2, 3, 3, 3] in the paper's axis order. affine [n, 2]: weight and bias of each BN
-    (1 and 0 without BN). fixed [n, 2]: mean and variance for the gates that do not use the batch's (0 and 1, with eps
-    0, without BN); None when all do.
-    """
+def forward(plan: Plan, x: Tensor, gates: Sequence[GateParameters]) -> Forward:
+    """The unit on x [B, T, C, H, W], stored in one of maps.ORDERS and not empty; gates in the order of unit.letters."""
     unit, passes = plan.unit, plan.passes
     order = passes.map_order(maps.storage_order(x))
-    inner = guide = None
-    statistics = {}
 
     def gate(context: int, guide: Tensor | None, guide_context: int) -> tuple[Kept, Tensor]:
         rows, dims = unit.rows(context), _dims(x.shape, context, order)
         pooled, argmax = passes.pool(x, context, guide, guide_context)
-        z, moments = passes.gate_conv(pooled, maps.arrange_weight(weight[rows], context, order).to(pooled.dtype), dims)
-        count = [x.shape[0] * d * h * w for d, h, w in zip(dims[::3], dims[1::3], dims[2::3], strict=True)]
-        statistics[context] = _statistics(plan, rows, moments, fixed, count)
-        norm = _norm(plan.eps[rows], statistics[context], affine[rows])
-        return Kept(pooled, argmax, norm), passes.gate_activate(z, norm, dims)
+        weight, *norms = zip(*gates[rows], strict=True)
+        weight = maps.weights_in_order(weight, context, order)
+        g, norm, statistics = passes.gate(pooled, weight, *norms, plan.eps[rows], plan.batch[rows], dims)
+        if any(plan.groups[rows]):
+            count = [x.shape[0] * d * h * w for d, h, w in zip(dims[::3], dims[1::3], dims[2::3], strict=True)]
+            norm, statistics = _with_members(plan, rows, norm, statistics, count)
+            g, _ = passes.gate_again(pooled, weight, norm, dims)
+        return Kept(pooled, argmax, norm, statistics), g
 
+    inner = guide = None
     if unit.inner:
         inner, guide = gate(unit.inner, None, maps.NONE)
         if unit.averaged:
             guide = average_over_channels(guide, x.shape, order)
     outer, recalibration = gate(unit.outer, guide, unit.inner_gate_context)
-    y = passes.recalibrate(x, recalibration, unit.outer)
-    return Forward(y, inner, outer, _by_rows(unit, statistics))
+    return Forward(passes.recalibrate(x, recalibration, unit.outer), inner, outer)
 
 
 def backward(
@@ -101,10 +109,9 @@ def backward(
     weight: Sequence[Tensor],
     inner: Kept | None,
     outer: Kept,
-    statistics: Tensor,
     needs_x: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x, of the weights [n, 2, 3, 3, 3] and of the affine parameters [n, 2], for grad_y stored as x.
+) -> tuple[Tensor | None, list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The gradients of x, of each weight and of each gate's scale and shift, for grad_y stored as x.
 
     Arguments as for forward and as kept by it. The gradient of x is None where it is not needed.
     """
@@ -112,34 +119,35 @@ def backward(
     order = passes.map_order(maps.storage_order(x))
     grad_weight, grad_affine = {}, {}
 
-    def through_gate(context: int, kept: Kept, grad_gate: Tensor, z: Tensor, arranged: Tensor) -> Tensor:
-        rows, dims = unit.rows(context), _dims(x.shape, context, order)
-        sums = passes.gate_backward_reduce(grad_gate, z, kept.norm, dims)
-        correction = _correction(plan, rows, sums, statistics[rows, 2:])
-        grad_pooled, grad_arranged = passes.gate_backward(
-            grad_gate, z, kept.norm, correction, kept.pooled, arranged, dims
+    def again(context: int, kept: Kept) -> tuple[list[Tensor], Tensor, Tensor]:
+        in_order = maps.weights_in_order(weight[unit.rows(context)], context, order)
+        return in_order, *passes.gate_again(kept.pooled, in_order, kept.norm, _dims(x.shape, context, order))
+
+    def through_gate(context: int, kept: Kept, in_order: list[Tensor], grad_gate: Tensor, z: Tensor) -> Tensor:
+        groups, dims = plan.groups[unit.rows(context)], _dims(x.shape, context, order)
+        own = sums = None
+        if any(groups):
+            own = passes.gate_backward_reduce(grad_gate, z, kept.norm, dims)
+            sums = _by_group(groups, own, own, lambda members: members.sum(0))
+        grad_pooled, grads, sums = passes.gate_backward(
+            grad_gate, z, kept.norm, sums, kept.statistics, kept.pooled, in_order, dims
         )
-        grad_weight[context] = torch.cat(maps.restore_weight(grad_arranged, context, order))
-        grad_affine[context] = sums.flip(1)
+        grad_weight[context] = maps.weights_in_order(grads, context, order, back=True)
+        shift_and_scale = (sums if own is None else own).view(-1).split(1)
+        grad_affine[context] = zip(shift_and_scale[1::2], shift_and_scale[::2], strict=True)
         return grad_pooled
 
-    def again(context: int, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-        dims = _dims(x.shape, context, order)
-        arranged = maps.arrange_weight(weight[unit.rows(context)], context, order).to(kept.pooled.dtype)
-        z, _ = passes.gate_conv(kept.pooled, arranged, dims)
-        return arranged, z, passes.gate_activate(z, kept.norm, dims)
-
-    arranged, z, recalibration = again(unit.outer, outer)
+    in_order, recalibration, z = again(unit.outer, outer)
     grad_gate = passes.recalibrate_reduce(grad_y, x, unit.outer)
-    grad_outer = through_gate(unit.outer, outer, grad_gate, z, arranged)
+    grad_outer = through_gate(unit.outer, outer, in_order, grad_gate, z)
     guide = grad_inner = inner_argmax = None
     if unit.inner:
-        arranged, z, guide = again(unit.inner, inner)
+        in_order, guide, z = again(unit.inner, inner)
         grad_guide = passes.unpool_reduce(x, grad_outer, outer.argmax, unit.outer, unit.inner_gate_context)
         if unit.averaged:
             guide = average_over_channels(guide, x.shape, order)
             grad_guide = spread_over_channels(grad_guide, x.shape, order)
-        grad_inner, inner_argmax = through_gate(unit.inner, inner, grad_guide, z, arranged), inner.argmax
+        grad_inner, inner_argmax = through_gate(unit.inner, inner, in_order, grad_guide, z), inner.argmax
     grad_x = None
     if needs_x:
         grad_x = passes.unpool(
@@ -154,7 +162,18 @@ def backward(
             inner_argmax,
             unit.inner,
         )
-    return grad_x, _by_rows(unit, grad_weight), _by_rows(unit, grad_affine)
+    return grad_x, by_gate(unit, grad_weight), by_gate(unit, grad_affine)
+
+
+def by_gate(unit: Unit, parts: Mapping[int, Iterable[Any]]) -> list[Any]:
+    """What belongs to the gates of each context, in the order of unit.letters."""
+    return [part for context in (maps.CHANNEL, maps.SPACETIME) for part in parts.get(context, ())]
+
+
+def statistics_of(unit: Unit, inner: Kept | None, outer: Kept) -> list[Tensor]:
+    """The statistics [1, 3] of each gate, in the order of unit.letters."""
+    kept = {unit.outer: outer} | ({unit.inner: inner} if unit.inner else {})
+    return by_gate(unit, {context: of.statistics.split(1) for context, of in kept.items()})
 
 
 def average_over_channels(gate: Tensor, sizes: Sequence[int], order: str) -> Tensor:
@@ -181,35 +200,19 @@ def _dims(sizes: Sequence[int], context: int, order: str) -> list[int]:
     return [length for dims in maps.map_dims(sizes, context, order) for length in dims]
 
 
-def _by_rows(unit: Unit, parts: dict[int, Tensor]) -> Tensor:
-    """One tensor of the parts of both contexts, in the order of unit.letters."""
-    return torch.cat([parts[context] for context in (maps.CHANNEL, maps.SPACETIME) if context in parts])
+def _with_members(
+    plan: Plan, rows: slice, norm: Tensor, statistics: Tensor, count: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Norm [n, 4] and statistics [n, 3] as they are where the gates with a group share theirs with its members."""
+    own = torch.cat((statistics[:, :2], _column(count, statistics)), 1)
+    statistics = _by_group(plan.groups[rows], statistics, own, _joint)
+    rstd = (statistics[:, 1:2] + _column(plan.eps[rows], statistics)).rsqrt()
+    return torch.cat((statistics[:, :1], rstd, norm[:, 2:]), 1), statistics
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """Numbers as a column [n, 1], filled on the device: no copy from the host, so a CUDA graph can hold it."""
-    if len(set(values)) == 1:
-        return like.new_full((len(values), 1), values[0])
     return torch.cat([like.new_full((1, 1), value) for value in values])
-
-
-def _norm(eps: Sequence[float], statistics: Tensor, affine: Tensor) -> Tensor:
-    added = eps[0] if len(set(eps)) == 1 else _column(eps, statistics)
-    rstd = (statistics[:, 1:2] + added).rsqrt()
-    return torch.cat((statistics[:, :1], rstd, affine.to(statistics.dtype)), 1)
-
-
-def _statistics(plan: Plan, rows: slice, moments: Tensor, fixed: Tensor | None, count: Sequence[int]) -> Tensor:
-    """Statistics [n, 3] of the gates of one context, as in Forward, from the moments [n, 2] of the local batch."""
-    batch = plan.batch[rows]
-    share = _column([1 / k if own else 0.0 for k, own in zip(count, batch, strict=True)], moments)
-    if not all(batch):
-        fixed = fixed[rows].to(moments.dtype)
-        moments = torch.cat([(moments if own else fixed)[i : i + 1] for i, own in enumerate(batch)])
-    statistics = torch.cat((moments, share), 1)
-    if not any(plan.groups[rows]):
-        return statistics
-    return _by_group(plan.groups[rows], statistics, torch.cat((moments, _column(count, moments)), 1), _joint)
 
 
 def _joint(members: Tensor) -> Tensor:
@@ -221,17 +224,6 @@ def _joint(members: Tensor) -> Tensor:
     return torch.cat((joint, joint_var, total.reciprocal()), 1)
 
 
-def _correction(plan: Plan, rows: slice, sums: Tensor, share: Tensor) -> Tensor:
-    """gate_backward's correction [n, 2]: the means of du and du * xhat over the batch of the statistics, or zero."""
-    batch, groups = plan.batch[rows], plan.groups[rows]
-    if any(groups):
-        sums = _by_group(groups, sums, sums, lambda members: members.sum(0))
-    if all(batch):
-        return sums * share
-    # Not sums * 0: a NaN in one clip must not reach the others through statistics that they do not share.
-    return torch.where(share > 0, sums * share, 0.0) if any(batch) else torch.zeros_like(sums)
-
-
 def _by_group(groups: Sequence[str], alone: Tensor, part: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """Row i: that of ``alone`` for a gate without a group, else of the combined parts of the members, by rank."""
     rows = {"": alone} | {group: combine(gather(part, group)) for group in sorted(set(groups) - {""})}
@@ -239,35 +231,36 @@ def _by_group(groups: Sequence[str], alone: Tensor, part: Tensor, combine: Calla
 
 
 class AttentionInAttentionFunction(torch.autograd.Function):
-    """y, statistics = apply(x, num_segments, plan, fixed, *parameters): a unit with exact first and second
+    """y, statistics_of the unit = apply(x, num_segments, plan, fixed, *parameters): a unit with exact first and second
     derivatives.
 
-    x is [B * T, C, H, W] or [B, C, T, H, W], dense in a layout of maps.ORDERS and not empty; parameters are, per gate
-    in plan.unit.letters, the weight of the convolution and the weight and bias of the BN (None for 1 and 0); plan,
-    fixed and statistics as in forward of this module. Gradients flow to x and the parameters. The running statistics
-    are the caller's business (running_statistics.py).
+    x is [B * T, C, H, W] or [B, C, T, H, W], dense in a layout of maps.ORDERS and not empty. Per gate in
+    plan.unit.letters, parameters are the weight, scale and shift of GateParameters and fixed the mean and variance.
+    Gradients flow to x and the parameters. The running statistics are the caller's business (running_statistics.py).
     """
 
     @staticmethod
     def forward(ctx, x, num_segments, plan, fixed, *parameters):
         clips = as_clips(x, num_segments)
-        weight = parameters[::3]
-        result = forward(plan, clips, weight, pack_affine(parameters), fixed)
+        result = forward(plan, clips, gate_parameters(parameters, fixed, maps.accumulate_dtype(x.dtype)))
         y = unviewed(as_input(result.y, x.ndim))
+        inner, outer = result.inner, result.outer
         ctx.plan, ctx.num_segments = plan, num_segments
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(result.statistics)
-        ctx.save_for_backward(x, *parameters, result.statistics, *(result.inner or ()), *result.outer)
-        return y, result.statistics
+        ctx.save_for_backward(x, *parameters, *(inner or ()), *outer)
+        # A list is passed through as it is: statistics are no part of the graph.
+        return y, statistics_of(plan.unit, inner, outer)
 
     @staticmethod
-    def backward(ctx, grad_y, _grad_statistics):
+    def backward(ctx, grad_y, _statistics):
         plan, n = ctx.plan, 3 * len(ctx.plan.batch)
         x, *saved = ctx.saved_tensors
-        parameters, (statistics, *kept) = saved[:n], saved[n:]
+        parameters, kept = saved[:n], saved[n:]
         if grad_y is None:
             return (None,) * (4 + n)
+        inner, outer = Kept(*kept[:4]) if plan.unit.inner else None, Kept(*kept[-4:])
         if backward_is_followed():
+            statistics = statistics_of(plan.unit, inner, outer)
 
             def formula(x, *parameters):
                 gates = gates_of(plan, parameters, statistics)
@@ -277,31 +270,31 @@ class AttentionInAttentionFunction(torch.autograd.Function):
             grad_x, *grads = gradients(formula, (x, *parameters), needs, grad_y)
             return grad_x, None, None, None, *grads
         clips, grad_clips = (as_clips(a, ctx.num_segments) for a in (x, stored_as(grad_y, x)))
-        inner = Kept(*kept[:3]) if plan.unit.inner else None
-        grad_x, grad_weight, grad_affine = backward(
-            plan, grad_clips, clips, parameters[::3], inner, Kept(*kept[-3:]), statistics, ctx.needs_input_grad[0]
-        )
-        grads, grad_affine = [], grad_affine.mT.contiguous()  # DDP warns of gradients with other strides than [1]
-        for i in range(0, n, 3):
-            row = slice(i // 3, i // 3 + 1)
-            for p, grad in zip(parameters[i:], (grad_weight[row], *grad_affine[:, row]), strict=False):
-                grads.append(None if p is None else grad.to(p.dtype))
+        weight = in_type(parameters[::3], outer.norm.dtype)
+        grad_x, *grads = backward(plan, grad_clips, clips, weight, inner, outer, ctx.needs_input_grad[0])
+        grads = [g for weight, affine in zip(*grads, strict=True) for g in (weight, *affine)]
+        grads = [None if p is None else g.to(p.dtype) for p, g in zip(parameters, grads, strict=True)]
         return None if grad_x is None else as_input(grad_x, x.ndim), None, None, None, *grads
 
 
-def pack_affine(parameters: Sequence[Tensor | None]) -> Tensor:
-    """[n, 2], weight and bias of each BN, from parameters as AttentionInAttentionFunction takes them."""
-    flat = []
-    for weight, scale, shift in zip(*[iter(parameters)] * 3, strict=True):
-        flat += [weight.new_ones(1) if scale is None else scale, weight.new_zeros(1) if shift is None else shift]
-    return torch.cat(flat).view(-1, 2)
+def gate_parameters(
+    parameters: Sequence[Tensor | None], fixed: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[GateParameters]:
+    """The gates' parameters in a type, from what AttentionInAttentionFunction takes."""
+    by_three, by_two = iter(in_type(parameters, dtype)), iter(in_type(fixed, dtype))
+    return [GateParameters(*of) for of in zip(by_three, by_three, by_three, by_two, by_two, strict=True)]
 
 
-def gates_of(plan: Plan, parameters: Sequence[Tensor | None], statistics: Tensor) -> list[Gate]:
-    """The gates of the reference, from parameters and statistics as AttentionInAttentionFunction has them."""
+def in_type(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Each tensor in a type; itself, as is usual, where it has it."""
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+def gates_of(plan: Plan, parameters: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> list[Gate]:
+    """The gates of the reference, from parameters as AttentionInAttentionFunction takes them and statistics_of."""
     gates = []
     for i, (weight, scale, shift) in enumerate(zip(*[iter(parameters)] * 3, strict=True)):
-        mean, var, _ = statistics[i].split(1)
+        mean, var, _ = statistics[i][0].split(1)
         norm = Norm(scale, shift, mean, var, training=plan.batch[i], eps=plan.eps[i])
         if plan.groups[i]:
             norm = norm._replace(process_group=resolve(plan.groups[i]))

@@ -20,6 +20,7 @@ axes of its weight arranged alike, so no pass needs to know which gate it works 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -118,20 +119,18 @@ def pack(maps: Sequence[Tensor], context: int, map_order: str) -> Tensor:
     return torch.cat(segments, -1)
 
 
-def arrange_weight(weights: Sequence[Tensor], context: int, map_order: str) -> Tensor:
-    """Gate weights, each [1, 2, 3, 3, 3] in the paper's axis order, as one contiguous [n, 2, 3, 3, 3] in stored order.
+@functools.lru_cache
+def _weight_axes(context: int, map_order: str, back: bool) -> list[tuple[int, ...]]:
+    """How the axes of each gate weight of a context are permuted from the paper's order to the stored one, or back."""
+    permutations = []
+    for pooled, axes in zip(POOLED_AXES[context], map_axes(context, map_order), strict=True):
+        found, wanted = (axes, GATE_AXES[pooled]) if back else (GATE_AXES[pooled], axes)
+        permutations.append((0, 1, *(2 + found.index(a) for a in wanted)))
+    return permutations
 
-    Their strides are those of the network, which may be channels_last_3d.
-    """
-    arranged = []
-    for pooled, axes, weight in zip(POOLED_AXES[context], map_axes(context, map_order), weights, strict=True):
-        arranged.append(weight.permute(0, 1, *(2 + GATE_AXES[pooled].index(a) for a in axes)))
-    return torch.cat(arranged).contiguous()
 
-
-def restore_weight(arranged: Tensor, context: int, map_order: str) -> list[Tensor]:
-    """The inverse of arrange_weight, for gradients: [n, 2, 3, 3, 3] into n tensors [1, 2, 3, 3, 3]."""
-    restored = []
-    for i, (pooled, axes) in enumerate(zip(POOLED_AXES[context], map_axes(context, map_order), strict=True)):
-        restored.append(arranged[i : i + 1].permute(0, 1, *(2 + axes.index(a) for a in GATE_AXES[pooled])))
-    return restored
+def weights_in_order(weights: Sequence[Tensor], context: int, map_order: str, back: bool = False) -> list[Tensor]:
+    """Views of the gate weights of a context, each [1, 2, 3, 3, 3] in the paper's axis order, in stored order; or
+    back."""
+    permutations = _weight_axes(context, map_order, back)
+    return [weight.permute(axes) for weight, axes in zip(weights, permutations, strict=True)]

@@ -46,25 +46,35 @@ _SCHEMAS = {
     # multiplied x, given the gradient of the pooled features: sum of x * U over the axes that the map lacks, divided
     # by the number of maps of gate_context. Reads 1 |X|.
     "unpool_reduce": "(Tensor x, Tensor grad_pooled, Tensor argmax, int context, int gate_context) -> Tensor",
-    # Convolution 2 -> 1, 3x3x3, zero padding 1, no bias, of each of the n maps packed in pooled [B, 2, M]. weight is
-    # [n, 2, 3, 3, 3] in stored order (maps.arrange_weight), dims the 3 n stored lengths. Returns z [B, M] and moments
-    # [n, 2]: mean and biased variance of each z over the batch and the map.
-    "gate_conv": "(Tensor pooled, Tensor weight, int[] dims) -> (Tensor z, Tensor moments)",
-    # Gates [B, M]: sigmoid(weight * xhat + bias), xhat = (z - mean) * rstd. norm is [n, 4]: mean, rstd, weight, bias.
-    "gate_activate": "(Tensor z, Tensor norm, int[] dims) -> Tensor",
+    # Gates [B, M] of the n maps packed in pooled [B, 2, M]: g = sigmoid(scale * xhat + shift) with
+    # xhat = (z - mean) * rsqrt(var + eps) and z = conv(pooled), 2 -> 1, 3x3x3, zero padding 1, no bias. dims are the
+    # 3 n stored lengths. Each list has an entry per map, of the type of pooled: weight [1, 2, 3, 3, 3] in stored order
+    # of axes with any strides (maps.weights_in_order), and of one element scale (1 where absent), shift (0), and mean
+    # (0) and var (1), which are used where batch is false; else those of z over batch and map, the variance biased.
+    # Returns the gates; norm [n, 4]: mean, rsqrt(var + eps), scale, shift; and statistics [n, 3]: mean and variance as
+    # used, and the share of one element in them, 1 / (elements of batch and map) or 0 where they are not the batch's.
+    "gate": "(Tensor pooled, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
+    "float[] eps, bool[] batch, int[] dims) -> (Tensor gate, Tensor norm, Tensor statistics)",
+    # The same gates from a norm that is known, and the z that they are made of.
+    "gate_again": "(Tensor pooled, Tensor[] weight, Tensor norm, int[] dims) -> (Tensor gate, Tensor z)",
     # With g the gate and du = grad_gate * g * (1 - g): [n, 2], the sums of du and of du * xhat over batch and map,
-    # which are the gradients of the norm's bias and weight.
+    # which are the gradients of the norm's shift and scale.
     "gate_backward_reduce": "(Tensor grad_gate, Tensor z, Tensor norm, int[] dims) -> Tensor",
-    # dz = weight * rstd * (du - correction[:, 0] - xhat * correction[:, 1]), then through the convolution: returns
-    # grad_pooled [B, 2, M] and grad_weight [n, 2, 3, 3, 3]. correction [n, 2] is the mean of du and of du * xhat under
-    # batch statistics and zero under fixed ones.
-    "gate_backward": "(Tensor grad_gate, Tensor z, Tensor norm, Tensor correction, Tensor pooled, Tensor weight, "
-    "int[] dims) -> (Tensor grad_pooled, Tensor grad_weight)",
+    # dz = scale * rstd * (du - mean du - xhat * mean (du * xhat)), the means those sums times the share in statistics,
+    # then through the convolution. sums [n, 2] are those of gate_backward_reduce, found here if absent. Returns
+    # grad_pooled [B, 2, M], the gradient of each weight, strided as it, and the sums.
+    "gate_backward": "(Tensor grad_gate, Tensor z, Tensor norm, Tensor? sums, Tensor statistics, Tensor pooled, "
+    "Tensor[] weight, int[] dims) -> (Tensor grad_pooled, Tensor[] grad_weight, Tensor sums)",
     # y = x * G(gate). Reads 1 |X|, writes 1 |X|.
     "recalibrate": "(Tensor x, Tensor gate, int context) -> Tensor",
     # The gradient [B, M] of each map of the gate of recalibrate: sum of grad_y * x over the axes that the map lacks,
     # divided by the number of maps. Reads 2 |X|.
     "recalibrate_reduce": "(Tensor grad_y, Tensor x, int context) -> Tensor",
+    # Moves the running statistics of BNs, per BN mean and variance [C] and the number of batches, toward statistics
+    # [C, 3] as of gate: r + momentum * (s - r), the variance unbiased, var / (1 - share); one more batch in each number
+    # that is there. All but the numbers, int64, are of one type.
+    "move_statistics_": "(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] tracked, Tensor[] statistics, "
+    "float momentum) -> ()",
 }
 
 # External attention (DESIGN: double_norm). Logits [B, N, M] are contiguous, N tokens by M columns; the M columns are
@@ -152,14 +162,17 @@ def _(x, grad_pooled, argmax, context, gate_context):
     return _map_like(x, gate_context)
 
 
-@_fake("gate_conv")
-def _(pooled, weight, dims):
-    return pooled.new_empty((pooled.shape[0], pooled.shape[2])), weight.new_empty((weight.shape[0], 2))
+@_fake("gate")
+def _(pooled, weight, scale, shift, mean, var, eps, batch, dims):
+    n = len(weight)
+    gate = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
+    return gate, pooled.new_empty((n, 4)), pooled.new_empty((n, 3))
 
 
-@_fake("gate_activate")
-def _(z, norm, dims):
-    return torch.empty_like(z)
+@_fake("gate_again")
+def _(pooled, weight, norm, dims):
+    gate = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
+    return gate, torch.empty_like(gate)
 
 
 @_fake("gate_backward_reduce")
@@ -168,8 +181,8 @@ def _(grad_gate, z, norm, dims):
 
 
 @_fake("gate_backward")
-def _(grad_gate, z, norm, correction, pooled, weight, dims):
-    return torch.empty_like(pooled), torch.empty_like(weight)
+def _(grad_gate, z, norm, sums, statistics, pooled, weight, dims):
+    return torch.empty_like(pooled), [torch.empty_like(w) for w in weight], norm.new_empty((norm.shape[0], 2))
 
 
 @_fake("recalibrate")
@@ -180,6 +193,11 @@ def _(x, gate, context):
 @_fake("recalibrate_reduce")
 def _(grad_y, x, context):
     return _map_like(x, context)
+
+
+@_fake("move_statistics_")
+def _(mean, var, tracked, statistics, momentum):
+    return None
 
 
 @_fake("column_statistics")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,39 +10,62 @@ from torch import Tensor
 from .reference import Norm
 
 
-def update_running_statistics(norms: Sequence[Norm | None], statistics: Tensor) -> None:
+def update_running_statistics(
+    norms: Sequence[Norm | None], statistics: Sequence[Tensor], move: Callable | None = None
+) -> None:
     """Move the running statistics of each norm that says so toward those of its batch, as torch's batch norm does.
 
-    statistics [norms * C, 3], C channels each: mean, biased variance and share, one over the size N of the batch. The
-    running variance is unbiased: var * N / (N - 1) = var / (1 - share).
+    statistics: per norm [C, 3] for C channels: mean, biased variance and share, one over the size N of the batch. The
+    running variance is unbiased: var * N / (N - 1) = var / (1 - share). move: a backend's move_statistics_ (ops.py).
     """
-    rows = [i for i, norm in enumerate(norms) if norm is not None and norm.updates]
-    if not rows:
+    updated = [(norm, s.detach()) for norm, s in zip(norms, statistics, strict=True) if norm and norm.updates]
+    if not updated:
         return
-    statistics, channels = statistics.detach(), statistics.shape[0] // len(norms)
-    new = torch.stack((statistics[:, 0], statistics[:, 1] / (1 - statistics[:, 2])))
+    means, variances = [norm.running_mean for norm, _ in updated], [norm.running_var for norm, _ in updated]
+    tracked = [norm.num_batches_tracked for norm, _ in updated if norm.num_batches_tracked is not None]
+    momenta, latest = {norm.momentum for norm, _ in updated}, [s for _, s in updated]
+    # vmap has no rule for lists of tensors.
+    batched = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
     with torch.no_grad():
-        tracked = [norms[i].num_batches_tracked for i in rows if norms[i].num_batches_tracked is not None]
-        # vmap has no rule for lists of tensors.
-        batched = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
-        if batched:
-            for number in tracked:
-                number.add_(1)
-        elif tracked:
-            torch._foreach_add_(tracked, 1)
-        buffers = [buffer for i in rows for buffer in (norms[i].running_mean, norms[i].running_var)]
-        latest = [
-            new[k, i * channels : (i + 1) * channels].to(norms[i].running_mean.dtype) for i in rows for k in (0, 1)
-        ]
-        momenta = [norms[i].momentum for i in rows]
-        if None not in momenta and len(set(momenta)) == 1 and not batched:
-            torch._foreach_lerp_(buffers, latest, momenta[0])
-            return
-        for k, (buffer, value) in enumerate(zip(buffers, latest, strict=True)):
-            norm = norms[rows[k // 2]]
-            factor = norm.momentum
-            if factor is None:
-                if norm.num_batches_tracked is None:
-                    continue  # as torch: an average of unknown length stays
-                factor = norm.num_batches_tracked.reciprocal().to(buffer.dtype)
+        if batched or None in momenta or len(momenta) > 1:
+            _move_one_by_one(updated)
+        elif move is not None and {b.dtype for b in (*means, *variances)} == {latest[0].dtype}:
+            move(means, variances, tracked, latest, *momenta)
+            torch.autograd.graph.increment_version((*means, *variances, *tracked))
+        else:
+            move_statistics_(means, variances, tracked, latest, *momenta)
+
+
+def move_statistics_(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    tracked: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    momentum: float,
+) -> None:
+    """The pass of this name in ops.py, for buffers of any type, in the framework's operators."""
+    if tracked:
+        torch._foreach_add_(tracked, 1)
+    latest = [_latest(s, buffer) for s, buffer in zip(statistics, means, strict=True)]
+    torch._foreach_lerp_([*means, *variances], [pair[k] for k in (0, 1) for pair in latest], momentum)
+
+
+def _latest(statistics: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance [C], in the type of a buffer."""
+    mean, var, share = statistics.unbind(1)
+    return mean.to(buffer.dtype), (var / (1 - share)).to(buffer.dtype)
+
+
+def _move_one_by_one(updated: Sequence[tuple[Norm, Tensor]]) -> None:
+    for norm, statistics in updated:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        factor = norm.momentum
+        if factor is None:
+            if norm.num_batches_tracked is None:
+                continue  # as torch: an average of unknown length stays
+            factor = norm.num_batches_tracked.reciprocal().to(norm.running_mean.dtype)
+        for buffer, value in zip(
+            (norm.running_mean, norm.running_var), _latest(statistics, norm.running_mean), strict=True
+        ):
             buffer.lerp_(value, factor)

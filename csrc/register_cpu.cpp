@@ -4,11 +4,14 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/moments.h"
+#include "common/norm.h"
 
 namespace {
 
@@ -45,16 +48,17 @@ template <class A>
 struct GateLevel {
   decltype(&aia::cpu::base::GatePasses<A>::conv) conv;
   decltype(&aia::cpu::base::GatePasses<A>::activate) activate;
+  decltype(&aia::cpu::base::GatePasses<A>::again) again;
   decltype(&aia::cpu::base::GatePasses<A>::backward_reduce) backward_reduce;
   decltype(&aia::cpu::base::GatePasses<A>::backward) backward;
 };
 
 #define AIA_LEVEL(level) \
   Level { level::pool, level::unpool, level::unpool_reduce, level::recalibrate, level::recalibrate_reduce }
-#define AIA_GATE_LEVEL(level, A)                                                                       \
-  GateLevel<A> {                                                                                       \
-    level::GatePasses<A>::conv, level::GatePasses<A>::activate, level::GatePasses<A>::backward_reduce, \
-        level::GatePasses<A>::backward                                                                 \
+#define AIA_GATE_LEVEL(level, A)                                                             \
+  GateLevel<A> {                                                                             \
+    level::GatePasses<A>::conv, level::GatePasses<A>::activate, level::GatePasses<A>::again, \
+        level::GatePasses<A>::backward_reduce, level::GatePasses<A>::backward                \
   }
 
 const Level& passes() {
@@ -218,41 +222,95 @@ void for_partials(const PackedDims& d, const std::vector<double>& partial, int p
     for (int64_t i = 0; i < d.B * d.dims[map][0]; ++i, ++slab) add(map, partial.data() + slab * per_slab);
 }
 
-std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight, std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, pooled, "pooled");
+using Numbers = std::vector<std::optional<Tensor>>;
+using Gates = std::array<aia::GateParameters, 3>;
+
+PackedDims pooled_dims(const std::vector<int64_t>& dims, const Tensor& pooled) {
   STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
-  check_parameters(weight, pooled, d.n, 54, "weight");
-  Tensor z = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
-  Tensor moments = torch::stable::new_empty(pooled, {d.n, 2});
-  std::vector<double> partial(slabs(d) * aia::cpu::kMomentPartials);
-  with_map_type(pooled, [&](auto type) {
-    using A = decltype(type);
-    const A *in = data<A>(pooled), *w = data<A>(weight);
-    A* out = mutable_data<A>(z);
-    parallel(slabs(d),
-             [&](int64_t begin, int64_t end) { gate_passes<A>().conv(d, in, w, out, partial.data(), begin, end); });
-    Moments total[3] = {Moments::none(), Moments::none(), Moments::none()};
-    for_partials(d, partial, aia::cpu::kMomentPartials,
-                 [&](int map, const double* p) { total[map].merge({p[0], p[1], p[2]}); });
-    for (int map = 0; map < d.n; ++map) {
-      mutable_data<A>(moments)[map * 2] = static_cast<A>(total[map].mean);
-      mutable_data<A>(moments)[map * 2 + 1] = static_cast<A>(total[map].squares / total[map].count);
-    }
-  });
-  return {z, moments};
+  return dims_of(dims, pooled, "pooled");
 }
 
-Tensor gate_activate(const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, z, "z");
-  check_parameters(norm, z, d.n, 4, "norm");
-  Tensor gate = output_like(z);
-  with_map_type(z, [&](auto type) {
+// Tap k of the weight of a gate, as an offset into its storage.
+int64_t tap_offset(const aia::GateParameters& gate, int k) {
+  const int64_t* stride = gate.stride;
+  return k / 27 * stride[0] + k / 9 % 3 * stride[1] + k / 3 % 3 * stride[2] + k % 3 * stride[3];
+}
+
+// The weights of n gates, [n, 54] contiguous.
+template <class A>
+std::vector<A> contiguous_weights(const Gates& gates, int n) {
+  std::vector<A> weights(n * 54);
+  for (int i = 0; i < n * 54; ++i)
+    weights[i] = static_cast<const A*>(gates[i / 54].weight)[tap_offset(gates[i / 54], i % 54)];
+  return weights;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor> weight, Numbers scale, Numbers shift,
+                                        Numbers mean, Numbers var, std::vector<double> eps, std::vector<bool> batch,
+                                        std::vector<int64_t> dims) {
+  const PackedDims d = pooled_dims(dims, pooled);
+  Gates gates = aia::weights_of(weight, d.n, pooled);
+  aia::add_norms(gates, d.n, pooled, scale, shift, mean, var, eps, batch);
+  Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
+  Tensor norm = torch::stable::new_empty(pooled, {d.n, 4});
+  Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
+  with_map_type(pooled, [&](auto type) {
     using A = decltype(type);
-    const A *in = data<A>(z), *bn = data<A>(norm);
-    A* out = mutable_data<A>(gate);
-    parallel(slabs(d), [&](int64_t begin, int64_t end) { gate_passes<A>().activate(d, in, bn, out, begin, end); });
+    const std::vector<A> w = contiguous_weights<A>(gates, d.n);
+    const A* in = data<A>(pooled);
+    A *out = mutable_data<A>(gate), *bn = mutable_data<A>(norm), *found = mutable_data<A>(statistics);
+    Moments total[3] = {Moments::none(), Moments::none(), Moments::none()};
+    const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool own) { return own; });
+    if (of_batch) {
+      std::vector<double> partial(slabs(d) * aia::cpu::kMomentPartials);
+      parallel(slabs(d), [&](int64_t begin, int64_t end) {
+        gate_passes<A>().conv(d, in, w.data(), out, partial.data(), begin, end);
+      });
+      for_partials(d, partial, aia::cpu::kMomentPartials,
+                   [&](int map, const double* p) { total[map].merge({p[0], p[1], p[2]}); });
+    }
+    for (int i = 0; i < d.n; ++i)
+      aia::finish_norm(gates[i], total[i].mean, total[i].squares / total[i].count, total[i].count, bn + 4 * i,
+                       found + 3 * i);
+    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+      if (of_batch)
+        gate_passes<A>().activate(d, out, bn, out, begin, end);
+      else
+        gate_passes<A>().again(d, in, w.data(), bn, out, out, begin, end);
+    });
   });
-  return gate;
+  return {gate, norm, statistics};
+}
+
+std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> weight, const Tensor& norm,
+                                      std::vector<int64_t> dims) {
+  const PackedDims d = pooled_dims(dims, pooled);
+  const Gates gates = aia::weights_of(weight, d.n, pooled);
+  check_parameters(norm, pooled, d.n, 4, "norm");
+  Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
+  Tensor z = output_like(gate);
+  with_map_type(pooled, [&](auto type) {
+    using A = decltype(type);
+    const std::vector<A> w = contiguous_weights<A>(gates, d.n);
+    const A *in = data<A>(pooled), *bn = data<A>(norm);
+    A *out = mutable_data<A>(gate), *before = mutable_data<A>(z);
+    parallel(slabs(d),
+             [&](int64_t begin, int64_t end) { gate_passes<A>().again(d, in, w.data(), bn, before, out, begin, end); });
+  });
+  return {gate, z};
+}
+
+// Gradients of the shift and the scale of each gate, [n, 2].
+template <class A>
+void sum_over_batch(const PackedDims& d, const A* grad_gate, const A* z, const A* norm, A* sums) {
+  std::vector<double> partial(slabs(d) * aia::cpu::kNormPartials);
+  parallel(slabs(d), [&](int64_t begin, int64_t end) {
+    gate_passes<A>().backward_reduce(d, grad_gate, z, norm, partial.data(), begin, end);
+  });
+  double total[3][2] = {};
+  for_partials(d, partial, aia::cpu::kNormPartials,
+               [&](int map, const double* p) { total[map][0] += p[0], total[map][1] += p[1]; });
+  for (int i = 0; i < 2 * d.n; ++i) sums[i] = static_cast<A>(total[i / 2][i % 2]);
 }
 
 Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
@@ -260,49 +318,66 @@ Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tens
   check_same(grad_gate, z, "grad_gate and z");
   check_parameters(norm, z, d.n, 4, "norm");
   Tensor sums = torch::stable::new_empty(z, {d.n, 2});
-  std::vector<double> partial(slabs(d) * aia::cpu::kNormPartials);
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
-    const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm);
-    parallel(slabs(d), [&](int64_t begin, int64_t end) {
-      gate_passes<A>().backward_reduce(d, grad, in, bn, partial.data(), begin, end);
-    });
-    double total[3][2] = {};
-    for_partials(d, partial, aia::cpu::kNormPartials,
-                 [&](int map, const double* p) { total[map][0] += p[0], total[map][1] += p[1]; });
-    for (int i = 0; i < 2 * d.n; ++i) mutable_data<A>(sums)[i] = static_cast<A>(total[i / 2][i % 2]);
+    sum_over_batch(d, data<A>(grad_gate), data<A>(z), data<A>(norm), mutable_data<A>(sums));
   });
   return sums;
 }
 
-std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z, const Tensor& norm,
-                                         const Tensor& correction, const Tensor& pooled, const Tensor& weight,
-                                         std::vector<int64_t> dims) {
+std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z,
+                                                              const Tensor& norm, std::optional<Tensor> sums,
+                                                              const Tensor& statistics, const Tensor& pooled,
+                                                              std::vector<Tensor> weight, std::vector<int64_t> dims) {
   const PackedDims d = dims_of(dims, z, "z");
+  const Gates gates = aia::weights_of(weight, d.n, z);
   check_same(grad_gate, z, "grad_gate and z");
   check_parameters(norm, z, d.n, 4, "norm");
-  check_parameters(correction, z, d.n, 2, "correction");
-  check_parameters(weight, z, d.n, 54, "weight");
+  check_parameters(statistics, z, d.n, 3, "statistics");
+  if (sums) check_parameters(*sums, z, d.n, 2, "sums");
   STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
                   "pooled must be [B, 2, M], of the type of z");
   Tensor grad_pooled = output_like(pooled);
-  Tensor grad_weight = torch::stable::empty_like(weight);
-  std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
+  Tensor total_sums = sums ? *sums : torch::stable::new_empty(z, {d.n, 2});
+  std::vector<Tensor> grad_weight;
+  for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
+  const Gates grads = aia::weights_of(grad_weight, d.n, z);
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
-    const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *mean = data<A>(correction);
-    const A *features = data<A>(pooled), *w = data<A>(weight);
+    const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *features = data<A>(pooled);
+    if (!sums) sum_over_batch(d, grad, in, bn, mutable_data<A>(total_sums));
+    A mean[6];
+    for (int i = 0; i < 2 * d.n; ++i)
+      mean[i] = aia::mean_of(data<A>(total_sums)[i], data<A>(statistics)[i / 2 * 3 + 2]);
+    const std::vector<A> w = contiguous_weights<A>(gates, d.n);
     A* out = mutable_data<A>(grad_pooled);
+    std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
     parallel(slabs(d), [&](int64_t begin, int64_t end) {
-      gate_passes<A>().backward(d, grad, in, bn, mean, features, w, out, partial.data(), begin, end);
+      gate_passes<A>().backward(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
     });
-    std::vector<double> total(d.n * 54);
+    double total[3][54] = {};
     for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {
-      for (int i = 0; i < 54; ++i) total[map * 54 + i] += p[i];
+      for (int i = 0; i < 54; ++i) total[map][i] += p[i];
     });
-    for (int i = 0; i < d.n * 54; ++i) mutable_data<A>(grad_weight)[i] = static_cast<A>(total[i]);
+    for (int i = 0; i < d.n * 54; ++i)
+      static_cast<A*>(const_cast<void*>(grads[i / 54].weight))[tap_offset(grads[i / 54], i % 54)] =
+          static_cast<A>(total[i / 54][i % 54]);
   });
-  return {grad_pooled, grad_weight};
+  return {grad_pooled, grad_weight, total_sums};
+}
+
+void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
+                     std::vector<Tensor> statistics, double momentum) {
+  aia::check_running(mean, var, tracked, statistics);
+  for (Tensor& number : tracked) ++*static_cast<int64_t*>(number.mutable_data_ptr());
+  for (size_t i = 0; i < mean.size(); ++i)
+    with_map_type(mean[i], [&](auto type) {
+      using A = decltype(type);
+      const A* latest = data<A>(statistics[i]);
+      A *running_mean = mutable_data<A>(mean[i]), *running_var = mutable_data<A>(var[i]);
+      for (int64_t c = 0; c < mean[i].numel(); ++c)
+        aia::move_statistics(latest + 3 * c, static_cast<A>(momentum), running_mean + c, running_var + c);
+    });
 }
 
 }  // namespace
@@ -311,10 +386,11 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
   m.impl("pool", TORCH_BOX(&pool));
   m.impl("unpool", TORCH_BOX(&unpool));
   m.impl("unpool_reduce", TORCH_BOX(&unpool_reduce));
-  m.impl("gate_conv", TORCH_BOX(&gate_conv));
-  m.impl("gate_activate", TORCH_BOX(&gate_activate));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate_again", TORCH_BOX(&gate_again));
   m.impl("gate_backward_reduce", TORCH_BOX(&gate_backward_reduce));
   m.impl("gate_backward", TORCH_BOX(&gate_backward));
   m.impl("recalibrate", TORCH_BOX(&recalibrate));
   m.impl("recalibrate_reduce", TORCH_BOX(&recalibrate_reduce));
+  m.impl("move_statistics_", TORCH_BOX(&move_statistics));
 }

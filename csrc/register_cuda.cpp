@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -179,30 +180,52 @@ void with_workspace(const Tensor& like, const Launch& launch, int per_block, Pas
       Workspace{static_cast<double*>(partial.mutable_data_ptr()), static_cast<unsigned*>(tickets.mutable_data_ptr())}));
 }
 
-std::tuple<Tensor, Tensor> gate_conv(const Tensor& pooled, const Tensor& weight, std::vector<int64_t> dims) {
-  const PackedDims d = gate_dims(dims, pooled, "pooled");
-  STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
-  check_parameters(weight, pooled, d.n, 54, "weight");
-  check_beside(weight, pooled, "weight");
-  const Launch launch(pooled);
-  Tensor z = torch::stable::new_empty(pooled, {d.B, d.packed()});
-  Tensor moments = torch::stable::new_empty(pooled, {d.n, 2});
-  with_workspace(pooled, launch, aia::cuda::kMomentPartials, [&](Workspace workspace) {
-    return aia::cuda::gate_conv(d, scalar_of(pooled), pooled.const_data_ptr(), weight.const_data_ptr(),
-                                z.mutable_data_ptr(), moments.mutable_data_ptr(), workspace, launch.stream());
-  });
-  return {z, moments};
+using Numbers = std::vector<std::optional<Tensor>>;
+using Gates = std::array<aia::GateParameters, 3>;
+
+void check_all_beside(const std::vector<Tensor>& tensors, const Tensor& x, const char* name) {
+  for (const Tensor& t : tensors) check_beside(t, x, name);
 }
 
-Tensor gate_activate(const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
-  const PackedDims d = gate_dims(dims, z, "z");
-  check_parameters(norm, z, d.n, 4, "norm");
-  check_beside(norm, z, "norm");
-  const Launch launch(z);
-  Tensor gate = torch::stable::empty_like(z);
-  launch.check(aia::cuda::gate_activate(d, scalar_of(z), z.const_data_ptr(), norm.const_data_ptr(),
-                                        gate.mutable_data_ptr(), launch.stream()));
-  return gate;
+PackedDims pooled_dims(const std::vector<int64_t>& dims, const Tensor& pooled) {
+  STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
+  return gate_dims(dims, pooled, "pooled");
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor> weight, Numbers scale, Numbers shift,
+                                        Numbers mean, Numbers var, std::vector<double> eps, std::vector<bool> batch,
+                                        std::vector<int64_t> dims) {
+  const PackedDims d = pooled_dims(dims, pooled);
+  Gates gates = aia::weights_of(weight, d.n, pooled);
+  aia::add_norms(gates, d.n, pooled, scale, shift, mean, var, eps, batch);
+  check_all_beside(weight, pooled, "weight");
+  for (const Numbers* list : {&scale, &shift, &mean, &var})
+    for (const std::optional<Tensor>& number : *list)
+      if (number) check_beside(*number, pooled, "scale, shift, mean and var");
+  const Launch launch(pooled);
+  Tensor gate = torch::stable::new_empty(pooled, {d.B, d.packed()});
+  Tensor norm = torch::stable::new_empty(pooled, {d.n, 4});
+  Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
+  with_workspace(pooled, launch, aia::cuda::kMomentPartials, [&](Workspace workspace) {
+    return aia::cuda::gate(d, scalar_of(pooled), gates.data(), pooled.const_data_ptr(), gate.mutable_data_ptr(),
+                           norm.mutable_data_ptr(), statistics.mutable_data_ptr(), workspace, launch.stream());
+  });
+  return {gate, norm, statistics};
+}
+
+std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> weight, const Tensor& norm,
+                                      std::vector<int64_t> dims) {
+  const PackedDims d = pooled_dims(dims, pooled);
+  const Gates gates = aia::weights_of(weight, d.n, pooled);
+  check_parameters(norm, pooled, d.n, 4, "norm");
+  check_all_beside(weight, pooled, "weight");
+  check_beside(norm, pooled, "norm");
+  const Launch launch(pooled);
+  Tensor gate = torch::stable::new_empty(pooled, {d.B, d.packed()});
+  Tensor z = torch::stable::empty_like(gate);
+  launch.check(aia::cuda::gate_again(d, scalar_of(pooled), gates.data(), pooled.const_data_ptr(), norm.const_data_ptr(),
+                                     gate.mutable_data_ptr(), z.mutable_data_ptr(), launch.stream()));
+  return {gate, z};
 }
 
 Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
@@ -220,31 +243,63 @@ Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tens
   return sums;
 }
 
-std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z, const Tensor& norm,
-                                         const Tensor& correction, const Tensor& pooled, const Tensor& weight,
-                                         std::vector<int64_t> dims) {
+std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z,
+                                                              const Tensor& norm, std::optional<Tensor> sums,
+                                                              const Tensor& statistics, const Tensor& pooled,
+                                                              std::vector<Tensor> weight, std::vector<int64_t> dims) {
   const PackedDims d = gate_dims(dims, z, "z");
+  const Gates gates = aia::weights_of(weight, d.n, z);
   check_same(grad_gate, z, "grad_gate and z");
   check_parameters(norm, z, d.n, 4, "norm");
-  check_parameters(correction, z, d.n, 2, "correction");
-  check_parameters(weight, z, d.n, 54, "weight");
+  check_parameters(statistics, z, d.n, 3, "statistics");
   STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
                   "pooled must be [B, 2, M], of the type of z");
+  if (sums) {
+    check_parameters(*sums, z, d.n, 2, "sums");
+    check_beside(*sums, z, "sums");
+  }
   check_beside(grad_gate, z, "grad_gate");
   check_beside(norm, z, "norm");
-  check_beside(correction, z, "correction");
+  check_beside(statistics, z, "statistics");
   check_beside(pooled, z, "pooled");
-  check_beside(weight, z, "weight");
+  check_all_beside(weight, z, "weight");
   const Launch launch(z);
   Tensor grad_pooled = torch::stable::empty_like(pooled);
-  Tensor grad_weight = torch::stable::empty_like(weight);
+  Tensor total_sums = sums ? *sums : torch::stable::new_empty(z, {d.n, 2});
+  std::vector<Tensor> grad_weight;
+  for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
+  const Gates grads = aia::weights_of(grad_weight, d.n, z);
   with_workspace(z, launch, aia::cuda::kWeightPartials, [&](Workspace workspace) {
-    return aia::cuda::gate_backward(d, scalar_of(z), grad_gate.const_data_ptr(), z.const_data_ptr(),
-                                    norm.const_data_ptr(), correction.const_data_ptr(), pooled.const_data_ptr(),
-                                    weight.const_data_ptr(), grad_pooled.mutable_data_ptr(),
-                                    grad_weight.mutable_data_ptr(), workspace, launch.stream());
+    return aia::cuda::gate_backward(d, scalar_of(z), gates.data(), grads.data(), grad_gate.const_data_ptr(),
+                                    z.const_data_ptr(), norm.const_data_ptr(), total_sums.mutable_data_ptr(),
+                                    sums.has_value(), statistics.const_data_ptr(), pooled.const_data_ptr(),
+                                    grad_pooled.mutable_data_ptr(), workspace, launch.stream());
   });
-  return {grad_pooled, grad_weight};
+  return {grad_pooled, grad_weight, total_sums};
+}
+
+void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
+                     std::vector<Tensor> statistics, double momentum) {
+  aia::check_running(mean, var, tracked, statistics);
+  if (mean.empty() && tracked.empty()) return;
+  const Tensor& first = mean.empty() ? tracked[0] : mean[0];
+  for (const auto* tensors : {&mean, &var, &tracked, &statistics})
+    check_all_beside(*tensors, first, "mean, var, tracked and statistics");
+  const Launch launch(first);
+  using aia::cuda::Running;
+  for (size_t begin = 0; begin < std::max(mean.size(), tracked.size()); begin += Running::kMost) {
+    Running running{};
+    for (size_t i = begin; i < std::min(mean.size(), begin + Running::kMost); ++i) {
+      running.mean[running.norms] = mean[i].mutable_data_ptr();
+      running.var[running.norms] = var[i].mutable_data_ptr();
+      running.statistics[running.norms] = statistics[i].const_data_ptr();
+      running.channels[running.norms++] = mean[i].numel();
+    }
+    for (size_t i = begin; i < std::min(tracked.size(), begin + Running::kMost); ++i)
+      running.tracked[running.numbers++] = static_cast<int64_t*>(tracked[i].mutable_data_ptr());
+    const aia::Scalar scalar = mean.empty() ? aia::Scalar::kFloat32 : scalar_of(first);
+    launch.check(aia::cuda::move_statistics(running, scalar, momentum, launch.stream()));
+  }
 }
 
 }  // namespace
@@ -253,10 +308,11 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CUDA, m) {
   m.impl("pool", TORCH_BOX(&pool));
   m.impl("unpool", TORCH_BOX(&unpool));
   m.impl("unpool_reduce", TORCH_BOX(&unpool_reduce));
-  m.impl("gate_conv", TORCH_BOX(&gate_conv));
-  m.impl("gate_activate", TORCH_BOX(&gate_activate));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate_again", TORCH_BOX(&gate_again));
   m.impl("gate_backward_reduce", TORCH_BOX(&gate_backward_reduce));
   m.impl("gate_backward", TORCH_BOX(&gate_backward));
   m.impl("recalibrate", TORCH_BOX(&recalibrate));
   m.impl("recalibrate_reduce", TORCH_BOX(&recalibrate_reduce));
+  m.impl("move_statistics_", TORCH_BOX(&move_statistics));
 }

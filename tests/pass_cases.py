@@ -96,15 +96,20 @@ def features_of(x: Tensor, context: int, plain: PlainPasses) -> tuple[Tensor, Te
 
 def double(*inputs):
     """Inputs of a pass on the CPU with floating-point tensors in float64."""
-    return [i.cpu().double() if isinstance(i, Tensor) and i.is_floating_point() else cpu(i) for i in inputs]
+    return _each_tensor(lambda t: t.cpu().double() if t.is_floating_point() else t.cpu(), inputs)
 
 
 def magnitude(*inputs):
-    return [i.abs() if isinstance(i, Tensor) and i.is_floating_point() else i for i in double(*inputs)]
+    return _each_tensor(lambda t: t.abs() if t.is_floating_point() else t, double(*inputs))
 
 
-def cpu(value):
-    return value.cpu() if isinstance(value, Tensor) else value
+def _each_tensor(function: Callable[[Tensor], Tensor], inputs: Iterable) -> list:
+    """The inputs with a function of every tensor, those in lists among them."""
+    changed = []
+    for i in inputs:
+        nested = isinstance(i, list)
+        changed.append(_each_tensor(function, i) if nested else function(i) if isinstance(i, Tensor) else i)
+    return changed
 
 
 def epsilon(dtype: torch.dtype) -> float:
@@ -155,15 +160,17 @@ class GateCase:
         n, self.dims = len(dims) // 3, dims
         self.sizes = [math.prod(dims[3 * i : 3 * i + 3]) for i in range(n)]
         m = sum(self.sizes)
-        self.pooled, self.weight, self.grad_gate, self.z = (
-            random(batch, 2, m),
-            random(n, 2, 3, 3, 3),
-            random(batch, m),
-            random(batch, m),
-        )
+        self.pooled, self.grad_gate, self.z = random(batch, 2, m), random(batch, m), random(batch, m)
+        # As a network has them: contiguous, in another order of axes, channels_last_3d.
+        strided = (lambda w: w, lambda w: w.transpose(2, 4), lambda w: w.to(memory_format=torch.channels_last_3d))
+        self.weight = [change(random(1, 2, 3, 3, 3)) for change in strided[:n]]
+        self.scale, self.shift = ([1 + 0.3 * random(1) for _ in range(n)] for _ in range(2))
+        self.mean, self.var = ([random(1).abs() + 0.5 for _ in range(n)] for _ in range(2))
         self.norm = 1 + 0.3 * random(n, 4)
-        self.correction = random(n, 2)
         self.count = batch * max(self.sizes)
+        self.statistics = random(n, 3)
+        self.statistics[:, 2] = torch.tensor([1 / (batch * size) for size in self.sizes])
+        self.sums = random(n, 2) / self.statistics[:, 2:]
         self.eps = epsilon(dtype)
 
     def per_map(self, packed: Tensor) -> tuple[Tensor, ...]:
@@ -179,11 +186,11 @@ class GateCase:
 GATE_ROUNDINGS = 32
 
 
-def conv_backward(dz: Tensor, pooled: Tensor, weight: Tensor, dims) -> tuple[Tensor, Tensor]:
-    """Gradients of gate_conv with respect to pooled and weight, given that of z, by autograd."""
-    pooled, weight = pooled.requires_grad_(), weight.requires_grad_()
-    z, _ = PlainPasses().gate_conv(pooled, weight, dims)
-    return torch.autograd.grad(z, (pooled, weight), dz)
+def conv_backward(dz: Tensor, pooled: Tensor, weight: list[Tensor], dims) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the convolutions' z with respect to pooled and each weight, given that of z, by autograd."""
+    leaves = [t.requires_grad_() for t in (pooled, *weight)]
+    grad_pooled, *grad_weight = torch.autograd.grad(PlainPasses().conv(pooled, weight, dims), leaves, dz)
+    return grad_pooled, grad_weight
 
 
 def same_bits_with_any_threads(everything: Callable[[], Iterable[Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""The nine passes in plain PyTorch: the oracle that every backend's passes are held against.
+"""The passes in plain PyTorch: the oracle that every backend's passes are held against.
 
 Each method computes its schema in aia_kernels/ops.py line by line, with whole tensors and no regard for speed. The
 maps are packed in any order, so one oracle serves every backend: ``PlainPasses("THWC")`` packs channels-last whatever
@@ -7,11 +7,14 @@ the storage of x, ``PlainPasses()`` follows the storage of x.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aia_kernels import maps
+from aia_kernels.running_statistics import move_statistics_
 
 _AXIS = {"T": 1, "C": 2, "H": 3, "W": 4}
 
@@ -35,7 +38,7 @@ def _pack(natural: list[Tensor], context: int, order: str) -> Tensor:
 
 
 class PlainPasses:
-    """The nine passes; maps packed in the given order, or in the storage order of x when none is given."""
+    """The passes; maps packed in the given order, or in the storage order of x when none is given."""
 
     def __init__(self, order: str | None = None):
         self._order = order
@@ -113,15 +116,31 @@ class PlainPasses:
         parts = packed.split([a * b * c for a, b, c in shapes], -1)
         return [part.reshape(part.shape[0], channels, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def gate_conv(self, pooled: Tensor, weight: Tensor, dims) -> tuple[Tensor, Tensor]:
-        z = [F.conv3d(m, w[None], padding=1) for m, w in zip(self._segments(pooled, dims), weight, strict=True)]
-        moments = torch.stack([torch.stack((m.mean(), m.var(correction=0))) for m in z])
-        return torch.cat([m.flatten(1) for m in z], 1), moments
+    def conv(self, pooled: Tensor, weight: Sequence[Tensor], dims) -> Tensor:
+        """z [B, M] of each map."""
+        z = [F.conv3d(m, w, padding=1) for m, w in zip(self._segments(pooled, dims), weight, strict=True)]
+        return torch.cat([m.flatten(1) for m in z], 1)
 
-    def gate_activate(self, z: Tensor, norm: Tensor, dims) -> Tensor:
+    def gate(self, pooled, weight, scale, shift, mean, var, eps, batch, dims) -> tuple[Tensor, Tensor, Tensor]:
+        segments = self._segments(self.conv(pooled, weight, dims), dims)
+        norm, statistics = pooled.new_empty(len(segments), 4), pooled.new_empty(len(segments), 3)
+        for i, z in enumerate(segments):
+            fixed = [default if p is None else p.item() for p, default in ((mean[i], 0.0), (var[i], 1.0))]
+            own = z.mean().item(), z.var(correction=0).item(), 1 / z.numel()
+            statistics[i] = pooled.new_tensor(own if batch[i] else (*fixed, 0.0))
+            affine = [default if p is None else p.item() for p, default in ((scale[i], 1.0), (shift[i], 0.0))]
+            norm[i] = pooled.new_tensor((statistics[i, 0].item(), (statistics[i, 1] + eps[i]).rsqrt().item(), *affine))
+        return self.gate_again(pooled, weight, norm, dims)[0], norm, statistics
+
+    def gate_again(self, pooled: Tensor, weight: Sequence[Tensor], norm: Tensor, dims) -> tuple[Tensor, Tensor]:
+        z = self.conv(pooled, weight, dims)
+        return self.activate(z, norm, dims), z
+
+    def activate(self, z: Tensor, norm: Tensor, dims) -> Tensor:
+        """sigmoid(scale * (z - mean) * rstd + shift)."""
         gates = [
-            torch.sigmoid(weight * ((m - mean) * rstd) + bias)
-            for m, (mean, rstd, weight, bias) in zip(self._segments(z, dims), norm, strict=True)
+            torch.sigmoid(scale * ((m - mean) * rstd) + shift)
+            for m, (mean, rstd, scale, shift) in zip(self._segments(z, dims), norm, strict=True)
         ]
         return torch.cat([m.flatten(1) for m in gates], 1)
 
@@ -141,15 +160,20 @@ class PlainPasses:
         return torch.stack([torch.stack((du.sum(), (du * xhat).sum())) for du, xhat in terms])
 
     def gate_backward(
-        self, grad_gate: Tensor, z: Tensor, norm: Tensor, correction: Tensor, pooled: Tensor, weight: Tensor, dims
-    ) -> tuple[Tensor, Tensor]:
+        self, grad_gate, z, norm, sums, statistics, pooled, weight, dims
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        if sums is None:
+            sums = self.gate_backward_reduce(grad_gate, z, norm, dims)
         terms = self._pre_activation(grad_gate, z, norm, dims)
         grad_pooled, grad_weight = [], []
         for i, ((du, xhat), m) in enumerate(zip(terms, self._segments(pooled, dims), strict=True)):
-            dz = norm[i, 2] * norm[i, 1] * (du - correction[i, 0] - xhat * correction[i, 1])
-            grad_pooled.append(torch.nn.grad.conv3d_input(m.shape, weight[i : i + 1], dz, padding=1).flatten(2))
+            mean_du, mean_du_xhat = sums[i] * statistics[i, 2]
+            dz = norm[i, 2] * norm[i, 1] * (du - mean_du - xhat * mean_du_xhat)
+            grad_pooled.append(torch.nn.grad.conv3d_input(m.shape, weight[i], dz, padding=1).flatten(2))
             grad_weight.append(torch.nn.grad.conv3d_weight(m, (1, 2, 3, 3, 3), dz, padding=1))
-        return torch.cat(grad_pooled, 2), torch.cat(grad_weight)
+        return torch.cat(grad_pooled, 2), grad_weight, sums
+
+    move_statistics_ = staticmethod(move_statistics_)
 
     def recalibrate(self, x: Tensor, gate: Tensor, context: int) -> Tensor:
         return torch.empty_like(x).copy_(x * self.field(gate, x, context))

@@ -21,13 +21,16 @@ _TYPE = "|".join(BYTES)
 #: The kernels that come in a version for aligned inputs and one for the others, with the type and the width of what
 #: they move, and those that come in one version.
 WIDTHS = (
-    rf"(elementwise_kernel|activate_kernel|backward_reduce_kernel|double_norm_kernel|dots_kernel|"
-    rf"double_norm_backward_kernel|map_kernel)I({_TYPE})Li(\d+)E",
+    rf"(elementwise_kernel|(?<=\d)gate_kernel|(?<=\d)backward_kernel|backward_reduce_kernel|double_norm_kernel|"
+    rf"dots_kernel|double_norm_backward_kernel|map_kernel)I({_TYPE})Li(\d+)E",
     rf"(reduce_over_channels|reduce_over_channels_of_run|reduce_over_spacetime)INS0_\d+(?:Plain|Product)I({_TYPE})"
     r"EELi(\d+)E",
     rf"(reduce_columns)ILi\d+ENS0_\S*?(?:StatisticsOp|RowGradientOp|TokenOp)I({_TYPE})Li(\d+)E",
 )
-SINGLE = re.compile(r"(?<=\d)(conv_kernel|backward_kernel|residual_relu_kernel)I|reduce_columnsILi1E\S*Join")
+SINGLE = re.compile(
+    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel)|"
+    r"reduce_columnsILi1E\S*Join"
+)
 
 
 def width_of(name: str) -> tuple[str, int] | None:
@@ -95,5 +98,5 @@ def test_vectors_are_16_bytes(kernels):
         kernel, width = found
         aligned = width >= 16
         assert any(i.startswith("LDG.E.128") for i in counts) == aligned, name
-        if kernel in ("elementwise_kernel", "activate_kernel", "double_norm_kernel", "double_norm_backward_kernel"):
+        if kernel in ("elementwise_kernel", "gate_kernel", "double_norm_kernel", "double_norm_backward_kernel"):
             assert any(i.startswith("STG.E.128") for i in counts) == aligned, name

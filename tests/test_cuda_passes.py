@@ -58,14 +58,30 @@ GATES = {
 }
 
 
+def on(device: str, values):
+    """Values with the tensors among them on a device."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(on(device, value) for value in values)
+    return values.to(device) if isinstance(values, torch.Tensor) else values
+
+
+def tensors_of(values) -> list[torch.Tensor]:
+    if isinstance(values, (list, tuple)):
+        return [tensor for value in values for tensor in tensors_of(value)]
+    return [values] if isinstance(values, torch.Tensor) else []
+
+
 class Device:
     """The operators on the GPU, for CPU tensors."""
 
     def __getattr__(self, name: str):
         def call(*arguments):
-            moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+            moved = on("cuda", arguments)
             results = getattr(torch.ops.aia_kernels, name)(*moved)
-            return tuple(r.cpu() for r in results) if isinstance(results, tuple) else results.cpu()
+            if results is None:  # moved in place
+                for tensor, after in zip(tensors_of(arguments), tensors_of(moved), strict=True):
+                    tensor.copy_(after)
+            return on("cpu", results)
 
         return call
 
@@ -133,10 +149,12 @@ def test_unpool_reduce(passes, case, context, gate_context):
 
 
 def test_gate(passes, gate):
-    test_passes.test_gate_conv(passes, plain, gate)
-    test_passes.test_gate_activate(passes, plain, gate)
+    for own in ("all", "none", "last"):
+        test_passes.test_gate(passes, plain, gate, own)
+    test_passes.test_gate_again(passes, plain, gate)
     test_passes.test_gate_backward_reduce(passes, plain, gate)
-    test_passes.test_gate_backward(passes, plain, gate)
+    for given in (False, True):
+        test_passes.test_gate_backward(passes, plain, gate, given)
 
 
 def test_gate_moments_far_from_zero(passes):
@@ -145,9 +163,9 @@ def test_gate_moments_far_from_zero(passes):
     pooled[:, 0] = 2000 + torch.randn(3, 5 * 6 * 7)
     weight = torch.zeros(1, 2, 3, 3, 3)
     weight[0, 0, 1, 1, 1] = 1
-    z, moments = passes.gate_conv(pooled, weight, (5, 6, 7))
-    assert torch.equal(z, pooled[:, 0])
-    torch.testing.assert_close(moments[0, 1].double(), z.double().var(correction=0), rtol=1e-5, atol=0)
+    nothing = [None]
+    _, _, statistics = passes.gate(pooled, [weight], nothing, nothing, nothing, nothing, [0.0], [True], (5, 6, 7))
+    torch.testing.assert_close(statistics[0, 1].double(), pooled[:, 0].double().var(correction=0), rtol=1e-5, atol=0)
 
 
 def test_misaligned_maps(emulator):
@@ -171,10 +189,14 @@ def every_pass(emulator) -> list[torch.Tensor]:
             results.append(emulator.unpool_reduce(x, *features_of(x, context, plain), context, maps.CHANNEL))
             results.append(emulator.recalibrate_reduce(x, x, context))
     for gate in (GateCase(40, (20, 9, 4, 3, 5, 7, 2, 2, 2), torch.float32), GateCase(2, (5, 41, 37), torch.float64)):
-        results += emulator.gate_conv(gate.pooled, gate.weight, gate.dims)
+        n = len(gate.weight)
+        norms = gate.scale, gate.shift, [None] * n, [None] * n, [1e-5] * n, [True] * n
+        results += emulator.gate(gate.pooled, gate.weight, *norms, gate.dims)
+        results += emulator.gate_again(gate.pooled, gate.weight, gate.norm, gate.dims)
         results.append(emulator.gate_backward_reduce(gate.grad_gate, gate.z, gate.norm, gate.dims))
-        arguments = gate.grad_gate, gate.z, gate.norm, gate.correction, gate.pooled, gate.weight, gate.dims
-        results += emulator.gate_backward(*arguments)
+        arguments = gate.grad_gate, gate.z, gate.norm, None, gate.statistics, gate.pooled, gate.weight, gate.dims
+        grad_pooled, grad_weight, sums = emulator.gate_backward(*arguments)
+        results += [grad_pooled, *grad_weight, sums]
     results.append(emulator.column_statistics(torch.randn(1, 300, 16), None))
     attention, grad = torch.rand(1, 300, 16), torch.randn(1, 300, 16)
     results.append(emulator.double_norm_backward_reduce(grad, attention, 8))

@@ -184,31 +184,66 @@ def test_unpool_reduce(passes, plain, case, context, gate_context):
     agrees(got, want, magnitudes, terms(x, gate_context) + 6)
 
 
-def test_gate_conv(passes, plain, gate):
-    """54 products; the moments are taken of the z that came out, sums of as many terms as a map has in the batch."""
-    z, moments = passes.gate_conv(gate.pooled, gate.weight, gate.dims)
-    arguments = (gate.pooled, gate.weight, gate.dims)
-    want, _ = plain.gate_conv(*double(*arguments))
-    magnitudes, _ = plain.gate_conv(*magnitude(*arguments))
-    agrees(z, want, magnitudes, 54)
-    for m, (mean, variance) in zip(gate.per_map(z.cpu().double()), moments.cpu().double(), strict=True):
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
+@pytest.mark.parametrize("own", ["all", "none", "last"])
+def test_gate(passes, plain, gate, own):
+    """Statistics are sums of as many terms as a map has in the batch, of a z that sums 54 products; the gates are made
+    of that z by the norm that came out."""
+    n = len(gate.weight)
+    batch = [own == "all" or (own == "last" and i == n - 1) for i in range(n)]
+    mean, var = ([None if use else p for use, p in zip(batch, given, strict=True)] for given in (gate.mean, gate.var))
+    arguments = gate.pooled, gate.weight, gate.scale, gate.shift, mean, var, [1e-5] * n, batch, gate.dims
+    found, norm, statistics = passes.gate(*arguments)
+    _, _, want = plain.gate(*double(*arguments))
+    z = plain.conv(*double(gate.pooled, gate.weight), gate.dims)
+    z_error = 62 * gate.eps * plain.conv(*magnitude(gate.pooled, gate.weight), gate.dims)
+    statistics, norm = statistics.cpu().double(), norm.cpu().double()
+    for i, (m, e) in enumerate(zip(gate.per_map(z), gate.per_map(z_error), strict=True)):
         bound = (gate.count + 8) * gate.eps
-        assert (mean - m.mean()).abs() <= bound * m.abs().mean()
-        assert (variance - m.var(correction=0)).abs() <= 2 * bound * m.square().mean()
+        mean_bound = bound * m.abs().mean() + e.mean() if batch[i] else 0
+        var_bound = 2 * bound * m.square().mean() + 2 * (m.abs() * e).mean() + e.square().mean() if batch[i] else 0
+        assert (statistics[i, 0] - want[i, 0]).abs() <= mean_bound
+        assert (statistics[i, 1] - want[i, 1]).abs() <= var_bound
+        assert (statistics[i, 2] - want[i, 2]).abs() <= 2 * gate.eps
+        assert norm[i, 0] == statistics[i, 0]
+        rstd = (statistics[i, 1] + 1e-5).rsqrt()
+        assert (norm[i, 1] - rstd).abs() <= 4 * gate.eps * rstd
+        assert norm[i, 2:].tolist() == [gate.scale[i].item(), gate.shift[i].item()]
+    slope = gate.spread((norm[:, 1] * norm[:, 2]).abs()) / 4  # of the sigmoid at most
+    bound = GATE_ROUNDINGS * gate.eps + slope * (z_error + 2 * gate.eps * z.abs())
+    assert ((found.cpu().double() - plain.activate(z, norm, gate.dims)).abs() <= bound).all()
 
 
-def test_gate_activate(passes, plain, gate):
-    got = passes.gate_activate(gate.z, gate.norm, gate.dims)
-    want = plain.gate_activate(*double(gate.z, gate.norm, gate.dims))
-    assert ((got.cpu().double() - want).abs() <= GATE_ROUNDINGS * gate.eps).all()
+def test_gate_without_a_norm(passes, plain, gate):
+    n = len(gate.weight)
+    nothing = [None] * n
+    arguments = gate.pooled, gate.weight, nothing, nothing, nothing, nothing, [0.0] * n, [False] * n, gate.dims
+    found, norm, statistics = passes.gate(*arguments)
+    assert norm.tolist() == [[0, 1, 1, 0]] * n and statistics.tolist() == [[0, 1, 0]] * n
+    z_error = 62 * gate.eps * plain.conv(*magnitude(gate.pooled, gate.weight), gate.dims)
+    want = plain.conv(*double(gate.pooled, gate.weight), gate.dims).sigmoid()
+    assert ((found.cpu().double() - want).abs() <= z_error / 4 + GATE_ROUNDINGS * gate.eps).all()
+
+
+def test_gate_again(passes, plain, gate):
+    """54 products; the gates are made of the z that came out."""
+    found, z = passes.gate_again(gate.pooled, gate.weight, gate.norm, gate.dims)
+    want = plain.conv(*double(gate.pooled, gate.weight), gate.dims)
+    agrees(z, want, plain.conv(*magnitude(gate.pooled, gate.weight), gate.dims), 54)
+    want, spread = plain.activate(*double(z, gate.norm), gate.dims), z.cpu().double().abs().clamp(min=1)
+    assert ((found.cpu().double() - want).abs() <= GATE_ROUNDINGS * gate.eps * spread).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
 def test_gate_saturates(passes):
     """Far from zero a gate is exactly 0 or 1: the exponential may overflow, but not to NaN."""
-    z = torch.tensor([[-1e30, -200.0, 200.0, 1e30]], device=pass_cases.DEVICE)
+    pooled = torch.zeros(1, 2, 4, device=pass_cases.DEVICE)
+    pooled[0, 0] = torch.tensor([-1e30, -200.0, 200.0, 1e30])
+    weight = torch.zeros(1, 2, 3, 3, 3, device=pass_cases.DEVICE)
+    weight[0, 0, 1, 1, 1] = 1
     norm = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=pass_cases.DEVICE)
-    assert passes.gate_activate(z, norm, (1, 1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    found, _ = passes.gate_again(pooled, [weight], norm, (1, 1, 4))
+    assert found.tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
 def test_gate_backward_reduce(passes, plain, gate):
@@ -221,30 +256,66 @@ def test_gate_backward_reduce(passes, plain, gate):
         assert ((got[i].cpu().double() - want[i]).abs() <= bound).all()
 
 
-def test_gate_backward(passes, plain, gate):
-    """dz is off by GATE_ROUNDINGS of its terms; grad_pooled sums 27 products of it, grad_weight one per element."""
-    arguments = (gate.grad_gate, gate.z, gate.norm, gate.correction, gate.pooled, gate.weight, gate.dims)
-    grad_pooled, grad_weight = passes.gate_backward(*arguments)
-    want_pooled, want_weight = plain.gate_backward(*double(*arguments))
-    grad, z, norm, correction, pooled, weight = magnitude(*arguments[:-1])
+@pytest.mark.parametrize("given", [True, False], ids=["sums given", "sums found"])
+def test_gate_backward(passes, plain, gate, given):
+    """dz is off by GATE_ROUNDINGS of its terms; grad_pooled sums 27 products of it, grad_weight one per element, and so
+    do the sums."""
+    sums = gate.sums if given else None
+    arguments = gate.grad_gate, gate.z, gate.norm, sums, gate.statistics, gate.pooled, gate.weight, gate.dims
+    grad_pooled, grad_weight, found = passes.gate_backward(*arguments)
+    want_pooled, want_weight, want = plain.gate_backward(*double(*arguments))
+    grad, z, norm, _, statistics, pooled, weight = magnitude(*arguments[:-1])
     xhat = (z + gate.spread(norm[:, 0])) * gate.spread(norm[:, 1])
     scale = gate.spread(norm[:, 1] * norm[:, 2])
-    dz = scale * (grad + gate.spread(correction[:, 0]) + xhat * gate.spread(correction[:, 1]))
+    if given:
+        assert torch.equal(found, sums)
+        means, rounded = gate.sums.cpu().double().abs() * statistics[:, 2:], 0
+    else:
+        terms = [
+            torch.stack((g.sum(), (g * h).sum())) for g, h in zip(gate.per_map(grad), gate.per_map(xhat), strict=True)
+        ]
+        means, rounded = torch.stack(terms) * statistics[:, 2:], gate.count
+        bound = (GATE_ROUNDINGS + gate.count) * gate.eps * torch.stack(terms)
+        assert ((found.cpu().double() - want).abs() <= bound).all()
+    corrected = gate.spread(means[:, 0]) + xhat * gate.spread(means[:, 1])
+    dz = scale * (grad + (1 + rounded / GATE_ROUNDINGS) * corrected)
     sum_pooled, sum_weight = conv_backward(dz, pooled, weight, gate.dims)
     assert ((grad_pooled.cpu().double() - want_pooled).abs() <= (GATE_ROUNDINGS + 27) * gate.eps * sum_pooled).all()
-    bound = (GATE_ROUNDINGS + gate.count) * gate.eps * sum_weight
-    assert ((grad_weight.cpu().double() - want_weight).abs() <= bound).all()
+    for i, w in enumerate(gate.weight):
+        bound = (GATE_ROUNDINGS + gate.count) * gate.eps * sum_weight[i]
+        assert grad_weight[i].stride() == w.stride()
+        assert ((grad_weight[i].cpu().double() - want_weight[i]).abs() <= bound).all()
 
 
-def test_gate_backward_of_infinite_z(passes):
-    """Where nothing is corrected, a saturated gate has no gradient, and spoils none."""
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the NaN
+@pytest.mark.parametrize("total", [0.0, float("nan")])
+def test_gate_backward_under_fixed_statistics(passes, total):
+    """Nothing is corrected: a saturated gate has no gradient and spoils none, nor does a sum that is NaN."""
     values = torch.tensor([[float("inf"), float("-inf"), 0.0, 1.0]], device=pass_cases.DEVICE)
     norm = torch.tensor([[0.0, 1.0, 1.0, 0.0]]).to(values)
     pooled, weight = torch.ones(1, 2, 4).to(values), torch.ones(1, 2, 3, 3, 3).to(values)
-    grads = passes.gate_backward(
-        torch.ones_like(values), values, norm, torch.zeros(1, 2).to(values), pooled, weight, (1, 1, 4)
+    sums, statistics = torch.full((1, 2), total).to(values), torch.tensor([[0.0, 1.0, 0.0]]).to(values)
+    grad_pooled, grad_weight, _ = passes.gate_backward(
+        torch.ones_like(values), values, norm, sums, statistics, pooled, [weight], (1, 1, 4)
     )
-    assert all(grad.isfinite().all() for grad in grads)
+    assert grad_pooled.isfinite().all() and grad_weight[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.1, 0.75])
+def test_move_statistics(passes, dtype, momentum):
+    def running() -> list[list[torch.Tensor]]:
+        numbers = [torch.arange(1, 1 + c).to(dtype).to(pass_cases.DEVICE) for c in (1, 1, 5)]
+        return [[r.clone() for r in numbers], [2 * r for r in numbers], [torch.tensor(7), torch.tensor(0)]]
+
+    statistics = [torch.rand(c, 3, dtype=dtype).to(pass_cases.DEVICE) for c in (1, 1, 5)]
+    found, want = running(), running()
+    tracked = [number.to(pass_cases.DEVICE) for number in found[2]]
+    passes.move_statistics_(*found[:2], tracked, statistics, momentum)
+    PlainPasses.move_statistics_(*want, statistics, momentum)
+    assert [number.item() for number in tracked] == [8, 1]
+    for buffers, expected in zip(found[:2], want[:2], strict=True):
+        torch.testing.assert_close(buffers, expected, rtol=4 * epsilon(dtype), atol=0)
 
 
 @pytest.mark.parametrize("level", ["base", "v3"])

@@ -129,16 +129,19 @@ def test_opcheck_of_the_passes(backend, context):
     x, grad_y = (torch.randn(shape, device=backend) for _ in range(2))
     dims = [n for d in maps.map_dims(shape, context, passes.map_order("TCHW")) for n in d]
     norm = torch.rand(context, 4, device=backend)
-    weight = torch.randn(context, 2, 3, 3, 3, device=backend)
+    weight = list(torch.randn(context, 2, 3, 3, 3, device=backend).split(1))
     pooled, argmax = passes.pool(x, context, None, 0)
-    z, _ = passes.gate_conv(pooled, weight, dims)
-    gate = passes.gate_activate(z, norm, dims)
+    ones, nothing = [torch.ones(1, device=backend) for _ in weight], [None] * context
+    gate, z = passes.gate_again(pooled, weight, norm, dims)
+    statistics = [torch.rand(1, 3, device=backend) for _ in weight]
+    tracked = [torch.zeros((), dtype=torch.int64, device=backend)]
     calls = {
         "pool": (x, context, gate, context),
-        "gate_conv": (pooled, weight, dims),
-        "gate_activate": (z, norm, dims),
+        "gate": (pooled, weight, ones, nothing, ones, ones, [1e-5] * context, [True] * context, dims),
+        "gate_again": (pooled, weight, norm, dims),
         "gate_backward_reduce": (gate, z, norm, dims),
-        "gate_backward": (gate, z, norm, norm[:, :2].contiguous(), pooled, weight, dims),
+        "gate_backward": (gate, z, norm, None, norm[:, :3].contiguous(), pooled, weight, dims),
+        "move_statistics_": (ones, [one.clone() for one in ones], tracked, statistics, 0.1),
         "recalibrate": (x, gate, context),
         "recalibrate_reduce": (grad_y, x, context),
         "unpool_reduce": (x, pooled, argmax, context, context),

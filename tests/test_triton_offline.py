@@ -56,7 +56,7 @@ X_KERNELS = {
 }
 GATE_KERNELS = {
     "conv_kernel",
-    "moments_kernel",
+    "norm_kernel",
     "activate_kernel",
     "backward_reduce_kernel",
     "grad_z_kernel",
@@ -130,11 +130,12 @@ def main() -> None:
 
     def gate_passes(x):
         dims = [d for m in maps.map_dims(x.shape, maps.SPACETIME, "TCHW") for d in m]
-        pooled, weight, norm = packed(x, 3, 2), x.new_empty(3, 2, 3, 3, 3), x.new_empty(3, 4)
-        z, _ = passes.gate_conv(pooled, weight, dims)
-        passes.gate_activate(z, norm, dims)
+        pooled, weight = packed(x, 3, 2), [x.new_empty(1, 2, 3, 3, 3) for _ in range(3)]
+        one, nothing = [x.new_empty(1) for _ in range(3)], [None] * 3
+        _, norm, statistics = passes.gate(pooled, weight, one, nothing, nothing, one, (1e-5,) * 3, (True,) * 3, dims)
+        _, z = passes.gate_again(pooled, weight, norm, dims)
         passes.gate_backward_reduce(z, z, norm, dims)
-        passes.gate_backward(z, z, norm, x.new_empty(3, 2), pooled, weight, dims)
+        passes.gate_backward(z, z, norm, None, statistics, pooled, weight, dims)
 
     def wide_passes(x):
         passes.pool(x, 1, None, 0)

@@ -13,6 +13,7 @@ The backend ``reference`` takes its own formula on all four.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,52 +72,49 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
         return _empty(x, gates)
     dense = with_dense_clips(x, num_segments)
     backend = backends.select(x.device.type, x.dtype)
+    move = None
     if backend == "reference" or needs_reference():
         y, statistics = reference(as_clips(dense, num_segments), described, gates)
-        y = as_input(y, x.ndim)
+        y, statistics = as_input(y, x.ndim), statistics.split(1)
     else:
-        y, statistics = _through_passes(dense, described, gates, num_segments, backend)
-    update_running_statistics([gate.norm for gate in gates], statistics)
+        passes = None if torch.compiler.is_compiling() else backends.passes(backend)
+        y, statistics = _through_passes(dense, described, gates, num_segments, backend, passes)
+        move = passes and passes.move_statistics_
+    update_running_statistics([gate.norm for gate in gates], statistics, move)
     return y
 
 
 def _through_passes(
-    x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    """y and the statistics [n, 3] by one of the roads 1, 3 and 4."""
-    compiling = torch.compiler.is_compiling()
+    x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int, backend: str, passes: Any
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """y and the statistics [1, 3] of each gate by one of the roads 1 (passes is None), 3 and 4."""
     plan = algorithm.Plan(
         unit,
-        None if compiling else backends.passes(backend),
+        passes,
         tuple(gate.norm is not None and gate.norm.uses_batch for gate in gates),
         tuple(0.0 if gate.norm is None else gate.norm.eps for gate in gates),
         tuple(map(_group_name, gates)),
     )
-    fixed = _fixed(gates)
     parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
-    clips = as_clips(x, num_segments)
-    if compiling:
-        dtype = maps.accumulate_dtype(x.dtype)
-        weight, affine = torch.cat(parameters[::3]).to(dtype), algorithm.pack_affine(parameters).to(dtype)
+    fixed = [p for gate in gates for p in _fixed(gate.norm)]
+    clips, dtype = as_clips(x, num_segments), maps.accumulate_dtype(x.dtype)
+    if passes is None:
+        packed = operators.packed(parameters, fixed, plan.batch, dtype)
         y, *_, statistics = operators.unit_forward(
-            clips, weight, affine, fixed, unit.name, backend, plan.batch, plan.eps, plan.groups
+            clips, *packed, unit.name, backend, plan.batch, plan.eps, plan.groups
         )
-        return as_input(y, x.ndim), statistics
+        return as_input(y, x.ndim), statistics.split(1)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
         return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
-    result = algorithm.forward(plan, clips, parameters[::3], algorithm.pack_affine(parameters), fixed)
-    return as_input(result.y, x.ndim), result.statistics
+    result = algorithm.forward(plan, clips, algorithm.gate_parameters(parameters, fixed, dtype))
+    return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
 
 
-def _fixed(gates: Sequence[Gate]) -> Tensor | None:
-    """[n, 2]: running mean and variance of each gate, 0 and 1 where there is none; None if all use the batch's."""
-    if all(gate.norm is not None and gate.norm.uses_batch for gate in gates):
-        return None
-    flat = []
-    for weight, norm in gates:
-        known = norm is not None and norm.running_mean is not None
-        flat += norm[2:4] if known else (weight.new_zeros(1), weight.new_ones(1))
-    return torch.cat(flat).detach().view(-1, 2)
+def _fixed(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mean and variance of a norm that does not use the batch's, None where they are 0 and 1 or not used."""
+    if norm is None or norm.uses_batch:
+        return None, None
+    return norm.running_mean.detach(), norm.running_var.detach()
 
 
 def _group_name(gate: Gate) -> str:

@@ -201,7 +201,7 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
             y = as_maps(tokens, x)
         else:
             y, statistics = _block_through_passes(x, key, value, norm, eps, backend)
-    update_running_statistics([norm], statistics)
+    update_running_statistics([norm], [statistics])
     return y
 
 

@@ -5,8 +5,9 @@
 Maps keep the storage order of x with the pooled letter struck out.
 """
 
+from ..running_statistics import move_statistics_
 from .double_norm import column_statistics, double_norm_, double_norm_backward_, double_norm_backward_reduce
-from .gate import gate_activate, gate_backward, gate_backward_reduce, gate_conv
+from .gate import gate, gate_again, gate_backward, gate_backward_reduce
 from .logits import attention_gradient, empty_attention, logits, normalise
 from .pool import pool, unpool, unpool_reduce
 from .recalibrate import recalibrate, recalibrate_reduce
@@ -23,14 +24,15 @@ __all__ = [
     "double_norm_backward_reduce",
     "empty_attention",
     "empty_signs",
-    "gate_activate",
+    "gate",
+    "gate_again",
     "gate_backward",
     "gate_backward_reduce",
-    "gate_conv",
     "logits",
     "logits_gradient",
     "map_order",
     "moments",
+    "move_statistics_",
     "normalise",
     "pool",
     "recalibrate",

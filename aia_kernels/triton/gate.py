@@ -145,19 +145,46 @@ def conv_kernel(
     tl.store(partial_ptr + 2, squares_all)
 
 
+@triton.constexpr_function
+def chosen(values, i):
+    return values[i]
+
+
 @triton.jit
-def moments_kernel(partial_ptr, moments_ptr, programs, BLOCK: tl.constexpr):
-    """Mean and biased variance [n, 2] of each map, from partial [n, P, 3]."""
-    m = tl.program_id(0)
+def norm_kernel(
+    partial_ptr,
+    given_ptr,
+    norm_ptr,
+    statistics_ptr,
+    programs,
+    EPS: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What each map is normalised by, norm [n, 4] and statistics [n, 3] as in ops.py, from partial [n, P, 3] and
+    given [n, 4], scale, shift, mean and variance. OWN: whether a map uses the statistics of the batch."""
     i = tl.arange(0, BLOCK)
-    partial_ptr += (m * programs + i) * 3
     valid = i < programs
-    count = tl.load(partial_ptr, mask=valid, other=0)
-    mean = tl.load(partial_ptr + 1, mask=valid, other=0)
-    squares = tl.load(partial_ptr + 2, mask=valid, other=0)
-    count, mean, squares = join_moments(count, mean, squares)
-    tl.store(moments_ptr + 2 * m, mean)
-    tl.store(moments_ptr + 2 * m + 1, squares / count)
+    for m in tl.static_range(len(EPS)):
+        at = partial_ptr + (m * programs + i) * 3
+        count = tl.load(at, mask=valid, other=0)
+        mean = tl.load(at + 1, mask=valid, other=0)
+        squares = tl.load(at + 2, mask=valid, other=0)
+        count, mean, squares = join_moments(count, mean, squares)
+        if chosen(OWN, m):
+            var = squares / count
+            share = 1 / count
+        else:
+            mean = tl.load(given_ptr + 4 * m + 2)
+            var = tl.load(given_ptr + 4 * m + 3)
+            share = count * 0
+        tl.store(norm_ptr + 4 * m, mean)
+        tl.store(norm_ptr + 4 * m + 1, 1 / tl.sqrt(var + chosen(EPS, m)))
+        tl.store(norm_ptr + 4 * m + 2, tl.load(given_ptr + 4 * m))
+        tl.store(norm_ptr + 4 * m + 3, tl.load(given_ptr + 4 * m + 1))
+        tl.store(statistics_ptr + 3 * m, mean)
+        tl.store(statistics_ptr + 3 * m + 1, var)
+        tl.store(statistics_ptr + 3 * m + 2, share)
 
 
 @triton.jit
@@ -197,18 +224,22 @@ def grad_z_kernel(
     grad_gate_ptr,
     z_ptr,
     norm_ptr,
-    correction_ptr,
+    sums_ptr,
+    statistics_ptr,
     grad_z_ptr,
     batch,
     DIMS: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dz = weight * rstd * (du - correction[0] - xhat * correction[1])."""
+    """dz = scale * rstd * (du - mean du - xhat * mean (du * xhat)), the means being sums times the share."""
     m = tl.program_id(1)
     start, size = place(m, DIMS)
     scale = tl.load(norm_ptr + 4 * m + 1) * tl.load(norm_ptr + 4 * m + 2)
-    mean_du, mean_du_xhat = tl.load(correction_ptr + 2 * m), tl.load(correction_ptr + 2 * m + 1)
+    # Not sums * 0 where statistics are fixed: a NaN in one clip must not reach the others.
+    share = tl.load(statistics_ptr + 3 * m + 2)
+    mean_du = tl.where(share > 0, tl.load(sums_ptr + 2 * m) * share, 0.0)
+    mean_du_xhat = tl.where(share > 0, tl.load(sums_ptr + 2 * m + 1) * share, 0.0)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
         at, exists = elements(task, start, size, M, BLOCK)
         xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
@@ -254,25 +285,35 @@ def conv_backward_kernel(
     tl.store(partial_ptr + 27, tl.sum(grad_mean, 1), mask=tap < 27)
 
 
-def gate_conv(pooled: Tensor, weight: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """z [B, M], the convolution of each map of pooled [B, 2, M], and its moments [n, 2]: mean and biased variance."""
-    tiles.check_packed(pooled=pooled, weight=weight)
-    z = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
-    partial = _partial(z, dims, TAPPED, 3)
-    _start(conv_kernel, z, dims, TAPPED, pooled, weight, z, partial)
-    moments = weight.new_empty((weight.shape[0], 2))
-    programs = partial.shape[1]
-    block = triton.next_power_of_2(programs)
-    tiles.start(moments_kernel, z, (weight.shape[0],), partial, moments, programs, BLOCK=block)
-    return z, moments
+def gate(
+    pooled: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor | None],
+    shift: Sequence[Tensor | None],
+    mean: Sequence[Tensor | None],
+    var: Sequence[Tensor | None],
+    eps: Sequence[float],
+    batch: Sequence[bool],
+    dims: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates [B, M] with their norm [n, 4] and statistics [n, 3]: as in ops.py."""
+    z, partial = _conv(pooled, weight, dims)
+    n = len(weight)
+    norm, statistics = pooled.new_empty((n, 4)), pooled.new_empty((n, 3))
+    given, programs = _columns(pooled, (scale, 1), (shift, 0), (mean, 0), (var, 1)), partial.shape[1]
+    constants = {"EPS": tuple(eps), "OWN": tuple(batch), "BLOCK": triton.next_power_of_2(programs)}
+    tiles.start(norm_kernel, z, (1,), partial, given, norm, statistics, programs, **constants)
+    _start(activate_kernel, z, dims, FLAT, z, norm, z)
+    return z, norm, statistics
 
 
-def gate_activate(z: Tensor, norm: Tensor, dims: Sequence[int]) -> Tensor:
-    """Gates [B, M], sigmoid(weight * (z - mean) * rstd + bias), with norm [n, 4]: mean, rstd, weight, bias."""
-    tiles.check_packed(z=z, norm=norm)
-    gate = torch.empty_like(z)
-    _start(activate_kernel, z, dims, FLAT, z, norm, gate)
-    return gate
+def gate_again(pooled: Tensor, weight: Sequence[Tensor], norm: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Gates [B, M] from norm [n, 4], and their z."""
+    tiles.check_packed(norm=norm)
+    z, _ = _conv(pooled, weight, dims)
+    found = torch.empty_like(z)
+    _start(activate_kernel, z, dims, FLAT, z, norm, found)
+    return found, z
 
 
 def gate_backward_reduce(grad_gate: Tensor, z: Tensor, norm: Tensor, dims: Sequence[int]) -> Tensor:
@@ -287,18 +328,41 @@ def gate_backward(
     grad_gate: Tensor,
     z: Tensor,
     norm: Tensor,
-    correction: Tensor,
+    sums: Tensor | None,
+    statistics: Tensor,
     pooled: Tensor,
-    weight: Tensor,
+    weight: Sequence[Tensor],
     dims: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of pooled [B, 2, M] and of weight [n, 2, 3, 3, 3], through sigmoid, normalisation and convolution."""
-    tiles.check_packed(grad_gate=grad_gate, z=z, norm=norm, correction=correction, pooled=pooled, weight=weight)
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Gradients of pooled [B, 2, M] and of each weight, through sigmoid, norm and convolution, and the sums."""
+    if sums is None:
+        sums = gate_backward_reduce(grad_gate, z, norm, dims)
+    tiles.check_packed(grad_gate=grad_gate, z=z, norm=norm, sums=sums, statistics=statistics, pooled=pooled)
     grad_z, grad_pooled = torch.empty_like(z), torch.empty_like(pooled)
     partial = _partial(z, dims, TAPPED, 54)
-    _start(grad_z_kernel, z, dims, FLAT, grad_gate, z, norm, correction, grad_z)
-    _start(conv_backward_kernel, z, dims, TAPPED, grad_z, pooled, weight, grad_pooled, partial)
-    return grad_pooled, partial.sum(1).view_as(weight)
+    _start(grad_z_kernel, z, dims, FLAT, grad_gate, z, norm, sums, statistics, grad_z)
+    _start(conv_backward_kernel, z, dims, TAPPED, grad_z, pooled, torch.cat(weight).contiguous(), grad_pooled, partial)
+    total = partial.sum(1).view(-1, 1, 2, 3, 3, 3)
+    return grad_pooled, [torch.empty_like(w).copy_(grad) for w, grad in zip(weight, total, strict=True)], sums
+
+
+def _conv(pooled: Tensor, weight: Sequence[Tensor], dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """z [B, M], and the count, mean and squared deviations of each program's part [n, P, 3]."""
+    tiles.check_packed(pooled=pooled)
+    z = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
+    partial = _partial(z, dims, TAPPED, 3)
+    _start(conv_kernel, z, dims, TAPPED, pooled, torch.cat(weight).contiguous(), z, partial)
+    return z, partial
+
+
+def _columns(like: Tensor, *lists: tuple[Sequence[Tensor | None], int]) -> Tensor:
+    """Lists of n numbers as columns [n, len(lists)], each with what stands for an absent one."""
+    filled = [
+        like.new_full((1,), default) if numbers[i] is None else numbers[i]
+        for i in range(len(lists[0][0]))
+        for numbers, default in lists
+    ]
+    return torch.cat(filled)
 
 
 def _programs(z: Tensor, dims: Sequence[int], block: int) -> int:

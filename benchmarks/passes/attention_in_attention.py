@@ -1,4 +1,4 @@
-"""The nine passes of Attention in Attention, for both contexts."""
+"""The passes of Attention in Attention over x and its maps, for both contexts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TRAFFIC = {
     "unpool_reduce": (1, 0),
     "recalibrate": (1, 1),
     "recalibrate_reduce": (2, 0),
-    "gate_conv": (0, 0),
-    "gate_activate": (0, 0),
+    "gate": (0, 0),
+    "gate_again": (0, 0),
     "gate_backward_reduce": (0, 0),
     "gate_backward": (0, 0),
 }
@@ -46,18 +46,18 @@ def calls(backend: str, case: UnitCase, x: Tensor, grad_y: Tensor) -> dict[str, 
         pooled, argmax = passes.pool(x, context, None, maps.NONE)
         count = context  # the value of a context is the number of its maps
         dims = [length for lengths in maps.map_dims(sizes, context, order) for length in lengths]
-        weight = normal(count, 2, 3, 3, 3)
-        z, moments = passes.gate_conv(pooled, weight, dims)
-        ones, zeros = torch.ones(count, 1, **like), torch.zeros(count, 1, **like)
-        norm = torch.cat((moments[:, :1], (moments[:, 1:] + 1e-5).rsqrt(), ones, zeros), 1)
-        gate = passes.gate_activate(z, norm, dims)
-        state[name] = (context, pooled, argmax, dims, weight, z, norm, gate, normal(*gate.shape), normal(*pooled.shape))
+        weight, none = [normal(1, 2, 3, 3, 3) for _ in range(count)], [None] * count
+        gated = pooled, weight, none, none, none, none, [1e-5] * count, [True] * count, dims
+        _, norm, statistics = passes.gate(*gated)
+        gate, z = passes.gate_again(pooled, weight, norm, dims)
+        through = normal(*gate.shape), z, norm, None, statistics, pooled, weight, dims
+        state[name] = context, pooled, argmax, gate, normal(*pooled.shape), gated, norm, through
 
     found: dict[str, RawPass] = {}
     for name, other in (("channel", "spacetime"), ("spacetime", "channel")):
-        context, pooled, argmax, dims, weight, z, norm, gate, grad_gate, grad_pooled = state[name]
-        inner, _, inner_argmax, _, _, _, _, inner_gate, _, inner_grad_pooled = state[other]
-        correction = torch.zeros(context, 2, **like)
+        context, pooled, argmax, gate, grad_pooled, gated, norm, through = state[name]
+        inner, _, inner_argmax, inner_gate, inner_grad_pooled, *_ = state[other]
+        weight, dims = through[-2:]
         back_through_inner = inner_gate, inner, inner_grad_pooled, inner_argmax, inner
         arguments = {
             "pool": (x, context, None, maps.NONE),
@@ -66,10 +66,10 @@ def calls(backend: str, case: UnitCase, x: Tensor, grad_y: Tensor) -> dict[str, 
             "unpool_reduce": (x, grad_pooled, argmax, context, inner),
             "recalibrate": (x, gate, context),
             "recalibrate_reduce": (grad_y, x, context),
-            "gate_conv": (pooled, weight, dims),
-            "gate_activate": (z, norm, dims),
-            "gate_backward_reduce": (grad_gate, z, norm, dims),
-            "gate_backward": (grad_gate, z, norm, correction, pooled, weight, dims),
+            "gate": gated,
+            "gate_again": (pooled, weight, norm, dims),
+            "gate_backward_reduce": (*through[:3], dims),
+            "gate_backward": through,
         }
         for label, given in arguments.items():
             call, moved = getattr(passes, label.split()[0]), sum(TRAFFIC[label.split()[0]]) * case.x_bytes

@@ -2,6 +2,9 @@
 // its derivatives. V is A itself or a vector of A.
 #pragma once
 
+#include <cmath>
+
+#include "packed.h"
 #include "scalar.h"
 
 namespace aia {
@@ -27,5 +30,38 @@ struct Norm {
     return corrected * (weight * rstd);
   }
 };
+
+// What one gate is normalised by, from the moments of its z over `count` elements, which it may not use: norm [4] is
+// mean, rstd, scale and shift, statistics [3] mean, variance and the share of one element in them.
+template <class A>
+AIA_HOST_DEVICE void finish_norm(const GateParameters& p, double mean, double var, double count, A* norm,
+                                 A* statistics) {
+  const auto value = [](const void* number, A missing) { return number ? *static_cast<const A*>(number) : missing; };
+  norm[0] = statistics[0] = p.batch ? static_cast<A>(mean) : value(p.mean, 0);
+  statistics[1] = p.batch ? static_cast<A>(var) : value(p.var, 1);
+  statistics[2] = p.batch ? static_cast<A>(1 / count) : A(0);
+  norm[1] = static_cast<A>(1 / std::sqrt(static_cast<double>(statistics[1]) + p.eps));
+  norm[2] = value(p.scale, 1);
+  norm[3] = value(p.shift, 0);
+}
+
+// The mean over the batch from its sum; 0 where the statistics are not the batch's, whatever the sum: a NaN in one clip
+// must not reach the others through statistics that they do not share.
+template <class A>
+AIA_HOST_DEVICE A mean_of(A sum, A share) {
+  return share > A(0) ? sum * share : A(0);
+}
+
+// A running mean and variance moved toward the statistics [3] of a batch, rounded as torch's lerp. The running variance
+// is unbiased.
+template <class A>
+AIA_HOST_DEVICE void move_statistics(const A* statistics, A momentum, A* running_mean, A* running_var) {
+  const auto move = [&](A& running, A latest) {
+    running =
+        momentum < A(0.5) ? running + momentum * (latest - running) : latest - (latest - running) * (A(1) - momentum);
+  };
+  move(*running_mean, statistics[0]);
+  move(*running_var, statistics[1] / (A(1) - statistics[2]));
+}
 
 }  // namespace aia

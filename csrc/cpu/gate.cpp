@@ -211,18 +211,31 @@ AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
   return iota<A>() < splat_index<A>(lanes) ? v : Vec<A>{};
 }
 
+// z = conv(pooled) of one slab.
+template <class A>
+void convolve(const PackedDims& maps, const Slab& slab, const A* pooled, const A* weight, A* z) {
+  const int64_t length = slab.length(), plane = slab.rows() * length;
+  const A* maximum = pooled + slab.b * 2 * maps.packed() + slab.start();
+  correlate(
+      slab, 2, weight + slab.map * 54, [&](int i, int k0) { return maximum + i * maps.packed() + (k0 - 1) * plane; },
+      length, z);
+}
+
+// The gates of one slab; they may overwrite z.
+template <class A>
+void activate_slab(const Norm<A>& bn, const A* z, int64_t count, A* gate) {
+  for_vectors(count, [&](int64_t i, auto n) { store(gate + i, bn.gate(bn.normalized(load(z + i, n))), n); });
+}
+
 }  // namespace
 
 template <class A>
 void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial, int64_t begin,
                          int64_t end) {
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t length = slab.length(), plane = slab.rows() * length;
-    const A* maximum = pooled + slab.b * 2 * maps.packed() + slab.start();
+    const int64_t plane = slab.rows() * slab.length();
     A* out = z + slab.b * maps.packed() + slab.start();
-    correlate(
-        slab, 2, weight + slab.map * 54, [&](int i, int k0) { return maximum + i * maps.packed() + (k0 - 1) * plane; },
-        length, out);
+    convolve(maps, slab, pooled, weight, out);
     const A sum = sum_over<A>(plane, [&](int64_t i, auto n) { return load(out + i, n); });
     const A mean = sum / static_cast<A>(plane);
     const A squares = sum_over<A>(plane, [&](int64_t i, auto n) {
@@ -235,12 +248,20 @@ void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weigh
 }
 
 template <class A>
+void GatePasses<A>::again(const PackedDims& maps, const A* pooled, const A* weight, const A* norm, A* z, A* gate,
+                          int64_t begin, int64_t end) {
+  for_each_slab(maps, begin, end, [&](const Slab& slab) {
+    const int64_t start = slab.b * maps.packed() + slab.start(), plane = slab.rows() * slab.length();
+    convolve(maps, slab, pooled, weight, z + start);
+    activate_slab(Norm<A>(norm + slab.map * 4), z + start, plane, gate + start);
+  });
+}
+
+template <class A>
 void GatePasses<A>::activate(const PackedDims& maps, const A* z, const A* norm, A* gate, int64_t begin, int64_t end) {
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t start = slab.b * maps.packed() + slab.start();
-    const Norm<A> bn(norm + slab.map * 4);
-    for_vectors(slab.rows() * slab.length(),
-                [&](int64_t i, auto n) { store(gate + start + i, bn.gate(bn.normalized(load(z + start + i, n))), n); });
+    activate_slab(Norm<A>(norm + slab.map * 4), z + start, slab.rows() * slab.length(), gate + start);
   });
 }
 

@@ -95,6 +95,8 @@ inline int64_t elementwise_units(const Volume& x, int highest) {
   struct GatePasses {                                                                                               \
     static void conv(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t, int64_t); \
     static void activate(const PackedDims&, const A* z, const A* norm, A* gate, int64_t, int64_t);                  \
+    static void again(const PackedDims&, const A* pooled, const A* weight, const A* norm, A* z, A* gate, int64_t,   \
+                      int64_t);                                                                                     \
     static void backward_reduce(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,  \
                                 int64_t, int64_t);                                                                  \
     static void backward(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction,     \

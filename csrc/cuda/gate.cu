@@ -1,15 +1,19 @@
 // The gate passes (aia_kernels/ops.py has the equations): 3x3x3 convolution 2 -> 1, normalisation and sigmoid on packed
 // maps, and their transposes. All maps of a context share a launch, one launch a pass.
 //
-//   gate_conv             reads 2, writes 1 maps   z, and its moments
-//   gate_activate         reads 1, writes 1        the gates
-//   gate_backward_reduce  reads 2                  the gradients of the norm's bias and weight
-//   gate_backward         reads 4, writes 2        the gradients of the pooled features and of the weight
+//   gate                  reads 3, writes 2 maps   the gates, by way of z; 2 and 1 where no statistics are the batch's
+//   gate_again            reads 2, writes 2        the gates and z
+//   gate_backward_reduce  reads 2                  the gradients of the norm's shift and scale
+//   gate_backward         reads 6, writes 2        the gradients of the pooled features and of the weight, and the same
+//
+// Where a sum over the batch stands between two halves of a pass, its blocks wait for one another: the launch holds no
+// more than run at once. That spares a launch and, where maps are small, leaves the second half in the L2 cache.
 //
 // The convolutions march along the outermost axis: a block holds a tile of one plane with its frame of neighbours in
 // shared memory, and each thread adds what its position sees of that plane to the results of three planes. So an
 // element is read once from memory (but for frames) and nine times from shared memory instead of 27. The transpose of
 // the convolution is the same march, over dz with mirrored taps: dz is made on the way from memory to shared memory.
+#include <algorithm>
 #include <cmath>
 
 #include "../common/moments.h"
@@ -135,63 +139,14 @@ struct Sample {
   }
 };
 
-template <class A>
-__global__ void __launch_bounds__(kThreads, 1)
-    conv_kernel(Maps maps, const A* __restrict__ pooled, const A* __restrict__ weight, A* __restrict__ z, A* moments,
-                Workspace workspace) {
-  using Features = Vector<A, 2>;
-  AIA_SHARED(Features, staged, 2 * kConvStaged);
-  AIA_SHARED(Moments, shared, kThreads / 2);
-  const int m = maps.of_block(blockIdx.x);
-  const Map& map = maps.at[m];
-  const int64_t packed = maps.packed;
+// The parameters of each map's gate, and where the gradients of the weights go.
+struct Gates {
+  GateParameters at[3];
+};
 
-  A w[2][27];
-#pragma unroll
-  for (int k = 0; k < 54; ++k) w[k / 27][k % 27] = weight[m * 54 + k];
-
-  const auto fetch = [&](int64_t clip, int k) {
-    const A* maximum = pooled + 2 * clip * packed + k;
-    return Features{{*maximum, maximum[packed]}};
-  };
-  const auto stage = [](const Features& features) { return features; };
-  Sample<A> sample;
-  Features *buffer = staged, *other = staged + kConvStaged;
-  for (int64_t item = blockIdx.x - map.first_block; item < map.items; item += map.blocks) {
-    const Own own = own_position(map, item, threadIdx.x);
-    A before = 0, here = 0, after = 0;
-    march<kConvStaged, Features>(map, item, buffer, other, fetch, stage, [&](int q, const Features* plane, int width) {
-      if (!own.inside) return;
-#pragma unroll
-      for (int k = 0; k < 9; ++k) {
-        const Features value = plane[own.staged + (k / 3 - 1) * width + k % 3 - 1];
-#pragma unroll
-        for (int f = 0; f < 2; ++f) {
-          after += w[f][k] * value.at[f];
-          here += w[f][9 + k] * value.at[f];
-          before += w[f][18 + k] * value.at[f];
-        }
-      }
-      if (q > 0 && own.plane + q <= map.d0) {
-        z[own.clip * packed + own.offset + (q - 1) * map.plane_size()] = before;
-        sample.add(before);
-      }
-      before = here, here = after, after = 0;
-    });
-  }
-
-  Moments mine = sample.moments();
-  reduce_block<kThreads, 1>(shared, mine);
-  Moments* const partial = reinterpret_cast<Moments*>(workspace.partial);
-  if (threadIdx.x == 0) partial[blockIdx.x] = mine;
-  if (!last_to_arrive(workspace.tickets + m, map.blocks)) return;
-  mine = Moments::none();
-  for (int b = threadIdx.x; b < map.blocks; b += kThreads) mine.merge(partial[map.first_block + b]);
-  reduce_block<kThreads, 1>(shared, mine);
-  if (threadIdx.x == 0) {
-    moments[2 * m] = static_cast<A>(mine.mean);
-    moments[2 * m + 1] = static_cast<A>(mine.squares / mine.count);
-  }
+// Of tap k of 27 of a feature, in elements.
+__device__ __forceinline__ int64_t tap_offset(const GateParameters& gate, int feature, int k) {
+  return feature * gate.stride[0] + k / 9 * gate.stride[1] + k / 3 % 3 * gate.stride[2] + k % 3 * gate.stride[3];
 }
 
 template <class A>
@@ -206,6 +161,47 @@ struct Exponential {
   }
 };
 
+template <class A>
+using Features = Vector<A, 2>;
+
+// Convolves the items of this block's map; found(k, z) takes the result at element k of all clips.
+template <class A, class Found>
+__device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const GateParameters& gate,
+                                         const A* __restrict__ pooled, Features<A>* staged, const Found& found) {
+  const int64_t packed = maps.packed;
+  A w[2][27];
+#pragma unroll
+  for (int k = 0; k < 54; ++k) w[k / 27][k % 27] = static_cast<const A*>(gate.weight)[tap_offset(gate, k / 27, k % 27)];
+
+  const auto fetch = [&](int64_t clip, int k) {
+    const A* maximum = pooled + 2 * clip * packed + k;
+    return Features<A>{{*maximum, maximum[packed]}};
+  };
+  const auto stage = [](const Features<A>& features) { return features; };
+  Features<A>*buffer = staged, *other = staged + kConvStaged;
+  for (int64_t item = blockIdx.x - map.first_block; item < map.items; item += map.blocks) {
+    const Own own = own_position(map, item, threadIdx.x);
+    A before = 0, here = 0, after = 0;
+    march<kConvStaged, Features<A>>(map, item, buffer, other, fetch, stage,
+                                    [&](int q, const Features<A>* plane, int width) {
+                                      if (!own.inside) return;
+#pragma unroll
+                                      for (int k = 0; k < 9; ++k) {
+                                        const Features<A> value = plane[own.staged + (k / 3 - 1) * width + k % 3 - 1];
+#pragma unroll
+                                        for (int f = 0; f < 2; ++f) {
+                                          after += w[f][k] * value.at[f];
+                                          here += w[f][9 + k] * value.at[f];
+                                          before += w[f][18 + k] * value.at[f];
+                                        }
+                                      }
+                                      if (q > 0 && own.plane + q <= map.d0)
+                                        found(own.clip * packed + own.offset + (q - 1) * map.plane_size(), before);
+                                      before = here, here = after, after = 0;
+                                    });
+  }
+}
+
 // Where the second and the third map begin in a packed clip of so many elements; there, where there are none.
 struct Borders {
   int packed, second, third;
@@ -213,20 +209,80 @@ struct Borders {
   __device__ __forceinline__ int map_of(int k) const { return (k >= second) + (k >= third); }
 };
 
+// Calls each(k, e) for the vectors of all packed clips that fall to this block of `blocks`: elements from k on, which
+// is e in its clip.
+template <int V, class Each>
+__device__ __forceinline__ void for_each_vector(const Borders& borders, int64_t batch, int blocks, const Each& each) {
+  const int pieces = (borders.packed + kThreads * V - 1) / (kThreads * V);
+  for (int64_t item = blockIdx.x; item < batch * pieces; item += blocks) {
+    const int e = (static_cast<int>(item % pieces) * kThreads + threadIdx.x) * V;
+    if (e < borders.packed) each(item / pieces * borders.packed + e, e);
+  }
+}
+
 template <class A, int V>
 __global__ void __launch_bounds__(kThreads, 1)
-    activate_kernel(Borders borders, const A* __restrict__ z, const A* __restrict__ norm, A* __restrict__ gate) {
-  const int blocks = (borders.packed + kThreads * V - 1) / (kThreads * V);
-  const int64_t clip = blockIdx.x / blocks;
-  const int e = (blockIdx.x % blocks * kThreads + threadIdx.x) * V;
-  if (e >= borders.packed) return;
-  Vector<A, V> values = load_vector<V>(z + clip * borders.packed + e);
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const Norm<A> bn = load_norm(norm, borders.map_of(e + k));
-    values.at[k] = bn.gate(bn.normalized(values.at[k]), Exponential{});
+    gate_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, const A* __restrict__ pooled, A* gate, A* norm,
+                A* statistics, int blocks, Workspace workspace) {
+  AIA_SHARED(Features<A>, staged, 2 * kConvStaged);
+  AIA_SHARED(Moments, shared, kThreads / 2);
+  const int m = maps.of_block(blockIdx.x);
+  const Map& map = maps.at[m];
+  Sample<A> sample;
+  convolve(maps, map, gates.at[m], pooled, staged, [&](int64_t k, A z) {
+    gate[k] = z;
+    sample.add(z);
+  });
+
+  Moments mine = sample.moments();
+  reduce_block<kThreads, 1>(shared, mine);
+  Moments* const partial = reinterpret_cast<Moments*>(workspace.partial);
+  if (threadIdx.x == 0) partial[blockIdx.x] = mine;
+  if (last_to_arrive(workspace.tickets + m, map.blocks)) {
+    mine = Moments::none();
+    for (int b = threadIdx.x; b < map.blocks; b += kThreads) mine.merge(partial[map.first_block + b]);
+    reduce_block<kThreads, 1>(shared, mine);
+    if (threadIdx.x == 0)
+      finish_norm(gates.at[m], mine.mean, mine.squares / mine.count, mine.count, norm + 4 * m, statistics + 3 * m);
   }
-  *reinterpret_cast<Vector<A, V>*>(gate + clip * borders.packed + e) = values;
+  grid_barrier();
+  for_each_vector<V>(borders, batch, blocks, [&](int64_t k, int e) {
+    Vector<A, V> values = load_vector<V>(gate + k);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const Norm<A> bn = load_norm(norm, borders.map_of(e + i));
+      values.at[i] = bn.gate(bn.normalized(values.at[i]), Exponential{});
+    }
+    *reinterpret_cast<Vector<A, V>*>(gate + k) = values;
+  });
+}
+
+// By a norm that is known, or made of the gates' fixed statistics and then returned; z is stored where wanted.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 1)
+    known_gate_kernel(Maps maps, Gates gates, const A* __restrict__ pooled, const A* __restrict__ known,
+                      A* __restrict__ gate, A* __restrict__ z, A* __restrict__ norm, A* __restrict__ statistics) {
+  AIA_SHARED(Features<A>, staged, 2 * kConvStaged);
+  const int m = maps.of_block(blockIdx.x);
+  const Map& map = maps.at[m];
+  A row[4], used[3];
+  if (known) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = known[4 * m + i];
+  } else {
+    finish_norm(gates.at[m], 0, 0, 1, row, used);
+    if (blockIdx.x == map.first_block && threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) norm[4 * m + i] = row[i];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) statistics[3 * m + i] = used[i];
+    }
+  }
+  const Norm<A> bn = load_norm(row, 0);
+  convolve(maps, map, gates.at[m], pooled, staged, [&](int64_t k, A value) {
+    if (z) z[k] = value;
+    gate[k] = bn.gate(bn.normalized(value), Exponential{});
+  });
 }
 
 // Sums of N numbers.
@@ -251,19 +307,16 @@ struct PreActivation {
   }
 };
 
+// The sums of both over batch and map, by all blocks of a launch.
 template <class A, int V>
-__global__ void __launch_bounds__(kThreads, 1)
-    backward_reduce_kernel(Borders borders, int64_t items, int maps, const A* __restrict__ grad_gate,
-                           const A* __restrict__ z, const A* __restrict__ norm, A* sums, int launched,
-                           Workspace workspace) {
+__device__ __forceinline__ void sum_over_batch(const Borders& borders, int64_t batch, int maps,
+                                               const A* __restrict__ grad_gate, const A* __restrict__ z,
+                                               const A* __restrict__ norm, A* sums, int blocks,
+                                               const Workspace& workspace) {
   using Partial = Sums<double, 6>;  // both of each map
   AIA_SHARED(Partial, shared, kThreads / 2);
-  const int blocks = (borders.packed + kThreads * V - 1) / (kThreads * V);
   A mine[6] = {};
-  for (int64_t item = blockIdx.x; item < items; item += launched) {
-    const int e = (static_cast<int>(item % blocks) * kThreads + threadIdx.x) * V;
-    if (e >= borders.packed) continue;
-    const int64_t at = item / blocks * borders.packed + e;
+  for_each_vector<V>(borders, batch, blocks, [&](int64_t at, int e) {
     const auto grads = load_vector<V>(grad_gate + at), values = load_vector<V>(z + at);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
@@ -276,40 +329,55 @@ __global__ void __launch_bounds__(kThreads, 1)
         mine[2 * i + 1] += u.grad * u.xhat;
       }
     }
-  }
+  });
   Partial total;
 #pragma unroll
   for (int i = 0; i < 6; ++i) total.at[i] = mine[i];
   reduce_block<kThreads, 1>(shared, total);
   Partial* const partial = reinterpret_cast<Partial*>(workspace.partial);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
-  if (!last_to_arrive(workspace.tickets, launched)) return;
+  if (!last_to_arrive(workspace.tickets, blocks)) return;
   total = {};
-  for (int b = threadIdx.x; b < launched; b += kThreads) total.merge(partial[b]);
+  for (int b = threadIdx.x; b < blocks; b += kThreads) total.merge(partial[b]);
   reduce_block<kThreads, 1>(shared, total);
   if (threadIdx.x == 0)
     for (int i = 0; i < 2 * maps; ++i) sums[i] = static_cast<A>(shared[0].at[i]);
 }
 
-template <class A>
+template <class A, int V>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_kernel(Maps maps, const A* __restrict__ grad_gate, const A* __restrict__ z, const A* __restrict__ norm,
-                    const A* __restrict__ correction, const A* __restrict__ pooled, const A* __restrict__ weight,
-                    A* __restrict__ grad_pooled, A* grad_weight, Workspace workspace) {
+    backward_reduce_kernel(Borders borders, int64_t batch, int maps, const A* __restrict__ grad_gate,
+                           const A* __restrict__ z, const A* __restrict__ norm, A* sums, int blocks,
+                           Workspace workspace) {
+  sum_over_batch<A, V>(borders, batch, maps, grad_gate, z, norm, sums, blocks, workspace);
+}
+
+// kSums: the sums are found first, by blocks that all run at once; else they are given.
+template <class A, int V, bool kSums>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, Gates grads,
+                    const A* __restrict__ grad_gate, const A* __restrict__ z, const A* __restrict__ norm, A* sums,
+                    const A* __restrict__ statistics, const A* __restrict__ pooled, A* __restrict__ grad_pooled,
+                    int blocks, Workspace workspace) {
   using Taps = Sums<A, 27>;
   using Raw = Vector<A, 2>;  // of the gradient of the gate, and z
   AIA_SHARED(A, staged, 2 * kBackwardStaged);
   AIA_SHARED(Taps, shared, kThreads / 2);
+  if constexpr (kSums) {
+    sum_over_batch<A, V>(borders, batch, maps.n, grad_gate, z, norm, sums, blocks, workspace);
+    grid_barrier();
+  }
   const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2;
   const Map& map = maps.at[m];
   const int64_t packed = maps.packed;
   const Norm<A> bn = load_norm(norm, m);
-  const A mean_grad = correction[2 * m], mean_grad_xhat = correction[2 * m + 1];
+  const A share = statistics[3 * m + 2];
+  const A mean_grad = mean_of(sums[2 * m], share), mean_grad_xhat = mean_of(sums[2 * m + 1], share);
 
   A w[27];
   Taps taps{};
 #pragma unroll
-  for (int k = 0; k < 27; ++k) w[k] = weight[m * 54 + feature * 27 + k];
+  for (int k = 0; k < 27; ++k) w[k] = static_cast<const A*>(gates.at[m].weight)[tap_offset(gates.at[m], feature, k)];
 
   const auto fetch = [&](int64_t clip, int k) { return Raw{{grad_gate[clip * packed + k], z[clip * packed + k]}}; };
   const auto stage = [&](const Raw& raw) {
@@ -350,27 +418,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (!last_to_arrive(workspace.tickets + m, map.blocks)) return;
   constexpr int kRows = kThreads / 54;
-  double* const sums = reinterpret_cast<double*>(shared);
+  double* const totals = reinterpret_cast<double*>(shared);
   const int row = threadIdx.x / 54, column = threadIdx.x % 54;
   if (row < kRows) {
     double sum = 0;
 #pragma unroll 4
     for (int b = row; b < map.blocks; b += kRows) sum += partial[(map.first_block + b) * 54 + column];
-    sums[row * 54 + column] = sum;
+    totals[row * 54 + column] = sum;
   }
   __syncthreads();
   if (row == 0) {
-    double sum = sums[column];
+    double sum = totals[column];
 #pragma unroll
-    for (int r = 1; r < kRows; ++r) sum += sums[r * 54 + column];
-    grad_weight[m * 54 + column] = static_cast<A>(sum);
+    for (int r = 1; r < kRows; ++r) sum += totals[r * 54 + column];
+    const GateParameters& grad = grads.at[m];
+    static_cast<A*>(const_cast<void*>(grad.weight))[tap_offset(grad, column / 27, column % 27)] = static_cast<A>(sum);
   }
 }
 
 int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
 
-// Cuts every map into items, and shares the blocks of a launch out among the maps. Depends on nothing but sizes.
-Maps cut(const PackedDims& dims, int positions, int staged) {
+// Cuts every map into items, and shares the blocks of a launch, at most so many, out among the maps.
+Maps cut(const PackedDims& dims, int positions, int staged, int most) {
   constexpr int kColumns = 32, kLongest = 32, kShortest = 4;
   Maps maps{dims.n, static_cast<int>(dims.packed()), {}};
   int64_t items = 0;
@@ -387,13 +456,13 @@ Maps cut(const PackedDims& dims, int positions, int staged) {
     const int64_t tiles = static_cast<int64_t>(map.tiles_down) * map.tiles_across;
     // Long chunks read few planes twice, short ones make work for every multiprocessor.
     map.length = std::min(map.d0, kLongest);
-    while (map.length > kShortest && dims.B * tiles * ceil_div(map.d0, map.length) < kGateBlocks)
+    while (map.length > kShortest && dims.B * tiles * ceil_div(map.d0, map.length) < most)
       map.length = ceil_div(map.length, 2);
     map.length = even(map.d0, map.length);
     map.chunks = ceil_div(map.d0, map.length);
     map.units = dims.B * map.chunks;
     const int fit = std::min(positions / (map.rows * map.columns), staged / ((map.rows + 2) * (map.columns + 2)));
-    map.slabs = static_cast<int>(std::clamp<int64_t>(map.units * tiles / kGateBlocks, 1, fit));
+    map.slabs = static_cast<int>(std::clamp<int64_t>(map.units * tiles / most, 1, fit));
     map.items = (map.units + map.slabs - 1) / map.slabs * tiles;
     items += map.items;
   }
@@ -402,7 +471,7 @@ Maps cut(const PackedDims& dims, int positions, int staged) {
     Map& map = maps.at[m];
     const double share = static_cast<double>(map.items) / static_cast<double>(items);
     map.first_block = blocks;
-    map.blocks = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(share * (kGateBlocks - 2)), 1, map.items));
+    map.blocks = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(share * (most - 2)), 1, map.items));
     blocks += map.blocks;
   }
   return maps;
@@ -430,26 +499,50 @@ int with_width(const PackedDims& dims, std::initializer_list<const void*> addres
                                                               : body(std::integral_constant<int, 1>{});
 }
 
+Gates gates_of(const GateParameters* gates, int n) {
+  Gates copied{};
+  std::copy_n(gates, n, copied.at);
+  return copied;
+}
+
+// At most so many blocks of a kernel whose blocks wait for one another: three, for that many maps, fit any device.
+template <class Kernel>
+int most_together(Kernel kernel) {
+  return std::clamp(blocks_together(kernel, kThreads), 3, kGateBlocks);
+}
+
 }  // namespace
 
-int gate_conv(const PackedDims& dims, Scalar scalar, const void* pooled, const void* weight, void* z, void* moments,
-              Workspace workspace, void* stream) {
-  const Maps maps = cut(dims, kConvPositions, kConvStaged);
+int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
+         void* statistics, Workspace workspace, void* stream) {
+  const Gates of_maps = gates_of(gates, dims.n);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    return launch(conv_kernel<A>, block_count(maps), kThreads, stream, maps, static_cast<const A*>(pooled),
-                  static_cast<const A*>(weight), static_cast<A*>(z), static_cast<A*>(moments), workspace);
+    if (std::none_of(gates, gates + dims.n, [](const GateParameters& g) { return g.batch; })) {
+      const Maps maps = cut(dims, kConvPositions, kConvStaged, kGateBlocks);
+      return launch(known_gate_kernel<A>, block_count(maps), kThreads, stream, maps, of_maps,
+                    static_cast<const A*>(pooled), nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm),
+                    static_cast<A*>(statistics));
+    }
+    return with_width<A>(dims, {gate}, [&](auto width) {
+      const auto kernel = gate_kernel<A, width.value>;
+      const Maps maps = cut(dims, kConvPositions, kConvStaged, most_together(kernel));
+      const int blocks = block_count(maps);
+      return launch_together(kernel, blocks, kThreads, stream, maps, borders_of(dims), dims.B, of_maps,
+                             static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
+                             static_cast<A*>(statistics), blocks, workspace);
+    });
   });
 }
 
-int gate_activate(const PackedDims& dims, Scalar scalar, const void* z, const void* norm, void* gate, void* stream) {
+int gate_again(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, const void* norm,
+               void* gate, void* z, void* stream) {
+  const Maps maps = cut(dims, kConvPositions, kConvStaged, kGateBlocks);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    return with_width<A>(dims, {z, gate}, [&](auto width) {
-      const int64_t blocks = dims.B * ceil_div(dims.packed(), kThreads * width.value);
-      return launch(activate_kernel<A, width.value>, blocks, kThreads, stream, borders_of(dims),
-                    static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<A*>(gate));
-    });
+    return launch(known_gate_kernel<A>, block_count(maps), kThreads, stream, maps, gates_of(gates, dims.n),
+                  static_cast<const A*>(pooled), static_cast<const A*>(norm), static_cast<A*>(gate), static_cast<A*>(z),
+                  nullptr, nullptr);
   });
 }
 
@@ -460,23 +553,32 @@ int gate_backward_reduce(const PackedDims& dims, Scalar scalar, const void* grad
     return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
       const int64_t items = dims.B * ceil_div(dims.packed(), kThreads * width.value);
       const int blocks = static_cast<int>(std::min<int64_t>(items, kGateBlocks));
-      return launch(backward_reduce_kernel<A, width.value>, blocks, kThreads, stream, borders_of(dims), items, dims.n,
+      return launch(backward_reduce_kernel<A, width.value>, blocks, kThreads, stream, borders_of(dims), dims.B, dims.n,
                     static_cast<const A*>(grad_gate), static_cast<const A*>(z), static_cast<const A*>(norm),
                     static_cast<A*>(sums), blocks, workspace);
     });
   });
 }
 
-int gate_backward(const PackedDims& dims, Scalar scalar, const void* grad_gate, const void* z, const void* norm,
-                  const void* correction, const void* pooled, const void* weight, void* grad_pooled, void* grad_weight,
-                  Workspace workspace, void* stream) {
-  const Maps maps = cut(dims, kBackwardPositions, kBackwardStaged);
+int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const GateParameters* grads,
+                  const void* grad_gate, const void* z, const void* norm, void* sums, bool sums_given,
+                  const void* statistics, const void* pooled, void* grad_pooled, Workspace workspace, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    return launch(backward_kernel<A>, block_count(maps), kThreads, stream, maps, static_cast<const A*>(grad_gate),
-                  static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<const A*>(correction),
-                  static_cast<const A*>(pooled), static_cast<const A*>(weight), static_cast<A*>(grad_pooled),
-                  static_cast<A*>(grad_weight), workspace);
+    const auto run = [&](auto start, auto kernel, int most) {
+      const Maps maps = cut(dims, kBackwardPositions, kBackwardStaged, most);
+      const int blocks = block_count(maps);
+      return start(kernel, blocks, kThreads, stream, maps, borders_of(dims), dims.B, gates_of(gates, dims.n),
+                   gates_of(grads, dims.n), static_cast<const A*>(grad_gate), static_cast<const A*>(z),
+                   static_cast<const A*>(norm), static_cast<A*>(sums), static_cast<const A*>(statistics),
+                   static_cast<const A*>(pooled), static_cast<A*>(grad_pooled), blocks, workspace);
+    };
+    if (sums_given)
+      return run([](auto... given) { return launch(given...); }, backward_kernel<A, 1, false>, kGateBlocks);
+    return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
+      const auto kernel = backward_kernel<A, width.value, true>;
+      return run([](auto... given) { return launch_together(given...); }, kernel, most_together(kernel));
+    });
   });
 }
 

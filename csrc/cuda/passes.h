@@ -39,15 +39,28 @@ constexpr int kGateBlocks = 4 * kMultiprocessors;                            // 
 constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = 54;  // doubles per block
 constexpr int kTickets = 3;
 
-// The gate passes, on maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip.
-int gate_conv(const PackedDims&, Scalar, const void* pooled, const void* weight, void* z, void* moments, Workspace,
-              void* stream);
-int gate_activate(const PackedDims&, Scalar, const void* z, const void* norm, void* gate, void* stream);
+// The gate passes, on maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip. gates and grads
+// have an entry for each map; of grads only the weight counts, which is written.
+int gate(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
+         void* statistics, Workspace, void* stream);
+int gate_again(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, const void* norm, void* gate,
+               void* z, void* stream);
 int gate_backward_reduce(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm, void* sums,
                          Workspace, void* stream);
-int gate_backward(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm,
-                  const void* correction, const void* pooled, const void* weight, void* grad_pooled, void* grad_weight,
-                  Workspace, void* stream);
+int gate_backward(const PackedDims&, Scalar, const GateParameters* gates, const GateParameters* grads,
+                  const void* grad_gate, const void* z, const void* norm, void* sums, bool sums_given,
+                  const void* statistics, const void* pooled, void* grad_pooled, Workspace, void* stream);
+
+// Running statistics of some BNs of a scalar (float32 or float64), and their numbers of batches.
+struct Running {
+  static constexpr int kMost = 8;
+  int norms, numbers;
+  void *mean[kMost], *var[kMost];
+  const void* statistics[kMost];
+  int64_t channels[kMost];
+  int64_t* tracked[kMost];
+};
+int move_statistics(const Running&, Scalar, double momentum, void* stream);
 
 // Whether a stream is being captured into a graph.
 bool is_capturing(void* stream);

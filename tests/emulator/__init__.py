@@ -61,6 +61,11 @@ def _array(tensor: Tensor | None):
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
 
 
+def _weights(weights):
+    """The storage of each weight, dense in any order of axes, and its strides."""
+    return [(_array(w.as_strided((w.numel(),), (1,))), w.stride()[1:]) for w in weights]
+
+
 def _poison(tensor: Tensor) -> Tensor:
     """Fill with NaN, or with an index that no axis has, so that an element left unwritten shows."""
     return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
@@ -130,8 +135,7 @@ class Emulator:
         order, scalar = maps.ORDERS.index(maps.storage_order(x)), _SCALARS.index(x.dtype)
         self._run(name, (tuple(x.shape), order, scalar), arguments, outputs)
 
-    def _launch_gate(self, name: str, dims, arguments: list[Tensor], outputs: list[Tensor]) -> None:
-        first = arguments[0]
+    def _launch_gate(self, name: str, dims, first: Tensor, arguments: list, outputs: list[Tensor]) -> None:
         self._run(name, (first.shape[0], list(dims), _SCALARS.index(first.dtype)), arguments, outputs)
 
     def pool(self, x, context, gate, gate_context):
@@ -163,27 +167,47 @@ class Emulator:
         self._launch("recalibrate_reduce", x, (grad_y, x, context), [grad_gate])
         return grad_gate
 
-    def gate_conv(self, pooled, weight, dims):
-        z = _poison(pooled.new_empty((pooled.shape[0], pooled.shape[2])))
-        moments = _poison(weight.new_empty((weight.shape[0], 2)))
-        self._launch_gate("gate_conv", dims, [pooled, weight], [z, moments])
-        return z, moments
+    def gate(self, pooled, weight, scale, shift, mean, var, eps, batch, dims):
+        n = len(weight)
+        gate = _poison(pooled.new_empty((pooled.shape[0], pooled.shape[2])))
+        norm, statistics = _poison(pooled.new_empty((n, 4))), _poison(pooled.new_empty((n, 3)))
+        norms = [[_array(number) for number in of] for of in zip(scale, shift, mean, var, strict=True)]
+        arguments = [pooled, _weights(weight), norms, list(eps), list(batch)]
+        self._launch_gate("gate", dims, pooled, arguments, [gate, norm, statistics])
+        return gate, norm, statistics
 
-    def gate_activate(self, z, norm, dims):
-        gate = _poison(torch.empty_like(z))
-        self._launch_gate("gate_activate", dims, [z, norm], [gate])
-        return gate
+    def gate_again(self, pooled, weight, norm, dims):
+        gate = _poison(pooled.new_empty((pooled.shape[0], pooled.shape[2])))
+        z = _poison(torch.empty_like(gate))
+        self._launch_gate("gate_again", dims, pooled, [pooled, _weights(weight), norm], [gate, z])
+        return gate, z
 
     def gate_backward_reduce(self, grad_gate, z, norm, dims):
         sums = _poison(norm.new_empty((norm.shape[0], 2)))
-        self._launch_gate("gate_backward_reduce", dims, [grad_gate, z, norm], [sums])
+        self._launch_gate("gate_backward_reduce", dims, z, [grad_gate, z, norm], [sums])
         return sums
 
-    def gate_backward(self, grad_gate, z, norm, correction, pooled, weight, dims):
-        grad_pooled, grad_weight = _poison(torch.empty_like(pooled)), _poison(torch.empty_like(weight))
-        arguments = [grad_gate, z, norm, correction, pooled, weight]
-        self._launch_gate("gate_backward", dims, arguments, [grad_pooled, grad_weight])
-        return grad_pooled, grad_weight
+    def gate_backward(self, grad_gate, z, norm, sums, statistics, pooled, weight, dims):
+        given = sums is not None
+        sums = sums.clone() if given else _poison(norm.new_empty((norm.shape[0], 2)))
+        grad_pooled, grad_weight = _poison(torch.empty_like(pooled)), [_poison(torch.empty_like(w)) for w in weight]
+        arguments = [grad_gate, z, norm, given, statistics, pooled, _weights(weight)]
+        leading = z.shape[0], list(dims), _SCALARS.index(z.dtype)
+        arrays = [_array(a) if isinstance(a, Tensor) else a for a in arguments]
+        outputs = _weights(grad_weight), _array(sums), _array(grad_pooled)
+        *_, weights, found, after = self.call("gate_backward", *leading, *arrays, *outputs)[1]
+        for w, (array, _) in zip(grad_weight, weights, strict=True):
+            w.as_strided((w.numel(),), (1,)).copy_(torch.from_numpy(array))
+        grad_pooled.copy_(torch.from_numpy(after).view(grad_pooled.shape))
+        return grad_pooled, grad_weight, torch.from_numpy(found).view(sums.shape)
+
+    def move_statistics_(self, mean, var, tracked, statistics, momentum):
+        leading = _SCALARS.index(mean[0].dtype), [m.numel() for m in mean], momentum
+        lists = [[_array(t) for t in tensors] for tensors in (mean, var, tracked, statistics)]
+        after = self.call("move_statistics_", *leading, *lists)[1]
+        for tensors, arrays in zip((mean, var, tracked), after[3:6], strict=True):
+            for tensor, array in zip(tensors, arrays, strict=True):
+                tensor.copy_(torch.from_numpy(array).view(tensor.shape))
 
     def _launch_tokens(self, name: str, logits: Tensor, group: int, arguments, outputs: list[Tensor]) -> None:
         self._run(name, ((*logits.shape, group), _SCALARS.index(logits.dtype)), arguments, outputs)

@@ -53,6 +53,18 @@ Features features_of(const std::array<int64_t, 3>& sizes, bool maps, int scalar)
   return {sizes[0], sizes[1], sizes[2], maps, static_cast<Scalar>(scalar)};
 }
 
+// The storage of each weight and its strides along [2, 3, 3, 3].
+using Weights = std::vector<std::pair<py::array, std::array<int64_t, 4>>>;
+
+std::array<GateParameters, 3> parameters_of(const Weights& weights) {
+  std::array<GateParameters, 3> gates{};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    gates[i].weight = weights[i].first.data();
+    std::copy_n(weights[i].second.begin(), 4, gates[i].stride);
+  }
+  return gates;
+}
+
 // Room for partial results, on the heap for the sanitizer and NaN as float and as double.
 std::unique_ptr<double[]> doubles_of_nan(int64_t count) {
   std::unique_ptr<double[]> room(new double[count]);
@@ -104,18 +116,25 @@ PYBIND11_MODULE(aia_emulator, m) {
                              nullptr);
         });
 
-  m.def("gate_conv", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, py::array weight,
-                        py::array z, py::array moments) {
+  m.def("gate", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, Weights weight,
+                   std::vector<std::array<Array, 4>> norms, std::vector<double> eps, std::vector<bool> own,
+                   py::array gate, py::array norm, py::array statistics) {
+    auto gates = parameters_of(weight);
+    for (size_t i = 0; i < norms.size(); ++i) {
+      gates[i].scale = data(norms[i][0]), gates[i].shift = data(norms[i][1]);
+      gates[i].mean = data(norms[i][2]), gates[i].var = data(norms[i][3]);
+      gates[i].eps = eps[i], gates[i].batch = own[i];
+    }
     with_workspace(kMomentPartials, [&](Workspace workspace) {
-      gate_conv(dims_of(batch, dims), static_cast<Scalar>(scalar), pooled.data(), weight.data(), z.mutable_data(),
-                moments.mutable_data(), workspace, nullptr);
+      aia::cuda::gate(dims_of(batch, dims), static_cast<Scalar>(scalar), gates.data(), pooled.data(),
+                      gate.mutable_data(), norm.mutable_data(), statistics.mutable_data(), workspace, nullptr);
     });
   });
-  m.def("gate_activate",
-        [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array z, py::array norm, py::array gate) {
-          gate_activate(dims_of(batch, dims), static_cast<Scalar>(scalar), z.data(), norm.data(), gate.mutable_data(),
-                        nullptr);
-        });
+  m.def("gate_again", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, Weights weight,
+                         py::array norm, py::array gate, py::array z) {
+    gate_again(dims_of(batch, dims), static_cast<Scalar>(scalar), parameters_of(weight).data(), pooled.data(),
+               norm.data(), gate.mutable_data(), z.mutable_data(), nullptr);
+  });
   m.def("gate_backward_reduce", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate,
                                    py::array z, py::array norm, py::array sums) {
     with_workspace(kNormPartials, [&](Workspace workspace) {
@@ -123,14 +142,27 @@ PYBIND11_MODULE(aia_emulator, m) {
                            sums.mutable_data(), workspace, nullptr);
     });
   });
-  m.def("gate_backward",
-        [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate, py::array z, py::array norm,
-           py::array correction, py::array pooled, py::array weight, py::array grad_pooled, py::array grad_weight) {
-          with_workspace(kWeightPartials, [&](Workspace workspace) {
-            gate_backward(dims_of(batch, dims), static_cast<Scalar>(scalar), grad_gate.data(), z.data(), norm.data(),
-                          correction.data(), pooled.data(), weight.data(), grad_pooled.mutable_data(),
-                          grad_weight.mutable_data(), workspace, nullptr);
-          });
+  m.def("gate_backward", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate, py::array z,
+                            py::array norm, bool given, py::array statistics, py::array pooled, Weights weight,
+                            Weights grad_weight, py::array sums, py::array grad_pooled) {
+    with_workspace(kWeightPartials, [&](Workspace workspace) {
+      gate_backward(dims_of(batch, dims), static_cast<Scalar>(scalar), parameters_of(weight).data(),
+                    parameters_of(grad_weight).data(), grad_gate.data(), z.data(), norm.data(), sums.mutable_data(),
+                    given, statistics.data(), pooled.data(), grad_pooled.mutable_data(), workspace, nullptr);
+    });
+  });
+  m.def("move_statistics_",
+        [](int scalar, std::vector<int64_t> channels, double momentum, std::vector<py::array> mean,
+           std::vector<py::array> var, std::vector<py::array> tracked, std::vector<py::array> statistics) {
+          Running running{};
+          for (; running.norms < static_cast<int>(mean.size()); ++running.norms) {
+            const int i = running.norms;
+            running.mean[i] = mean[i].mutable_data(), running.var[i] = var[i].mutable_data();
+            running.statistics[i] = statistics[i].data(), running.channels[i] = channels[i];
+          }
+          for (py::array& number : tracked)
+            running.tracked[running.numbers++] = static_cast<int64_t*>(number.mutable_data());
+          move_statistics(running, static_cast<Scalar>(scalar), momentum, nullptr);
         });
 
   m.def("column_statistics",
