@@ -1,0 +1,207 @@
+// The transpose of the gate passes (gate.cu; aia_kernels/ops.py has the equations), all maps of a context in one
+// launch.
+//
+//   gate_backward_reduce  reads 2 maps            the gradients of the norm's shift and scale
+//   gate_backward         reads 6, writes 2 maps  those, unless they are given, and the gradients of the pooled
+//   features
+//                                                 and of the weight
+//
+// Between the two halves of gate_backward its blocks wait for one another, as those of gate do.
+#include "packed_maps.cuh"
+#include "partials.cuh"
+
+namespace aia::cuda {
+namespace {
+
+constexpr int kPositions = 128, kStaged = 512;  // two threads have a position, one for each feature
+
+// Sums of N numbers.
+template <class A, int N>
+struct Sums {
+  A at[N];
+
+  __device__ __forceinline__ void merge(const Sums& other) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) at[k] += other.at[k];
+  }
+};
+
+// The gradient of the sigmoid's argument, and xhat.
+template <class A>
+struct PreActivation {
+  A grad, xhat;
+
+  __device__ __forceinline__ PreActivation(const Norm<A>& bn, A grad_gate, A z) : xhat(bn.normalized(z)) {
+    const A gate = bn.gate(xhat, Exponential{});
+    grad = grad_gate * gate * (1 - gate);
+  }
+};
+
+// The sums of both over batch and map, by all blocks of a launch.
+template <class A, int V>
+__device__ __forceinline__ void sum_over_batch(const Borders& borders, int64_t batch, int maps,
+                                               const A* __restrict__ grad_gate, const A* __restrict__ z,
+                                               const A* __restrict__ norm, A* sums, int blocks,
+                                               const Workspace& workspace) {
+  using Partial = Sums<double, 6>;  // both of each map
+  AIA_SHARED(Partial, shared, kGateThreads / 2);
+  A mine[6] = {};
+  for_each_vector<V>(borders, batch, blocks, [&](int64_t at, int e) {
+    const auto grads = load_vector<V>(grad_gate + at), values = load_vector<V>(z + at);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const int m = borders.map_of(e + k);
+      const PreActivation<A> u(load_norm(norm, m), grads.at[k], values.at[k]);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        if (m != i) continue;
+        mine[2 * i] += u.grad;
+        mine[2 * i + 1] += u.grad * u.xhat;
+      }
+    }
+  });
+  Partial total;
+#pragma unroll
+  for (int i = 0; i < 6; ++i) total.at[i] = mine[i];
+  reduce_block<kGateThreads, 1>(shared, total);
+  Partial* const partial = reinterpret_cast<Partial*>(workspace.partial);
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  if (!last_to_arrive(workspace.tickets, blocks)) return;
+  total = {};
+  for (int b = threadIdx.x; b < blocks; b += kGateThreads) total.merge(partial[b]);
+  reduce_block<kGateThreads, 1>(shared, total);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 2 * maps; ++i) sums[i] = static_cast<A>(shared[0].at[i]);
+}
+
+template <class A, int V>
+__global__ void __launch_bounds__(kGateThreads, 1)
+    backward_reduce_kernel(Borders borders, int64_t batch, int maps, const A* __restrict__ grad_gate,
+                           const A* __restrict__ z, const A* __restrict__ norm, A* sums, int blocks,
+                           Workspace workspace) {
+  sum_over_batch<A, V>(borders, batch, maps, grad_gate, z, norm, sums, blocks, workspace);
+}
+
+// kSums: the sums are found first, by blocks that all run at once; else they are given.
+template <class A, int V, bool kSums>
+__global__ void __launch_bounds__(kGateThreads, 1)
+    backward_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, Gates grads,
+                    const A* __restrict__ grad_gate, const A* __restrict__ z, const A* __restrict__ norm, A* sums,
+                    const A* __restrict__ statistics, const A* __restrict__ pooled, A* __restrict__ grad_pooled,
+                    int blocks, Workspace workspace) {
+  using Taps = Sums<A, 27>;
+  using Raw = Vector<A, 2>;  // of the gradient of the gate, and z
+  AIA_SHARED(A, staged, 2 * kStaged);
+  AIA_SHARED(Taps, shared, kGateThreads / 2);
+  if constexpr (kSums) {
+    sum_over_batch<A, V>(borders, batch, maps.n, grad_gate, z, norm, sums, blocks, workspace);
+    grid_barrier();
+  }
+  const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2;
+  const Map& map = maps.at[m];
+  const int64_t packed = maps.packed;
+  const Norm<A> bn = load_norm(norm, m);
+  const A share = statistics[3 * m + 2];
+  const A mean_grad = mean_of(sums[2 * m], share), mean_grad_xhat = mean_of(sums[2 * m + 1], share);
+
+  A w[27];
+  Taps taps{};
+#pragma unroll
+  for (int k = 0; k < 27; ++k) w[k] = static_cast<const A*>(gates.at[m].weight)[tap_offset(gates.at[m], feature, k)];
+
+  const auto fetch = [&](int64_t clip, int k) { return Raw{{grad_gate[clip * packed + k], z[clip * packed + k]}}; };
+  const auto stage = [&](const Raw& raw) {
+    const PreActivation<A> u(bn, raw.at[0], raw.at[1]);
+    return bn.grad_z(u.grad, u.xhat, mean_grad, mean_grad_xhat);
+  };
+  A *buffer = staged, *other = staged + kStaged;
+  for (int64_t item = blockIdx.x - map.first_block; item < map.items; item += map.blocks) {
+    const Own own = own_position(map, item, threadIdx.x / 2);
+    const int64_t at = (2 * own.clip + feature) * packed + own.offset;
+    // Of the planes before, at and after the visited one, as far as they belong to the unit: the feature, and the
+    // gradient gathered for it.
+    const auto feature_of = [&](int q) {
+      return own.inside && q < map.length && own.plane + q < map.d0 ? pooled[at + q * map.plane_size()] : A(0);
+    };
+    A p_before = 0, p_here = 0, p_after = feature_of(0);
+    A before = 0, here = 0, after = 0;
+    march<kStaged, Raw>(map, item, buffer, other, fetch, stage, [&](int q, const A* plane, int width) {
+      if (!own.inside) return;
+      const A p_next = feature_of(q + 2);
+#pragma unroll
+      for (int k = 0; k < 9; ++k) {
+        const A dz = plane[own.staged + (1 - k / 3) * width + 1 - k % 3];
+        before += w[k] * dz, here += w[9 + k] * dz, after += w[18 + k] * dz;
+        taps.at[k] += p_before * dz, taps.at[9 + k] += p_here * dz, taps.at[18 + k] += p_after * dz;
+      }
+      if (q > 0 && own.plane + q <= map.d0) grad_pooled[at + (q - 1) * map.plane_size()] = before;
+      before = here, here = after, after = 0;
+      p_before = p_here, p_here = p_after, p_after = p_next;
+    });
+  }
+
+  reduce_block<kGateThreads, 2>(shared, taps);
+  A* const partial = reinterpret_cast<A*>(workspace.partial);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < 54; ++k) partial[blockIdx.x * 54 + k] = shared[k / 27].at[k % 27];
+  }
+  if (!last_to_arrive(workspace.tickets + m, map.blocks)) return;
+  constexpr int kRows = kGateThreads / 54;
+  double* const totals = reinterpret_cast<double*>(shared);
+  const int row = threadIdx.x / 54, column = threadIdx.x % 54;
+  if (row < kRows) {
+    double sum = 0;
+#pragma unroll 4
+    for (int b = row; b < map.blocks; b += kRows) sum += partial[(map.first_block + b) * 54 + column];
+    totals[row * 54 + column] = sum;
+  }
+  __syncthreads();
+  if (row == 0) {
+    double sum = totals[column];
+#pragma unroll
+    for (int r = 1; r < kRows; ++r) sum += totals[r * 54 + column];
+    const GateParameters& grad = grads.at[m];
+    static_cast<A*>(const_cast<void*>(grad.weight))[tap_offset(grad, column / 27, column % 27)] = static_cast<A>(sum);
+  }
+}
+
+}  // namespace
+
+int gate_backward_reduce(const PackedDims& dims, Scalar scalar, const void* grad_gate, const void* z, const void* norm,
+                         void* sums, Workspace workspace, void* stream) {
+  return with_maps(scalar, [&](auto type) {
+    using A = decltype(type);
+    return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
+      const int64_t items = dims.B * ceil_div(dims.packed(), kGateThreads * width.value);
+      const int blocks = static_cast<int>(std::min<int64_t>(items, kGateBlocks));
+      return launch(backward_reduce_kernel<A, width.value>, blocks, kGateThreads, stream, borders_of(dims), dims.B,
+                    dims.n, static_cast<const A*>(grad_gate), static_cast<const A*>(z), static_cast<const A*>(norm),
+                    static_cast<A*>(sums), blocks, workspace);
+    });
+  });
+}
+
+int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const GateParameters* grads,
+                  const void* grad_gate, const void* z, const void* norm, void* sums, bool sums_given,
+                  const void* statistics, const void* pooled, void* grad_pooled, Workspace workspace, void* stream) {
+  return with_maps(scalar, [&](auto type) {
+    using A = decltype(type);
+    const auto run = [&](auto start, auto kernel, int most) {
+      const Maps maps = cut(dims, kPositions, kStaged, most);
+      const int blocks = block_count(maps);
+      return start(kernel, blocks, kGateThreads, stream, maps, borders_of(dims), dims.B, gates_of(gates, dims.n),
+                   gates_of(grads, dims.n), static_cast<const A*>(grad_gate), static_cast<const A*>(z),
+                   static_cast<const A*>(norm), static_cast<A*>(sums), static_cast<const A*>(statistics),
+                   static_cast<const A*>(pooled), static_cast<A*>(grad_pooled), blocks, workspace);
+    };
+    if (sums_given)
+      return run([](auto... given) { return launch(given...); }, backward_kernel<A, 1, false>, kGateBlocks);
+    return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
+      const auto kernel = backward_kernel<A, width.value, true>;
+      return run([](auto... given) { return launch_together(given...); }, kernel, most_together(kernel));
+    });
+  });
+}
+
+}  // namespace aia::cuda

@@ -1,0 +1,228 @@
+// What the gate passes share: packed maps shared out among the blocks of a launch, marched through or read straight on,
+// and the parameters of their gates.
+//
+// The convolutions march along the outermost axis: a block holds a tile of one plane with its frame of neighbours in
+// shared memory, and each thread adds what its position sees of that plane to the results of three planes. So an
+// element is read once from memory (but for frames) and nine times from shared memory instead of 27. The transpose of
+// the convolution is the same march, over dz with mirrored taps: dz is made on the way from memory to shared memory.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../common/norm.h"
+#include "passes.h"
+#include "vector.cuh"
+
+namespace aia::cuda {
+
+constexpr int kGateThreads = 256;
+
+// One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of rows times columns of the planes,
+// of `slabs` neighbouring units; a unit is a chunk of `length` planes of one clip.
+struct Map {
+  int d0, d1, d2;
+  int start;  // in a packed clip
+  int length, chunks;
+  int rows, columns, slabs;
+  int tiles_down, tiles_across;
+  int64_t units, items;
+  int first_block, blocks;
+
+  __device__ __forceinline__ int plane_size() const { return d1 * d2; }
+};
+
+struct Maps {
+  int n, packed;
+  Map at[3];
+
+  __device__ __forceinline__ int of_block(int block) const {
+    return (n > 1 && block >= at[1].first_block) + (n > 2 && block >= at[2].first_block);
+  }
+};
+
+// What a thread knows of the position [y, x] in a slab of the item that it computes.
+struct Own {
+  bool inside;
+  int plane, staged;  // the first plane of the unit; the place among the staged elements
+  int64_t clip;
+  int offset;  // of the position in the first plane of the packed clip
+};
+
+// Marches through an item, plane by plane from the one before its first to the one after its last. `fetch(clip, k)`
+// reads element k of a packed clip; `stage(raw)` turns that into what is shared, which is zero outside of the map.
+// `visit(q, center, width)` sees plane q of the unit: its own staged element, the rows of which are `width` apart.
+template <int kStaged, class Raw, class Staged, class Fetch, class Stage, class Visit>
+__device__ __forceinline__ void march(const Map& map, int64_t item, Staged*& buffer, Staged*& other, const Fetch& fetch,
+                                      const Stage& stage, const Visit& visit) {
+  constexpr int kSlots = kStaged / kGateThreads, kNever = -(1 << 30);
+  const int tiles = map.tiles_down * map.tiles_across, tile = static_cast<int>(item % tiles);
+  const int64_t first = item / tiles * map.slabs;
+  const int y0 = tile / map.tiles_across * map.rows, x0 = tile % map.tiles_across * map.columns;
+  const int height = map.rows + 2, width = map.columns + 2, count = map.slabs * height * width;
+
+  int64_t clip[kSlots];
+  int plane[kSlots], offset[kSlots];
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    const int e = k * kGateThreads + threadIdx.x;
+    const int64_t unit = first + e / (height * width);
+    const int y = y0 + e / width % height - 1, x = x0 + e % width - 1;
+    const bool inside = e < count && unit < map.units && y >= 0 && y < map.d1 && x >= 0 && x < map.d2;
+    const int start = static_cast<int>(unit % map.chunks) * map.length;
+    clip[k] = unit / map.chunks;
+    plane[k] = inside ? start : kNever;
+    offset[k] = map.start + (start * map.d1 + y) * map.d2 + x;
+  }
+  const auto present = [&](int k, int q) { return plane[k] + q >= 0 && plane[k] + q < map.d0; };
+
+  Raw next[kSlots];
+  const auto read = [&](int q) {
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k)
+      if (present(k, q)) next[k] = fetch(clip[k], offset[k] + q * map.plane_size());
+  };
+  read(-1);
+  for (int q = -1; q <= map.length; ++q) {
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      const int e = k * kGateThreads + threadIdx.x;
+      if (e < count) buffer[e] = present(k, q) ? stage(next[k]) : Staged{};
+    }
+    // One barrier a plane keeps writers and readers of a buffer apart, for there are two.
+    __syncthreads();
+    if (q < map.length) read(q + 1);
+    visit(q, buffer, width);
+    Staged* const free = other;
+    other = buffer, buffer = free;
+  }
+}
+
+__device__ __forceinline__ Own own_position(const Map& map, int64_t item, int position) {
+  const int tiles = map.tiles_down * map.tiles_across, tile = static_cast<int>(item % tiles);
+  const int size = map.rows * map.columns, slab = position / size;
+  const int64_t unit = item / tiles * map.slabs + slab;
+  const int row = position / map.columns % map.rows, column = position % map.columns;
+  const int y = tile / map.tiles_across * map.rows + row, x = tile % map.tiles_across * map.columns + column;
+  const int plane = static_cast<int>(unit % map.chunks) * map.length;
+  return {slab < map.slabs && unit < map.units && y < map.d1 && x < map.d2, plane,
+          (slab * (map.rows + 2) + row + 1) * (map.columns + 2) + column + 1, unit / map.chunks,
+          map.start + (plane * map.d1 + y) * map.d2 + x};
+}
+
+// Where the second and the third map begin in a packed clip of so many elements; there, where there are none.
+struct Borders {
+  int packed, second, third;
+
+  __device__ __forceinline__ int map_of(int k) const { return (k >= second) + (k >= third); }
+};
+
+// Calls each(k, e) for the vectors of all packed clips that fall to this block of `blocks`: elements from k on, which
+// is e in its clip.
+template <int V, class Each>
+__device__ __forceinline__ void for_each_vector(const Borders& borders, int64_t batch, int blocks, const Each& each) {
+  const int pieces = (borders.packed + kGateThreads * V - 1) / (kGateThreads * V);
+  for (int64_t item = blockIdx.x; item < batch * pieces; item += blocks) {
+    const int e = (static_cast<int>(item % pieces) * kGateThreads + threadIdx.x) * V;
+    if (e < borders.packed) each(item / pieces * borders.packed + e, e);
+  }
+}
+
+// The parameters of each map's gate, and where the gradients of the weights go.
+struct Gates {
+  GateParameters at[3];
+};
+
+// Of tap k of 27 of a feature, in elements.
+__device__ __forceinline__ int64_t tap_offset(const GateParameters& gate, int feature, int k) {
+  return feature * gate.stride[0] + k / 9 * gate.stride[1] + k / 3 % 3 * gate.stride[2] + k % 3 * gate.stride[3];
+}
+
+template <class A>
+__device__ __forceinline__ Norm<A> load_norm(const A* norm, int m) {
+  return {norm[4 * m], norm[4 * m + 1], norm[4 * m + 2], norm[4 * m + 3]};
+}
+
+struct Exponential {
+  template <class A>
+  __device__ __forceinline__ A operator()(A value) const {
+    return std::exp(value);
+  }
+};
+
+inline int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
+
+// Cuts every map into items, and shares the blocks of a launch, at most so many, out among the maps.
+inline Maps cut(const PackedDims& dims, int positions, int staged, int most) {
+  constexpr int kColumns = 32, kLongest = 32, kShortest = 4;
+  Maps maps{dims.n, static_cast<int>(dims.packed()), {}};
+  int64_t items = 0;
+  for (int m = 0; m < dims.n; ++m) {
+    Map& map = maps.at[m];
+    map.d0 = static_cast<int>(dims.dims[m][0]);
+    map.d1 = static_cast<int>(dims.dims[m][1]);
+    map.d2 = static_cast<int>(dims.dims[m][2]);
+    map.start = static_cast<int>(dims.offset(m));
+    map.columns = even(map.d2, kColumns);
+    map.rows = even(map.d1, std::min(positions / map.columns, staged / (map.columns + 2) - 2));
+    map.tiles_down = ceil_div(map.d1, map.rows);
+    map.tiles_across = ceil_div(map.d2, map.columns);
+    const int64_t tiles = static_cast<int64_t>(map.tiles_down) * map.tiles_across;
+    // Long chunks read few planes twice, short ones make work for every multiprocessor.
+    map.length = std::min(map.d0, kLongest);
+    while (map.length > kShortest && dims.B * tiles * ceil_div(map.d0, map.length) < most)
+      map.length = ceil_div(map.length, 2);
+    map.length = even(map.d0, map.length);
+    map.chunks = ceil_div(map.d0, map.length);
+    map.units = dims.B * map.chunks;
+    const int fit = std::min(positions / (map.rows * map.columns), staged / ((map.rows + 2) * (map.columns + 2)));
+    map.slabs = static_cast<int>(std::clamp<int64_t>(map.units * tiles / most, 1, fit));
+    map.items = (map.units + map.slabs - 1) / map.slabs * tiles;
+    items += map.items;
+  }
+  int blocks = 0;
+  for (int m = 0; m < dims.n; ++m) {
+    Map& map = maps.at[m];
+    const double share = static_cast<double>(map.items) / static_cast<double>(items);
+    map.first_block = blocks;
+    map.blocks = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(share * (most - 2)), 1, map.items));
+    blocks += map.blocks;
+  }
+  return maps;
+}
+
+inline int block_count(const Maps& maps) { return maps.at[maps.n - 1].first_block + maps.at[maps.n - 1].blocks; }
+
+inline Borders borders_of(const PackedDims& dims) {
+  const int packed = static_cast<int>(dims.packed());
+  return {packed, dims.n > 1 ? static_cast<int>(dims.offset(1)) : packed,
+          dims.n > 2 ? static_cast<int>(dims.offset(2)) : packed};
+}
+
+// Calls body with a value of the type of the maps.
+template <class Body>
+int with_maps(Scalar scalar, Body&& body) {
+  return scalar == Scalar::kFloat64 ? body(double{}) : body(float{});
+}
+
+// Calls body with the width of the vectors in which packed clips at these addresses can be moved.
+template <class A, class Body>
+int with_width(const PackedDims& dims, std::initializer_list<const void*> addresses, Body&& body) {
+  constexpr int kWide = 16 / sizeof(A);
+  return dims.packed() % kWide == 0 && are_aligned(addresses) ? body(std::integral_constant<int, kWide>{})
+                                                              : body(std::integral_constant<int, 1>{});
+}
+
+inline Gates gates_of(const GateParameters* gates, int n) {
+  Gates copied{};
+  std::copy_n(gates, n, copied.at);
+  return copied;
+}
+
+// At most so many blocks of a kernel whose blocks wait for one another: three, for that many maps, fit any device.
+template <class Kernel>
+int most_together(Kernel kernel) {
+  return std::clamp(blocks_together(kernel, kGateThreads), 3, kGateBlocks);
+}
+
+}  // namespace aia::cuda
