@@ -300,7 +300,7 @@ def gate(
     z, partial = _conv(pooled, weight, dims)
     n = len(weight)
     norm, statistics = pooled.new_empty((n, 4)), pooled.new_empty((n, 3))
-    given, programs = _columns(pooled, (scale, 1), (shift, 0), (mean, 0), (var, 1)), partial.shape[1]
+    given, programs = _given(pooled, scale, shift, mean, var, batch), partial.shape[1]
     constants = {"EPS": tuple(eps), "OWN": tuple(batch), "BLOCK": triton.next_power_of_2(programs)}
     tiles.start(norm_kernel, z, (1,), partial, given, norm, statistics, programs, **constants)
     _start(activate_kernel, z, dims, FLAT, z, norm, z)
@@ -355,14 +355,23 @@ def _conv(pooled: Tensor, weight: Sequence[Tensor], dims: Sequence[int]) -> tupl
     return z, partial
 
 
-def _columns(like: Tensor, *lists: tuple[Sequence[Tensor | None], int]) -> Tensor:
-    """Lists of n numbers as columns [n, len(lists)], each with what stands for an absent one."""
-    filled = [
-        like.new_full((1,), default) if numbers[i] is None else numbers[i]
-        for i in range(len(lists[0][0]))
-        for numbers, default in lists
-    ]
-    return torch.cat(filled)
+def _given(
+    pooled: Tensor,
+    scale: Sequence[Tensor | None],
+    shift: Sequence[Tensor | None],
+    mean: Sequence[Tensor | None],
+    var: Sequence[Tensor | None],
+    batch: Sequence[bool],
+) -> Tensor:
+    """The four numbers of each of n maps, [4 n], 0 or 1 where one is absent and anything where it is not looked at."""
+    unread, flat, default = pooled.view(-1)[:1], [], None
+    for own, *numbers in zip(batch, scale, shift, mean, var, strict=True):
+        for number, absent, read in zip(numbers, (1, 0, 0, 1), (True, True, not own, not own), strict=True):
+            if number is None and read:
+                default = torch.arange(2, dtype=pooled.dtype, device=pooled.device) if default is None else default
+                number = default[absent : absent + 1]
+            flat.append(number if read else unread)
+    return torch.cat(flat)
 
 
 def _programs(z: Tensor, dims: Sequence[int], block: int) -> int:
