@@ -27,7 +27,6 @@ using aia::cuda::check_beside;
 using aia::cuda::Launch;
 using aia::cuda::Order;
 using aia::cuda::Shape;
-using aia::cuda::Workspace;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -171,14 +170,12 @@ PackedDims gate_dims(const std::vector<int64_t>& dims, const Tensor& map, const 
   return d;
 }
 
-// Calls pass with room for the sums of each block; partial results are doubles.
-template <class Pass>
-void with_workspace(const Tensor& like, const Launch& launch, int per_block, Pass&& pass) {
-  Tensor partial = torch::stable::new_empty(like, {aia::cuda::kGateBlocks, per_block}, ScalarType::Double);
-  Tensor tickets = aia::cuda::tickets_of(like, launch);
-  launch.check(pass(
-      Workspace{static_cast<double*>(partial.mutable_data_ptr()), static_cast<unsigned*>(tickets.mutable_data_ptr())}));
+// Room for the sums of each block of a gate pass.
+Tensor workspace_of(const Tensor& like, int per_block) {
+  return torch::stable::new_empty(like, {aia::cuda::kGateBlocks, per_block}, ScalarType::Double);
 }
+
+double* doubles(Tensor& workspace) { return static_cast<double*>(workspace.mutable_data_ptr()); }
 
 using Numbers = std::vector<std::optional<Tensor>>;
 using Gates = std::array<aia::GateParameters, 3>;
@@ -206,10 +203,10 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
   Tensor gate = torch::stable::new_empty(pooled, {d.B, d.packed()});
   Tensor norm = torch::stable::new_empty(pooled, {d.n, 4});
   Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
-  with_workspace(pooled, launch, aia::cuda::kMomentPartials, [&](Workspace workspace) {
-    return aia::cuda::gate(d, scalar_of(pooled), gates.data(), pooled.const_data_ptr(), gate.mutable_data_ptr(),
-                           norm.mutable_data_ptr(), statistics.mutable_data_ptr(), workspace, launch.stream());
-  });
+  Tensor workspace = workspace_of(pooled, aia::cuda::kMomentPartials);
+  launch.check(aia::cuda::gate(d, scalar_of(pooled), gates.data(), pooled.const_data_ptr(), gate.mutable_data_ptr(),
+                               norm.mutable_data_ptr(), statistics.mutable_data_ptr(), doubles(workspace),
+                               launch.stream()));
   return {gate, norm, statistics};
 }
 
@@ -236,10 +233,10 @@ Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tens
   check_beside(norm, z, "norm");
   const Launch launch(z);
   Tensor sums = torch::stable::new_empty(z, {d.n, 2});
-  with_workspace(z, launch, aia::cuda::kNormPartials, [&](Workspace workspace) {
-    return aia::cuda::gate_backward_reduce(d, scalar_of(z), grad_gate.const_data_ptr(), z.const_data_ptr(),
-                                           norm.const_data_ptr(), sums.mutable_data_ptr(), workspace, launch.stream());
-  });
+  Tensor workspace = workspace_of(z, aia::cuda::kNormPartials);
+  launch.check(aia::cuda::gate_backward_reduce(d, scalar_of(z), grad_gate.const_data_ptr(), z.const_data_ptr(),
+                                               norm.const_data_ptr(), sums.mutable_data_ptr(), doubles(workspace),
+                                               launch.stream()));
   return sums;
 }
 
@@ -269,12 +266,11 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
   std::vector<Tensor> grad_weight;
   for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
   const Gates grads = aia::weights_of(grad_weight, d.n, z);
-  with_workspace(z, launch, aia::cuda::kWeightPartials, [&](Workspace workspace) {
-    return aia::cuda::gate_backward(d, scalar_of(z), gates.data(), grads.data(), grad_gate.const_data_ptr(),
-                                    z.const_data_ptr(), norm.const_data_ptr(), total_sums.mutable_data_ptr(),
-                                    sums.has_value(), statistics.const_data_ptr(), pooled.const_data_ptr(),
-                                    grad_pooled.mutable_data_ptr(), workspace, launch.stream());
-  });
+  Tensor workspace = workspace_of(z, aia::cuda::kWeightPartials);
+  launch.check(aia::cuda::gate_backward(d, scalar_of(z), gates.data(), grads.data(), grad_gate.const_data_ptr(),
+                                        z.const_data_ptr(), norm.const_data_ptr(), total_sums.mutable_data_ptr(),
+                                        sums.has_value(), statistics.const_data_ptr(), pooled.const_data_ptr(),
+                                        grad_pooled.mutable_data_ptr(), doubles(workspace), launch.stream()));
   return {grad_pooled, grad_weight, total_sums};
 }
 

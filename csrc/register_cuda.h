@@ -1,16 +1,10 @@
-// What the files that register CUDA operators share: the device and the stream of a launch, and the tickets of kernels
-// whose last block adds up what the others found.
+// What the files that register CUDA operators share: the device and the stream of a launch.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
-
-#include <map>
-#include <mutex>
-#include <utility>
-#include <vector>
 
 #include "cuda/passes.h"
 #include "register_common.h"
@@ -39,22 +33,6 @@ class Launch {
 inline void check_beside(const torch::stable::Tensor& t, const torch::stable::Tensor& x, const char* name) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " must be on the device of ",
                   "the first argument");
-}
-
-// Tickets, all 0. Launches on one stream run one after the other and leave them 0, so they share a set that is made
-// once. A captured launch gets its own: the graph may be replayed beside anything, and sets the tickets to 0 itself.
-inline torch::stable::Tensor tickets_of(const torch::stable::Tensor& x, const Launch& launch) {
-  using torch::headeronly::ScalarType;
-  const auto fresh = [&] { return torch::stable::new_zeros(x, {kTickets}, ScalarType::Int); };
-  if (is_capturing(launch.stream())) return fresh();
-  static std::mutex mutex;
-  // Never destroyed: at exit the allocator may be gone first.
-  static auto* const sets = new std::map<std::pair<int32_t, void*>, torch::stable::Tensor>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(static_cast<int32_t>(x.get_device_index()), launch.stream());
-  auto found = sets->find(key);
-  if (found == sets->end()) found = sets->emplace(key, fresh()).first;
-  return found->second;
 }
 
 }  // namespace aia::cuda

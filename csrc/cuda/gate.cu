@@ -74,37 +74,64 @@ __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const
   }
 }
 
+// The moments of each map's z.
+struct MapMoments {
+  Moments at[3];
+
+  static __device__ __forceinline__ MapMoments none() { return {Moments::none(), Moments::none(), Moments::none()}; }
+  __device__ __forceinline__ void merge(const MapMoments& other) {
+#pragma unroll
+    for (int m = 0; m < 3; ++m) at[m].merge(other.at[m]);
+  }
+};
+
 template <class A, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    gate_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, const A* __restrict__ pooled, A* gate, A* norm,
-                A* statistics, int blocks, Workspace workspace) {
+    gate_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, const A* __restrict__ pooled, A* gate,
+                A* __restrict__ norm, A* __restrict__ statistics, double* workspace) {
   AIA_SHARED(Features<A>, staged, 2 * kStaged);
-  AIA_SHARED(Moments, shared, kGateThreads / 2);
-  const int m = maps.of_block(blockIdx.x);
-  const Map& map = maps.at[m];
+  AIA_SHARED(MapMoments, shared, kGateThreads / 2);
+  AIA_SHARED(Norm<A>, norms, 3);
+  const int own = maps.of_block(blockIdx.x);
   Sample<A> sample;
-  convolve(maps, map, gates.at[m], pooled, staged, [&](int64_t k, A z) {
+  convolve(maps, maps.at[own], gates.at[own], pooled, staged, [&](int64_t k, A z) {
     gate[k] = z;
     sample.add(z);
   });
 
-  Moments mine = sample.moments();
+  MapMoments mine = MapMoments::none();
+  mine.at[0] = sample.moments();
   reduce_block<kGateThreads, 1>(shared, mine);
-  Moments* const partial = reinterpret_cast<Moments*>(workspace.partial);
-  if (threadIdx.x == 0) partial[blockIdx.x] = mine;
-  if (last_to_arrive(workspace.tickets + m, map.blocks)) {
-    mine = Moments::none();
-    for (int b = threadIdx.x; b < map.blocks; b += kGateThreads) mine.merge(partial[map.first_block + b]);
-    reduce_block<kGateThreads, 1>(shared, mine);
-    if (threadIdx.x == 0)
-      finish_norm(gates.at[m], mine.mean, mine.squares / mine.count, mine.count, norm + 4 * m, statistics + 3 * m);
-  }
+  Moments* const partial = reinterpret_cast<Moments*>(workspace);
+  if (threadIdx.x == 0) partial[blockIdx.x] = mine.at[0];
   grid_barrier();
-  for_each_vector<V>(borders, batch, blocks, [&](int64_t k, int e) {
+
+  mine = MapMoments::none();
+#pragma unroll
+  for (int m = 0; m < 3; ++m)
+    if (m < maps.n)
+      for (int b = threadIdx.x; b < maps.at[m].blocks; b += kGateThreads)
+        mine.at[m].merge(partial[maps.at[m].first_block + b]);
+  reduce_block<kGateThreads, 1>(shared, mine);
+  if (threadIdx.x < maps.n) {
+    const int m = threadIdx.x;
+    const Moments& found = shared[0].at[m];
+    A row[4], used[3];
+    finish_norm(gates.at[m], found.mean, found.squares / found.count, found.count, row, used);
+    norms[m] = load_norm(row, 0);
+    if (blockIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) norm[4 * m + i] = row[i];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) statistics[3 * m + i] = used[i];
+    }
+  }
+  __syncthreads();
+  for_each_vector<V>(borders, batch, block_count(maps), [&](int64_t k, int e) {
     Vector<A, V> values = load_vector<V>(gate + k);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const Norm<A> bn = load_norm(norm, borders.map_of(e + i));
+      const Norm<A>& bn = norms[borders.map_of(e + i)];
       values.at[i] = bn.gate(bn.normalized(values.at[i]), Exponential{});
     }
     *reinterpret_cast<Vector<A, V>*>(gate + k) = values;
@@ -142,7 +169,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 }  // namespace
 
 int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
-         void* statistics, Workspace workspace, void* stream) {
+         void* statistics, double* workspace, void* stream) {
   const Gates of_maps = gates_of(gates, dims.n);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
@@ -155,10 +182,9 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
     return with_width<A>(dims, {gate}, [&](auto width) {
       const auto kernel = gate_kernel<A, width.value>;
       const Maps maps = cut(dims, kPositions, kStaged, most_together(kernel));
-      const int blocks = block_count(maps);
-      return launch_together(kernel, blocks, kGateThreads, stream, maps, borders_of(dims), dims.B, of_maps,
+      return launch_together(kernel, block_count(maps), kGateThreads, stream, maps, borders_of(dims), dims.B, of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
-                             static_cast<A*>(statistics), blocks, workspace);
+                             static_cast<A*>(statistics), workspace);
     });
   });
 }

@@ -6,7 +6,7 @@
 //   features
 //                                                 and of the weight
 //
-// Between the two halves of gate_backward its blocks wait for one another, as those of gate do.
+// Where all blocks must have come to an end before a sum is known, they wait for one another, as those of gate do.
 #include "packed_maps.cuh"
 #include "partials.cuh"
 
@@ -37,13 +37,14 @@ struct PreActivation {
   }
 };
 
-// The sums of both over batch and map, by all blocks of a launch.
+// The sums of both over batch and map, of each map, by all blocks of a launch: every block has them all, in shared
+// memory, and the first one stores them.
 template <class A, int V>
-__device__ __forceinline__ void sum_over_batch(const Borders& borders, int64_t batch, int maps,
-                                               const A* __restrict__ grad_gate, const A* __restrict__ z,
-                                               const A* __restrict__ norm, A* sums, int blocks,
-                                               const Workspace& workspace) {
-  using Partial = Sums<double, 6>;  // both of each map
+__device__ __forceinline__ const Sums<double, 6>& sum_over_batch(const Borders& borders, int64_t batch, int maps,
+                                                                 const A* __restrict__ grad_gate,
+                                                                 const A* __restrict__ z, const A* __restrict__ norm,
+                                                                 A* __restrict__ sums, int blocks, double* workspace) {
+  using Partial = Sums<double, 6>;
   AIA_SHARED(Partial, shared, kGateThreads / 2);
   A mine[6] = {};
   for_each_vector<V>(borders, batch, blocks, [&](int64_t at, int e) {
@@ -64,45 +65,48 @@ __device__ __forceinline__ void sum_over_batch(const Borders& borders, int64_t b
 #pragma unroll
   for (int i = 0; i < 6; ++i) total.at[i] = mine[i];
   reduce_block<kGateThreads, 1>(shared, total);
-  Partial* const partial = reinterpret_cast<Partial*>(workspace.partial);
+  Partial* const partial = reinterpret_cast<Partial*>(workspace);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
-  if (!last_to_arrive(workspace.tickets, blocks)) return;
+  grid_barrier();
   total = {};
   for (int b = threadIdx.x; b < blocks; b += kGateThreads) total.merge(partial[b]);
   reduce_block<kGateThreads, 1>(shared, total);
-  if (threadIdx.x == 0)
-    for (int i = 0; i < 2 * maps; ++i) sums[i] = static_cast<A>(shared[0].at[i]);
+  if (blockIdx.x == 0 && threadIdx.x < 2 * maps) sums[threadIdx.x] = static_cast<A>(shared[0].at[threadIdx.x]);
+  return shared[0];
 }
 
 template <class A, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
     backward_reduce_kernel(Borders borders, int64_t batch, int maps, const A* __restrict__ grad_gate,
-                           const A* __restrict__ z, const A* __restrict__ norm, A* sums, int blocks,
-                           Workspace workspace) {
+                           const A* __restrict__ z, const A* __restrict__ norm, A* __restrict__ sums, int blocks,
+                           double* workspace) {
   sum_over_batch<A, V>(borders, batch, maps, grad_gate, z, norm, sums, blocks, workspace);
 }
 
-// kSums: the sums are found first, by blocks that all run at once; else they are given.
+// kSums: the sums are found first and stored; else they are given.
 template <class A, int V, bool kSums>
 __global__ void __launch_bounds__(kGateThreads, 1)
     backward_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, Gates grads,
                     const A* __restrict__ grad_gate, const A* __restrict__ z, const A* __restrict__ norm, A* sums,
                     const A* __restrict__ statistics, const A* __restrict__ pooled, A* __restrict__ grad_pooled,
-                    int blocks, Workspace workspace) {
+                    double* workspace) {
   using Taps = Sums<A, 27>;
   using Raw = Vector<A, 2>;  // of the gradient of the gate, and z
   AIA_SHARED(A, staged, 2 * kStaged);
   AIA_SHARED(Taps, shared, kGateThreads / 2);
-  if constexpr (kSums) {
-    sum_over_batch<A, V>(borders, batch, maps.n, grad_gate, z, norm, sums, blocks, workspace);
-    grid_barrier();
-  }
-  const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2;
+  const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2, blocks = block_count(maps);
   const Map& map = maps.at[m];
   const int64_t packed = maps.packed;
   const Norm<A> bn = load_norm(norm, m);
+  A sum_grad, sum_grad_xhat;
+  if constexpr (kSums) {
+    const auto& found = sum_over_batch<A, V>(borders, batch, maps.n, grad_gate, z, norm, sums, blocks, workspace);
+    sum_grad = static_cast<A>(found.at[2 * m]), sum_grad_xhat = static_cast<A>(found.at[2 * m + 1]);
+  } else {
+    sum_grad = sums[2 * m], sum_grad_xhat = sums[2 * m + 1];
+  }
   const A share = statistics[3 * m + 2];
-  const A mean_grad = mean_of(sums[2 * m], share), mean_grad_xhat = mean_of(sums[2 * m + 1], share);
+  const A mean_grad = mean_of(sum_grad, share), mean_grad_xhat = mean_of(sum_grad_xhat, share);
 
   A w[27];
   Taps taps{};
@@ -141,12 +145,11 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   }
 
   reduce_block<kGateThreads, 2>(shared, taps);
-  A* const partial = reinterpret_cast<A*>(workspace.partial);
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int k = 0; k < 54; ++k) partial[blockIdx.x * 54 + k] = shared[k / 27].at[k % 27];
-  }
-  if (!last_to_arrive(workspace.tickets + m, map.blocks)) return;
+  // Behind the sums, which a block that is late may still be reading.
+  A* const partial = reinterpret_cast<A*>(workspace + blocks * kNormPartials);
+  if (threadIdx.x < 54) partial[blockIdx.x * 54 + threadIdx.x] = shared[threadIdx.x / 27].at[threadIdx.x % 27];
+  grid_barrier();
+  if (static_cast<int>(blockIdx.x) != map.first_block) return;
   constexpr int kRows = kGateThreads / 54;
   double* const totals = reinterpret_cast<double*>(shared);
   const int row = threadIdx.x / 54, column = threadIdx.x % 54;
@@ -169,38 +172,35 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 }  // namespace
 
 int gate_backward_reduce(const PackedDims& dims, Scalar scalar, const void* grad_gate, const void* z, const void* norm,
-                         void* sums, Workspace workspace, void* stream) {
+                         void* sums, double* workspace, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
+      const auto kernel = backward_reduce_kernel<A, width.value>;
       const int64_t items = dims.B * ceil_div(dims.packed(), kGateThreads * width.value);
-      const int blocks = static_cast<int>(std::min<int64_t>(items, kGateBlocks));
-      return launch(backward_reduce_kernel<A, width.value>, blocks, kGateThreads, stream, borders_of(dims), dims.B,
-                    dims.n, static_cast<const A*>(grad_gate), static_cast<const A*>(z), static_cast<const A*>(norm),
-                    static_cast<A*>(sums), blocks, workspace);
+      const int blocks = static_cast<int>(std::min<int64_t>(items, most_together(kernel)));
+      return launch_together(kernel, blocks, kGateThreads, stream, borders_of(dims), dims.B, dims.n,
+                             static_cast<const A*>(grad_gate), static_cast<const A*>(z), static_cast<const A*>(norm),
+                             static_cast<A*>(sums), blocks, workspace);
     });
   });
 }
 
 int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const GateParameters* grads,
                   const void* grad_gate, const void* z, const void* norm, void* sums, bool sums_given,
-                  const void* statistics, const void* pooled, void* grad_pooled, Workspace workspace, void* stream) {
+                  const void* statistics, const void* pooled, void* grad_pooled, double* workspace, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    const auto run = [&](auto start, auto kernel, int most) {
-      const Maps maps = cut(dims, kPositions, kStaged, most);
-      const int blocks = block_count(maps);
-      return start(kernel, blocks, kGateThreads, stream, maps, borders_of(dims), dims.B, gates_of(gates, dims.n),
-                   gates_of(grads, dims.n), static_cast<const A*>(grad_gate), static_cast<const A*>(z),
-                   static_cast<const A*>(norm), static_cast<A*>(sums), static_cast<const A*>(statistics),
-                   static_cast<const A*>(pooled), static_cast<A*>(grad_pooled), blocks, workspace);
+    const auto run = [&](auto kernel) {
+      const Maps maps = cut(dims, kPositions, kStaged, most_together(kernel));
+      return launch_together(kernel, block_count(maps), kGateThreads, stream, maps, borders_of(dims), dims.B,
+                             gates_of(gates, dims.n), gates_of(grads, dims.n), static_cast<const A*>(grad_gate),
+                             static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<A*>(sums),
+                             static_cast<const A*>(statistics), static_cast<const A*>(pooled),
+                             static_cast<A*>(grad_pooled), workspace);
     };
-    if (sums_given)
-      return run([](auto... given) { return launch(given...); }, backward_kernel<A, 1, false>, kGateBlocks);
-    return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
-      const auto kernel = backward_kernel<A, width.value, true>;
-      return run([](auto... given) { return launch_together(given...); }, kernel, most_together(kernel));
-    });
+    if (sums_given) return run(backward_kernel<A, 1, false>);
+    return with_width<A>(dims, {grad_gate, z}, [&](auto width) { return run(backward_kernel<A, width.value, true>); });
   });
 }
 

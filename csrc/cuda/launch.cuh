@@ -165,12 +165,6 @@ int launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int cluster, 
   return cudaLaunchKernelExC(&launch.config, function, addresses);
 }
 
-inline bool captures(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess ||
-         status != cudaStreamCaptureStatusNone;
-}
-
 inline const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace aia::cuda

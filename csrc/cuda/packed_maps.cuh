@@ -191,7 +191,9 @@ inline Maps cut(const PackedDims& dims, int positions, int staged, int most) {
   return maps;
 }
 
-inline int block_count(const Maps& maps) { return maps.at[maps.n - 1].first_block + maps.at[maps.n - 1].blocks; }
+AIA_HOST_DEVICE int block_count(const Maps& maps) {
+  return maps.at[maps.n - 1].first_block + maps.at[maps.n - 1].blocks;
+}
 
 inline Borders borders_of(const PackedDims& dims) {
   const int packed = static_cast<int>(dims.packed());

@@ -1,5 +1,5 @@
-// Sums over a launch, without floating-point atomics: the threads of a block meet in shared memory, the blocks in a
-// workspace that the last of them adds up. Every order is fixed by the sizes alone, so equal inputs give equal bits.
+// Sums over a launch, without floating-point atomics: the threads of a block meet in shared memory, the blocks of a
+// launch_together in a workspace. Every order is fixed by the sizes and the device, so equal inputs give equal bits.
 #pragma once
 
 #include "launch.cuh"
@@ -19,20 +19,6 @@ __device__ __forceinline__ void reduce_block(Partial* shared, Partial& mine) {
     if (n == kLeft && thread < n) shared[thread] = mine;
     __syncthreads();
   }
-}
-
-// Whether this block is the last of `blocks` to arrive, told to all of its threads. What thread 0 of the others wrote
-// before they arrived is then visible to all. The ticket must be 0 before the launch and is 0 again after it.
-__device__ __forceinline__ bool last_to_arrive(unsigned* ticket, unsigned blocks) {
-  AIA_SHARED(unsigned, earlier, 1);
-  if (threadIdx.x == 0) {
-    __threadfence();
-    *earlier = atomicInc(ticket, blocks - 1);
-  }
-  __syncthreads();
-  const bool last = *earlier == blocks - 1;
-  if (last) __threadfence();
-  return last;
 }
 
 }  // namespace aia::cuda

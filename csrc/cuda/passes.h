@@ -24,32 +24,26 @@ int unpool_reduce(const Shape&, const void* x, Unpooled, int gate_context, void*
 int recalibrate(const Shape&, const void* x, Gate, void* y, void* stream);
 int recalibrate_reduce(const Shape&, const void* grad_y, const void* x, int context, void* grad_gate, void* stream);
 
-// Room for the sums of each block of a gate pass, whose last block adds them up. The tickets by which it knows that it
-// is the last are 0 before and after a launch: launches that may overlap must not share them.
-struct Workspace {
-  double* partial;
-  unsigned* tickets;
-};
 #if defined(AIA_EMULATOR)
 constexpr int kMultiprocessors = 3;
 #else
 constexpr int kMultiprocessors = 132;  // of an H200
 #endif
-constexpr int kGateBlocks = 4 * kMultiprocessors;                            // at most so many in a launch
-constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = 54;  // doubles per block
-constexpr int kTickets = 3;
+// A gate pass has at most so many blocks, which meet in a workspace of so many doubles for each.
+constexpr int kGateBlocks = 4 * kMultiprocessors;
+constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = kNormPartials + 54;
 
 // The gate passes, on maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip. gates and grads
 // have an entry for each map; of grads only the weight counts, which is written.
 int gate(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
-         void* statistics, Workspace, void* stream);
+         void* statistics, double* workspace, void* stream);
 int gate_again(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, const void* norm, void* gate,
                void* z, void* stream);
 int gate_backward_reduce(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm, void* sums,
-                         Workspace, void* stream);
+                         double* workspace, void* stream);
 int gate_backward(const PackedDims&, Scalar, const GateParameters* gates, const GateParameters* grads,
                   const void* grad_gate, const void* z, const void* norm, void* sums, bool sums_given,
-                  const void* statistics, const void* pooled, void* grad_pooled, Workspace, void* stream);
+                  const void* statistics, const void* pooled, void* grad_pooled, double* workspace, void* stream);
 
 // Running statistics of some BNs of a scalar (float32 or float64), and their numbers of batches.
 struct Running {
@@ -61,9 +55,6 @@ struct Running {
   int64_t* tracked[kMost];
 };
 int move_statistics(const Running&, Scalar, double momentum, void* stream);
-
-// Whether a stream is being captured into a graph.
-bool is_capturing(void* stream);
 
 // The words of the CUDA runtime for an error code.
 const char* error_string(int error);

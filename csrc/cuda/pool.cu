@@ -112,8 +112,6 @@ int unpool(const Shape& shape, const void* grad_y, Gate gate, Unpooled outer, Ga
   });
 }
 
-bool is_capturing(void* stream) { return captures(stream); }
-
 const char* error_string(int error) { return describe(error); }
 
 }  // namespace aia::cuda

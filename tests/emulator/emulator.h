@@ -353,8 +353,6 @@ T shuffle_xor(T value, int bits, const std::source_location& where = std::source
   return emulator::running->exchange(value, threadIdx.x ^ bits, where);
 }
 
-inline bool captures(void*) { return false; }
-
 inline const char* describe(int) { return ""; }
 
 }  // namespace aia::cuda

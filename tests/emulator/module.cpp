@@ -72,19 +72,10 @@ std::unique_ptr<double[]> doubles_of_nan(int64_t count) {
   return room;
 }
 
-// Runs a pass with a workspace of NaN; the same tickets serve every launch, as they do on one stream.
+// Runs a gate pass with a workspace.
 template <class Pass>
 void with_workspace(int per_block, Pass&& pass) {
-  static std::array<unsigned, kTickets> tickets{};
-  const auto partial = doubles_of_nan(int64_t{kGateBlocks} * per_block);
-  try {
-    pass(Workspace{partial.get(), tickets.data()});
-  } catch (...) {
-    tickets = {};
-    throw;
-  }
-  for (unsigned ticket : tickets)
-    if (ticket != 0) throw std::runtime_error("a launch left a ticket that is not 0");
+  pass(doubles_of_nan(int64_t{kGateBlocks} * per_block).get());
 }
 
 }  // namespace
@@ -125,7 +116,7 @@ PYBIND11_MODULE(aia_emulator, m) {
       gates[i].mean = data(norms[i][2]), gates[i].var = data(norms[i][3]);
       gates[i].eps = eps[i], gates[i].batch = own[i];
     }
-    with_workspace(kMomentPartials, [&](Workspace workspace) {
+    with_workspace(kMomentPartials, [&](double* workspace) {
       aia::cuda::gate(dims_of(batch, dims), static_cast<Scalar>(scalar), gates.data(), pooled.data(),
                       gate.mutable_data(), norm.mutable_data(), statistics.mutable_data(), workspace, nullptr);
     });
@@ -137,7 +128,7 @@ PYBIND11_MODULE(aia_emulator, m) {
   });
   m.def("gate_backward_reduce", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate,
                                    py::array z, py::array norm, py::array sums) {
-    with_workspace(kNormPartials, [&](Workspace workspace) {
+    with_workspace(kNormPartials, [&](double* workspace) {
       gate_backward_reduce(dims_of(batch, dims), static_cast<Scalar>(scalar), grad_gate.data(), z.data(), norm.data(),
                            sums.mutable_data(), workspace, nullptr);
     });
@@ -145,7 +136,7 @@ PYBIND11_MODULE(aia_emulator, m) {
   m.def("gate_backward", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate, py::array z,
                             py::array norm, bool given, py::array statistics, py::array pooled, Weights weight,
                             Weights grad_weight, py::array sums, py::array grad_pooled) {
-    with_workspace(kWeightPartials, [&](Workspace workspace) {
+    with_workspace(kWeightPartials, [&](double* workspace) {
       gate_backward(dims_of(batch, dims), static_cast<Scalar>(scalar), parameters_of(weight).data(),
                     parameters_of(grad_weight).data(), grad_gate.data(), z.data(), norm.data(), sums.mutable_data(),
                     given, statistics.data(), pooled.data(), grad_pooled.mutable_data(), workspace, nullptr);
