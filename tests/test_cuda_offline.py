@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import collections
-import importlib.util
-import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from aia_kernels import _extension
+from benchmarks import machine_code
 
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
-BYTES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
+BYTES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2, "t": 2, "j": 4, "m": 8}
 _TYPE = "|".join(BYTES)
 
 #: The kernels that come in a version for aligned inputs and one for the others, with the type and the width of what
 #: they move, and those that come in one version.
 WIDTHS = (
     rf"(elementwise_kernel|(?<=\d)gate_kernel|(?<=\d)backward_kernel|backward_reduce_kernel|double_norm_kernel|"
-    rf"dots_kernel|double_norm_backward_kernel|map_kernel)I({_TYPE})Li(\d+)E",
+    rf"dots_kernel|double_norm_backward_kernel|map_kernel|temporal_shift_kernel)I({_TYPE})Li(\d+)E",
     rf"(reduce_over_channels|reduce_over_channels_of_run|reduce_over_spacetime)INS0_\d+(?:Plain|Product)I({_TYPE})"
     r"EELi(\d+)E",
     rf"(reduce_columns)ILi\d+ENS0_\S*?(?:StatisticsOp|RowGradientOp|TokenOp)I({_TYPE})Li(\d+)E",
+)
+#: Those that store as they load.
+STORING = (
+    *("elementwise_kernel", "gate_kernel", "double_norm_kernel", "double_norm_backward_kernel"),
+    "temporal_shift_kernel",
 )
 SINGLE = re.compile(
     r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel)|"
@@ -42,25 +44,13 @@ def width_of(name: str) -> tuple[str, int] | None:
     return None
 
 
-def disassembler() -> str | None:
-    """cuobjdump, next to nvcc or inside triton; nvdisasm lies beside it."""
-    folders = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
-    if spec := importlib.util.find_spec("triton"):
-        folders.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
-    folders.append(Path("/usr/local/cuda/bin"))
-    for folder in folders:
-        if os.access(folder / "cuobjdump", os.X_OK) and os.access(folder / "nvdisasm", os.X_OK):
-            return str(folder / "cuobjdump")
-    return None
-
-
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[str, str], collections.Counter]:
     """Counts of memory instructions by (architecture, mangled name)."""
     if (reason := _extension.cuda_reason()) is not None:
         pytest.skip(reason)
-    if (cuobjdump := disassembler()) is None:
-        pytest.skip("neither nvcc nor triton brings cuobjdump here")
+    if (cuobjdump := machine_code.cuobjdump()) is None:
+        pytest.skip(machine_code.NO_DISASSEMBLER)
     counts: dict[tuple[str, str], collections.Counter] = {}
     architecture = current = None
     command = [cuobjdump, "-sass", _extension.LIBRARY]
@@ -98,5 +88,5 @@ def test_vectors_are_16_bytes(kernels):
         kernel, width = found
         aligned = width >= 16
         assert any(i.startswith("LDG.E.128") for i in counts) == aligned, name
-        if kernel in ("elementwise_kernel", "gate_kernel", "double_norm_kernel", "double_norm_backward_kernel"):
+        if kernel in STORING:
             assert any(i.startswith("STG.E.128") for i in counts) == aligned, name
