@@ -25,26 +25,9 @@ using aia::scalar_of;
 using aia::Unpooled;
 using aia::cuda::check_beside;
 using aia::cuda::Launch;
-using aia::cuda::Order;
 using aia::cuda::Shape;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The order in which x is stored densely: the first of maps.ORDERS that fits, as maps.storage_order has it.
-Order order_of(const Tensor& x, const char* name) {
-  constexpr int kAxes[3][5] = {{0, 1, 2, 3, 4}, {0, 1, 3, 4, 2}, {0, 2, 1, 3, 4}};
-  for (int order = 0; order < 3; ++order) {
-    int64_t expected = 1;
-    bool dense = true;
-    for (int k = 4; k >= 0; --k) {
-      const int64_t size = x.size(kAxes[order][k]);
-      dense = dense && (size == 1 || x.stride(kAxes[order][k]) == expected);
-      expected *= size;
-    }
-    if (dense) return static_cast<Order>(order);
-  }
-  STD_TORCH_CHECK(false, name, " must be stored densely in an order of maps.ORDERS");
-}
 
 int64_t packed(const Shape& s, int64_t context) {
   const int64_t T = s.T, C = s.C, H = s.H, W = s.W;
@@ -52,20 +35,9 @@ int64_t packed(const Shape& s, int64_t context) {
 }
 
 Shape shape_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 5, name, " must be [B, T, C, H, W], got ", x.dim(), " axes");
-  STD_TORCH_CHECK(x.numel() > 0, name, " must not be empty");
-  constexpr int64_t kLimit = int64_t{1} << 30;
-  bool fits = x.numel() / x.size(0) < kLimit;
-  for (int axis = 1; axis < 5; ++axis) fits = fits && x.size(axis) < kLimit;
-  const Shape shape{x.size(0),
-                    static_cast<int>(x.size(1)),
-                    static_cast<int>(x.size(2)),
-                    static_cast<int>(x.size(3)),
-                    static_cast<int>(x.size(4)),
-                    order_of(x, name),
-                    scalar_of(x, name)};
-  STD_TORCH_CHECK(fits && packed(shape, aia::kSpacetime) < kLimit, "one clip of ", name,
-                  " and its packed maps must hold fewer than 2^30 elements each");
+  const Shape shape = aia::cuda::shape_of(x, name);
+  STD_TORCH_CHECK(packed(shape, aia::kSpacetime) < int64_t{1} << 30, "the packed maps of one clip of ", name,
+                  " must hold fewer than 2^30 elements");
   return shape;
 }
 

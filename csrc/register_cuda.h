@@ -1,4 +1,4 @@
-// What the files that register CUDA operators share: the device and the stream of a launch.
+// What the files that register CUDA operators share: the device and the stream of a launch, and the shape of x.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -33,6 +33,39 @@ class Launch {
 inline void check_beside(const torch::stable::Tensor& t, const torch::stable::Tensor& x, const char* name) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " must be on the device of ",
                   "the first argument");
+}
+
+// The order in which x is stored densely: the first of maps.ORDERS that fits, as maps.storage_order has it.
+inline Order order_of(const torch::stable::Tensor& x, const char* name) {
+  constexpr int kAxes[3][5] = {{0, 1, 2, 3, 4}, {0, 1, 3, 4, 2}, {0, 2, 1, 3, 4}};
+  for (int order = 0; order < 3; ++order) {
+    int64_t expected = 1;
+    bool dense = true;
+    for (int k = 4; k >= 0; --k) {
+      const int64_t size = x.size(kAxes[order][k]);
+      dense = dense && (size == 1 || x.stride(kAxes[order][k]) == expected);
+      expected *= size;
+    }
+    if (dense) return static_cast<Order>(order);
+  }
+  STD_TORCH_CHECK(false, name, " must be stored densely in an order of maps.ORDERS");
+}
+
+// x as the passes of Attention in Attention and the shift see it.
+inline Shape shape_of(const torch::stable::Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 5, name, " must be [B, T, C, H, W], got ", x.dim(), " axes");
+  STD_TORCH_CHECK(x.numel() > 0, name, " must not be empty");
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  bool fits = x.numel() / x.size(0) < kLimit;
+  for (int axis = 1; axis < 5; ++axis) fits = fits && x.size(axis) < kLimit;
+  STD_TORCH_CHECK(fits, "one clip of ", name, " must hold fewer than 2^30 elements");
+  return {x.size(0),
+          static_cast<int>(x.size(1)),
+          static_cast<int>(x.size(2)),
+          static_cast<int>(x.size(3)),
+          static_cast<int>(x.size(4)),
+          order_of(x, name),
+          scalar_of(x, name)};
 }
 
 }  // namespace aia::cuda

@@ -12,7 +12,7 @@ import pass_cases
 import pytest
 import torch
 from conftest import COMPILED, DEVICES, skip_unless_runnable
-from pass_cases import CASES, Case, activation, in_order
+from pass_cases import Case, activation, in_order
 from torch.func import grad, vmap
 
 import aia_kernels
@@ -57,11 +57,30 @@ def shift_on(request):
         yield backend, device
 
 
-@pytest.fixture(params=["cpu", "triton"])
+#: Beyond the shared table: vectors of 16 bytes that keep to a fold and to a frame, that leave a fold or a frame, whose
+#: source lies between vectors, that fold and frame both cut, and clips without vectors.
+CASES = pass_cases.CASES | {
+    "vectors": Case((2, 3, 16, 6, 6)),
+    "vectors bf16": Case((2, 3, 16, 7, 7), "TCHW", torch.bfloat16),
+    "vectors fp64 CTHW": Case((2, 3, 8, 4, 3), "CTHW", torch.float64),
+    "vectors fp16 THWC": Case((2, 3, 64, 3, 2), "THWC", torch.float16),
+    "vectors across folds": Case((2, 4, 6, 7, 7)),
+    "vectors across folds THWC": Case((2, 3, 12, 3, 3), "THWC"),
+    "vectors across frames bf16 CTHW": Case((1, 8, 16, 7, 7), "CTHW", torch.bfloat16),
+    "vectors of several pixels bf16 THWC": Case((1, 4, 2, 5, 8), "THWC", torch.bfloat16),
+    "vectors in several blocks CTHW": Case((2, 4, 20, 8, 15), "CTHW"),
+    "no vectors in several blocks": Case((2, 3, 19, 9, 11), "TCHW", torch.float16),
+}
+
+
+@pytest.fixture(params=["cpu", "triton", "emulator", pytest.param("cuda", marks=pytest.mark.sanitizer)])
 def shift(request, monkeypatch):
     """The raw pass of a backend; fresh memory is NaN, so that an element which it forgets shows."""
-    if request.param == "cpu":
+    if request.param in ("cpu", "emulator"):
         monkeypatch.setattr(pass_cases, "DEVICE", "cpu")
+    if request.param == "emulator":
+        yield request.getfixturevalue("emulator").temporal_shift
+        return
     if (reason := aia_kernels.available_backends(FAMILY)[request.param]) is not None:
         pytest.skip(reason)
     before = torch.are_deterministic_algorithms_enabled()
@@ -74,7 +93,7 @@ def shift(request, monkeypatch):
 @pytest.mark.parametrize("case", [name for name in CASES if not CASES[name].elements])
 def test_pass(shift, case, reverse):
     x = activation(CASES[case])
-    for fold in {0, x.shape[2] // 2}:
+    for fold in {0, x.shape[2] // 4, x.shape[2] // 2}:
         y = shift(x, fold, reverse)
         assert y.dtype == x.dtype and maps.storage_order(y) == maps.storage_order(x)
         assert torch.equal(bits(y), bits(moved(x, fold, reverse)))

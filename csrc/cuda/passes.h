@@ -24,6 +24,9 @@ int unpool_reduce(const Shape&, const void* x, Unpooled, int gate_context, void*
 int recalibrate(const Shape&, const void* x, Gate, void* y, void* stream);
 int recalibrate_reduce(const Shape&, const void* grad_y, const void* x, int context, void* grad_gate, void* stream);
 
+// With 0 <= 2 * fold <= C. y does not overlap x.
+int temporal_shift(const Shape&, const void* x, int fold, bool reverse, void* y, void* stream);
+
 #if defined(AIA_EMULATOR)
 constexpr int kMultiprocessors = 3;
 #else

@@ -106,6 +106,9 @@ PYBIND11_MODULE(aia_emulator, m) {
           recalibrate_reduce(shape_of(sizes, order, scalar), grad_y.data(), x.data(), context, grad_gate.mutable_data(),
                              nullptr);
         });
+  m.def("temporal_shift", [](Sizes sizes, int order, int scalar, py::array x, int fold, bool reverse, py::array y) {
+    temporal_shift(shape_of(sizes, order, scalar), x.data(), fold, reverse, y.mutable_data(), nullptr);
+  });
 
   m.def("gate", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, Weights weight,
                    std::vector<std::array<Array, 4>> norms, std::vector<double> eps, std::vector<bool> own,
