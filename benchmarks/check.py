@@ -20,6 +20,7 @@ from .registry import DTYPES, Case
 
 COARSE = 16.0
 BACKENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
+FUSED = ("cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)

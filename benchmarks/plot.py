@@ -214,9 +214,8 @@ def draw_layers(family: str, rows: list[dict], folder: Path) -> None:
     layers = [row for row in rows if row["kind"] != "sweep"]
     if layers:
         plain = select(layers, dtype="fp32", layout="contiguous")
-        # The main input has the largest batch of its stage.
-        most = {case.stage: str(max(c.clips for c in cases if c.stage == case.stage)) for case in cases}
-        main = [row for row in plain if row["clips"] == most.get(row["stage"])] or layers
+        clips = registry.main_clips(family)
+        main = [row for row in plain if int(row["clips"]) == clips.get((row["name"], row["stage"]))] or layers
         grid(main, names, stages, "speedup", "times faster than published", folder / "speedup.png")
         grid(main, names, stages, "copies", "time, plain copies of x", folder / "copies.png")
         variants(layers, [case for case in cases if case.kind != "sweep"], folder / "variants.png")

@@ -8,6 +8,7 @@ from pathlib import Path
 COLUMNS = [
     *("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "median_ms", "q25_ms", "q75_ms"),
     *("samples", "budget_mb", "gb_per_s", "copies", "clones", "speedup", "kept_mb", "kept_x", "max_error", "correct"),
+    *("launches", "moved_mb", "predicted_ms", "of_roof"),
     *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
 ]
 KEY = ("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "device")
@@ -20,13 +21,18 @@ def path(folder: Path, family: str, passes: bool = False) -> Path:
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Append rows, with the header first in a new file."""
-    new = not file.exists()
+    """Append rows; older rows in a file of other columns get those of today, empty where they have none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, COLUMNS)
-        if new:
+    older = []
+    if file.exists():
+        with file.open(newline="") as opened:
+            reader = csv.DictReader(opened)
+            older = None if reader.fieldnames == COLUMNS else list(reader)
+    with file.open("a" if older is None else "w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS, restval="", extrasaction="ignore")
+        if older is not None:
             writer.writeheader()
+            writer.writerows(older)
         writer.writerows(rows)
 
 

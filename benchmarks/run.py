@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import check, measure, passes, records, registry
+from . import check, machines, measure, passes, records, registry, roofline
 from .check import Provider
 from .registry import Case
 
@@ -31,6 +31,7 @@ def measure_case(
     grad_y, buffer = case.gradient(x), torch.empty_like(x)
     layers, wrong = check.check_case(case, candidates, device, x, grad_y)
     rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
+    machine = machines.known(where.get("device", ""))
     copies = {"copy": lambda: buffer.copy_(x), "clone": x.clone}
     for mode in registry.MODES:
         runs = {name: (run, contextlib.nullcontext) for name, run in copies.items()}
@@ -44,6 +45,8 @@ def measure_case(
             found = row(case, mode, name, where) | timing(times, samples, budget)
             if name in layers:
                 checked = layers[name]
+                if name in roofline.COUNTED:
+                    found |= roofline.columns(roofline.count(case, name, mode), machine, times.median)
                 if checked.error is not None:
                     found |= {"max_error": f"{checked.error:.2e}", "correct": "yes"}
                     if "published" in samples:
@@ -62,17 +65,20 @@ def measure_passes(
     """Rows of the raw passes of every fused backend on the input of a case, if the case's layer comes out right."""
     x = case.make_input(device)
     grad_y, buffer = case.gradient(x), torch.empty_like(x)
-    fused = [provider for provider in candidates if provider.name not in ("published", "reference", "compile")]
+    fused = [provider for provider in candidates if provider.name in check.FUSED]
     right, wrong = check.check_case(case, fused, device, x, grad_y)
     rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
+    machine = machines.known(where.get("device", ""))
     for backend in right:
-        raw = passes.calls(backend, case, x, grad_y)
+        raw, counts = passes.calls(backend, case, x, grad_y), roofline.count_passes(case, backend)
         runs = {"copy": lambda: buffer.copy_(x), "clone": x.clone} | {name: one.call for name, one in raw.items()}
         contexts = {name: (run, contextlib.nullcontext) for name, run in runs.items()}
         samples = measure.interleave(contexts, rounds, seconds, device)
         for name, times in samples.items():
             budget = raw[name].bytes_moved if name in raw else 2 * case.x_bytes
             found = row(case, "pass", backend, where) | {"kind": "pass", "name": name, "correct": "yes"}
+            if name in counts:
+                found |= roofline.columns(counts[name], machine, times.median)
             rows.append(found | timing(times, samples, budget))
     return rows
 

@@ -38,10 +38,10 @@ def cells(rows: list[dict], others: list[str]) -> list[str]:
 
 
 def lines(family: str, rows: list[dict]) -> list[str]:
-    """The table of the main input of every layer: fp32, contiguous, the largest batch."""
+    """The table of the main input of every layer: fp32, contiguous, eight clips."""
     main = [row for row in select(rows, dtype="fp32", layout="contiguous") if row["kind"] != "sweep"]
-    most = {row["stage"]: max(int(other["clips"]) for other in select(main, stage=row["stage"])) for row in main}
-    main = [row for row in main if int(row["clips"]) == most[row["stage"]]]
+    clips = registry.main_clips(family)
+    main = [row for row in main if int(row["clips"]) == clips.get((row["name"], row["stage"]), int(row["clips"]))]
     others = [name for name in ("compile", "sdpa") if select(main, provider=name)]
     titles = [{"compile": "torch.compile", "sdpa": "self-attention"}[name] for name in others]
     header = [*HEADER[family], "eval: published", *titles, "fused", "ratio"]
@@ -53,9 +53,20 @@ def lines(family: str, rows: list[dict]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in table]
 
 
-def marks(family: str) -> tuple[str, str]:
-    """What stands before and after a family's table in a page."""
-    return f"<!-- table: {family} -->\n", "\n<!-- end of table -->"
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after a table in a page."""
+    return f"<!-- table: {name} -->\n", "\n<!-- end of table -->"
+
+
+def write_into(path: Path, name: str, text: str) -> bool:
+    """Write a table into a page, between its marks; False, with a word about it, where the page has none."""
+    page, (start, end) = path.read_text(), marks(name)
+    if start not in page:
+        print(f"no {start.strip()} in {path}", file=sys.stderr)
+        return False
+    before, rest = page.split(start, 1)
+    path.write_text(before + start + text + end + rest.split(end, 1)[1])
+    return True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,13 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme is None:
         print(text)
         return 0
-    page, (start, end) = options.readme.read_text(), marks(options.family)
-    if start not in page:
-        print(f"no {start.strip()} in {options.readme}", file=sys.stderr)
-        return 2
-    before, rest = page.split(start, 1)
-    options.readme.write_text(before + start + text + end + rest.split(end, 1)[1])
-    return 0
+    return 0 if write_into(options.readme, options.family, text) else 2
 
 
 if __name__ == "__main__":

@@ -5,4 +5,13 @@ from .case import DTYPES, MODES, Case
 
 FAMILIES = {"attention_in_attention": attention_in_attention, "external_attention": external_attention}
 
-__all__ = ["DTYPES", "FAMILIES", "MODES", "Case"]
+
+def main_clips(family: str) -> dict[tuple[str, str], int]:
+    """The batch of the main input of each (name, stage): of its cases the main ones come first."""
+    found: dict[tuple[str, str], int] = {}
+    for case in FAMILIES[family].cases():
+        found.setdefault((case.name, case.stage), case.clips)
+    return found
+
+
+__all__ = ["DTYPES", "FAMILIES", "MODES", "Case", "main_clips"]

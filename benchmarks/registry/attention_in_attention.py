@@ -49,15 +49,16 @@ class UnitCase(Case):
         forward, backward = (4, 5) if HAS_INNER[self.name] else (3, 4)
         return forward if mode == "eval" else forward + backward
 
-    def make_input(self, device: str = "cpu", seed: int = 0) -> Tensor:
-        """Standard normal values, as after a BatchNorm: [B * T, C, H, W], or [B, C, T, H, W] for layout 5d."""
-        c, h, w = self.sizes
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.clips, self.segments, c, h, w, generator=generator).to(device, DTYPES[self.dtype])
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.clips, self.segments, *self.sizes
+
+    def arrange(self, values: Tensor) -> Tensor:
+        """[B * T, C, H, W], or [B, C, T, H, W] for layout 5d."""
         if self.layout == "5d":
-            return x.transpose(1, 2).contiguous()
+            return values.transpose(1, 2).contiguous()
         form = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
-        return x.flatten(0, 1).contiguous(memory_format=form)
+        return values.flatten(0, 1).contiguous(memory_format=form)
 
     def published(self) -> nn.Module:
         return published.UNITS[self.name](num_segments=self.segments)

@@ -53,9 +53,23 @@ class Case(ABC):
     def budget_bytes(self, mode: str) -> int:
         return self.traffic(mode) * self.x_bytes
 
+    @property
     @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The sizes in which the values of the input are drawn."""
+
+    @abstractmethod
+    def arrange(self, values: Tensor) -> Tensor:
+        """The input of values of that shape, in the form and the layout of the case."""
+
     def make_input(self, device: str = "cpu", seed: int = 0) -> Tensor:
         """Standard normal values, which depend on the sizes and the seed alone, not on the layout."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.arrange(torch.randn(self.shape, generator=generator).to(device, DTYPES[self.dtype]))
+
+    def without_data(self) -> Tensor:
+        """The input on the meta device: its sizes, its strides and its type."""
+        return self.arrange(torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta"))
 
     def gradient(self, x: Tensor) -> Tensor:
         """A seeded gradient for y, shaped and stored as x."""

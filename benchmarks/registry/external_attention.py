@@ -98,10 +98,12 @@ class LayerCase(Case):
         forward, backward = (3, 5) if self.name == "ExternalAttention2d" else (2, 3)
         return forward if mode == "eval" else forward + backward
 
-    def make_input(self, device: str = "cpu", seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.sizes, generator=generator).to(device, DTYPES[self.dtype])
-        return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else x
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes
+
+    def arrange(self, values: Tensor) -> Tensor:
+        return values.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else values
 
     def published(self) -> nn.Module:
         """With weights of which every product of a unit vector is about one: logits of a trained layer's size.
