@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 class GateParameters(NamedTuple):
-    """One gate's parameters, in the type of the maps: the weight [1, 2, 3, 3, 3] of its convolution in the paper's
+    """One gate's parameters, in any type: the weight [1, 2, 3, 3, 3] of its convolution in the paper's
     order of axes, and of one element each scale (1 if None) and shift (0) of its BN, and mean (0) and variance (1) of
     one that does not use the batch's."""
 
@@ -129,11 +129,11 @@ def backward(
         if any(groups):
             own = passes.gate_backward_reduce(grad_gate, z, kept.norm, dims)
             sums = _by_group(groups, own, own, lambda members: members.sum(0))
-        grad_pooled, grads, sums = passes.gate_backward(
+        grad_pooled, grads, affine = passes.gate_backward(
             grad_gate, z, kept.norm, sums, kept.statistics, kept.pooled, in_order, dims
         )
         grad_weight[context] = maps.weights_in_order(grads, context, order, back=True)
-        shift_and_scale = (sums if own is None else own).view(-1).split(1)
+        shift_and_scale = (affine if own is None else own).view(-1).split(1)
         grad_affine[context] = zip(shift_and_scale[1::2], shift_and_scale[::2], strict=True)
         return grad_pooled
 
@@ -242,7 +242,7 @@ class AttentionInAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num_segments, plan, fixed, *parameters):
         clips = as_clips(x, num_segments)
-        result = forward(plan, clips, gate_parameters(parameters, fixed, maps.accumulate_dtype(x.dtype)))
+        result = forward(plan, clips, gate_parameters(parameters, fixed))
         y = unviewed(as_input(result.y, x.ndim))
         inner, outer = result.inner, result.outer
         ctx.plan, ctx.num_segments = plan, num_segments
@@ -270,24 +270,16 @@ class AttentionInAttentionFunction(torch.autograd.Function):
             grad_x, *grads = gradients(formula, (x, *parameters), needs, grad_y)
             return grad_x, None, None, None, *grads
         clips, grad_clips = (as_clips(a, ctx.num_segments) for a in (x, stored_as(grad_y, x)))
-        weight = in_type(parameters[::3], outer.norm.dtype)
-        grad_x, *grads = backward(plan, grad_clips, clips, weight, inner, outer, ctx.needs_input_grad[0])
+        grad_x, *grads = backward(plan, grad_clips, clips, parameters[::3], inner, outer, ctx.needs_input_grad[0])
         grads = [g for weight, affine in zip(*grads, strict=True) for g in (weight, *affine)]
         grads = [None if p is None else g.to(p.dtype) for p, g in zip(parameters, grads, strict=True)]
         return None if grad_x is None else as_input(grad_x, x.ndim), None, None, None, *grads
 
 
-def gate_parameters(
-    parameters: Sequence[Tensor | None], fixed: Sequence[Tensor | None], dtype: torch.dtype
-) -> list[GateParameters]:
-    """The gates' parameters in a type, from what AttentionInAttentionFunction takes."""
-    by_three, by_two = iter(in_type(parameters, dtype)), iter(in_type(fixed, dtype))
+def gate_parameters(parameters: Sequence[Tensor | None], fixed: Sequence[Tensor | None]) -> list[GateParameters]:
+    """The gates' parameters, from what AttentionInAttentionFunction takes."""
+    by_three, by_two = iter(parameters), iter(fixed)
     return [GateParameters(*of) for of in zip(by_three, by_three, by_three, by_two, by_two, strict=True)]
-
-
-def in_type(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Each tensor in a type; itself, as is usual, where it has it."""
-    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def gates_of(plan: Plan, parameters: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> list[Gate]:

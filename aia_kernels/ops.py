@@ -48,9 +48,9 @@ _SCHEMAS = {
     "unpool_reduce": "(Tensor x, Tensor grad_pooled, Tensor argmax, int context, int gate_context) -> Tensor",
     # Gates [B, M] of the n maps packed in pooled [B, 2, M]: g = sigmoid(scale * xhat + shift) with
     # xhat = (z - mean) * rsqrt(var + eps) and z = conv(pooled), 2 -> 1, 3x3x3, zero padding 1, no bias. dims are the
-    # 3 n stored lengths. Each list has an entry per map, of the type of pooled: weight [1, 2, 3, 3, 3] in stored order
-    # of axes with any strides (maps.weights_in_order), and of one element scale (1 where absent), shift (0), and mean
-    # (0) and var (1), which are used where batch is false; else those of z over batch and map, the variance biased.
+    # 3 n stored lengths. Each list has an entry per map, of any type: weight [1, 2, 3, 3, 3] in stored order of axes
+    # with any strides (maps.weights_in_order), and of one element scale (1 where absent), shift (0), and mean (0) and
+    # var (1), which are used where batch is false; else those of z over batch and map, the variance biased.
     # Returns the gates; norm [n, 4]: mean, rsqrt(var + eps), scale, shift; and statistics [n, 3]: mean and variance as
     # used, and the share of one element in them, 1 / (elements of batch and map) or 0 where they are not the batch's.
     "gate": "(Tensor pooled, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
@@ -62,9 +62,9 @@ _SCHEMAS = {
     "gate_backward_reduce": "(Tensor grad_gate, Tensor z, Tensor norm, int[] dims) -> Tensor",
     # dz = scale * rstd * (du - mean du - xhat * mean (du * xhat)), the means those sums times the share in statistics,
     # then through the convolution. sums [n, 2] are those of gate_backward_reduce, found here if absent. Returns
-    # grad_pooled [B, 2, M], the gradient of each weight, strided as it, and the sums.
+    # grad_pooled [B, 2, M], the gradient of each weight, strided and of a type as it, and the sums in that type.
     "gate_backward": "(Tensor grad_gate, Tensor z, Tensor norm, Tensor? sums, Tensor statistics, Tensor pooled, "
-    "Tensor[] weight, int[] dims) -> (Tensor grad_pooled, Tensor[] grad_weight, Tensor sums)",
+    "Tensor[] weight, int[] dims) -> (Tensor grad_pooled, Tensor[] grad_weight, Tensor grad_affine)",
     # y = x * G(gate). Reads 1 |X|, writes 1 |X|.
     "recalibrate": "(Tensor x, Tensor gate, int context) -> Tensor",
     # The gradient [B, M] of each map of the gate of recalibrate: sum of grad_y * x over the axes that the map lacks,
@@ -72,7 +72,7 @@ _SCHEMAS = {
     "recalibrate_reduce": "(Tensor grad_y, Tensor x, int context) -> Tensor",
     # Moves the running statistics of BNs, per BN mean and variance [C] and the number of batches, toward statistics
     # [C, 3] as of gate: r + momentum * (s - r), the variance unbiased, var / (1 - share); one more batch in each number
-    # that is there. All but the numbers, int64, are of one type.
+    # that is there. Statistics are of an accumulation type, the running ones of any, the numbers int64.
     "move_statistics_": "(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] tracked, Tensor[] statistics, "
     "float momentum) -> ()",
 }
@@ -182,7 +182,7 @@ def _(grad_gate, z, norm, dims):
 
 @_fake("gate_backward")
 def _(grad_gate, z, norm, sums, statistics, pooled, weight, dims):
-    return torch.empty_like(pooled), [torch.empty_like(w) for w in weight], norm.new_empty((norm.shape[0], 2))
+    return torch.empty_like(pooled), [torch.empty_like(w) for w in weight], weight[0].new_empty((norm.shape[0], 2))
 
 
 @_fake("recalibrate")

@@ -29,7 +29,7 @@ def update_running_statistics(
     with torch.no_grad():
         if batched or None in momenta or len(momenta) > 1:
             _move_one_by_one(updated)
-        elif move is not None and {b.dtype for b in (*means, *variances)} == {latest[0].dtype}:
+        elif move is not None:
             move(means, variances, tracked, latest, *momenta)
             torch.autograd.graph.increment_version((*means, *variances, *tracked))
         else:

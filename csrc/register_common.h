@@ -71,54 +71,58 @@ inline void check_parameters(const torch::stable::Tensor& parameters, const torc
       name, " must be contiguous, of the type of the maps, with ", per_map, " values for each map");
 }
 
-// The weights of n gates, each [1, 2, 3, 3, 3] with any strides, of the type of the maps.
-inline std::array<GateParameters, 3> weights_of(const std::vector<torch::stable::Tensor>& weight, int n,
-                                                const torch::stable::Tensor& map) {
+inline Parameter parameter_of(const torch::stable::Tensor& t, const char* name) {
+  return {const_cast<void*>(t.const_data_ptr()), scalar_of(t, name)};
+}
+
+// The weights of n gates, each [1, 2, 3, 3, 3] with any strides.
+inline std::array<GateParameters, 3> weights_of(const std::vector<torch::stable::Tensor>& weight, int n) {
   STD_TORCH_CHECK(static_cast<int>(weight.size()) == n, "weight must hold a tensor for each of ", n, " maps, got ",
                   weight.size());
   std::array<GateParameters, 3> gates{};
   for (int i = 0; i < n; ++i) {
     const torch::stable::Tensor& w = weight[i];
-    bool fits = w.dim() == 5 && w.size(0) == 1 && w.size(1) == 2 && w.scalar_type() == map.scalar_type();
+    bool fits = w.dim() == 5 && w.size(0) == 1 && w.size(1) == 2;
     for (int axis = 2; fits && axis < 5; ++axis) fits = w.size(axis) == 3;
-    STD_TORCH_CHECK(fits, "each weight must be [1, 2, 3, 3, 3], of the type of the maps");
-    gates[i].weight = w.const_data_ptr();
+    STD_TORCH_CHECK(fits, "each weight must be [1, 2, 3, 3, 3]");
+    gates[i].weight = parameter_of(w, "weight");
     for (int axis = 0; axis < 4; ++axis) gates[i].stride[axis] = w.stride(axis + 1);
   }
   return gates;
 }
 
-// Running statistics of BNs, [C] of one type, their numbers of batches, if any, and new statistics [C, 3].
+// Running statistics of BNs, [C], their numbers of batches, if any, and new statistics [C, 3].
 inline void check_running(const std::vector<torch::stable::Tensor>& mean, const std::vector<torch::stable::Tensor>& var,
                           const std::vector<torch::stable::Tensor>& tracked,
                           const std::vector<torch::stable::Tensor>& statistics) {
   STD_TORCH_CHECK(mean.size() == var.size() && mean.size() == statistics.size(),
                   "mean, var and statistics must hold a tensor for each BN");
-  for (size_t i = 0; i < mean.size(); ++i)
-    for (const torch::stable::Tensor* t : {&mean[i], &var[i], &statistics[i]}) {
-      STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == mean[0].scalar_type() &&
-                          t->scalar_type() == accumulate_type(*t) &&
-                          t->numel() == mean[i].numel() * (t == &statistics[i] ? 3 : 1),
-                      "running statistics must be [C], the new ones [C, 3], all contiguous float32 or float64");
-    }
+  for (size_t i = 0; i < mean.size(); ++i) {
+    const torch::stable::Tensor& latest = statistics[i];
+    const bool fits = mean[i].is_contiguous() && var[i].is_contiguous() && latest.is_contiguous() &&
+                      var[i].numel() == mean[i].numel() && latest.numel() == 3 * mean[i].numel();
+    STD_TORCH_CHECK(fits, "running statistics must be [C] and the new ones [C, 3], all contiguous");
+    STD_TORCH_CHECK(
+        latest.scalar_type() == accumulate_type(latest) && latest.scalar_type() == statistics[0].scalar_type(),
+        "statistics must be of one type, float32 or float64");
+  }
   for (const torch::stable::Tensor& number : tracked)
     STD_TORCH_CHECK(number.numel() == 1 && number.scalar_type() == torch::headeronly::ScalarType::Long,
                     "a number of batches must be one int64");
 }
 
-// Adds what n gates are normalised by: lists of n numbers, which may be absent, of the type of the maps.
-inline void add_norms(std::array<GateParameters, 3>& gates, int n, const torch::stable::Tensor& map,
+// Adds what n gates are normalised by: lists of n numbers, which may be absent.
+inline void add_norms(std::array<GateParameters, 3>& gates, int n,
                       const std::vector<std::optional<torch::stable::Tensor>>& scale,
                       const std::vector<std::optional<torch::stable::Tensor>>& shift,
                       const std::vector<std::optional<torch::stable::Tensor>>& mean,
                       const std::vector<std::optional<torch::stable::Tensor>>& var, const std::vector<double>& eps,
                       const std::vector<bool>& batch) {
-  const auto number = [&](const auto& list, int i, const char* name) -> const void* {
+  const auto number = [&](const auto& list, int i, const char* name) -> Parameter {
     STD_TORCH_CHECK(static_cast<int>(list.size()) == n, name, " must hold an entry for each of ", n, " maps");
-    if (!list[i]) return nullptr;
-    STD_TORCH_CHECK(list[i]->numel() == 1 && list[i]->scalar_type() == map.scalar_type(), name,
-                    " must hold one number for each map, of the type of the maps");
-    return list[i]->const_data_ptr();
+    if (!list[i]) return {};
+    STD_TORCH_CHECK(list[i]->numel() == 1, name, " must hold one number for each map");
+    return parameter_of(*list[i], name);
   };
   STD_TORCH_CHECK(static_cast<int>(eps.size()) == n && static_cast<int>(batch.size()) == n,
                   "eps and batch must hold an entry for each of ", n, " maps");

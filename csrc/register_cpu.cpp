@@ -230,18 +230,14 @@ PackedDims pooled_dims(const std::vector<int64_t>& dims, const Tensor& pooled) {
   return dims_of(dims, pooled, "pooled");
 }
 
-// Tap k of the weight of a gate, as an offset into its storage.
-int64_t tap_offset(const aia::GateParameters& gate, int k) {
-  const int64_t* stride = gate.stride;
-  return k / 27 * stride[0] + k / 9 % 3 * stride[1] + k / 3 % 3 * stride[2] + k % 3 * stride[3];
-}
-
 // The weights of n gates, [n, 54] contiguous.
 template <class A>
 std::vector<A> contiguous_weights(const Gates& gates, int n) {
   std::vector<A> weights(n * 54);
-  for (int i = 0; i < n * 54; ++i)
-    weights[i] = static_cast<const A*>(gates[i / 54].weight)[tap_offset(gates[i / 54], i % 54)];
+  for (int i = 0; i < n * 54; ++i) {
+    const aia::GateParameters& gate = gates[i / 54];
+    weights[i] = aia::read<A>(gate.weight, aia::tap_offset(gate, i / 27 % 2, i % 27));
+  }
   return weights;
 }
 
@@ -249,8 +245,8 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
                                         Numbers mean, Numbers var, std::vector<double> eps, std::vector<bool> batch,
                                         std::vector<int64_t> dims) {
   const PackedDims d = pooled_dims(dims, pooled);
-  Gates gates = aia::weights_of(weight, d.n, pooled);
-  aia::add_norms(gates, d.n, pooled, scale, shift, mean, var, eps, batch);
+  Gates gates = aia::weights_of(weight, d.n);
+  aia::add_norms(gates, d.n, scale, shift, mean, var, eps, batch);
   Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
   Tensor norm = torch::stable::new_empty(pooled, {d.n, 4});
   Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
@@ -285,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
 std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> weight, const Tensor& norm,
                                       std::vector<int64_t> dims) {
   const PackedDims d = pooled_dims(dims, pooled);
-  const Gates gates = aia::weights_of(weight, d.n, pooled);
+  const Gates gates = aia::weights_of(weight, d.n);
   check_parameters(norm, pooled, d.n, 4, "norm");
   Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
   Tensor z = output_like(gate);
@@ -330,7 +326,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
                                                               const Tensor& statistics, const Tensor& pooled,
                                                               std::vector<Tensor> weight, std::vector<int64_t> dims) {
   const PackedDims d = dims_of(dims, z, "z");
-  const Gates gates = aia::weights_of(weight, d.n, z);
+  const Gates gates = aia::weights_of(weight, d.n);
   check_same(grad_gate, z, "grad_gate and z");
   check_parameters(norm, z, d.n, 4, "norm");
   check_parameters(statistics, z, d.n, 3, "statistics");
@@ -338,17 +334,23 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
   STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
                   "pooled must be [B, 2, M], of the type of z");
   Tensor grad_pooled = output_like(pooled);
-  Tensor total_sums = sums ? *sums : torch::stable::new_empty(z, {d.n, 2});
+  Tensor grad_affine = torch::stable::new_empty(weight[0], {d.n, 2});
   std::vector<Tensor> grad_weight;
   for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
-  const Gates grads = aia::weights_of(grad_weight, d.n, z);
+  const Gates grads = aia::weights_of(grad_weight, d.n);
+  const aia::Parameter affine = aia::parameter_of(grad_affine, "grad_affine");
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
     const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *features = data<A>(pooled);
-    if (!sums) sum_over_batch(d, grad, in, bn, mutable_data<A>(total_sums));
-    A mean[6];
-    for (int i = 0; i < 2 * d.n; ++i)
-      mean[i] = aia::mean_of(data<A>(total_sums)[i], data<A>(statistics)[i / 2 * 3 + 2]);
+    A total_sums[6], mean[6];
+    if (sums)
+      std::copy_n(data<A>(*sums), 2 * d.n, total_sums);
+    else
+      sum_over_batch(d, grad, in, bn, total_sums);
+    for (int i = 0; i < 2 * d.n; ++i) {
+      mean[i] = aia::mean_of(total_sums[i], data<A>(statistics)[i / 2 * 3 + 2]);
+      aia::write(affine, i, total_sums[i]);
+    }
     const std::vector<A> w = contiguous_weights<A>(gates, d.n);
     A* out = mutable_data<A>(grad_pooled);
     std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
@@ -359,11 +361,12 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
     for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {
       for (int i = 0; i < 54; ++i) total[map][i] += p[i];
     });
-    for (int i = 0; i < d.n * 54; ++i)
-      static_cast<A*>(const_cast<void*>(grads[i / 54].weight))[tap_offset(grads[i / 54], i % 54)] =
-          static_cast<A>(total[i / 54][i % 54]);
+    for (int i = 0; i < d.n * 54; ++i) {
+      const aia::GateParameters& grad_of = grads[i / 54];
+      aia::write(grad_of.weight, aia::tap_offset(grad_of, i / 27 % 2, i % 27), total[i / 54][i % 54]);
+    }
   });
-  return {grad_pooled, grad_weight, total_sums};
+  return {grad_pooled, grad_weight, grad_affine};
 }
 
 void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
@@ -371,12 +374,12 @@ void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vec
   aia::check_running(mean, var, tracked, statistics);
   for (Tensor& number : tracked) ++*static_cast<int64_t*>(number.mutable_data_ptr());
   for (size_t i = 0; i < mean.size(); ++i)
-    with_map_type(mean[i], [&](auto type) {
+    with_map_type(statistics[i], [&](auto type) {
       using A = decltype(type);
-      const A* latest = data<A>(statistics[i]);
-      A *running_mean = mutable_data<A>(mean[i]), *running_var = mutable_data<A>(var[i]);
+      const aia::Parameter running_mean = aia::parameter_of(mean[i], "mean"),
+                           running_var = aia::parameter_of(var[i], "var");
       for (int64_t c = 0; c < mean[i].numel(); ++c)
-        aia::move_statistics(latest + 3 * c, static_cast<A>(momentum), running_mean + c, running_var + c);
+        aia::move_statistics(data<A>(statistics[i]) + 3 * c, static_cast<A>(momentum), running_mean, running_var, c);
     });
 }
 

@@ -165,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
                                         Numbers mean, Numbers var, std::vector<double> eps, std::vector<bool> batch,
                                         std::vector<int64_t> dims) {
   const PackedDims d = pooled_dims(dims, pooled);
-  Gates gates = aia::weights_of(weight, d.n, pooled);
-  aia::add_norms(gates, d.n, pooled, scale, shift, mean, var, eps, batch);
+  Gates gates = aia::weights_of(weight, d.n);
+  aia::add_norms(gates, d.n, scale, shift, mean, var, eps, batch);
   check_all_beside(weight, pooled, "weight");
   for (const Numbers* list : {&scale, &shift, &mean, &var})
     for (const std::optional<Tensor>& number : *list)
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
 std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> weight, const Tensor& norm,
                                       std::vector<int64_t> dims) {
   const PackedDims d = pooled_dims(dims, pooled);
-  const Gates gates = aia::weights_of(weight, d.n, pooled);
+  const Gates gates = aia::weights_of(weight, d.n);
   check_parameters(norm, pooled, d.n, 4, "norm");
   check_all_beside(weight, pooled, "weight");
   check_beside(norm, pooled, "norm");
@@ -217,7 +217,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
                                                               const Tensor& statistics, const Tensor& pooled,
                                                               std::vector<Tensor> weight, std::vector<int64_t> dims) {
   const PackedDims d = gate_dims(dims, z, "z");
-  const Gates gates = aia::weights_of(weight, d.n, z);
+  const Gates gates = aia::weights_of(weight, d.n);
   check_same(grad_gate, z, "grad_gate and z");
   check_parameters(norm, z, d.n, 4, "norm");
   check_parameters(statistics, z, d.n, 3, "statistics");
@@ -234,16 +234,17 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
   check_all_beside(weight, z, "weight");
   const Launch launch(z);
   Tensor grad_pooled = torch::stable::empty_like(pooled);
-  Tensor total_sums = sums ? *sums : torch::stable::new_empty(z, {d.n, 2});
+  Tensor grad_affine = torch::stable::new_empty(weight[0], {d.n, 2});
   std::vector<Tensor> grad_weight;
   for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
-  const Gates grads = aia::weights_of(grad_weight, d.n, z);
+  const Gates grads = aia::weights_of(grad_weight, d.n);
   Tensor workspace = workspace_of(z, aia::cuda::kWeightPartials);
-  launch.check(aia::cuda::gate_backward(d, scalar_of(z), gates.data(), grads.data(), grad_gate.const_data_ptr(),
-                                        z.const_data_ptr(), norm.const_data_ptr(), total_sums.mutable_data_ptr(),
-                                        sums.has_value(), statistics.const_data_ptr(), pooled.const_data_ptr(),
-                                        grad_pooled.mutable_data_ptr(), doubles(workspace), launch.stream()));
-  return {grad_pooled, grad_weight, total_sums};
+  launch.check(aia::cuda::gate_backward(
+      d, scalar_of(z), gates.data(), grads.data(), grad_gate.const_data_ptr(), z.const_data_ptr(),
+      norm.const_data_ptr(), sums ? sums->const_data_ptr() : nullptr, aia::parameter_of(grad_affine, "grad_affine"),
+      statistics.const_data_ptr(), pooled.const_data_ptr(), grad_pooled.mutable_data_ptr(), doubles(workspace),
+      launch.stream()));
+  return {grad_pooled, grad_weight, grad_affine};
 }
 
 void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
@@ -258,14 +259,14 @@ void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vec
   for (size_t begin = 0; begin < std::max(mean.size(), tracked.size()); begin += Running::kMost) {
     Running running{};
     for (size_t i = begin; i < std::min(mean.size(), begin + Running::kMost); ++i) {
-      running.mean[running.norms] = mean[i].mutable_data_ptr();
-      running.var[running.norms] = var[i].mutable_data_ptr();
+      running.mean[running.norms] = aia::parameter_of(mean[i], "mean");
+      running.var[running.norms] = aia::parameter_of(var[i], "var");
       running.statistics[running.norms] = statistics[i].const_data_ptr();
       running.channels[running.norms++] = mean[i].numel();
     }
     for (size_t i = begin; i < std::min(tracked.size(), begin + Running::kMost); ++i)
       running.tracked[running.numbers++] = static_cast<int64_t*>(tracked[i].mutable_data_ptr());
-    const aia::Scalar scalar = mean.empty() ? aia::Scalar::kFloat32 : scalar_of(first);
+    const aia::Scalar scalar = mean.empty() ? aia::Scalar::kFloat32 : scalar_of(statistics[0]);
     launch.check(aia::cuda::move_statistics(running, scalar, momentum, launch.stream()));
   }
 }

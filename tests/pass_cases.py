@@ -147,15 +147,21 @@ GATES = {
     "one map": (3, (2, 9, 5), torch.float32),
     "one element": (1, (1, 1, 1), torch.float32),
     "fp64": (2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float64),
+    "bf16 parameters": (2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float32, torch.bfloat16),
+    "fp16 parameters": (2, (4, 3, 5), torch.float32, torch.float16),
 }
 
 
 class GateCase:
-    """Inputs of the gate passes, with what they are normalised by of the order of one."""
+    """Inputs of the gate passes, with what they are normalised by of the order of one. The parameters may be of another
+    type than the maps."""
 
-    def __init__(self, batch: int, dims: tuple[int, ...], dtype: torch.dtype):
+    def __init__(self, batch: int, dims: tuple[int, ...], dtype: torch.dtype, parameters: torch.dtype | None = None):
         def random(*shape):
             return torch.randn(shape, dtype=torch.float64).to(dtype).to(DEVICE)
+
+        def parameter(*shape):
+            return random(*shape).to(parameters or dtype)
 
         n, self.dims = len(dims) // 3, dims
         self.sizes = [math.prod(dims[3 * i : 3 * i + 3]) for i in range(n)]
@@ -163,9 +169,9 @@ class GateCase:
         self.pooled, self.grad_gate, self.z = random(batch, 2, m), random(batch, m), random(batch, m)
         # As a network has them: contiguous, in another order of axes, channels_last_3d.
         strided = (lambda w: w, lambda w: w.transpose(2, 4), lambda w: w.to(memory_format=torch.channels_last_3d))
-        self.weight = [change(random(1, 2, 3, 3, 3)) for change in strided[:n]]
-        self.scale, self.shift = ([1 + 0.3 * random(1) for _ in range(n)] for _ in range(2))
-        self.mean, self.var = ([random(1).abs() + 0.5 for _ in range(n)] for _ in range(2))
+        self.weight = [change(parameter(1, 2, 3, 3, 3)) for change in strided[:n]]
+        self.scale, self.shift = ([1 + 0.3 * parameter(1) for _ in range(n)] for _ in range(2))
+        self.mean, self.var = ([parameter(1).abs() + 0.5 for _ in range(n)] for _ in range(2))
         self.norm = 1 + 0.3 * random(n, 4)
         self.count = batch * max(self.sizes)
         self.statistics = random(n, 3)

@@ -118,7 +118,7 @@ class PlainPasses:
 
     def conv(self, pooled: Tensor, weight: Sequence[Tensor], dims) -> Tensor:
         """z [B, M] of each map."""
-        z = [F.conv3d(m, w, padding=1) for m, w in zip(self._segments(pooled, dims), weight, strict=True)]
+        z = [F.conv3d(m, w.to(m.dtype), padding=1) for m, w in zip(self._segments(pooled, dims), weight, strict=True)]
         return torch.cat([m.flatten(1) for m in z], 1)
 
     def gate(self, pooled, weight, scale, shift, mean, var, eps, batch, dims) -> tuple[Tensor, Tensor, Tensor]:

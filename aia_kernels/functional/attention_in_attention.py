@@ -106,7 +106,7 @@ def _through_passes(
         return as_input(y, x.ndim), statistics.split(1)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
         return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
-    result = algorithm.forward(plan, clips, algorithm.gate_parameters(parameters, fixed, dtype))
+    result = algorithm.forward(plan, clips, algorithm.gate_parameters(parameters, fixed))
     return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
 
 

@@ -341,9 +341,10 @@ def gate_backward(
     grad_z, grad_pooled = torch.empty_like(z), torch.empty_like(pooled)
     partial = _partial(z, dims, TAPPED, 54)
     _start(grad_z_kernel, z, dims, FLAT, grad_gate, z, norm, sums, statistics, grad_z)
-    _start(conv_backward_kernel, z, dims, TAPPED, grad_z, pooled, torch.cat(weight).contiguous(), grad_pooled, partial)
+    _start(conv_backward_kernel, z, dims, TAPPED, grad_z, pooled, _arranged(weight, z), grad_pooled, partial)
     total = partial.sum(1).view(-1, 1, 2, 3, 3, 3)
-    return grad_pooled, [torch.empty_like(w).copy_(grad) for w, grad in zip(weight, total, strict=True)], sums
+    grad_weight = [torch.empty_like(w).copy_(grad) for w, grad in zip(weight, total, strict=True)]
+    return grad_pooled, grad_weight, sums.to(weight[0].dtype)
 
 
 def _conv(pooled: Tensor, weight: Sequence[Tensor], dims: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -351,8 +352,13 @@ def _conv(pooled: Tensor, weight: Sequence[Tensor], dims: Sequence[int]) -> tupl
     tiles.check_packed(pooled=pooled)
     z = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
     partial = _partial(z, dims, TAPPED, 3)
-    _start(conv_kernel, z, dims, TAPPED, pooled, torch.cat(weight).contiguous(), z, partial)
+    _start(conv_kernel, z, dims, TAPPED, pooled, _arranged(weight, z), z, partial)
     return z, partial
+
+
+def _arranged(weight: Sequence[Tensor], z: Tensor) -> Tensor:
+    """[n, 2, 3, 3, 3] contiguous, in the type of the maps."""
+    return torch.cat(weight).to(z.dtype).contiguous()
 
 
 def _given(
@@ -371,7 +377,7 @@ def _given(
                 default = torch.arange(2, dtype=pooled.dtype, device=pooled.device) if default is None else default
                 number = default[absent : absent + 1]
             flat.append(number if read else unread)
-    return torch.cat(flat)
+    return torch.cat(flat).to(pooled.dtype)
 
 
 def _programs(z: Tensor, dims: Sequence[int], block: int) -> int:

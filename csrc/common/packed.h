@@ -16,14 +16,19 @@ struct Gate {
   int context;
 };
 
-// What a gate is computed with, in the type of the maps: the weight of its convolution, [2, 3, 3, 3] in the map's
-// stored order of axes, and of its normalisation scale and shift (1 and 0 where null), eps, and either the statistics
-// of the batch or fixed ones (mean 0 and variance 1 where null). Strides in elements: those of the network's own
-// parameter.
+// Numbers of any scalar type, or none.
+struct Parameter {
+  void* data;
+  Scalar scalar;
+};
+
+// What a gate is computed with, as the network keeps it: the weight of its convolution, [2, 3, 3, 3] in the map's
+// stored order of axes with strides in elements, and of its normalisation scale and shift (1 and 0 where absent), eps,
+// and either the statistics of the batch or fixed ones (mean 0 and variance 1 where absent).
 struct GateParameters {
-  const void* weight;
+  Parameter weight;
   int64_t stride[4];
-  const void *scale, *shift, *mean, *var;
+  Parameter scale, shift, mean, var;
   double eps;
   bool batch;
 };

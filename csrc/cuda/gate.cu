@@ -43,7 +43,7 @@ __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const
   const int64_t packed = maps.packed;
   A w[2][27];
 #pragma unroll
-  for (int k = 0; k < 54; ++k) w[k / 27][k % 27] = static_cast<const A*>(gate.weight)[tap_offset(gate, k / 27, k % 27)];
+  for (int k = 0; k < 54; ++k) w[k / 27][k % 27] = read<A>(gate.weight, tap_offset(gate, k / 27, k % 27));
 
   const auto fetch = [&](int64_t clip, int k) {
     const A* maximum = pooled + 2 * clip * packed + k;

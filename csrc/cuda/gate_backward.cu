@@ -38,12 +38,12 @@ struct PreActivation {
 };
 
 // The sums of both over batch and map, of each map, by all blocks of a launch: every block has them all, in shared
-// memory, and the first one stores them.
+// memory.
 template <class A, int V>
-__device__ __forceinline__ const Sums<double, 6>& sum_over_batch(const Borders& borders, int64_t batch, int maps,
+__device__ __forceinline__ const Sums<double, 6>& sum_over_batch(const Borders& borders, int64_t batch,
                                                                  const A* __restrict__ grad_gate,
                                                                  const A* __restrict__ z, const A* __restrict__ norm,
-                                                                 A* __restrict__ sums, int blocks, double* workspace) {
+                                                                 int blocks, double* workspace) {
   using Partial = Sums<double, 6>;
   AIA_SHARED(Partial, shared, kGateThreads / 2);
   A mine[6] = {};
@@ -71,7 +71,6 @@ __device__ __forceinline__ const Sums<double, 6>& sum_over_batch(const Borders& 
   total = {};
   for (int b = threadIdx.x; b < blocks; b += kGateThreads) total.merge(partial[b]);
   reduce_block<kGateThreads, 1>(shared, total);
-  if (blockIdx.x == 0 && threadIdx.x < 2 * maps) sums[threadIdx.x] = static_cast<A>(shared[0].at[threadIdx.x]);
   return shared[0];
 }
 
@@ -80,16 +79,17 @@ __global__ void __launch_bounds__(kGateThreads, 1)
     backward_reduce_kernel(Borders borders, int64_t batch, int maps, const A* __restrict__ grad_gate,
                            const A* __restrict__ z, const A* __restrict__ norm, A* __restrict__ sums, int blocks,
                            double* workspace) {
-  sum_over_batch<A, V>(borders, batch, maps, grad_gate, z, norm, sums, blocks, workspace);
+  const Sums<double, 6>& found = sum_over_batch<A, V>(borders, batch, grad_gate, z, norm, blocks, workspace);
+  if (blockIdx.x == 0 && threadIdx.x < 2 * maps) sums[threadIdx.x] = static_cast<A>(found.at[threadIdx.x]);
 }
 
-// kSums: the sums are found first and stored; else they are given.
+// kSums: the sums are found first; else they are given.
 template <class A, int V, bool kSums>
 __global__ void __launch_bounds__(kGateThreads, 1)
     backward_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, Gates grads,
-                    const A* __restrict__ grad_gate, const A* __restrict__ z, const A* __restrict__ norm, A* sums,
-                    const A* __restrict__ statistics, const A* __restrict__ pooled, A* __restrict__ grad_pooled,
-                    double* workspace) {
+                    const A* __restrict__ grad_gate, const A* __restrict__ z, const A* __restrict__ norm,
+                    const A* __restrict__ sums, Parameter grad_affine, const A* __restrict__ statistics,
+                    const A* __restrict__ pooled, A* __restrict__ grad_pooled, double* workspace) {
   using Taps = Sums<A, 27>;
   using Raw = Vector<A, 2>;  // of the gradient of the gate, and z
   AIA_SHARED(A, staged, 2 * kStaged);
@@ -100,10 +100,14 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   const Norm<A> bn = load_norm(norm, m);
   A sum_grad, sum_grad_xhat;
   if constexpr (kSums) {
-    const auto& found = sum_over_batch<A, V>(borders, batch, maps.n, grad_gate, z, norm, sums, blocks, workspace);
+    const auto& found = sum_over_batch<A, V>(borders, batch, grad_gate, z, norm, blocks, workspace);
     sum_grad = static_cast<A>(found.at[2 * m]), sum_grad_xhat = static_cast<A>(found.at[2 * m + 1]);
   } else {
     sum_grad = sums[2 * m], sum_grad_xhat = sums[2 * m + 1];
+  }
+  if (static_cast<int>(blockIdx.x) == map.first_block && threadIdx.x == 0) {
+    write(grad_affine, 2 * m, sum_grad);
+    write(grad_affine, 2 * m + 1, sum_grad_xhat);
   }
   const A share = statistics[3 * m + 2];
   const A mean_grad = mean_of(sum_grad, share), mean_grad_xhat = mean_of(sum_grad_xhat, share);
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   A w[27];
   Taps taps{};
 #pragma unroll
-  for (int k = 0; k < 27; ++k) w[k] = static_cast<const A*>(gates.at[m].weight)[tap_offset(gates.at[m], feature, k)];
+  for (int k = 0; k < 27; ++k) w[k] = read<A>(gates.at[m].weight, tap_offset(gates.at[m], feature, k));
 
   const auto fetch = [&](int64_t clip, int k) { return Raw{{grad_gate[clip * packed + k], z[clip * packed + k]}}; };
   const auto stage = [&](const Raw& raw) {
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 #pragma unroll
     for (int r = 1; r < kRows; ++r) sum += totals[r * 54 + column];
     const GateParameters& grad = grads.at[m];
-    static_cast<A*>(const_cast<void*>(grad.weight))[tap_offset(grad, column / 27, column % 27)] = static_cast<A>(sum);
+    write(grad.weight, tap_offset(grad, column / 27, column % 27), sum);
   }
 }
 
@@ -187,7 +191,7 @@ int gate_backward_reduce(const PackedDims& dims, Scalar scalar, const void* grad
 }
 
 int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const GateParameters* grads,
-                  const void* grad_gate, const void* z, const void* norm, void* sums, bool sums_given,
+                  const void* grad_gate, const void* z, const void* norm, const void* sums, Parameter grad_affine,
                   const void* statistics, const void* pooled, void* grad_pooled, double* workspace, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
@@ -195,11 +199,11 @@ int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* g
       const Maps maps = cut(dims, kPositions, kStaged, most_together(kernel));
       return launch_together(kernel, block_count(maps), kGateThreads, stream, maps, borders_of(dims), dims.B,
                              gates_of(gates, dims.n), gates_of(grads, dims.n), static_cast<const A*>(grad_gate),
-                             static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<A*>(sums),
-                             static_cast<const A*>(statistics), static_cast<const A*>(pooled),
+                             static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<const A*>(sums),
+                             grad_affine, static_cast<const A*>(statistics), static_cast<const A*>(pooled),
                              static_cast<A*>(grad_pooled), workspace);
     };
-    if (sums_given) return run(backward_kernel<A, 1, false>);
+    if (sums) return run(backward_kernel<A, 1, false>);
     return with_width<A>(dims, {grad_gate, z}, [&](auto width) { return run(backward_kernel<A, width.value, true>); });
   });
 }

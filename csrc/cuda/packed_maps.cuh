@@ -133,11 +133,6 @@ struct Gates {
   GateParameters at[3];
 };
 
-// Of tap k of 27 of a feature, in elements.
-__device__ __forceinline__ int64_t tap_offset(const GateParameters& gate, int feature, int k) {
-  return feature * gate.stride[0] + k / 9 * gate.stride[1] + k / 3 % 3 * gate.stride[2] + k % 3 * gate.stride[3];
-}
-
 template <class A>
 __device__ __forceinline__ Norm<A> load_norm(const A* norm, int m) {
   return {norm[4 * m], norm[4 * m + 1], norm[4 * m + 2], norm[4 * m + 3]};

@@ -37,7 +37,7 @@ constexpr int kGateBlocks = 4 * kMultiprocessors;
 constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = kNormPartials + 54;
 
 // The gate passes, on maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip. gates and grads
-// have an entry for each map; of grads only the weight counts, which is written.
+// have an entry for each map; of grads only the weight counts, which is written. sums may be null.
 int gate(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
          void* statistics, double* workspace, void* stream);
 int gate_again(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, const void* norm, void* gate,
@@ -45,14 +45,14 @@ int gate_again(const PackedDims&, Scalar, const GateParameters* gates, const voi
 int gate_backward_reduce(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm, void* sums,
                          double* workspace, void* stream);
 int gate_backward(const PackedDims&, Scalar, const GateParameters* gates, const GateParameters* grads,
-                  const void* grad_gate, const void* z, const void* norm, void* sums, bool sums_given,
+                  const void* grad_gate, const void* z, const void* norm, const void* sums, Parameter grad_affine,
                   const void* statistics, const void* pooled, void* grad_pooled, double* workspace, void* stream);
 
-// Running statistics of some BNs of a scalar (float32 or float64), and their numbers of batches.
+// Running statistics of some BNs, new ones of a scalar (float32 or float64), and their numbers of batches.
 struct Running {
   static constexpr int kMost = 8;
   int norms, numbers;
-  void *mean[kMost], *var[kMost];
+  Parameter mean[kMost], var[kMost];
   const void* statistics[kMost];
   int64_t channels[kMost];
   int64_t* tracked[kMost];

@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kThreads, 1) move_statistics_kernel(Running ru
   if (threadIdx.x == 0 && i < running.numbers) ++*running.tracked[i];
   if (i >= running.norms) return;
   for (int64_t c = threadIdx.x; c < running.channels[i]; c += kThreads)
-    aia::move_statistics(static_cast<const A*>(running.statistics[i]) + 3 * c, momentum,
-                         static_cast<A*>(running.mean[i]) + c, static_cast<A*>(running.var[i]) + c);
+    aia::move_statistics(static_cast<const A*>(running.statistics[i]) + 3 * c, momentum, running.mean[i],
+                         running.var[i], c);
 }
 
 }  // namespace

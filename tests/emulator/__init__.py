@@ -61,9 +61,21 @@ def _array(tensor: Tensor | None):
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
 
 
+def _number(tensor: Tensor | None):
+    """The storage of a parameter, dense in any order of axes, and its scalar."""
+    if tensor is None:
+        return None, 0
+    return _array(tensor.as_strided((tensor.numel(),), (1,))), _SCALARS.index(tensor.dtype)
+
+
 def _weights(weights):
-    """The storage of each weight, dense in any order of axes, and its strides."""
-    return [(_array(w.as_strided((w.numel(),), (1,))), w.stride()[1:]) for w in weights]
+    """Each weight with its strides."""
+    return [(_number(w), w.stride()[1:]) for w in weights]
+
+
+def _copy(tensor: Tensor, array) -> None:
+    """Write what a call made of a parameter's storage into it."""
+    tensor.as_strided((tensor.numel(),), (1,)).copy_(torch.from_numpy(array).view(tensor.dtype))
 
 
 def _poison(tensor: Tensor) -> Tensor:
@@ -176,7 +188,7 @@ class Emulator:
         n = len(weight)
         gate = _poison(pooled.new_empty((pooled.shape[0], pooled.shape[2])))
         norm, statistics = _poison(pooled.new_empty((n, 4))), _poison(pooled.new_empty((n, 3)))
-        norms = [[_array(number) for number in of] for of in zip(scale, shift, mean, var, strict=True)]
+        norms = [[_number(number) for number in of] for of in zip(scale, shift, mean, var, strict=True)]
         arguments = [pooled, _weights(weight), norms, list(eps), list(batch)]
         self._launch_gate("gate", dims, pooled, arguments, [gate, norm, statistics])
         return gate, norm, statistics
@@ -193,26 +205,29 @@ class Emulator:
         return sums
 
     def gate_backward(self, grad_gate, z, norm, sums, statistics, pooled, weight, dims):
-        given = sums is not None
-        sums = sums.clone() if given else _poison(norm.new_empty((norm.shape[0], 2)))
         grad_pooled, grad_weight = _poison(torch.empty_like(pooled)), [_poison(torch.empty_like(w)) for w in weight]
-        arguments = [grad_gate, z, norm, given, statistics, pooled, _weights(weight)]
+        grad_affine = _poison(weight[0].new_empty((norm.shape[0], 2)))
         leading = z.shape[0], list(dims), _SCALARS.index(z.dtype)
-        arrays = [_array(a) if isinstance(a, Tensor) else a for a in arguments]
-        outputs = _weights(grad_weight), _array(sums), _array(grad_pooled)
-        *_, weights, found, after = self.call("gate_backward", *leading, *arrays, *outputs)[1]
-        for w, (array, _) in zip(grad_weight, weights, strict=True):
-            w.as_strided((w.numel(),), (1,)).copy_(torch.from_numpy(array))
-        grad_pooled.copy_(torch.from_numpy(after).view(grad_pooled.shape))
-        return grad_pooled, grad_weight, torch.from_numpy(found).view(sums.shape)
+        arrays = map(_array, (grad_gate, z, norm, sums, statistics, pooled))
+        outputs = _weights(grad_weight), _number(grad_affine), _array(grad_pooled)
+        *_, weights, (affine, _), after = self.call("gate_backward", *leading, *arrays, _weights(weight), *outputs)[1]
+        for w, ((array, _), _) in zip(grad_weight, weights, strict=True):
+            _copy(w, array)
+        _copy(grad_affine, affine)
+        _copy(grad_pooled, after)
+        return grad_pooled, grad_weight, grad_affine
 
     def move_statistics_(self, mean, var, tracked, statistics, momentum):
-        leading = _SCALARS.index(mean[0].dtype), [m.numel() for m in mean], momentum
-        lists = [[_array(t) for t in tensors] for tensors in (mean, var, tracked, statistics)]
-        after = self.call("move_statistics_", *leading, *lists)[1]
-        for tensors, arrays in zip((mean, var, tracked), after[3:6], strict=True):
-            for tensor, array in zip(tensors, arrays, strict=True):
-                tensor.copy_(torch.from_numpy(array).view(tensor.shape))
+        leading = _SCALARS.index(statistics[0].dtype), [m.numel() for m in mean], momentum
+        lists = [
+            [kind(t) for t in tensors]
+            for kind, tensors in ((_number, mean), (_number, var), (_array, tracked), (_array, statistics))
+        ]
+        *_, means, variances, numbers, _ = self.call("move_statistics_", *leading, *lists)[1]
+        for tensor, (array, _) in zip((*mean, *var), (*means, *variances), strict=True):
+            _copy(tensor, array)
+        for tensor, array in zip(tracked, numbers, strict=True):
+            _copy(tensor, array)
 
     def _launch_tokens(self, name: str, logits: Tensor, group: int, arguments, outputs: list[Tensor]) -> None:
         self._run(name, ((*logits.shape, group), _SCALARS.index(logits.dtype)), arguments, outputs)

@@ -53,13 +53,20 @@ Features features_of(const std::array<int64_t, 3>& sizes, bool maps, int scalar)
   return {sizes[0], sizes[1], sizes[2], maps, static_cast<Scalar>(scalar)};
 }
 
+// A parameter, or none, with its scalar.
+using Number = std::pair<Array, int>;
+
+Parameter parameter_of(const Number& number) {
+  return {const_cast<void*>(data(number.first)), static_cast<Scalar>(number.second)};
+}
+
 // The storage of each weight and its strides along [2, 3, 3, 3].
-using Weights = std::vector<std::pair<py::array, std::array<int64_t, 4>>>;
+using Weights = std::vector<std::pair<Number, std::array<int64_t, 4>>>;
 
 std::array<GateParameters, 3> parameters_of(const Weights& weights) {
   std::array<GateParameters, 3> gates{};
   for (size_t i = 0; i < weights.size(); ++i) {
-    gates[i].weight = weights[i].first.data();
+    gates[i].weight = parameter_of(weights[i].first);
     std::copy_n(weights[i].second.begin(), 4, gates[i].stride);
   }
   return gates;
@@ -111,12 +118,12 @@ PYBIND11_MODULE(aia_emulator, m) {
   });
 
   m.def("gate", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, Weights weight,
-                   std::vector<std::array<Array, 4>> norms, std::vector<double> eps, std::vector<bool> own,
+                   std::vector<std::array<Number, 4>> norms, std::vector<double> eps, std::vector<bool> own,
                    py::array gate, py::array norm, py::array statistics) {
     auto gates = parameters_of(weight);
     for (size_t i = 0; i < norms.size(); ++i) {
-      gates[i].scale = data(norms[i][0]), gates[i].shift = data(norms[i][1]);
-      gates[i].mean = data(norms[i][2]), gates[i].var = data(norms[i][3]);
+      gates[i].scale = parameter_of(norms[i][0]), gates[i].shift = parameter_of(norms[i][1]);
+      gates[i].mean = parameter_of(norms[i][2]), gates[i].var = parameter_of(norms[i][3]);
       gates[i].eps = eps[i], gates[i].batch = own[i];
     }
     with_workspace(kMomentPartials, [&](double* workspace) {
@@ -137,21 +144,22 @@ PYBIND11_MODULE(aia_emulator, m) {
     });
   });
   m.def("gate_backward", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate, py::array z,
-                            py::array norm, bool given, py::array statistics, py::array pooled, Weights weight,
-                            Weights grad_weight, py::array sums, py::array grad_pooled) {
+                            py::array norm, Array sums, py::array statistics, py::array pooled, Weights weight,
+                            Weights grad_weight, Number grad_affine, py::array grad_pooled) {
     with_workspace(kWeightPartials, [&](double* workspace) {
       gate_backward(dims_of(batch, dims), static_cast<Scalar>(scalar), parameters_of(weight).data(),
-                    parameters_of(grad_weight).data(), grad_gate.data(), z.data(), norm.data(), sums.mutable_data(),
-                    given, statistics.data(), pooled.data(), grad_pooled.mutable_data(), workspace, nullptr);
+                    parameters_of(grad_weight).data(), grad_gate.data(), z.data(), norm.data(), data(sums),
+                    parameter_of(grad_affine), statistics.data(), pooled.data(), grad_pooled.mutable_data(), workspace,
+                    nullptr);
     });
   });
   m.def("move_statistics_",
-        [](int scalar, std::vector<int64_t> channels, double momentum, std::vector<py::array> mean,
-           std::vector<py::array> var, std::vector<py::array> tracked, std::vector<py::array> statistics) {
+        [](int scalar, std::vector<int64_t> channels, double momentum, std::vector<Number> mean,
+           std::vector<Number> var, std::vector<py::array> tracked, std::vector<py::array> statistics) {
           Running running{};
           for (; running.norms < static_cast<int>(mean.size()); ++running.norms) {
             const int i = running.norms;
-            running.mean[i] = mean[i].mutable_data(), running.var[i] = var[i].mutable_data();
+            running.mean[i] = parameter_of(mean[i]), running.var[i] = parameter_of(var[i]);
             running.statistics[i] = statistics[i].data(), running.channels[i] = channels[i];
           }
           for (py::array& number : tracked)
