@@ -1,6 +1,5 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-RESULTS ?= benchmarks/results
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -42,8 +41,8 @@ bench: $(INSTALLED)  ## microbenchmarks: rows and plots in benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.plot
 
-gpu:  ## on a GPU without a network: build, test, sanitize, bench with this Python (RESULTS=dir)
-	PYTHON=$(PYTHON) .ci/gpu "$(RESULTS)"
+gpu:  ## on a GPU without a network: build, test, sanitize, bench (RESULTS=dir PART=check REHEARSE=1)
+	PYTHON=$(PYTHON) PART=$(PART) PACK=$(PACK) FILTER="$(FILTER)" REHEARSE=$(REHEARSE) .ci/gpu $(RESULTS)
 
 clean:  ## remove what the build made, and .venv
 	rm -rf build dist *.egg-info aia_kernels/_C.so $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from . import _extension, ops
+from . import _extension, choices, ops
 from .dense import Dense
 
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -57,7 +57,8 @@ FUSED_PASSES = (
     "empty_signs",
 )
 
-#: What "auto" tries, in order, by type of device; the reference runs everywhere.
+#: What "auto" tries, in order, by type of device, where nothing was measured (choices.csv); the reference runs
+#: everywhere.
 AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
 
 _process_choice = os.environ.get("AIA_KERNELS_BACKEND") or "auto"
@@ -169,6 +170,14 @@ def available_backends(family: str = _FIRST) -> dict[str, str | None]:
     return reasons
 
 
+def _auto_order(device_type: str, dtype: torch.dtype, family: str) -> tuple[str, ...]:
+    if device_type == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if order := choices.measured_order(name, family, str(dtype).removeprefix("torch.")):
+            return order
+    return AUTO.get(device_type, ())
+
+
 @functools.cache
 def _resolve(choice: str, device_type: str, dtype: torch.dtype, family: str = _FIRST) -> str:
     if choice != "auto":
@@ -176,7 +185,7 @@ def _resolve(choice: str, device_type: str, dtype: torch.dtype, family: str = _F
             raise RuntimeError(f"backend {choice!r} was asked for, but {reason}")
         return choice
     # The interpreter is for tests: it is never chosen, only asked for.
-    candidates = [name for name in AUTO.get(device_type, ()) if not (name == "triton" and _interpreted())]
+    candidates = [name for name in _auto_order(device_type, dtype, family) if not (name == "triton" and _interpreted())]
     return next((name for name in candidates if why_not(name, device_type, dtype, family) is None), "reference")
 
 

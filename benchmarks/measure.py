@@ -1,20 +1,18 @@
-"""How things are measured: layers as callables, time samples, bytes kept for backward, errors, the machine."""
+"""How things are measured: layers as callables, bytes kept for backward, errors, the machine. Times: timing.py."""
 
 from __future__ import annotations
 
 import datetime
 import math
 import platform
-import statistics
 import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+
+from . import records
 
 
 def evaluation(unit: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -110,57 +108,6 @@ def kept_bytes(unit: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-@dataclass
-class Samples:
-    """Seconds per call, one entry a round."""
-
-    seconds: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.seconds) < 2:
-            return self.seconds[0], self.seconds[0]
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
-
-
-def sample(run: Callable, calls: int, device: str) -> list[float]:
-    """Seconds per call: on a GPU one entry a call, by events and with a cold L2; on the CPU the mean of ``calls``."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return [ms / 1e3 for ms in do_bench(run, warmup=5, rep=20, return_mode="all")]
-    return [Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()).timeit(calls).mean]
-
-
-def interleave(
-    runs: dict[str, tuple[Callable, Callable]], rounds: int, seconds: float, device: str
-) -> dict[str, Samples]:
-    """Samples of several runs taken in turns, so that drift of the machine meets all alike.
-
-    ``runs`` maps a name to (run, context), context() being entered around its samples. A sample lasts about
-    20 ms at least. No further round is begun once ``seconds`` have passed, but there is always one.
-    """
-    calls, found = {}, {name: [] for name in runs}
-    for name, (run, context) in runs.items():
-        with context():
-            begin = time.perf_counter()
-            run()
-            calls[name] = max(1, round(0.02 / (time.perf_counter() - begin)))
-    start = time.perf_counter()
-    for done in range(rounds):
-        if done and time.perf_counter() - start > seconds:
-            break
-        for name, (run, context) in runs.items():
-            with context():
-                found[name] += sample(run, calls[name], device)
-    return {name: Samples(seconds) for name, seconds in found.items()}
-
-
 def machine(device: str) -> dict[str, str | int]:
     """The columns that say where and with what a row was measured."""
     try:
@@ -168,7 +115,7 @@ def machine(device: str) -> dict[str, str | int]:
     except ImportError:
         triton_version = ""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(device),
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -176,6 +123,12 @@ def machine(device: str) -> dict[str, str | int]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return records.REHEARSAL if records.rehearsing() else "cpu"
 
 
 def commit() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +24,16 @@ import aia_kernels
 from aia_kernels.models import AIAResNet
 from aia_kernels.models.resnet import TEMPORAL, UNITS
 
-from . import clip, measure, records
+from . import clip, measure, records, timing
 from .published import attention_in_attention, temporal_shift
 
 FORMS = ("plain", "published", "fused")
 LAYERS, CLASSES, SEGMENTS = (3, 4, 6, 3), 174, 8
 WHOLE = "network"
 #: Rounding in float32: of outputs, sums of a few thousand terms, and of gradients, where a batch norm or a maximum that
-#: is decided otherwise moves more.
+#: is decided otherwise moves more. Under autocast, of the products' operands in bfloat16.
 LIMITS = {"outputs": 1e-5, "gradients": 2e-3}
+AUTOCAST_LIMITS = {"outputs": 2e-2, "gradients": 5e-2}
 HEADER = (
     f"{'':9}{'error':^16} {'eval, ms':^31} {'training step, ms':^31} {'kept, MB':^13}\n"
     f"{'':9}{'publ.':>8}{'fused':>8} "
@@ -78,32 +80,48 @@ def stages_of(network: AIAResNet) -> dict[str, nn.Module]:
     return {"stem": stem, **{name: getattr(network, name) for name in network.stages}, "head": head}
 
 
+class Autocast(nn.Module):
+    """A module whose forward runs under autocast to bfloat16, and whose backward, as is recommended, does not."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.module(x)
+
+
 def distance(found: Tensor, truth: Tensor) -> float:
     error = ((found.double() - truth).abs().max() / truth.abs().max()).item()
     return error if error == error else float("inf")
 
 
 @torch.no_grad()
-def output_errors(networks: dict[str, AIAResNet], images: Tensor) -> tuple[dict, dict[str, Tensor]]:
-    """{part: {form: error}} in eval mode, and the true input of each stage in float32."""
+def output_errors(
+    networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module]
+) -> tuple[dict, dict[str, Tensor]]:
+    """{part: {form: error}} in eval mode of what is wrapped, and the true input of each stage in float32."""
     truth = copy.deepcopy(networks["published"]).double().eval()
     x, inputs, errors = images.double(), {}, {}
     forms = {form: stages_of(networks[form].eval()) for form in ("published", "fused")}
     for name, stage in stages_of(truth).items():
         inputs[name] = x.float()
         x = stage(inputs[name].double())
-        errors[name] = {form: distance(stages[name](inputs[name]), x) for form, stages in forms.items()}
+        errors[name] = {form: distance(wrap(stages[name])(inputs[name]), x) for form, stages in forms.items()}
     logits = truth(images.double())
-    return {WHOLE: {form: distance(networks[form](images), logits) for form in forms}} | errors, inputs
+    return {WHOLE: {form: distance(wrap(networks[form])(images), logits) for form in forms}} | errors, inputs
 
 
-def gradient_errors(networks: dict[str, AIAResNet], images: Tensor) -> dict[str, float]:
+def gradient_errors(
+    networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module]
+) -> dict[str, float]:
     """Errors of all parameters' gradients of a training step together, in the l2 norm, on frames of 64x64."""
     small = F.interpolate(images, size=(64, 64), mode="area")
 
     def gradients(network: AIAResNet, x: Tensor) -> Tensor:
         network = copy.deepcopy(network).to(x.dtype).train()
-        network(x).square().mean().backward()
+        (network if x.dtype == torch.float64 else wrap(network))(x).square().mean().backward()
         return torch.cat([p.grad.double().flatten() for p in network.parameters()])
 
     truth = gradients(networks["published"], small.double())
@@ -136,27 +154,35 @@ def measure_network(
     rounds: int,
     seconds: float,
     stages: bool,
+    autocast: bool,
 ) -> tuple[dict[str, dict], bool]:
     """What each part costs in each form, {part: {"error": ..., "eval": ..., "step": ..., "kept": ...}}, by form; and
     whether the numbers of the fused form are right. Without ``stages`` the whole network is the only part."""
     device = images.device.type
+    wrap, limits = (Autocast, AUTOCAST_LIMITS) if autocast else (lambda module: module, LIMITS)
     networks = {form: build(form, unit, temporal, segments, layers).to(device) for form in FORMS}
+    if not images.is_contiguous():
+        for convolution in (m for network in networks.values() for m in network.modules() if type(m) is nn.Conv2d):
+            convolution.to(memory_format=torch.channels_last)  # the units' are of another rank
     with tqdm(
         total=3 + 2 * (len(layers) + 3 if stages else 1), unit="measurement", leave=False, dynamic_ncols=True
     ) as bar:
         bar.set_description("numbers")
-        errors, inputs = output_errors(networks, images)
+        errors, inputs = output_errors(networks, images, wrap)
         bar.update(2)
-        gradients = gradient_errors(networks, images)
+        gradients = gradient_errors(networks, images, wrap)
         bar.update()
-        right = gradients["fused"] <= 2 * gradients["published"] + LIMITS["gradients"]
-        right &= all(e["fused"] <= 2 * e["published"] + LIMITS["outputs"] for e in errors.values())
-        parts = {form: {WHOLE: network} | stages_of(network) for form, network in networks.items()}
+        right = gradients["fused"] <= 2 * gradients["published"] + limits["gradients"]
+        right &= all(e["fused"] <= 2 * e["published"] + limits["outputs"] for e in errors.values())
+        parts = {
+            form: {part: wrap(module) for part, module in ({WHOLE: network} | stages_of(network)).items()}
+            for form, network in networks.items()
+        }
         found = {part: {"error": errors[part], "kept": {}} for part in (errors if stages else (WHOLE,))}
         for part, measured in found.items():
             x = images if part == WHOLE else inputs[part]
             with torch.no_grad():
-                y = networks["plain"].eval()(x) if part == WHOLE else parts["plain"][part].eval()(x)
+                y = parts["plain"][part].eval()(x)
             grad_y = None if part == WHOLE else torch.randn_like(y)
             for mode in ("eval", "step"):
                 bar.set_description(f"{part}, {mode}")
@@ -166,7 +192,7 @@ def measure_network(
                     call = measure.evaluation(module, x) if mode == "eval" else training_step(module, x, grad_y)
                     # Modules of one form share their parameters and modes: the mode is set again before each sample.
                     runs[form] = call, lambda module=module, mode=mode: _mode(module, mode == "step")
-                measured[mode] = measure.interleave(runs, rounds, seconds, device)
+                measured[mode] = timing.interleave(runs, rounds, seconds, device)
                 bar.update()
             for form in FORMS:
                 measured["kept"][form] = measure.kept_bytes(parts[form][part], x)
@@ -200,11 +226,13 @@ def _report(
     rounds: int = 5,
     seconds: float = 10,
     stages: bool = True,
+    autocast: bool = False,
 ) -> tuple[dict, bool]:
     n, _, h, w = images.shape
     backend = aia_kernels.backends.select(images.device.type, torch.float32)
-    print(f"{name_of(layers)} with {unit} in every block, {temporal}, {n} frames of {h}x{w}, fp32; fused: {backend}.\n")
-    found, right = measure_network(images, unit, temporal, segments, layers, rounds, seconds, stages)
+    about = f"{temporal}, {n} frames of {h}x{w}, {precision_of(autocast)}; fused: {backend}"
+    print(f"{name_of(layers)} with {unit} in every block, {about}.\n")
+    found, right = measure_network(images, unit, temporal, segments, layers, rounds, seconds, stages, autocast)
     print(HEADER, *(line(part, cells, right) for part, cells in found.items()), sep="\n")
     print(FOOTNOTE)
     for mode, text in (("eval", "eval"), ("step", "a training step")):
@@ -216,14 +244,19 @@ def _report(
     return found, right
 
 
+def precision_of(autocast: bool) -> str:
+    return "bf16 autocast" if autocast else "fp32"
+
+
 def name_of(layers: tuple[int, ...]) -> str:
     return f"ResNet-{3 * sum(layers) + 2}"
 
 
-def rows(found: dict[str, dict], right: bool, images: Tensor, name: str, segments: int) -> list[dict]:
+def rows(found: dict[str, dict], right: bool, images: Tensor, name: str, segments: int, autocast: bool) -> list[dict]:
     """The rows of the CSV: one for each part, mode and form; the form fused goes by the name of its backend."""
     device = images.device.type
     where, backend = measure.machine(device), aia_kernels.backends.select(device, torch.float32)
+    layout = "contiguous" if images.is_contiguous() else "channels_last"
     made = []
     for part, cells in found.items():
         for mode in ("eval", "step"):
@@ -232,7 +265,9 @@ def rows(found: dict[str, dict], right: bool, images: Tensor, name: str, segment
                 low, high = times.quartiles
                 row = dict.fromkeys(records.COLUMNS, "") | where
                 row |= {"kind": "network", "name": name, "stage": part, "clips": len(images) // segments}
-                row |= {"dtype": "fp32", "layout": "contiguous", "mode": mode, "samples": len(times.seconds)}
+                row |= {"dtype": precision_of(autocast), "layout": layout, "mode": mode, "timed": times.timed}
+                row |= {"samples": len(times.seconds)}
+                row |= {"wall_ms": f"{statistics.median(times.wall) * 1e3:.4f}" if times.wall else ""}
                 row |= {"provider": backend if form == "fused" else form}
                 row |= {"median_ms": f"{times.median * 1e3:.4f}", "q25_ms": f"{low * 1e3:.4f}"}
                 row |= {"q75_ms": f"{high * 1e3:.4f}"}
@@ -259,6 +294,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="DIR", help="where the CSV goes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--whole", action="store_true", help="the network in all, not its stages")
+    parser.add_argument("--autocast", action="store_true", help="forward under autocast to bfloat16")
+    parser.add_argument("--channels-last", action="store_true", help="frames and weights in channels_last")
     parser.add_argument("--quick", action="store_true", help="a smoke run: a shallow network, small random frames")
     return parser.parse_args(arguments)
 
@@ -276,11 +313,13 @@ def main(arguments: list[str] | None = None) -> int:
         except clip.VideoError as error:
             print(f"network: {error}", file=sys.stderr)
             return 2
-    images = images.to(options.device)
+    form = torch.channels_last if options.channels_last else torch.contiguous_format
+    images = images.to(options.device).contiguous(memory_format=form)
+    settings["autocast"] = options.autocast
     found, right = _report(images, options.unit, options.temporal, segments, **settings)
     name = f"{name_of(settings['layers'])} {options.unit} {options.temporal}"
     path = records.path(options.results, "network")
-    records.write(path, rows(found, right, images, name, segments))
+    records.write(path, rows(found, right, images, name, segments, options.autocast))
     print(f"wrote {path}")
     return 0 if right else 1
 

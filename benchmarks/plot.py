@@ -18,6 +18,7 @@ COLOURS = {
     "published": "#b8b8b8",
     "reference": "#8a8f98",
     "compile": "#d9a441",
+    "compile-max": "#b07d1e",
     "sdpa": "#b5655a",
     "cpu": "#2a6fbb",
     "triton": "#2f9e63",
@@ -70,7 +71,7 @@ def copied(rows: list[dict]) -> dict[str, float]:
 def grid(rows: list[dict], names: list[str], stages: list[str], column: str, label: str, path: Path) -> None:
     """A panel for each layer (across) and mode (down). In column "copies" dashed lines show the budget."""
     names = ordered((r["name"] for r in rows), names)
-    drawn = ["reference", "compile", *FUSED[::-1]] if column == "speedup" else list(COLOURS)
+    drawn = ["reference", "compile", "compile-max", *FUSED[::-1]] if column == "speedup" else list(COLOURS)
     providers = [p for p in drawn if select(rows, provider=p)]
     at = {name: ordered((r["stage"] for r in select(rows, name=name)), stages) for name in names}
     widths = [0.9 + 0.19 * len(at[name]) * len(providers) for name in names]

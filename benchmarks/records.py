@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 COLUMNS = [
     *("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "median_ms", "q25_ms", "q75_ms"),
     *("samples", "budget_mb", "gb_per_s", "copies", "clones", "speedup", "kept_mb", "kept_x", "max_error", "correct"),
-    *("launches", "moved_mb", "predicted_ms", "of_roof"),
+    *("timed", "wall_ms", "launches", "moved_mb", "predicted_ms", "of_roof"),
     *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
 ]
 KEY = ("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "device")
 RESULTS = Path(__file__).resolve().parent / "results"
+
+#: The device in the rows of a rehearsal of ``make gpu``, whose numbers mean nothing.
+REHEARSAL = "rehearsal on the CPU"
+
+
+def rehearsing() -> bool:
+    return os.environ.get("AIA_KERNELS_REHEARSAL") == "1"
+
+
+def check_place(file: Path) -> None:
+    """Refuse to mix the numbers of a rehearsal with measured ones."""
+    if rehearsing() and file.resolve().is_relative_to(RESULTS):
+        raise SystemExit(f"a rehearsal does not write to {RESULTS}; name another directory with --results")
 
 
 def path(folder: Path, family: str, passes: bool = False) -> Path:
@@ -22,6 +36,7 @@ def path(folder: Path, family: str, passes: bool = False) -> Path:
 
 def write(file: Path, rows: list[dict]) -> None:
     """Append rows; older rows in a file of other columns get those of today, empty where they have none."""
+    check_place(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     older = []
     if file.exists():

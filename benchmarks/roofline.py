@@ -36,7 +36,6 @@ from .registry import Case
 PROVIDERS = ("cuda", "triton", "published")
 #: Providers of measured rows that can be counted; a compiler's kernels are its own business.
 COUNTED = ("published", "reference", "cpu", "triton", "cuda")
-CLIPS = (1, 8, 32)
 TIMES = ("roof", "graph", "eager")
 COLUMNS = [
     *("kind", "family", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "part"),
@@ -147,7 +146,7 @@ def cases(family: str) -> list[Case]:
     known = registry.FAMILIES[family].cases()
     main = [case for case in known if case.dtype == "fp32" and case.layout == "contiguous" and case.kind != "sweep"]
     if family == "attention_in_attention":
-        main = [replace(case, clips=clips) for clips in CLIPS for case in main if case.clips == known[0].clips]
+        main.sort(key=lambda case: case.clips)
     return [replace(case, dtype=dtype) for dtype in registry.DTYPES for case in main]
 
 

@@ -10,39 +10,55 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from . import check, machines, measure, passes, records, registry, roofline
+from . import check, measure, passes, records, registry, roof, roofline, timing
 from .check import Provider
+from .machines import Machine
 from .registry import Case
+from .timing import Samples
+
+#: Larger batches are for a GPU: on a few cores they take minutes and say nothing new.
+CPU_CLIPS = 8
 
 
 def measure_case(
-    case: Case, candidates: Iterable[Provider], device: str, rounds: int, seconds: float, where: dict
+    case: Case,
+    candidates: Iterable[Provider],
+    device: str,
+    rounds: int,
+    seconds: float,
+    where: dict,
+    machine: Machine | None = None,
 ) -> list[dict]:
     """Rows of one case: every provider's numbers checked first, then those that are right timed in turns."""
-    x = case.make_input(device)
-    grad_y, buffer = case.gradient(x), torch.empty_like(x)
+    inputs = rotating_inputs(case, device)
+    x, grad_y = inputs[0]
+    buffer = torch.empty_like(x)
     layers, wrong = check.check_case(case, candidates, device, x, grad_y)
     rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
-    machine = machines.known(where.get("device", ""))
-    copies = {"copy": lambda: buffer.copy_(x), "clone": x.clone}
+    copies = copy_calls(inputs, buffer)
     for mode in registry.MODES:
         runs = {name: (run, contextlib.nullcontext) for name, run in copies.items()}
         for name, checked in layers.items():
             layer = checked.layer
-            call = measure.evaluation(layer, x) if mode == "eval" else measure.training_step(layer, x, grad_y)
-            runs[name] = (call, checked.context)
-        samples = measure.interleave(runs, rounds, seconds, device)
+            if mode == "eval":
+                calls = [measure.evaluation(layer, x) for x, _ in inputs]
+            else:
+                calls = [measure.training_step(layer, x, grad_y) for x, grad_y in inputs]
+            runs[name] = (calls, checked.context)
+        samples = timing.interleave(runs, rounds, seconds, device)
         for name, times in samples.items():
             budget = 2 * case.x_bytes if name in copies else case.budget_bytes(mode)
-            found = row(case, mode, name, where) | timing(times, samples, budget)
+            found = row(case, mode, name, where) | time_columns(times, samples, budget)
             if name in layers:
                 checked = layers[name]
                 if name in roofline.COUNTED:
@@ -60,27 +76,47 @@ def measure_case(
 
 
 def measure_passes(
-    case: Case, candidates: Iterable[Provider], device: str, rounds: int, seconds: float, where: dict
+    case: Case,
+    candidates: Iterable[Provider],
+    device: str,
+    rounds: int,
+    seconds: float,
+    where: dict,
+    machine: Machine | None = None,
 ) -> list[dict]:
     """Rows of the raw passes of every fused backend on the input of a case, if the case's layer comes out right."""
-    x = case.make_input(device)
-    grad_y, buffer = case.gradient(x), torch.empty_like(x)
+    inputs = rotating_inputs(case, device)
+    x, grad_y = inputs[0]
+    buffer = torch.empty_like(x)
     fused = [provider for provider in candidates if provider.name in check.FUSED]
     right, wrong = check.check_case(case, fused, device, x, grad_y)
     rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
-    machine = machines.known(where.get("device", ""))
     for backend in right:
-        raw, counts = passes.calls(backend, case, x, grad_y), roofline.count_passes(case, backend)
-        runs = {"copy": lambda: buffer.copy_(x), "clone": x.clone} | {name: one.call for name, one in raw.items()}
-        contexts = {name: (run, contextlib.nullcontext) for name, run in runs.items()}
-        samples = measure.interleave(contexts, rounds, seconds, device)
+        sets = [passes.calls(backend, case, x, grad_y) for x, grad_y in inputs]
+        raw, counts = sets[0], roofline.count_passes(case, backend)
+        runs = copy_calls(inputs, buffer) | {name: [one[name].call for one in sets] for name in raw}
+        contexts = {name: (calls, contextlib.nullcontext) for name, calls in runs.items()}
+        samples = timing.interleave(contexts, rounds, seconds, device)
         for name, times in samples.items():
             budget = raw[name].bytes_moved if name in raw else 2 * case.x_bytes
             found = row(case, "pass", backend, where) | {"kind": "pass", "name": name, "correct": "yes"}
             if name in counts:
                 found |= roofline.columns(counts[name], machine, times.median)
-            rows.append(found | timing(times, samples, budget))
+            rows.append(found | time_columns(times, samples, budget))
     return rows
+
+
+def rotating_inputs(case: Case, device: str) -> list[tuple[Tensor, Tensor]]:
+    """x and a gradient of y, as often as it takes for the device not to find them in its cache."""
+    x = case.make_input(device)
+    grad_y = case.gradient(x)
+    others = range(1, timing.on(device).input_sets(2 * x.nbytes))
+    return [(x, grad_y), *((x.clone(), grad_y.clone()) for _ in others)]
+
+
+def copy_calls(inputs: list[tuple[Tensor, Tensor]], buffer: Tensor) -> dict[str, list[Callable]]:
+    """Two plain copies of x: into a buffer that exists, and into a fresh one."""
+    return {"copy": [lambda x=x: buffer.copy_(x) for x, _ in inputs], "clone": [x.clone for x, _ in inputs]}
 
 
 def row(case: Case, mode: str, provider: str, where: dict) -> dict:
@@ -91,7 +127,7 @@ def wrong_row(case: Case, provider: str, error: float, where: dict) -> dict:
     return row(case, "", provider, where) | {"max_error": f"{error:.2e}", "correct": "no"}
 
 
-def timing(times: measure.Samples, samples: dict[str, measure.Samples], budget: int) -> dict:
+def time_columns(times: Samples, samples: dict[str, Samples], budget: int) -> dict:
     """The columns of a time: spread, bandwidth against the budget, in plain copies into a reused and a fresh buffer."""
     low, high = times.quartiles
     return {
@@ -99,6 +135,8 @@ def timing(times: measure.Samples, samples: dict[str, measure.Samples], budget: 
         "q25_ms": f"{low * 1e3:.4f}",
         "q75_ms": f"{high * 1e3:.4f}",
         "samples": len(times.seconds),
+        "timed": times.timed,
+        "wall_ms": f"{statistics.median(times.wall) * 1e3:.4f}" if times.wall else "",
         "budget_mb": f"{budget / 1e6:.3f}",
         "gb_per_s": f"{budget / times.median / 1e9:.2f}",
         "copies": f"{times.median / samples['copy'].median:.2f}",
@@ -132,6 +170,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def chosen_cases(family: str, options: argparse.Namespace) -> list[Case]:
     known = registry.FAMILIES[family]
     found = known.quick_cases() if options.quick else known.cases()
+    if options.device == "cpu":
+        found = [case for case in found if case.clips <= CPU_CLIPS]
     found = [case for case in found if all(word in str(case) for word in options.filter.split())]
     return known.pass_cases(found) if options.passes else found
 
@@ -140,6 +180,7 @@ def run_family(family: str, cases: list[Case], minutes: float, options: argparse
     """Measure cases of one family and write their rows, until time is up."""
     path = records.path(options.results, family, options.passes)
     where, start = measure.machine(options.device), time.perf_counter()
+    machine = roof.machine(where["device"], options.results, records.RESULTS)
     found, measured = check.providers(options.device, family), measure_passes if options.passes else measure_case
     rounds, seconds = (2, 0.5) if options.quick else (options.rounds, 15)
     bar = tqdm(cases, unit="case", dynamic_ncols=True)
@@ -152,9 +193,9 @@ def run_family(family: str, cases: list[Case], minutes: float, options: argparse
         candidates = list(found)
         auto = options.device == "cuda" or case.compiled_on_cpu
         if options.compile == "on" or (options.compile == "auto" and auto):
-            candidates.append(check.compiled())
+            candidates += check.compiled(options.device)
         candidates += check.alternatives(case, options.device)
-        records.write(path, measured(case, candidates, options.device, rounds, seconds, where))
+        records.write(path, measured(case, candidates, options.device, rounds, seconds, where, machine))
     print(f"wrote {path}")
 
 

@@ -10,6 +10,7 @@ from . import records, registry
 from .records import select
 
 FUSED = ("cuda", "triton", "cpu", "reference")
+TITLES = {"compile": "torch.compile", "compile-max": "max-autotune", "sdpa": "self-attention"}
 HEADER = {
     "attention_in_attention": ("unit", "x"),
     "external_attention": ("layer", "x"),
@@ -42,8 +43,8 @@ def lines(family: str, rows: list[dict]) -> list[str]:
     main = [row for row in select(rows, dtype="fp32", layout="contiguous") if row["kind"] != "sweep"]
     clips = registry.main_clips(family)
     main = [row for row in main if int(row["clips"]) == clips.get((row["name"], row["stage"]), int(row["clips"]))]
-    others = [name for name in ("compile", "sdpa") if select(main, provider=name)]
-    titles = [{"compile": "torch.compile", "sdpa": "self-attention"}[name] for name in others]
+    others = [name for name in TITLES if select(main, provider=name)]
+    titles = [TITLES[name] for name in others]
     header = [*HEADER[family], "eval: published", *titles, "fused", "ratio"]
     header += ["step: published", *titles, "fused (quartiles)", "ratio", "kept, in x"]
     table = [header, ["---"] * len(header)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import measure
+from .. import measure, timing
 
 HEADER = (
     f"{'':21}  {'max error of y':^15}  {'... of gradients':^15}  {'eval, ms':^22}  {'training step, ms':^22}"
@@ -82,6 +82,6 @@ def compare(row: Row, rounds: int, seconds: float) -> dict:
         for form, layer in layers.items():
             call = measure.evaluation(layer, x) if mode == "eval" else measure.training_step(layer, x, grad_y)
             runs[form] = (call, contextlib.nullcontext)
-        for form, times in measure.interleave(runs, rounds, seconds, device).items():
+        for form, times in timing.interleave(runs, rounds, seconds, device).items():
             found[f"{mode} {form}"] = times.median
     return found | {f"kept {form}": measure.kept_bytes(layer, x) for form, layer in layers.items()}

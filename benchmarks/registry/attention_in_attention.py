@@ -20,7 +20,7 @@ from .case import DTYPES, Case
 #: ResNet-50 at 224 x 224, where the units stand (after the 3x3 convolution): name -> (C, H, W).
 STAGES = {"64x56x56": (64, 56, 56), "128x28x28": (128, 28, 28), "256x14x14": (256, 14, 14), "512x7x7": (512, 7, 7)}
 NUM_SEGMENTS = 8
-CLIPS = (8, 1)
+CLIPS = (8, 1, 32)
 LAYOUTS = ("contiguous", "channels_last", "5d")
 
 NAMES = ("CinST", "STinC", "ST", "C", "STinC2")
