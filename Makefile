@@ -40,6 +40,7 @@ demo: $(INSTALLED)  ## every layer and a ResNet-50 on a real video, fused beside
 bench: $(INSTALLED)  ## microbenchmarks: rows and plots in benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.roofline --results benchmarks/results --page benchmarks/NOTES.md
 
 gpu:  ## on a GPU without a network: build, test, sanitize, bench (RESULTS=dir PART=check REHEARSE=1)
 	PYTHON=$(PYTHON) PART=$(PART) PACK=$(PACK) FILTER="$(FILTER)" REHEARSE=$(REHEARSE) .ci/gpu $(RESULTS)

@@ -296,6 +296,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true", help="the network in all, not its stages")
     parser.add_argument("--autocast", action="store_true", help="forward under autocast to bfloat16")
     parser.add_argument("--channels-last", action="store_true", help="frames and weights in channels_last")
+    parser.add_argument("--random", action="store_true", help="random frames: no video has to be decoded")
     parser.add_argument("--quick", action="store_true", help="a smoke run: a shallow network, small random frames")
     return parser.parse_args(arguments)
 
@@ -306,6 +307,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         segments, images = 2, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         settings |= {"layers": (1, 1), "rounds": 2, "seconds": 1}
+    elif options.random:
+        segments, generator = SEGMENTS, torch.Generator().manual_seed(0)
+        images = torch.rand(options.clips * segments, 3, clip.SIZE, clip.SIZE, generator=generator)
     else:
         segments = SEGMENTS
         try:

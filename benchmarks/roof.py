@@ -26,8 +26,8 @@ COLUMNS = [
     *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
 ]
 BLOCKS, STEPS, WARPS = (1024, 2048, 4096, 8192), (1, 2, 4, 8), (4, 8)
-#: Bytes of x: many times every L2.
-LARGE, SMALL = 2 << 30, 16 << 20
+#: Bytes of x by device: many times every cache; and in a smoke run.
+LARGE, SMALL = {"cuda": 2 << 30, "cpu": 1 << 30}, 16 << 20
 
 
 class Candidate(NamedTuple):
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(device: str, nbytes: int) -> list[Candidate]:
-    x = torch.randn(nbytes // 4, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(nbytes // 4, generator=torch.Generator(device).manual_seed(0), device=device)
     y = torch.full_like(x, torch.nan)
     total = x.double().sum().item()
 
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     path = options.results / "roof.csv"
     records.check_place(path)
-    rows = measured(options.device, SMALL if options.quick else LARGE, options.rounds, 1)
+    rows = measured(options.device, SMALL if options.quick else LARGE[options.device], options.rounds, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, COLUMNS)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import check, measure, passes, records, registry, roof, roofline, timing
+from . import check, measure, passes, records, registry, roof, roofline, table, timing
 from .check import Provider
 from .machines import Machine
 from .registry import Case
@@ -42,10 +42,9 @@ def measure_case(
     """Rows of one case: every provider's numbers checked first, then those that are right timed in turns."""
     inputs = rotating_inputs(case, device)
     x, grad_y = inputs[0]
-    buffer = torch.empty_like(x)
     layers, wrong = check.check_case(case, candidates, device, x, grad_y)
     rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
-    copies = copy_calls(inputs, buffer)
+    copies = copy_calls(inputs)
     for mode in registry.MODES:
         runs = {name: (run, contextlib.nullcontext) for name, run in copies.items()}
         for name, checked in layers.items():
@@ -87,14 +86,13 @@ def measure_passes(
     """Rows of the raw passes of every fused backend on the input of a case, if the case's layer comes out right."""
     inputs = rotating_inputs(case, device)
     x, grad_y = inputs[0]
-    buffer = torch.empty_like(x)
     fused = [provider for provider in candidates if provider.name in check.FUSED]
     right, wrong = check.check_case(case, fused, device, x, grad_y)
     rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
     for backend in right:
         sets = [passes.calls(backend, case, x, grad_y) for x, grad_y in inputs]
         raw, counts = sets[0], roofline.count_passes(case, backend)
-        runs = copy_calls(inputs, buffer) | {name: [one[name].call for one in sets] for name in raw}
+        runs = copy_calls(inputs) | {name: [one[name].call for one in sets] for name in raw}
         contexts = {name: (calls, contextlib.nullcontext) for name, calls in runs.items()}
         samples = timing.interleave(contexts, rounds, seconds, device)
         for name, times in samples.items():
@@ -114,9 +112,10 @@ def rotating_inputs(case: Case, device: str) -> list[tuple[Tensor, Tensor]]:
     return [(x, grad_y), *((x.clone(), grad_y.clone()) for _ in others)]
 
 
-def copy_calls(inputs: list[tuple[Tensor, Tensor]], buffer: Tensor) -> dict[str, list[Callable]]:
+def copy_calls(inputs: list[tuple[Tensor, Tensor]]) -> dict[str, list[Callable]]:
     """Two plain copies of x: into a buffer that exists, and into a fresh one."""
-    return {"copy": [lambda x=x: buffer.copy_(x) for x, _ in inputs], "clone": [x.clone for x, _ in inputs]}
+    pairs = [(torch.empty_like(x), x) for x, _ in inputs]
+    return {"copy": [lambda y=y, x=x: y.copy_(x) for y, x in pairs], "clone": [x.clone for x, _ in inputs]}
 
 
 def row(case: Case, mode: str, provider: str, where: dict) -> dict:
@@ -183,7 +182,7 @@ def run_family(family: str, cases: list[Case], minutes: float, options: argparse
     machine = roof.machine(where["device"], options.results, records.RESULTS)
     found, measured = check.providers(options.device, family), measure_passes if options.passes else measure_case
     rounds, seconds = (2, 0.5) if options.quick else (options.rounds, 15)
-    bar = tqdm(cases, unit="case", dynamic_ncols=True)
+    bar, made = tqdm(cases, unit="case", dynamic_ncols=True), []
     for i, case in enumerate(bar):
         if time.perf_counter() - start > minutes * 60:
             left = len(cases) - i
@@ -195,8 +194,10 @@ def run_family(family: str, cases: list[Case], minutes: float, options: argparse
         if options.compile == "on" or (options.compile == "auto" and auto):
             candidates += check.compiled(options.device)
         candidates += check.alternatives(case, options.device)
-        records.write(path, measured(case, candidates, options.device, rounds, seconds, where, machine))
-    print(f"wrote {path}")
+        rows = measured(case, candidates, options.device, rounds, seconds, where, machine)
+        records.write(path, rows)
+        made += rows
+    print(*table.beside(made), f"wrote {path}", sep="\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

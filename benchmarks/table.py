@@ -54,6 +54,27 @@ def lines(family: str, rows: list[dict]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in table]
 
 
+#: What benchmarks.run prints of its rows: a measured time beside what was counted and predicted.
+BESIDE = {
+    "median_ms": "ms",
+    "wall_ms": "eager, ms",
+    "launches": "launches",
+    "moved_mb": "MB moved",
+    "predicted_ms": "predicted, ms",
+    "of_roof": "of the roof",
+}
+
+
+def beside(rows: list[dict]) -> list[str]:
+    """Rows with a count in Markdown, one a line; columns that none of them has are left out."""
+    counted = [row for row in rows if row["launches"] != ""]
+    columns = [column for column in BESIDE if any(row[column] != "" for row in counted)]
+    where = ("name", "stage", "clips", "dtype", "layout", "mode", "provider")
+    found = [[*where, *(BESIDE[column] for column in columns)], ["---"] * (len(where) + len(columns))]
+    found += [[str(row[column]) for column in (*where, *columns)] for row in counted]
+    return [f"| {' | '.join(line)} |" for line in found] if counted else []
+
+
 def marks(name: str) -> tuple[str, str]:
     """What stands before and after a table in a page."""
     return f"<!-- table: {name} -->\n", "\n<!-- end of table -->"

@@ -184,6 +184,13 @@ class TestChoices:
             assert set(row["order"].split()) <= set(backends.NAMES) and row["dtype"] in choices.TYPES.values()
 
 
+def test_what_is_printed_beside_a_time():
+    rows = [run.row(TINY, "eval", "copy", {}), run.row(TINY, "eval", "cpu", {}) | {"median_ms": "1.0", "launches": 24}]
+    header, _, line = run.table.beside(rows)
+    assert header.endswith("| provider | ms | launches |") and line.endswith("| cpu | 1.0 | 24 |")
+    assert run.table.beside(rows[:1]) == []
+
+
 def test_large_batches_are_for_a_gpu():
     for device, most in (("cpu", 8), ("cuda", 32)):
         options = run.parse(["--device", device])

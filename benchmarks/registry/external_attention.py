@@ -66,8 +66,8 @@ SWEEP = (1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000)
 LAYOUTS = ("contiguous", "channels_last")
 NAMES = ("ExternalAttention2d", "MultiHeadExternalAttention", "ExternalAttention")
 
-#: Products of scaled dot products that a call may cost before self-attention no longer competes on the CPU.
-PATIENCE = 1e11
+#: Products of scaled dot products that a call may cost before self-attention no longer competes, by device: seconds.
+PATIENCE = {"cpu": 1e11, "cuda": 3e12}
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class LayerCase(Case):
     def alternatives(self, device: str) -> dict[str, Callable[[], nn.Module]]:
         """Self-attention on the same tokens, where its cost, quadratic in them, lets it finish."""
         batch, tokens, width = self.sizes if len(self.sizes) == 3 else self._as_tokens()
-        if device == "cpu" and 2 * batch * tokens**2 * width > PATIENCE:
+        if 2 * batch * tokens**2 * width > PATIENCE[device]:
             return {}
         heads = dict(self.arguments).get("num_heads", max(1, width // 64))
         return {"sdpa": lambda: SelfAttention(width, heads)}
