@@ -63,15 +63,18 @@ struct Shift {
   }
 };
 
-// Eight elements from e on, of which `count` exist.
 template <bool kVectors, class T>
-__device__ __forceinline__ Vector<T, kByte> load_byte(const T* from, int count) {
-  if (kVectors && count >= kByte) return load_vector<kByte>(from);
+using Held = std::conditional_t<kVectors, Words<T, kByte>, Vector<T, kByte>>;
+
+// Eight elements, of which `count` exist.
+template <bool kVectors, class T>
+__device__ __forceinline__ Held<kVectors, T> load_byte(const T* from, int count) {
+  if (kVectors && count >= kByte) return *reinterpret_cast<const Held<kVectors, T>*>(from);
   Vector<T, kByte> values{};
 #pragma unroll
   for (int k = 0; k < kByte; ++k)
     if (k < count) values.at[k] = from[k];
-  return values;
+  return bits_as<Held<kVectors, T>>(values);
 }
 
 template <class T, bool kVectors, class A = Accumulate<T>>
@@ -80,34 +83,38 @@ __global__ void __launch_bounds__(kThreads, 1)
                          uint8_t* __restrict__ signs) {
   constexpr int kBytes = sizeof(T) == 2 ? 2 : 1;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kBytes + threadIdx.x;
-  Vector<T, kByte> a[kBytes], b[kBytes];
+  Held<kVectors, T> held_a[kBytes], held_b[kBytes];
   int count[kBytes];
 #pragma unroll
   for (int i = 0; i < kBytes; ++i) {
     const int64_t e = (first + i * kThreads) * kByte;
     count[i] = static_cast<int>(min(static_cast<int64_t>(kByte), numel - e));
-    if (count[i] > 0) a[i] = load_byte<kVectors>(z + e, count[i]), b[i] = load_byte<kVectors>(x + e, count[i]);
+    if (count[i] <= 0) continue;
+    held_a[i] = load_byte<kVectors>(z + e, count[i]);
+    held_b[i] = load_byte<kVectors>(x + e, count[i]);
   }
 #pragma unroll
   for (int i = 0; i < kBytes; ++i) {
     if (count[i] <= 0) return;
     const int64_t byte = first + i * kThreads, e = byte * kByte;
     const auto added = shift.at(e);
+    auto a = bits_as<Vector<T, kByte>>(held_a[i]);
+    const auto b = bits_as<Vector<T, kByte>>(held_b[i]);
     int bits = 0;
 #pragma unroll
     for (int k = 0; k < kByte; ++k) {
-      const A total = widen(a[i].at[k]) + added.at[k] + widen(b[i].at[k]);
+      const A total = widen(a.at[k]) + added.at[k] + widen(b.at[k]);
       const bool shown = !(total <= 0) && k < count[i];
       bits |= shown << k;
-      a[i].at[k] = narrow<T>(shown ? total : A(0));
+      a.at[k] = narrow<T>(shown ? total : A(0));
     }
     signs[byte] = static_cast<uint8_t>(bits);
     if (kVectors && count[i] == kByte) {
-      store_vector(z + e, a[i]);
+      store_vector(z + e, a);
     } else {
 #pragma unroll
       for (int k = 0; k < kByte; ++k)
-        if (k < count[i]) z[e + k] = a[i].at[k];
+        if (k < count[i]) z[e + k] = a.at[k];
     }
   }
 }

@@ -48,21 +48,26 @@ struct Moves {
   }
 };
 
+// V elements as they are kept until they are stored.
+template <class E, int V>
+using Held = std::conditional_t<V == 1, Vector<E, V>, Words<E, V>>;
+
 // V elements of y from e on. A vector is read as one where its source is a vector too.
 template <int V, class E>
-__device__ __forceinline__ Vector<E, V> gather(const Moves& moves, const E* x, int e) {
-  Vector<E, V> vector{};
+__device__ __forceinline__ Held<E, V> gather(const Moves& moves, const E* x, int e) {
   const Moves::Source source = moves.source(e);
   if (source.run >= V && source.from % V == 0) {
-    if (source.exists) vector = load_vector<V>(x + source.from);
-    return vector;
+    Held<E, V> whole{};
+    if (source.exists) whole = *reinterpret_cast<const Held<E, V>*>(x + source.from);
+    return whole;
   }
+  Vector<E, V> pieces{};
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     const Moves::Source one = moves.source(e + k);
-    if (one.exists) vector.at[k] = x[one.from];
+    if (one.exists) pieces.at[k] = x[one.from];
   }
-  return vector;
+  return bits_as<Held<E, V>>(pieces);
 }
 
 template <class E, int V, int kVectors>
@@ -72,13 +77,17 @@ __global__ void __launch_bounds__(kShiftThreads, 1)
   const int blocks = (moves.size + kVectors * kStep - 1) / (kVectors * kStep);
   const int64_t clip = static_cast<int64_t>(blockIdx.x / blocks) * moves.size;
   const int first = blockIdx.x % blocks * kVectors * kStep + threadIdx.x * V;
-  Vector<E, V> vectors[kVectors];
+  x += clip;
+  y += clip;
+  Held<E, V> held[kVectors];
 #pragma unroll
   for (int k = 0; k < kVectors; ++k)
-    if (first + k * kStep < moves.size) vectors[k] = gather<V>(moves, x + clip, first + k * kStep);
+    if (first + k * kStep < moves.size) held[k] = gather<V>(moves, x, first + k * kStep);
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k)
-    if (first + k * kStep < moves.size) store_vector(y + clip + first + k * kStep, vectors[k]);
+  for (int k = 0; k < kVectors; ++k) {
+    const int e = first + k * kStep;
+    if (e < moves.size) *reinterpret_cast<Held<E, V>*>(y + e) = held[k];
+  }
 }
 
 // For elements of the size of E.

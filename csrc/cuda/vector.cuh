@@ -26,6 +26,16 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, V>& vector) 
   *reinterpret_cast<Vector<T, V>*>(to) = vector;
 }
 
+// Vectors of V elements in whole words. Where a vector is loaded on one of several roads it is kept as these: elements
+// of 16 bits would be taken apart where the roads meet, and so each vector waited for before the next is asked for.
+template <class T, int V>
+using Words = Vector<uint32_t, V * sizeof(T) / sizeof(uint32_t)>;
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& value) {
+  return __builtin_bit_cast(To, value);
+}
+
 // Whether vectors of 16 bytes may begin at all of these addresses.
 inline bool are_aligned(std::initializer_list<const void*> addresses) {
   uintptr_t bits = 0;
