@@ -16,6 +16,7 @@
 namespace aia::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kBatch = 4;  // vectors that a thread asks for before it uses the first: fields have branches between them
 
 // x itself.
 template <class T>
@@ -153,15 +154,24 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_over_channels(Volume<A> v,
 #pragma unroll
   for (int k = 0; k < kWide; ++k) partial[k] = Partial::starting_at(kInner ? slice * V : slice);
   if (mine < positions) {
-    constexpr int kStep = kInner ? V : 1;
-#pragma unroll 4
-    for (int c = slice * kStep; c < v.channels(); c += slices * kStep) {
-      const Position p{t, kInner ? 0 : c, mine / v.W, mine % v.W, kInner ? c : 0};
-      auto values = Source::widen(source.template load<V>(base + v.offset(p)));
-      multiply(values, op.field, v, clip, p);
+    const int step = slices * (kInner ? V : 1), channels = v.channels();
+    const auto at = [&](int c) { return Position{t, kInner ? 0 : c, mine / v.W, mine % v.W, kInner ? c : 0}; };
+    const auto load = [&](int c) { return source.template load<V>(base + v.offset(at(c))); };
+    const auto add = [&](int c, const Loaded<Source, V>& loaded) {
+      auto values = Source::widen(loaded);
+      multiply(values, op.field, v, clip, at(c));
 #pragma unroll
       for (int k = 0; k < V; ++k) partial[kInner ? 0 : k].add(values.at[k], kInner ? c + k : c);
+    };
+    int c = slice * (kInner ? V : 1);
+    for (; c + (kBatch - 1) * step < channels; c += kBatch * step) {
+      Loaded<Source, V> loaded[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) loaded[i] = load(c + i * step);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) add(c + i * step, loaded[i]);
     }
+    for (; c < channels; c += step) add(c, load(c));
   }
 #pragma unroll
   for (int k = 0; k < kWide; ++k) partials[(slice * columns + column) * kWide + k] = partial[k];
@@ -189,13 +199,24 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_over_channels_of_run(Volum
       partial[k] = Partial::starting_at(c);
       ahead[k] = c - p.o;
     }
-#pragma unroll 4
-    for (int e = thread * V; e < frame; e += threads * V, p.o += planes * V) {
-      auto values = Source::widen(source.template load<V>(first + t * frame + e));
+    const int step = threads * V;
+    const auto load = [&](int e) { return source.template load<V>(first + t * frame + e); };
+    const auto add = [&](const Loaded<Source, V>& loaded) {
+      auto values = Source::widen(loaded);
       multiply(values, op.field, v, clip, p);
 #pragma unroll
       for (int k = 0; k < V; ++k) partial[k].add(values.at[k], p.o + ahead[k]);
+      p.o += planes * V;
+    };
+    int e = thread * V;
+    for (; e + (kBatch - 1) * step < frame; e += kBatch * step) {
+      Loaded<Source, V> loaded[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) loaded[i] = load(e + i * step);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) add(loaded[i]);
     }
+    for (; e < frame; e += step) add(load(e));
 #pragma unroll
     for (int k = 0; k < V; ++k) partials[thread * V + k] = partial[k];
   }
