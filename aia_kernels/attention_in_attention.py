@@ -165,6 +165,19 @@ def backward(
     return grad_x, by_gate(unit, grad_weight), by_gate(unit, grad_affine)
 
 
+def can_evaluate(plan: Plan) -> bool:
+    """Whether the passes have the unit as one, for a call that keeps nothing: all statistics fixed, and no averages."""
+    return hasattr(plan.passes, "evaluate") and not any(plan.batch) and not plan.unit.averaged
+
+
+def evaluate(plan: Plan, x: Tensor, gates: Sequence[GateParameters]) -> Tensor:
+    """y of forward, where can_evaluate."""
+    unit, order = plan.unit, plan.passes.map_order(maps.storage_order(x))
+    weight, *norms = zip(*gates, strict=True)
+    in_order = {c: maps.weights_in_order(weight[unit.rows(c)], c, order) for c in (unit.inner, unit.outer) if c}
+    return plan.passes.evaluate(x, by_gate(unit, in_order), *norms, plan.eps, unit.inner, unit.outer)
+
+
 def by_gate(unit: Unit, parts: Mapping[int, Iterable[Any]]) -> list[Any]:
     """What belongs to the gates of each context, in the order of unit.letters."""
     return [part for context in (maps.CHANNEL, maps.SPACETIME) for part in parts.get(context, ())]

@@ -211,8 +211,8 @@ def _channels_last(order: str) -> str:
 def passes(name: str, family: str = _FIRST) -> Any:
     """What the algorithm of a family takes from a backend other than the reference.
 
-    The first family's passes have the names of ops.PASSES, and map_order; external attention's are the fused passes
-    of its algorithm together with ops.DOUBLE_NORM_PASSES.
+    The first family's passes have the names of ops.PASSES, and map_order, and may have evaluate; external attention's
+    are the fused passes of its algorithm together with ops.DOUBLE_NORM_PASSES.
     """
     if name == "triton":
         return importlib.import_module(".triton", __package__)
@@ -221,4 +221,6 @@ def passes(name: str, family: str = _FIRST) -> Any:
         return Dense(found)
     # The CPU's kernels have channels as vector lanes whatever the storage of x (csrc/cpu).
     found.map_order = _channels_last if name == "cpu" else _any_order
+    if name == "cuda":
+        found.evaluate = getattr(torch.ops, ops.NAMESPACE).evaluate.default
     return found

@@ -109,13 +109,24 @@ _RESIDUAL_SCHEMAS = {
 # the next and the previous frame change places: the transpose, and so the gradient. Reads 1 |X|, writes 1 |X|.
 _SHIFT_SCHEMAS = {"temporal_shift": "(Tensor x, int fold, bool reverse) -> Tensor"}
 
+# The whole unit forward, y = x * G_outer(x * G_inner(x)), where all statistics are fixed, so that a clip needs no other
+# and may stay on chip. inner is a context or NONE, outer the other context, or either one. The lists are those of gate,
+# with entries for the gate over C, then for those over T, H and W, as far as the unit has them. A backend need not have
+# it. Reads 1 |X| where a clip fits on chip, else 2 or, with an inner context, 3; writes 1 |X|.
+_EVALUATE_SCHEMAS = {
+    "evaluate": "(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
+    "float[] eps, int inner, int outer) -> Tensor",
+}
+
 PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in (_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS).items():
+for _name, _schema in (
+    _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS
+).items():
     _library.define(_name + _schema)
 
 
@@ -198,6 +209,11 @@ def _(grad_y, x, context):
 @_fake("move_statistics_")
 def _(mean, var, tracked, statistics, momentum):
     return None
+
+
+@_fake("evaluate")
+def _(x, weight, scale, shift, mean, var, eps, inner, outer):
+    return torch.empty_like(x)
 
 
 @_fake("column_statistics")

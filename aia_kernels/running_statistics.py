@@ -11,7 +11,7 @@ from .reference import Norm
 
 
 def update_running_statistics(
-    norms: Sequence[Norm | None], statistics: Sequence[Tensor], move: Callable | None = None
+    norms: Sequence[Norm | None], statistics: Sequence[Tensor | None], move: Callable | None = None
 ) -> None:
     """Move the running statistics of each norm that says so toward those of its batch, as torch's batch norm does.
 

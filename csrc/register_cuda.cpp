@@ -25,21 +25,12 @@ using aia::scalar_of;
 using aia::Unpooled;
 using aia::cuda::check_beside;
 using aia::cuda::Launch;
+using aia::cuda::packed;
 using aia::cuda::Shape;
+using aia::cuda::shape_of_unit;
+using aia::cuda::workspace_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-int64_t packed(const Shape& s, int64_t context) {
-  const int64_t T = s.T, C = s.C, H = s.H, W = s.W;
-  return context == aia::kChannel ? T * H * W : H * W * C + T * W * C + T * H * C;
-}
-
-Shape shape_of(const Tensor& x, const char* name) {
-  const Shape shape = aia::cuda::shape_of(x, name);
-  STD_TORCH_CHECK(packed(shape, aia::kSpacetime) < int64_t{1} << 30, "the packed maps of one clip of ", name,
-                  " must hold fewer than 2^30 elements");
-  return shape;
-}
 
 // A contiguous [B, M], or [B, 2, M] for features, beside x.
 void check_map(const Tensor& map, int64_t features, ScalarType type, const Shape& s, int64_t context, const Tensor& x,
@@ -75,7 +66,7 @@ Unpooled unpooled_of(const std::optional<Tensor>& grad, const std::optional<Tens
 }
 
 std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
-  const Shape s = shape_of(x, "x");
+  const Shape s = shape_of_unit(x, "x");
   check_context(context, "context");
   const Gate inner = gate_of(gate, gate_context, s, x, "gate");
   const Launch launch(x);
@@ -89,7 +80,7 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<
 Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_pooled, const Tensor& argmax,
               int64_t context, std::optional<Tensor> inner_gate, int64_t inner_gate_context,
               std::optional<Tensor> inner_grad_pooled, std::optional<Tensor> inner_argmax, int64_t inner_context) {
-  const Shape s = shape_of(grad_y, "grad_y");
+  const Shape s = shape_of_unit(grad_y, "grad_y");
   const Gate outer_gate = gate_of(gate, context, s, grad_y, "gate");
   const Unpooled outer = unpooled_of(grad_pooled, argmax, context, s, grad_y, "grad_pooled", "argmax");
   const Gate inside = gate_of(inner_gate, inner_gate_context, s, grad_y, "inner_gate");
@@ -104,7 +95,7 @@ Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_poole
 
 Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& argmax, int64_t context,
                      int64_t gate_context) {
-  const Shape s = shape_of(x, "x");
+  const Shape s = shape_of_unit(x, "x");
   check_context(gate_context, "gate_context");
   const Unpooled unpooled = unpooled_of(grad_pooled, argmax, context, s, x, "grad_pooled", "argmax");
   const Launch launch(x);
@@ -115,7 +106,7 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
 }
 
 Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
-  const Shape s = shape_of(x, "x");
+  const Shape s = shape_of_unit(x, "x");
   const Gate outer = gate_of(gate, context, s, x, "gate");
   const Launch launch(x);
   Tensor y = torch::stable::empty_like(x);
@@ -124,7 +115,7 @@ Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
 }
 
 Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context) {
-  const Shape s = shape_of(x, "x");
+  const Shape s = shape_of_unit(x, "x");
   check_context(context, "context");
   check_same(grad_y, x, "grad_y and x");
   check_beside(x, grad_y, "x");
@@ -140,11 +131,6 @@ PackedDims gate_dims(const std::vector<int64_t>& dims, const Tensor& map, const 
   const PackedDims d = dims_of(dims, map, name);
   STD_TORCH_CHECK(d.packed() < int64_t{1} << 30, name, " must hold fewer than 2^30 elements of one clip");
   return d;
-}
-
-// Room for the sums of each block of a gate pass.
-Tensor workspace_of(const Tensor& like, int per_block) {
-  return torch::stable::new_empty(like, {aia::cuda::kGateBlocks, per_block}, ScalarType::Double);
 }
 
 double* doubles(Tensor& workspace) { return static_cast<double*>(workspace.mutable_data_ptr()); }

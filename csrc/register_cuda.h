@@ -1,4 +1,5 @@
-// What the files that register CUDA operators share: the device and the stream of a launch, and the shape of x.
+// What the files that register CUDA operators share: the device and the stream of a launch, the geometry of an
+// activation, and the room in which the blocks of a gate pass meet.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -51,7 +52,7 @@ inline Order order_of(const torch::stable::Tensor& x, const char* name) {
   STD_TORCH_CHECK(false, name, " must be stored densely in an order of maps.ORDERS");
 }
 
-// x as the passes of Attention in Attention and the shift see it.
+// x as the shift sees it.
 inline Shape shape_of(const torch::stable::Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 5, name, " must be [B, T, C, H, W], got ", x.dim(), " axes");
   STD_TORCH_CHECK(x.numel() > 0, name, " must not be empty");
@@ -66,6 +67,24 @@ inline Shape shape_of(const torch::stable::Tensor& x, const char* name) {
           static_cast<int>(x.size(4)),
           order_of(x, name),
           scalar_of(x, name)};
+}
+
+inline int64_t packed(const Shape& s, int64_t context) {
+  const int64_t T = s.T, C = s.C, H = s.H, W = s.W;
+  return context == kChannel ? T * H * W : H * W * C + T * W * C + T * H * C;
+}
+
+// x as the passes of Attention in Attention see it, with its maps.
+inline Shape shape_of_unit(const torch::stable::Tensor& x, const char* name) {
+  const Shape shape = shape_of(x, name);
+  STD_TORCH_CHECK(packed(shape, kSpacetime) < int64_t{1} << 30, "the packed maps of one clip of ", name,
+                  " must hold fewer than 2^30 elements");
+  return shape;
+}
+
+// Room for the sums of each block of a gate pass.
+inline torch::stable::Tensor workspace_of(const torch::stable::Tensor& like, int per_block) {
+  return torch::stable::new_empty(like, {kGateBlocks, per_block}, torch::headeronly::ScalarType::Double);
 }
 
 }  // namespace aia::cuda

@@ -18,7 +18,7 @@ _TYPE = "|".join(BYTES)
 #: The kernels that come in a version for aligned inputs and one for the others, with the type and the width of what
 #: they move, and those that come in one version.
 WIDTHS = (
-    rf"(elementwise_kernel|(?<=\d)gate_kernel|(?<=\d)backward_kernel|backward_reduce_kernel|double_norm_kernel|"
+    rf"(elementwise_kernel|evaluate_kernel|(?<=\d)gate_kernel|(?<=\d)backward_kernel|backward_reduce_kernel|double_norm_kernel|"
     rf"dots_kernel|double_norm_backward_kernel|map_kernel|temporal_shift_kernel)I({_TYPE})Li(\d+)E",
     rf"(reduce_over_channels|reduce_over_channels_of_run|reduce_over_spacetime)INS0_\d+(?:Plain|Product)I({_TYPE})"
     r"EELi(\d+)E",
@@ -26,7 +26,7 @@ WIDTHS = (
 )
 #: Those that store as they load.
 STORING = (
-    *("elementwise_kernel", "gate_kernel", "double_norm_kernel", "double_norm_backward_kernel"),
+    *("elementwise_kernel", "evaluate_kernel", "gate_kernel", "double_norm_kernel", "double_norm_backward_kernel"),
     "temporal_shift_kernel",
 )
 SINGLE = re.compile(

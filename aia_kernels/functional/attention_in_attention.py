@@ -86,8 +86,9 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
 
 def _through_passes(
     x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int, backend: str, passes: Any
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """y and the statistics [1, 3] of each gate by one of the roads 1 (passes is None), 3 and 4."""
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """y and the statistics [1, 3] of each gate by one of the roads 1 (passes is None), 3 and 4; None where no gate uses
+    its batch and nothing keeps them."""
     plan = algorithm.Plan(
         unit,
         passes,
@@ -106,7 +107,10 @@ def _through_passes(
         return as_input(y, x.ndim), statistics.split(1)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
         return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
-    result = algorithm.forward(plan, clips, algorithm.gate_parameters(parameters, fixed))
+    of_gates = algorithm.gate_parameters(parameters, fixed)
+    if algorithm.can_evaluate(plan):
+        return as_input(algorithm.evaluate(plan, clips, of_gates), x.ndim), [None] * len(gates)
+    result = algorithm.forward(plan, clips, of_gates)
     return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
 
 

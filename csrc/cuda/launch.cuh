@@ -102,6 +102,15 @@ int blocks_together(void (*kernel)(Parameters...), int threads) {
   });
 }
 
+// The size of the current device's last cache.
+inline int cache_bytes() {
+  return answer_of_device(0, [](int device) {
+    int bytes = 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+    return bytes;
+  });
+}
+
 // Queues a kernel whose blocks all run at once and may wait for one another; an error where they do not fit.
 template <class... Parameters>
 int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,

@@ -169,7 +169,7 @@ struct GateField {
   const A* maps;
   int context;
 
-  explicit GateField(Gate gate) : maps(static_cast<const A*>(gate.maps)), context(gate.context) {}
+  __host__ __device__ explicit GateField(Gate gate) : maps(static_cast<const A*>(gate.maps)), context(gate.context) {}
   bool aligned() const { return are_aligned({maps}); }
 
   __device__ __forceinline__ A share() const { return context == kSpacetime ? A(1) / 3 : A(1); }

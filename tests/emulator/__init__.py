@@ -73,6 +73,11 @@ def _weights(weights):
     return [(_number(w), w.stride()[1:]) for w in weights]
 
 
+def _norms(*lists):
+    """The numbers of each gate, from a list of each kind."""
+    return [[_number(number) for number in of] for of in zip(*lists, strict=True)]
+
+
 def _copy(tensor: Tensor, array) -> None:
     """Write what a call made of a parameter's storage into it."""
     tensor.as_strided((tensor.numel(),), (1,)).copy_(torch.from_numpy(array).view(tensor.dtype))
@@ -188,8 +193,7 @@ class Emulator:
         n = len(weight)
         gate = _poison(pooled.new_empty((pooled.shape[0], pooled.shape[2])))
         norm, statistics = _poison(pooled.new_empty((n, 4))), _poison(pooled.new_empty((n, 3)))
-        norms = [[_number(number) for number in of] for of in zip(scale, shift, mean, var, strict=True)]
-        arguments = [pooled, _weights(weight), norms, list(eps), list(batch)]
+        arguments = [pooled, _weights(weight), _norms(scale, shift, mean, var), list(eps), list(batch)]
         self._launch_gate("gate", dims, pooled, arguments, [gate, norm, statistics])
         return gate, norm, statistics
 
@@ -228,6 +232,19 @@ class Emulator:
             _copy(tensor, array)
         for tensor, array in zip(tracked, numbers, strict=True):
             _copy(tensor, array)
+
+    def cluster_size(self, x, inner, outer):
+        order, scalar = maps.ORDERS.index(maps.storage_order(x)), _SCALARS.index(x.dtype)
+        return self.call("cluster_size", tuple(x.shape), order, scalar, inner, outer)[0]
+
+    def evaluate(self, x, weight, scale, shift, mean, var, eps, inner, outer, cluster=None, clips=1):
+        """cluster: its blocks, 0 for groups of so many clips, None for the choice of the kernels."""
+        y = _poison(torch.empty_like(x))
+        cluster = self.cluster_size(x, inner, outer) if cluster is None else cluster
+        norms = _norms(scale, shift, mean, var)
+        arguments = [x, _weights(weight), norms, list(eps), inner, outer, cluster, clips]
+        self._launch("evaluate", x, arguments, [y])
+        return y
 
     def _launch_tokens(self, name: str, logits: Tensor, group: int, arguments, outputs: list[Tensor]) -> None:
         self._run(name, ((*logits.shape, group), _SCALARS.index(logits.dtype)), arguments, outputs)

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "../../csrc/cuda/double_norm.h"
+#include "../../csrc/cuda/evaluate.h"
 #include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/residual.h"
 #include "emulator.h"
@@ -63,11 +64,22 @@ Parameter parameter_of(const Number& number) {
 // The storage of each weight and its strides along [2, 3, 3, 3].
 using Weights = std::vector<std::pair<Number, std::array<int64_t, 4>>>;
 
-std::array<GateParameters, 3> parameters_of(const Weights& weights) {
-  std::array<GateParameters, 3> gates{};
+std::vector<GateParameters> parameters_of(const Weights& weights) {
+  std::vector<GateParameters> gates(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     gates[i].weight = parameter_of(weights[i].first);
     std::copy_n(weights[i].second.begin(), 4, gates[i].stride);
+  }
+  return gates;
+}
+
+std::vector<GateParameters> gates_of(const Weights& weights, const std::vector<std::array<Number, 4>>& norms,
+                                     const std::vector<double>& eps, const std::vector<bool>& own) {
+  auto gates = parameters_of(weights);
+  for (size_t i = 0; i < gates.size(); ++i) {
+    gates[i].scale = parameter_of(norms[i][0]), gates[i].shift = parameter_of(norms[i][1]);
+    gates[i].mean = parameter_of(norms[i][2]), gates[i].var = parameter_of(norms[i][3]);
+    gates[i].eps = eps[i], gates[i].batch = own[i];
   }
   return gates;
 }
@@ -120,12 +132,7 @@ PYBIND11_MODULE(aia_emulator, m) {
   m.def("gate", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, Weights weight,
                    std::vector<std::array<Number, 4>> norms, std::vector<double> eps, std::vector<bool> own,
                    py::array gate, py::array norm, py::array statistics) {
-    auto gates = parameters_of(weight);
-    for (size_t i = 0; i < norms.size(); ++i) {
-      gates[i].scale = parameter_of(norms[i][0]), gates[i].shift = parameter_of(norms[i][1]);
-      gates[i].mean = parameter_of(norms[i][2]), gates[i].var = parameter_of(norms[i][3]);
-      gates[i].eps = eps[i], gates[i].batch = own[i];
-    }
+    const auto gates = gates_of(weight, norms, eps, own);
     with_workspace(kMomentPartials, [&](double* workspace) {
       aia::cuda::gate(dims_of(batch, dims), static_cast<Scalar>(scalar), gates.data(), pooled.data(),
                       gate.mutable_data(), norm.mutable_data(), statistics.mutable_data(), workspace, nullptr);
@@ -204,6 +211,25 @@ PYBIND11_MODULE(aia_emulator, m) {
     residual_relu_backward(at, grad_y.data(), static_cast<const uint8_t*>(signs.data()), grad.mutable_data(),
                            partial.get(), sums.mutable_data(), nullptr);
   });
+
+  m.def("cluster_size", [](Sizes sizes, int order, int scalar, int inner, int outer) {
+    return cluster_size(shape_of(sizes, order, scalar), inner, outer);
+  });
+  m.def("evaluate",
+        [](Sizes sizes, int order, int scalar, py::array x, Weights weight, std::vector<std::array<Number, 4>> norms,
+           std::vector<double> eps, int inner, int outer, int cluster, int64_t clips, py::array y) {
+          const Shape shape = shape_of(sizes, order, scalar);
+          const auto gates = gates_of(weight, norms, eps, std::vector<bool>(eps.size()));
+          const GateParameters *const of_channel = gates.data(), *const of_spacetime = gates.data() + weight.size() % 3;
+          const UnitGates unit{inner, outer, inner == kChannel ? of_channel : of_spacetime,
+                               outer == kChannel ? of_channel : of_spacetime};
+          if (cluster > 0) {
+            evaluate_in_clusters(shape, x.data(), unit, y.mutable_data(), cluster, nullptr);
+            return;
+          }
+          const auto room = doubles_of_nan((group_bytes(shape, clips) + 7) / 8);
+          evaluate_in_groups(shape, x.data(), unit, y.mutable_data(), clips, room.get(), nullptr);
+        });
 
   m.def("turn_among_blocks", [](int64_t blocks, int waiting, py::array values) {
     turn_among_blocks(blocks, waiting, static_cast<float*>(values.mutable_data()));
