@@ -278,9 +278,8 @@ def test_machine_code():
 
 def main() -> None:
     """The rows that test_machine_code reads."""
-    import offline
-
     from aia_kernels.triton import shift, tiles
+    from benchmarks import offline
 
     for order, dtype, sizes in (
         ("TCHW", torch.float32, (8, 8, 256, 56, 56)),

@@ -119,12 +119,12 @@ def test_wide_accesses(compiled, name):
 
 def main(names: list[str]) -> None:
     """Print a row of JSON for each kernel of the named cases: runs in its own process."""
-    import offline
     import torch
 
     from aia_kernels import maps
     from aia_kernels import triton as passes
     from aia_kernels.triton import tiles
+    from benchmarks import offline
 
     def call(case: Case) -> None:
         dtype = getattr(torch, case.dtype)

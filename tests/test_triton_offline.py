@@ -98,35 +98,13 @@ def test_wide_accesses(compiled, case):
 
 def main() -> None:
     """Print a row of JSON for each kernel: runs in its own process."""
-    import offline
     import torch
 
     from aia_kernels import maps
     from aia_kernels import triton as passes
     from aia_kernels.triton import tiles
-
-    def activation(order, dtype, shape):
-        axes = [0, *(1 + "TCHW".index(letter) for letter in order)]
-        stored = torch.empty([shape[i] for i in axes], dtype=getattr(torch, dtype), device="meta")
-        return stored.permute([axes.index(i) for i in range(5)])
-
-    def packed(x, context, *lead, index=False):
-        dtype = maps.index_dtype(x.shape, context) if index else maps.accumulate_dtype(x.dtype)
-        return x.new_empty((x.shape[0], *lead, maps.packed_size(x.shape, context)), dtype=dtype)
-
-    def features(x, context):
-        return packed(x, context, 2), packed(x, context, index=True)
-
-    def x_passes(x):
-        """What CinST and STinC call."""
-        for inner, outer in ((1, 3), (3, 1)):
-            passes.pool(x, inner, None, 0)
-            passes.pool(x, outer, packed(x, inner), inner)
-            passes.recalibrate(x, packed(x, outer), outer)
-            passes.recalibrate_reduce(x, x, outer)
-            passes.unpool_reduce(x, *features(x, outer), outer, inner)
-            inner_arguments = (packed(x, inner), inner, *features(x, inner), inner)
-            passes.unpool(x, packed(x, outer), *features(x, outer), outer, *inner_arguments)
+    from benchmarks import offline
+    from benchmarks.offline import activation, packed, x_passes
 
     def gate_passes(x):
         dims = [d for m in maps.map_dims(x.shape, maps.SPACETIME, "TCHW") for d in m]
@@ -170,10 +148,11 @@ def main() -> None:
         return {"case": case, "kernel": kernel, "capability": capability, "spills": spills, **numbers, **found}
 
     for case, (order, dtype, shape, capabilities) in CASES.items():
-        report(case, activation(order, dtype, shape), capabilities, x_passes)
-    report("gates", activation("TCHW", "float32", (8, 8, 64, 56, 56)), (80, 90, 100), gate_passes)
-    report("gates", activation("TCHW", "float64", (8, 8, 64, 56, 56)), (90,), gate_passes)
-    report("wide", activation(*WIDE), (90,), wide_passes)
+        report(case, activation(order, getattr(torch, dtype), shape), capabilities, x_passes)
+    report("gates", activation("TCHW", torch.float32, (8, 8, 64, 56, 56)), (80, 90, 100), gate_passes)
+    report("gates", activation("TCHW", torch.float64, (8, 8, 64, 56, 56)), (90,), gate_passes)
+    order, dtype, shape = WIDE
+    report("wide", activation(order, getattr(torch, dtype), shape), (90,), wide_passes)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from aia_kernels import maps
+from aia_kernels import triton as passes
 
 POINTERS = {
     torch.float16: "*fp16",
@@ -65,16 +69,50 @@ def recorded(tiles):
         tiles.start = original
 
 
-def machine_code(launch: Launch, capability: int) -> MachineCode:
+def activation(order: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """x [B, T, C, H, W] of this shape, stored in an order, without values."""
+    axes = [0, *(1 + "TCHW".index(letter) for letter in order)]
+    stored = torch.empty([shape[i] for i in axes], dtype=dtype, device="meta")
+    return stored.permute([axes.index(i) for i in range(5)])
+
+
+def packed(x: Tensor, context: int, *lead: int, index: bool = False) -> Tensor:
+    dtype = maps.index_dtype(x.shape, context) if index else maps.accumulate_dtype(x.dtype)
+    return x.new_empty((x.shape[0], *lead, maps.packed_size(x.shape, context)), dtype=dtype)
+
+
+def x_passes(x: Tensor) -> None:
+    """What CinST and STinC call."""
+
+    def features(context):
+        return packed(x, context, 2), packed(x, context, index=True)
+
+    for inner, outer in ((1, 3), (3, 1)):
+        passes.pool(x, inner, None, 0)
+        passes.pool(x, outer, packed(x, inner), inner)
+        passes.recalibrate(x, packed(x, outer), outer)
+        passes.recalibrate_reduce(x, x, outer)
+        passes.unpool_reduce(x, *features(outer), outer, inner)
+        inner_arguments = (packed(x, inner), inner, *features(inner), inner)
+        passes.unpool(x, packed(x, outer), *features(outer), outer, *inner_arguments)
+
+
+def parameters(launch: Launch) -> list[str]:
+    """The arguments that the compiled kernel takes: None and 1 are part of its code, as constants are."""
+    pairs = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    return [name for name, value in pairs if isinstance(value, Tensor) or (value is not None and value != 1)]
+
+
+def compiled(launch: Launch, capability: int):
     """What the launch would compile to. Tensors begin at multiples of 16 bytes, as the allocator returns them."""
     constants = dict(launch.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
-    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
+    signature, attributes, taken = dict.fromkeys(constants, "constexpr"), {}, parameters(launch)
     for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(i,)] = ALIGNED
-        elif value is None or value == 1:
+        elif name not in taken:
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32"
@@ -86,17 +124,28 @@ def machine_code(launch: Launch, capability: int) -> MachineCode:
         constexprs={(launch.kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@contextlib.contextmanager
+def cubin(kernel):
+    """The path of a file with the machine code of what compiled gave."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        yield file.name
+
+
+def machine_code(launch: Launch, capability: int) -> MachineCode:
+    kernel = compiled(launch, capability)
+    with cubin(kernel) as path:
+        usage = _tool("cuobjdump", "--dump-resource-usage", path)
+        sass = _tool("nvdisasm", "-c", path)
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     instructions: dict[str, int] = {}
     for name in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE):
         instructions[name] = instructions.get(name, 0) + 1
-    return MachineCode(registers, stack + local, compiled.metadata.shared, instructions)
+    return MachineCode(registers, stack + local, kernel.metadata.shared, instructions)
 
 
 def _tool(name: str, *arguments: str) -> str:
