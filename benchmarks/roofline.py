@@ -1,8 +1,9 @@
 """Bytes, launches and predicted times of layers, counted on the real algorithm: python -m benchmarks.roofline
 
 Nothing runs on a GPU: the layers run on tensors without data (counting.py), so the counts follow the code. Providers:
-``cuda`` and ``cpu``, one launch for each pass (of external attention: and the framework's products around them);
-``triton``, whose helper launches are counted; ``published``, the authors' eager flow. Of a call, three times:
+``cuda`` and ``cpu``, one launch for each pass (external attention's two column reductions take one or two more on a
+GPU, and the framework's products stand around them); ``triton``, whose helper launches are counted; ``published``,
+the authors' eager flow. Of a call, three times:
 
     roof     the sum over launches of max(bytes / bandwidth, operations / rate): no cache, no cost of a launch
     graph    launches x what a launch costs at least in a CUDA graph
