@@ -59,7 +59,7 @@ FUSED_PASSES = (
 
 #: What "auto" tries, in order, by type of device, where nothing was measured (choices.csv); the reference runs
 #: everywhere.
-AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
+AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 _process_choice = os.environ.get("AIA_KERNELS_BACKEND") or "auto"
 _choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("aia_kernels_backend", default=None)

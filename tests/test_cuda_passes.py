@@ -11,7 +11,7 @@ import pytest
 import test_passes
 import torch
 from emulator import Emulator, build
-from pass_cases import Case, GateCase, activation, agrees, double, features_of, gate_of, magnitude
+from pass_cases import Case, GateCase, activation, features_of, gate_of
 from plain_passes import PlainPasses
 
 from aia_kernels import backends, maps
@@ -168,14 +168,25 @@ def test_gate_moments_far_from_zero(passes):
     torch.testing.assert_close(statistics[0, 1].double(), pooled[:, 0].double().var(correction=0), rtol=1e-5, atol=0)
 
 
-def test_misaligned_maps(emulator):
-    """Maps that begin between vectors, as a slice of a packed batch does, are read element by element."""
-    x = torch.randn(2, 2, 8, 4, 8)
-    storage = torch.rand(1 + 2 * maps.packed_size(x.shape, maps.SPACETIME))
-    gate = storage[1:].view(2, -1)
-    arguments = x, gate, maps.SPACETIME
-    found = emulator.recalibrate(*arguments)
-    agrees(found, plain.recalibrate(*double(*arguments)), plain.recalibrate(*magnitude(*arguments)), 1)
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("order, dtype", [("TCHW", torch.float32), ("THWC", torch.bfloat16), ("CTHW", torch.float64)])
+def test_between_vectors(emulator, monkeypatch, order, dtype):
+    """Tensors that begin between vectors, as a slice of a batch may, are read element by element."""
+    monkeypatch.setattr(emulator, "misaligned", True)
+    case = Case((2, 2, 16, 4, 8), order, dtype)
+    test_passes.test_recalibrate(emulator, plain, case)
+    for context, other in ((maps.CHANNEL, maps.SPACETIME), (maps.SPACETIME, maps.CHANNEL)):
+        test_passes.test_pool(emulator, plain, case, context)
+        test_passes.test_unpool(emulator, plain, case, context, other, other)
+        test_passes.test_unpool_reduce(emulator, plain, case, context, other)
+    gate = GateCase(2, (4, 4, 8, 4, 4, 8, 2, 2, 4), maps.accumulate_dtype(dtype))
+    test_passes.test_gate(emulator, plain, gate, "all")
+    test_passes.test_gate_backward(emulator, plain, gate, False)
 
 
 def every_pass(emulator) -> list[torch.Tensor]:
@@ -203,11 +214,6 @@ def every_pass(emulator) -> list[torch.Tensor]:
     grad_y = torch.randn(2, 170, 9)
     results += emulator.residual_relu_backward(grad_y, torch.randint(256, (383,), dtype=torch.uint8))
     return results
-
-
-@pytest.fixture
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
 
 
 @pytest.mark.usefixtures("on_the_cpu")

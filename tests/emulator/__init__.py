@@ -89,7 +89,12 @@ def _poison(tensor: Tensor) -> Tensor:
 
 
 class Emulator:
-    """The passes of the CUDA backend, with the signatures of aia_kernels/ops.py, for CPU tensors."""
+    """The passes of the CUDA backend, with the signatures of aia_kernels/ops.py, for CPU tensors.
+
+    misaligned: the kernels get their arrays between vectors.
+    """
+
+    misaligned = False
 
     def __init__(self, library: Path):
         # The C++ library too: exceptions cannot be thrown where the sanitizer did not find it.
@@ -119,7 +124,7 @@ class Emulator:
     def call(self, name: str, *arguments):
         """(result, arguments as they are afterwards) of a function of the module."""
         try:
-            pickle.dump((name, arguments), self._worker.stdin)
+            pickle.dump((name, arguments, self.misaligned), self._worker.stdin)
             self._worker.stdin.flush()
             ok, answer = pickle.load(self._worker.stdout)
         except (EOFError, BrokenPipeError):

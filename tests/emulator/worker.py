@@ -7,6 +7,21 @@ import importlib.util
 import pickle
 import sys
 
+import numpy
+
+
+def between_vectors(value):
+    """Arrays begin one element behind a multiple of 16 bytes, as slices of a packed batch do; else as they came."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(between_vectors, value))
+    if not isinstance(value, numpy.ndarray):
+        return value
+    room = numpy.empty(value.nbytes + 32, numpy.uint8)
+    start = -room.ctypes.data % 16 + value.itemsize
+    moved = room[start : start + value.nbytes].view(value.dtype)
+    moved[...] = value
+    return moved
+
 
 def main(path: str) -> None:
     spec = importlib.util.spec_from_file_location("aia_emulator", path)
@@ -14,9 +29,11 @@ def main(path: str) -> None:
     spec.loader.exec_module(module)
     while True:
         try:
-            name, arguments = pickle.load(sys.stdin.buffer)
+            name, arguments, misaligned = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        if misaligned:
+            arguments = between_vectors(arguments)
         try:
             answer = (True, (getattr(module, name)(*arguments), arguments))
         except RuntimeError as error:
