@@ -60,7 +60,7 @@ class Parameters(NamedTuple):
 
 def parameters_of(x: Tensor, unit: str) -> Parameters:
     """Of the order of one; some absent, and each weight a view of one in the paper's order, not all contiguous."""
-    dtype, order, found = maps.accumulate_dtype(x.dtype), maps.storage_order(x), Parameters([], [], [], [], [], [])
+    dtype, order, found = x.dtype, maps.storage_order(x), Parameters([], [], [], [], [], [])
     for context in (maps.CHANNEL, maps.SPACETIME):
         if context not in (UNITS[unit].inner, UNITS[unit].outer):
             continue
@@ -102,7 +102,7 @@ def expected_of(x: Tensor, parameters: Parameters, unit: str) -> tuple[Tensor, f
         dims = [d for m in maps.map_dims(x.shape, context, maps.storage_order(x)) for d in m]
         largest = plain.conv(magnitudes, [w.double().abs() for w in parameters.weight[rows]], dims).max().item()
         slope = max(
-            1.0 if scale is None else (scale.abs() / (var + eps).sqrt()).item()
+            1.0 if scale is None else (scale.double().abs() / (var.double() + eps).sqrt()).item()
             for scale, var, eps in zip(parameters.scale[rows], parameters.var[rows], parameters.eps[rows], strict=True)
         )
         error = slope / 4 * largest * (error + max(x.shape[1:]) + 8 + 54) + GATE_ROUNDINGS
