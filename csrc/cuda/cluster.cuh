@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cmath>
-#include <numeric>
 
 #include "../common/norm.h"
 #include "evaluate.h"

@@ -32,6 +32,8 @@
 //             bf16  3     17        18
 //   512x7x7   fp32  3     14        18
 //             bf16  1.5   12        15
+#include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "cluster.cuh"
