@@ -17,7 +17,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / ".ci" / "gpu"
 PARTS = ("check", "bench", "compile")
-#: Seconds that a machine is lent for in one call, less what it takes to begin and end.
+#: Ten minutes, less what it takes to begin and end.
 CALL = 590
 
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the script is not here, only the package")
