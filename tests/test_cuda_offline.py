@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import re
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -45,44 +46,63 @@ def width_of(name: str) -> tuple[str, int] | None:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> dict[tuple[str, str], collections.Counter]:
-    """Counts of memory instructions by (architecture, mangled name)."""
+def cuobjdump() -> str:
     if (reason := _extension.cuda_reason()) is not None:
         pytest.skip(reason)
-    if (cuobjdump := machine_code.cuobjdump()) is None:
+    if (found := machine_code.cuobjdump()) is None:
         pytest.skip(machine_code.NO_DISASSEMBLER)
-    counts: dict[tuple[str, str], collections.Counter] = {}
-    architecture = current = None
-    command = [cuobjdump, "-sass", _extension.LIBRARY]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if match := re.match(r"arch = (\w+)", line):
-                architecture = match[1]
-            elif match := re.search(r"Function : (\S+)", line):
-                current = counts.setdefault((architecture, match[1]), collections.Counter())
-            elif match := re.search(r"\b((?:LDL|STL|LDG|STG)\b[.\w]*)", line):
-                current[match[1]] += 1
-    assert process.returncode == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def local_memory(cuobjdump) -> dict[tuple[str, str], int]:
+    """Bytes of stack and local memory by (architecture, mangled name)."""
+    found, architecture, name = {}, "", ""
+    for line in run(cuobjdump, "--dump-resource-usage", _extension.LIBRARY):
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"STACK:(\d+).* LOCAL:(\d+)", line):
+            found[architecture, name] = int(match[1]) + int(match[2])
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernels(cuobjdump) -> dict[str, collections.Counter]:
+    """Counts of memory instructions by mangled name, for one architecture."""
+    counts: dict[str, collections.Counter] = {}
+    for line in run(cuobjdump, "-sass", "-arch", "sm_90", _extension.LIBRARY):
+        if match := re.search(r"Function : (\S+)", line):
+            current = counts.setdefault(match[1], collections.Counter())
+        elif match := re.search(r"\b((?:LDG|STG)\b[.\w]*)", line):
+            current[match[1]] += 1
     return counts
 
 
-def test_every_kernel_is_there_for_every_architecture(kernels):
+def run(*command) -> Iterator[str]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield from process.stdout
+    assert process.returncode == 0
+
+
+def test_every_kernel_is_there_for_every_architecture(local_memory):
     names = collections.defaultdict(set)
-    for architecture, name in kernels:
+    for architecture, name in local_memory:
         width_of(name)
         names[architecture].add(name)
     assert set(names) >= ARCHITECTURES
     assert len({frozenset(found) for found in names.values()}) == 1
 
 
-def test_no_local_memory(kernels):
-    spilled = {key: counts for key, counts in kernels.items() if any(i.startswith(("LDL", "STL")) for i in counts)}
-    assert not spilled
+def test_no_local_memory(local_memory):
+    assert not {key: used for key, used in local_memory.items() if used}
 
 
 def test_vectors_are_16_bytes(kernels):
     """In the kernels for aligned inputs, and not in those for the others."""
-    for (_, name), counts in kernels.items():
+    assert kernels
+    for name, counts in kernels.items():
         if (found := width_of(name)) is None:
             continue
         kernel, width = found
