@@ -6,9 +6,10 @@ answers, and a bound on errors with them.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
+import cuda_passes
+import pass_cases
 import pytest
 import torch
 from pass_cases import GATE_ROUNDINGS, Case, activation, epsilon, special
@@ -26,22 +27,21 @@ UNIT_NAMES = ("C", "ST", "CinST", "STinC")
 #: Prime and degenerate sizes, every order and type, slices that move in vectors and that do not, blocks without
 #: channels, and a last block with fewer than the others.
 CASES = {
-    "prime": Case((2, 3, 5, 7, 11)),
-    "prime THWC": Case((2, 3, 5, 7, 11), "THWC"),
-    "prime CTHW": Case((2, 3, 5, 7, 11), "CTHW"),
-    "one frame": Case((2, 1, 3, 4, 5)),
-    "one row": Case((1, 2, 3, 1, 7), "CTHW"),
-    "one column": Case((1, 2, 3, 5, 1), "THWC"),
-    "one channel": Case((2, 3, 1, 3, 4)),
-    "one pixel": Case((1, 2, 37, 1, 1)),
+    **{
+        name: pass_cases.CASES[name]
+        for name in (
+            *("prime", "prime THWC", "prime CTHW"),
+            *("one frame", "one row", "one column", "one channel", "one pixel"),
+        )
+    },
     "one element": Case((1, 1, 1, 1, 1)),
     "vectors": Case((1, 2, 24, 4, 4)),
     "vectors across planes bf16": Case((2, 2, 40, 7, 7), "TCHW", torch.bfloat16),
     "vectors CTHW": Case((1, 3, 8, 2, 4), "CTHW"),
     "vectors THWC": Case((1, 2, 40, 3, 5), "THWC"),
-    "bf16": Case((1, 3, 4, 5, 6), "TCHW", torch.bfloat16),
-    "fp16 CTHW": Case((1, 2, 3, 5, 4), "CTHW", torch.float16),
-    "fp64": Case((1, 3, 4, 5, 3), "TCHW", torch.float64),
+    "bf16": pass_cases.CASES["bf16"],
+    "fp16 CTHW": pass_cases.CASES["fp16"],
+    "fp64": pass_cases.CASES["fp64"],
     "fp64 THWC": Case((1, 3, 6, 3, 3), "THWC", torch.float64),
 }
 SHORT = ("prime", "prime THWC", "vectors across planes bf16", "vectors CTHW")
@@ -117,25 +117,9 @@ def check(y: Tensor, x: Tensor, parameters: Parameters, unit: str) -> None:
     assert (error <= bound).all(), f"error up to {(error / bound).nan_to_num(torch.inf).max():.3g} times its bound"
 
 
-class Device:
-    """The operator on the GPU, for CPU tensors; it chooses its way itself."""
-
-    def evaluate(self, x, weight, scale, shift, mean, var, eps, inner, outer, cluster=None, clips=1):
-        def moved(tensors):
-            return [None if t is None else t.cuda() for t in tensors]
-
-        lists = map(moved, (weight, scale, shift, mean, var))
-        return torch.ops.aia_kernels.evaluate(x.cuda(), *lists, eps, inner, outer).cpu()
-
-
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.sanitizer)])
 def passes(request, monkeypatch):
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    if request.param == "emulator":
-        return request.getfixturevalue("emulator")
-    if (reason := backends.available_backends()["cuda"]) is not None:
-        pytest.skip(reason)
-    return Device()
+    return cuda_passes.chosen(request, monkeypatch)
 
 
 @pytest.fixture(params=UNIT_NAMES)
@@ -250,30 +234,9 @@ def everything(emulator) -> list[Tensor]:
 
 def test_blocks_and_threads_may_run_in_any_order(emulator, monkeypatch):
     monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    expected = everything(emulator)
-    emulator.schedule(backward=True)
-    try:
-        found = everything(emulator)
-    finally:
-        emulator.schedule()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    cuda_passes.same_in_any_order(emulator, everything)
 
 
 def test_every_barrier_is_needed(emulator, monkeypatch):
     monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-
-    def same_without(barrier: str, backward: bool) -> bool:
-        emulator.schedule(backward, barrier)
-        try:
-            return all(torch.equal(a, b) for a, b in zip(everything(emulator), expected, strict=True))
-        except RuntimeError:
-            return False
-        finally:
-            emulator.schedule()
-
-    emulator.schedule()
-    expected = everything(emulator)
-    barriers = emulator.barriers()
-    assert {Path(barrier.split(":")[0]).name for barrier in barriers} == {"cluster.cuh"}
-    unneeded = {b for b in barriers if same_without(b, False) and same_without(b, True)}
-    assert not unneeded
+    cuda_passes.every_barrier_is_needed(emulator, everything, {"cluster.cuh"})

@@ -6,6 +6,7 @@ import pytest
 import test_double_norm_passes as double_norm
 import test_residual_passes as residual
 import torch
+from cuda_passes import same_in_any_order
 from plain_double_norm import PlainDoubleNorm
 
 plain = PlainDoubleNorm()
@@ -97,7 +98,7 @@ def test_residual_not_finite(emulator, by_maps):
 
 
 def test_blocks_and_threads_may_run_in_any_order(emulator):
-    def everything() -> list[torch.Tensor]:
+    def everything(emulator) -> list[torch.Tensor]:
         torch.manual_seed(0)
         results = []
         for name in ("chunks", "groups of 7", "longer than a team"):
@@ -114,10 +115,4 @@ def test_blocks_and_threads_may_run_in_any_order(emulator):
             results += [signs, *emulator.residual_relu_backward(grad_y, signs)]
         return results
 
-    expected = everything()
-    emulator.schedule(backward=True)
-    try:
-        found = everything()
-    finally:
-        emulator.schedule()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    same_in_any_order(emulator, everything)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cuda_passes
 import pytest
 import test_passes
 import torch
@@ -14,7 +15,7 @@ from emulator import Emulator, build
 from pass_cases import Case, GateCase, activation, features_of, gate_of
 from plain_passes import PlainPasses
 
-from aia_kernels import backends, maps
+from aia_kernels import maps
 
 ROOT = Path(__file__).parent.parent
 CONTEXTS = (maps.CHANNEL, maps.SPACETIME)
@@ -58,45 +59,9 @@ GATES = {
 }
 
 
-def on(device: str, values):
-    """Values with the tensors among them on a device."""
-    if isinstance(values, (list, tuple)):
-        return type(values)(on(device, value) for value in values)
-    return values.to(device) if isinstance(values, torch.Tensor) else values
-
-
-def tensors_of(values) -> list[torch.Tensor]:
-    if isinstance(values, (list, tuple)):
-        return [tensor for value in values for tensor in tensors_of(value)]
-    return [values] if isinstance(values, torch.Tensor) else []
-
-
-class Device:
-    """The operators on the GPU, for CPU tensors."""
-
-    def __getattr__(self, name: str):
-        def call(*arguments):
-            moved = on("cuda", arguments)
-            results = getattr(torch.ops.aia_kernels, name)(*moved)
-            if results is None:  # moved in place
-                for tensor, after in zip(tensors_of(arguments), tensors_of(moved), strict=True):
-                    tensor.copy_(after)
-            return on("cpu", results)
-
-        return call
-
-    def map_order(self, order: str) -> str:
-        return order
-
-
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.sanitizer)])
 def passes(request, monkeypatch):
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    if request.param == "emulator":
-        return request.getfixturevalue("emulator")
-    if (reason := backends.available_backends()["cuda"]) is not None:
-        pytest.skip(reason)
-    return Device()
+    return cuda_passes.chosen(request, monkeypatch)
 
 
 @pytest.fixture
@@ -218,36 +183,13 @@ def every_pass(emulator) -> list[torch.Tensor]:
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_blocks_and_threads_may_run_in_any_order(emulator):
-    expected = every_pass(emulator)
-    emulator.schedule(backward=True)
-    try:
-        found = every_pass(emulator)
-    finally:
-        emulator.schedule()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    cuda_passes.same_in_any_order(emulator, every_pass)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_every_barrier_is_needed(emulator):
-    """Skipping any one barrier must show in one order or the other, or the emulator would not notice a missing one."""
-
-    def same_without(barrier: str, backward: bool) -> bool:
-        emulator.schedule(backward, barrier)
-        try:
-            return all(torch.equal(a, b) for a, b in zip(every_pass(emulator), expected, strict=True))
-        except RuntimeError:  # threads part ways
-            return False
-        finally:
-            emulator.schedule()
-
-    emulator.schedule()
-    expected = every_pass(emulator)
-    barriers = emulator.barriers()
-    names = {Path(barrier.split(":")[0]).name for barrier in barriers}
     own = {"gate.cu", "gate_backward.cu", "packed_maps.cuh"}
-    assert names == {"columns.cuh", "partials.cuh", "reduce.cuh"} | own
-    unneeded = {b for b in barriers if same_without(b, False) and same_without(b, True)}
-    assert not unneeded
+    cuda_passes.every_barrier_is_needed(emulator, every_pass, {"columns.cuh", "partials.cuh", "reduce.cuh"} | own)
 
 
 def test_the_sanitizer_sees_an_output_that_is_too_short():
