@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from stored_networks import stored, stored_input
+from stored_networks import BOUND, error, stored, stored_input
 from stored_networks import value as stored_value
-from torch import Tensor, nn
+from torch import nn
 
 import aia_kernels
 from aia_kernels import functional, modules
@@ -34,12 +33,6 @@ from benchmarks.published import temporal_shift as published_shift
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = stored("resnet50.json")
-#: By how much the largest logit moves, in units of itself, when every pixel is off by one rounding of float64: these
-#: networks, filled with random numbers and ten thousand times the usual activations, decide by gates near a threshold.
-#: Measured with the reference; whatever adds in another order moves them alike.
-MOVED = {"C2D_CinST_BN": 8e-7, "C2D_STinCplusCinST_BN": 7e-9, "TSM_CinST2STinC_BN": 1.5e-8}
-
-
 #: Most tensors are the same in all networks.
 filled = functools.cache(stored_value)
 frames = functools.cache(lambda: stored_input(4, 3, 224, 224))
@@ -63,43 +56,10 @@ def stored_network(name: str) -> AIAResNet:
     return network.eval()
 
 
-def error(logits: Tensor, name: str) -> float:
-    stored = torch.tensor(GOLDEN[name]["logits"], dtype=torch.float64)
-    return ((logits - stored).abs().max() / stored.abs().max()).item()
-
-
-class Beside(nn.Module):
-    """A published-style unit in the place of a fused one; ``worst`` is how far the fused one is from it."""
-
-    def __init__(self, fused: nn.Module):
-        super().__init__()
-        self.fused, self.worst = fused, math.inf
-        self.published = published.UNITS[type(fused).__name__](fused.num_segments).double()
-        self.published.load_state_dict(fused.state_dict())
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.published(x)
-        self.worst = ((self.fused(x) - y).abs().max() / y.abs().max()).item()
-        return y
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", GOLDEN)
 def test_published_logits(name):
-    """The stored logits, by the units on trial and, where these are ill-conditioned (MOVED), also unit by unit."""
-    network = stored_network(name)
-    assert error(network(frames()), name) < max(1e-8, 10 * MOVED.get(name, 0))
-    if name not in MOVED:
-        return
-    besides = []
-    for block in list(network.modules()):
-        for attribute in getattr(block, "units", ()):
-            besides.append(Beside(getattr(block, attribute)))
-            setattr(block, attribute, besides[-1])
-    # With the sequence of operations of the published units the logits agree to the last digits: all else is equal too.
-    assert error(network(frames()), name) < 1e-8
-    assert len(besides) in (16, 32) and max(unit.worst for unit in besides) < 1e-10
+    assert error(stored_network(name)(frames()), GOLDEN[name]["logits"]) < BOUND
 
 
 def small(unit: str | None = None, temporal: str = "tsn", **settings) -> AIAResNet:
