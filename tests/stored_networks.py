@@ -14,8 +14,8 @@ from torch import Tensor, nn
 GOLDEN = Path(__file__).with_name("golden")
 #: By how much results may differ from what is stored, in units of the largest: the roundings of another machine's order
 #: of additions. About a hundred layers add up to 4608 products for a number, half a million roundings of 1.1e-16 along
-#: one path: 8e-14 if they add up at random, with a dozen times that to spare. Nothing grows it, as every layer keeps the
-#: size of what it adds to; other instructions, libraries and numbers of threads moved it by 7e-15 at most.
+#: one path: 8e-14 if they add up at random, with a dozen times that to spare. No layer grows it, as each keeps the size
+#: of what it adds to; other instructions, libraries and numbers of threads moved it by 7e-15 at most.
 BOUND = 1e-12
 
 
