@@ -3,7 +3,7 @@
 C++ is built where torch and a compiler are found, CUDA C++ where nvcc is; without them it installs and says so aloud.
 
 Environment: CXX, CUDA_HOME, MAX_JOBS; TORCH_CUDA_ARCH_LIST (default "8.0;9.0;10.0+PTX"); FORCE_CUDA (1: no CUDA is an
-error; 0: leave CUDA out).
+error; 0: leave CUDA out; auto, which make install says: leave it out where torch sees no CUDA device).
 """
 
 import importlib.util
@@ -48,13 +48,15 @@ def find_nvcc():
     """(nvcc, None), or (None, why the CUDA part is left out)."""
     if FORCE_CUDA == "0":
         return None, "it was built with FORCE_CUDA=0"
+    sees_device = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if FORCE_CUDA == "auto" and subprocess.run([sys.executable, "-c", sees_device]).returncode != 0:
+        return None, "torch saw no CUDA device when it was built; make install FORCE_CUDA=1 builds it all the same"
     for home in (os.environ.get("CUDA_HOME"), None, "/usr/local/cuda"):
         if nvcc := shutil.which(Path(home, "bin", "nvcc") if home else "nvcc"):
             return nvcc, None
-    reason = "nvcc was not found when it was built; install the CUDA toolkit or set CUDA_HOME, then reinstall"
     if FORCE_CUDA == "1":
-        raise BuildError(f"FORCE_CUDA=1, but {reason}")
-    return None, reason
+        raise BuildError("FORCE_CUDA=1, but nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
+    return None, "nvcc was not found when it was built; install the CUDA toolkit or set CUDA_HOME, then reinstall"
 
 
 def gencode_flags():
@@ -89,16 +91,14 @@ def run_ninja(torch, nvcc, without_cuda):
         lines.extend([f"build {objects[-1]}: {rule} {os.path.relpath(source, BUILD)}", f"  flags = {flags}"])
 
     compile("cxx", info, REGISTER_FLAGS)
-    for source in sorted(ROOT.glob("csrc/register_*.cpp")):
-        if nvcc or not source.stem.startswith("register_cuda"):
-            compile("cxx", source, f'{REGISTER_FLAGS} -isystem "{torch}/include"')
+    for source in sorted(s for s in ROOT.glob("csrc/register_*.cpp") if nvcc or "register_cuda" not in s.stem):
+        compile("cxx", source, f'{REGISTER_FLAGS} -isystem "{torch}/include"')
     for level, march in CPU_LEVELS.items():  # base first: the linker keeps the first copy of a shared inline function
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             compile("cxx", source, f"{CPU_FLAGS} -DAIA_CPU_LEVEL={level} {march}", f".{level}.o")
     for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else ():
         compile("nvcc", source, gencode_flags(), ".cuda.o")
-    lines.append(f"build _C.so: link {' '.join(objects)}")
-    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+    (BUILD / "build.ninja").write_text("\n".join([*lines, f"build _C.so: link {' '.join(objects)}\n"]))
 
     ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []

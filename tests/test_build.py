@@ -108,6 +108,19 @@ def test_a_cuda_compiler_that_fails_costs_only_the_cuda_part(build):
     assert "did not compile" in (build.folder / "build" / "ninja" / "build_info.cpp").read_text()
 
 
+def test_without_a_device_the_cuda_part_is_made_on_demand(build):
+    """As make install asks. An install without make may be for another machine: there nvcc alone decides."""
+    build.script("cuda/bin/nvcc", COMPILER)
+    environment = {"CUDA_HOME": str(build.folder.parent / "cuda"), "CUDA_VISIBLE_DEVICES": ""}
+    output = build(**environment, FORCE_CUDA="auto")
+    assert "no CUDA: torch saw no CUDA device" in output and "make install FORCE_CUDA=1" in output
+    info = build.folder / "build" / "ninja" / "build_info.cpp"
+    assert "torch saw no CUDA device" in info.read_text()
+    for asked in ("", "1"):
+        assert "CUDA with" in build(**environment, FORCE_CUDA=asked)
+        assert "nullptr" in info.read_text()
+
+
 def test_cuda_that_is_demanded_and_fails_is_an_error(build):
     build.script("cuda/bin/nvcc", "#!/bin/sh\nexit 1\n")
     build(expect=1, CUDA_HOME=str(build.folder.parent / "cuda"), FORCE_CUDA="1")
