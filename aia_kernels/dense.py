@@ -5,6 +5,10 @@ its own. The signatures stand in external_attention.py. Logits and A are [B, N, 
 pair that is kept is A, written over the logits, and its mass. Products over tokens that give a parameter's gradient are
 accumulated in maps.accumulate_dtype; x-sized tensors that lie feature by feature enter as transposed operands, without
 a copy.
+
+Passes overwrite their operands. So the products that they take are written into tensors made here (out=): what the
+framework returns belongs to whoever sees its operators too, and a mode may have kept it, as selective checkpointing
+does.
 """
 
 from __future__ import annotations
@@ -41,9 +45,13 @@ class Dense:
     def normalise(self, logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Attention:
         return logits, self.double_norm_(logits, lse, group, eps, padding)
 
-    def moments(self, attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        a = _shifted(attention[0], group).flatten(0, 1)
-        return a.sum(0), a.mT @ a
+    def moments(
+        self, attention: Attention, group: int, eps: float, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        a = attention[0].flatten(0, 1)
+        origin = a.mean(0, dtype=maps.accumulate_dtype(a.dtype))
+        a = a - origin
+        return origin, a.sum(0), a.mT @ a
 
     def values(
         self,
@@ -74,13 +82,13 @@ class Dense:
         keep: Tensor | None,
         scale: float,
         heads: int,
+        origin: Tensor | None,
         group: int,
         eps: float,
         padding: Tensor | None,
         needs_sums: bool,
-        shifted: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        a = _shifted(attention[0], group) if shifted else _dropped(attention[0], keep, scale)
+        a = _dropped(attention[0], keep, scale) if origin is None else attention[0] - origin
         sums = grad.sum((0, 1), dtype=maps.accumulate_dtype(grad.dtype)) if needs_sums else None
         return _over_tokens(grad, a, heads), sums
 
@@ -91,6 +99,7 @@ class Dense:
         value: Tensor,
         keep: Tensor | None,
         scale: float,
+        origin: Tensor | None,
         inner: Tensor | None,
         constant: Tensor | None,
         group: int,
@@ -104,7 +113,8 @@ class Dense:
                 grad_attention.mul_(keep).mul_(scale)
         else:
             # The two terms cancel in part: they are added in the type that they come in.
-            grad_attention = torch.addmm(constant, _shifted(a, group).flatten(0, 1), inner).view_as(a)
+            centred = (a - origin).flatten(0, 1)
+            grad_attention = torch.addmm(constant, centred, inner, out=torch.empty_like(centred)).view_as(a)
             grad_attention = _times(grad, value[0], added_to=grad_attention.to(a.dtype))
         return grad_attention, self.double_norm_backward_reduce(grad_attention, a, group)
 
@@ -155,12 +165,7 @@ def _one_matrix(t: Tensor) -> bool:
 
 
 def _dropped(a: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-    return a if keep is None else (a * keep).mul_(scale)
-
-
-def _shifted(a: Tensor, group: int) -> Tensor:
-    """A - 1 / group, in the accumulation type."""
-    return a.to(maps.accumulate_dtype(a.dtype)) - 1 / group
+    return a if keep is None else torch.mul(a, keep, out=torch.empty_like(a)).mul_(scale)
 
 
 def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor | None = None) -> Tensor:
@@ -169,24 +174,30 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
     added_to, if given, is overwritten by its sum with the product, and decides the storage.
     """
     b, n, _ = t.shape
-    if _by_feature(t) and not (by_feature if added_to is None else _by_feature(added_to)) and _wide(t):
+    by_feature = by_feature if added_to is None else _by_feature(added_to)
+    if added_to is None:
+        q = matrix.shape[1]
+        out = t.new_empty((b, q, n)).mT if by_feature else t.new_empty((b, n, q))
+    if _by_feature(t) and not by_feature and _wide(t):
         # With t as it lies, and its narrow result turned afterwards: twice as fast as with t as a transposed operand.
         product = torch.bmm(matrix.mT.contiguous().expand(b, -1, -1), t.mT).mT
-        return product.contiguous() if added_to is None else added_to.add_(product)
-    if added_to is None and by_feature and b == 1:
-        return torch.mm(matrix.mT, t[0].mT).unsqueeze(0).mT
-    if added_to is None and by_feature:
-        return torch.bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
-    if added_to is None and _one_matrix(t):
+        return out.copy_(product) if added_to is None else added_to.add_(product)
+    if added_to is not None:
+        if by_feature:
+            added_to.mT.baddbmm_(matrix.mT.expand(b, -1, -1), t.mT)
+        else:
+            added_to.baddbmm_(t, matrix.expand(b, -1, -1))
+        return added_to
+    if by_feature and b == 1:
+        torch.mm(matrix.mT, t[0].mT, out=out[0].mT)
+    elif by_feature:
+        torch.bmm(matrix.mT.expand(b, -1, -1), t.mT, out=out.mT)
+    elif _one_matrix(t):
         narrow = matrix.shape[1] < matrix.shape[0]  # then rows that are contiguous win a fifth, for a small copy
-        return torch.mm(t.flatten(0, 1), matrix.contiguous() if narrow else matrix).view(b, n, -1)
-    if added_to is None:
-        return torch.bmm(t, matrix.expand(b, -1, -1))
-    if _by_feature(added_to):
-        added_to.mT.baddbmm_(matrix.mT.expand(b, -1, -1), t.mT)
+        torch.mm(t.flatten(0, 1), matrix.contiguous() if narrow else matrix, out=out.flatten(0, 1))
     else:
-        added_to.baddbmm_(t, matrix.expand(b, -1, -1))
-    return added_to
+        torch.bmm(t, matrix.expand(b, -1, -1), out=out)
+    return out
 
 
 def _by_heads(t: Tensor, matrices: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ Backward, with dA the gradient of A (with respect to o: dA = do V):
     dx = dL K                  dK = dL^T x            dV = do^T A
 
 BN of the block, z = A V^T, over the n tokens of the batch, needs the moments of A alone: mean(z) = V mean(A) and
-var(z) = diag(V Cov(A) V^T). They are taken of A' = A - 1 / group, as nearly constant columns of A are nearly 1 / group;
-and as dz sums to zero over the batch, A' serves in backward too. With g = dy where y > 0, G = g^T A' [C, M] and
+var(z) = diag(V Cov(A) V^T). They are taken of A' = A - origin, the origin being mean(A) as far as it could be rounded:
+where the mean of a column dwarfs its spread, a difference of second moments of A itself has lost the digits. As dz sums
+to zero over the batch, A' serves in backward too. With g = dy where y > 0, G = g^T A' [C, M] and
 zhat = V (A' - mean(A')) * rstd:
 
     dbeta = sum g              dgamma = sum g * zhat = rstd * rowsum(V * (G - dbeta mean(A')^T))
@@ -22,7 +23,9 @@ zhat = V (A' - mean(A')) * rstd:
     K1 = -V^T diag(factor * rstd * dgamma / n) V
 
 so z and dz are never formed: x-sized are only x, y, dy, g and dx, and every product over tokens is one of C x M or
-M x M. Under fixed statistics dz is factor * g, which does not sum to zero: G is that of A, and zhat rstd * (z - mean).
+M x M. mean(A') is what rounding left of zero, and counts where g has a mean. Where members share the statistics, origin
+and mean(A') are of all their tokens, sum A' and T of a member's own. Under fixed statistics dz is factor * g, which
+does not sum to zero: G is that of A, and zhat rstd * (z - mean).
 
 The passes
 ----------
@@ -39,20 +42,20 @@ of ``empty_attention`` and its signs those of ``empty_signs``.
         statistics as ops.column_statistics.
     normalise(logits, lse [B, M], group, eps, padding) -> attention
         May overwrite the logits. lse is -inf where a sample has no token.
-    moments(attention, group, eps, padding) -> (sums [M], second [M, M])
-        Sums over all tokens of the batch of A' and A'^T A', A' = A - 1 / group.
+    moments(attention, group, eps, padding) -> (origin [M], sums [M], second [M, M])
+        The mean of A over all tokens of the batch, rounded, and the sums of A' and A'^T A' with A' = A - origin.
     values(attention, value, bias [H * v] | None, keep, scale, residual | None, group, eps, padding) -> (o, signs)
         o = A V^T + bias, features contiguous, and signs None; or, H = 1, o = relu(A V^T + bias + residual), stored as
         the residual, and signs, one bit per element of o that says where the sum is positive or NaN.
     signed(grad_y, signs) -> (g, sums [d])
         g = grad_y where the sign is set, else 0, and its sums over batch and tokens. grad_y is stored as o.
-    value_gradient(grad, attention, keep, scale, heads, group, eps, padding, needs_sums, shifted)
+    value_gradient(grad, attention, keep, scale, heads, origin [M] | None, group, eps, padding, needs_sums)
         -> (grad_value [H, v, M'], sums [H * v] | None)
-        grad^T A, or where shifted (without keep) grad^T A', and where they are needed the sums of grad over batch and
-        tokens, in maps.accumulate_dtype.
-    attention_gradient(grad, attention, value, keep, scale, inner [M, M] | None, constant [M] | None, group, eps,
-                       padding) -> (grad_attention, reduced [B, M])
-        dA = keep * scale * (grad V) + A' inner + constant, and D.
+        grad^T A, or with an origin (without keep) grad^T (A - origin), and where they are needed the sums of grad over
+        batch and tokens, in maps.accumulate_dtype.
+    attention_gradient(grad, attention, value, keep, scale, origin [M] | None, inner [M, M] | None,
+                       constant [M] | None, group, eps, padding) -> (grad_attention, reduced [B, M])
+        dA = keep * scale * (grad V) + (A - origin) inner + constant, and D. The three come together or not.
     logits_gradient(grad_attention, attention, reduced, x, key, residual_grad | None, group, eps, padding, needs_x)
         -> (grad_x | None, grad_key [H, M', k])
         dL key (+ residual_grad, which is stored as x and may be overwritten), stored as torch.empty_like(x), and
@@ -103,8 +106,8 @@ Attention = tuple[Tensor, Tensor]
 class BatchNorm(NamedTuple):
     """What the block keeps of its batch; empty under fixed statistics.
 
-    mean [M]: of A' over the batch of the statistics. total [M] and centred [M, M]: the sum of A' and T over the tokens
-    of the local batch.
+    mean [2, M]: the origin, and the mean of A' over the batch of the statistics. total [M] and centred [M, M]: the sum
+    of A' and T over the tokens of the local batch.
     """
 
     mean: Tensor
@@ -180,9 +183,12 @@ def backward(
         x, grad = (a.masked_fill(padding.unsqueeze(-1), 0.0) for a in (x, grad))
     passes, settings = plan.passes, (plan.group, plan.eps, padding)
     grad_value, grad_bias = passes.value_gradient(
-        grad, attention, keep, plan.scale, value.shape[0], *settings, needs_bias, False
+        grad, attention, keep, plan.scale, value.shape[0], None, *settings, needs_bias
     )
-    grad_attention, reduced = passes.attention_gradient(grad, attention, value, keep, plan.scale, None, None, *settings)
+    without_norm = None, None, None
+    grad_attention, reduced = passes.attention_gradient(
+        grad, attention, value, keep, plan.scale, *without_norm, *settings
+    )
     reduced = _sum_of_members(reduced, plan.shards)
     grad_x, grad_key = passes.logits_gradient(grad_attention, attention, reduced, x, key, None, *settings, needs_x)
     return grad_x, grad_key, grad_value, grad_bias
@@ -237,8 +243,9 @@ def block_backward(
     mean, var, share = statistics.unbind(1)
     factor, rstd = _factor(plan, weight, var)
     g, sums = passes.signed(grad_y, signs)
-    product = passes.value_gradient(g, attention, None, 1.0, 1, *settings, False, plan.batch)[0][0]
-    centre = v @ batch.mean if plan.batch else mean
+    origin, off = batch.mean if plan.batch else (None, None)
+    product = passes.value_gradient(g, attention, None, 1.0, 1, origin, *settings, False)[0][0]
+    centre = v @ off if plan.batch else mean
     grad_weight = rstd * ((v * product).sum(1) - centre * sums)
     inner = constant = None
     if plan.batch:
@@ -246,10 +253,12 @@ def block_backward(
         through_variance = rstd * joint[1]
         product = product - torch.addmm(joint[0].outer(batch.total), v * through_variance.unsqueeze(1), batch.centred)
         inner = (v * (-factor * through_variance).unsqueeze(1)).mT @ v
-        constant = -(factor * joint[0]) @ v - batch.mean @ inner
+        constant = -(factor * joint[0]) @ v - off @ inner
     grad_value = factor.unsqueeze(1) * product
     folded = (factor.unsqueeze(1) * v).to(x.dtype).unsqueeze(0)
-    grad_attention, reduced = passes.attention_gradient(g, attention, folded, None, 1.0, inner, constant, *settings)
+    grad_attention, reduced = passes.attention_gradient(
+        g, attention, folded, None, 1.0, origin, inner, constant, *settings
+    )
     grad_x, grad_key = passes.logits_gradient(
         grad_attention, attention, reduced, x, key.unsqueeze(0), g if needs_x else None, *settings, needs_x
     )
@@ -274,23 +283,35 @@ def _factor(plan: Plan, weight: Tensor | None, var: Tensor) -> tuple[Tensor, Ten
 def _batch_moments(plan: Plan, x: Tensor, attention: Attention, v: Tensor) -> tuple[BatchNorm, Tensor]:
     """What is kept of the batch, and mean, variance and share [3, C] of z = A V^T."""
     count = x.shape[0] * x.shape[1]
-    sums, second = plan.passes.moments(attention, plan.group, plan.eps, None)
+    origin, total, second = plan.passes.moments(attention, plan.group, plan.eps, None)
     if plan.members:
-        part = torch.cat((sums, second.flatten(), sums.new_full((1,), count)))
-        joint = _sum_of_members(part, plan.members)
-        share = joint[-1].reciprocal()
-        mean, joint_second = joint[: sums.numel()] * share, joint[sums.numel() : -1].view_as(second) * share
+        part = torch.cat((origin, total, second.flatten(), origin.new_full((1,), count)))
+        *of_members, counts = gather(part, plan.members).split((*[origin.numel()] * 2, second.numel(), 1), 1)
+        origins, totals, seconds = of_members
+        share = counts.sum().reciprocal()
+        joint = (counts * share * origins).sum(0)
+        # About the joint origin: what a member's own origin is off moves its sums.
+        off = origins - joint
+        crossed = off.mT @ totals
+        joint_second = seconds.sum(0).view_as(second) + crossed + crossed.mT + off.mT @ (counts * off)
+        mean, joint_second = (totals + counts * off).sum(0) * share, joint_second * share
+        off, origin = origin - joint, joint
+        crossed = off.outer(total)
+        second = second + crossed + crossed.mT + count * off.outer(off)
+        total = total + count * off
     else:
-        share = sums.new_full((), 1 / count)
-        mean, joint_second = sums / count, second / count
+        share = origin.new_full((), 1 / count)
+        mean, joint_second = total / count, second / count
     var = ((v @ (joint_second - mean.outer(mean))) * v).sum(1).clamp_min(0)
-    batch = BatchNorm(mean, sums, second - mean.outer(sums))
-    return batch, torch.stack((v @ (mean + 1 / plan.group), var, share.expand_as(var)))
+    batch = BatchNorm(torch.stack((origin, mean)), total, second - mean.outer(total))
+    return batch, torch.stack((v @ (origin + mean), var, share.expand_as(var)))
 
 
 def double_normalize_forward(plan: Plan, logits: Tensor, padding: Tensor | None) -> Attention:
     """A and mass (ops.double_norm_) of contiguous logits [B, N, M]."""
-    attention = logits.clone() if padding is None else logits.masked_fill(padding.unsqueeze(-1), 0.0)
+    attention = torch.empty_like(logits).copy_(logits)
+    if padding is not None:
+        attention.masked_fill_(padding.unsqueeze(-1), 0.0)
     lse = log_sum_exp(plan.passes.column_statistics(attention, padding), plan.shards)
     return attention, plan.passes.double_norm_(attention, lse, plan.group, plan.eps, padding)
 
@@ -299,10 +320,9 @@ def double_normalize_backward(
     plan: Plan, grad: Tensor, attention: Tensor, mass: Tensor, padding: Tensor | None
 ) -> Tensor:
     """The gradient of the logits, contiguous, for that of A."""
-    if padding is None:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-    else:
-        grad = grad.contiguous().masked_fill(padding.unsqueeze(-1), 0.0)
+    grad = torch.empty_like(attention).copy_(grad)
+    if padding is not None:
+        grad.masked_fill_(padding.unsqueeze(-1), 0.0)
     reduced = plan.passes.double_norm_backward_reduce(grad, attention, plan.group)
     reduced = _sum_of_members(reduced, plan.shards)
     plan.passes.double_norm_backward_(grad, attention, mass, reduced, plan.group)

@@ -130,6 +130,27 @@ for _name, _schema in (
     _library.define(_name + _schema)
 
 
+def _bump_versions(op: torch._ops.OpOverload) -> None:
+    """Make calls of a mutable operator count as changes of what it writes, as torch's own in-place operators do.
+
+    Without it autograd and checkpointing would not notice that a tensor which they saved has another content.
+    """
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def kernel(keys, *arguments):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+        for i in written:
+            torch.autograd.graph.increment_version(arguments[i])
+        return result
+
+    _library.impl(op, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+for _name in ("move_statistics_", "double_norm_", "double_norm_backward_", "residual_relu_"):
+    _bump_versions(getattr(getattr(torch.ops, NAMESPACE), _name).default)
+
+
 def _map_like(x: Tensor, context: int, *lead: int, dtype: torch.dtype | None = None) -> Tensor:
     size = maps.packed_size(x.shape, context)
     return x.new_empty((x.shape[0], *lead, size), dtype=dtype or maps.accumulate_dtype(x.dtype))
@@ -360,7 +381,7 @@ def _(grad, x, key, value, attention, second, padding, keep, group, eps, shards,
 def _(x, key, value, weight, bias, fixed, eps, batch, norm_eps, members, backend):
     passes, (m, c) = _external_passes(backend), key.shape
     wide = x.new_empty((), dtype=maps.accumulate_dtype(x.dtype))
-    kept = (wide.new_empty(shape) for shape in (((m,), (m,), (m, m)) if batch else ((0,),) * 3))
+    kept = (wide.new_empty(shape) for shape in (((2, m), (m,), (m, m)) if batch else ((0,),) * 3))
     attention = passes.empty_attention(x, m, m)
     return torch.empty_like(x), *attention, passes.empty_signs(x), *kept, wide.new_empty((c, 3))
 

@@ -31,7 +31,6 @@ def update_running_statistics(
             _move_one_by_one(updated)
         elif move is not None:
             move(means, variances, tracked, latest, *momenta)
-            torch.autograd.graph.increment_version((*means, *variances, *tracked))
         else:
             move_statistics_(means, variances, tracked, latest, *momenta)
 

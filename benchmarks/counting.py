@@ -169,7 +169,7 @@ PRODUCTS: dict[str, Callable[..., int]] = {
     "value_gradient": lambda grad, attention, keep, scale, heads, *_: (
         2 * _tokens(grad) * grad.shape[2] * attention[0].shape[2] // heads
     ),
-    "attention_gradient": lambda grad, attention, value, keep, scale, inner, *_: (
+    "attention_gradient": lambda grad, attention, value, keep, scale, origin, inner, *_: (
         2 * _tokens(grad) * (value.numel() + (0 if inner is None else inner.numel()))
     ),
     "logits_gradient": lambda grad, attention, reduced, x, key, *rest: (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from plain_double_norm import PlainDoubleNorm
 from torch import nn
 
-from aia_kernels import Norm, backends, functional, testing
+from aia_kernels import Norm, backends, functional, reference, testing
 from aia_kernels.dense import Dense
 
 LOW = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -150,6 +150,26 @@ def test_nearly_constant_attention_keeps_its_gradients(external_compiled_on):
     for key in ("grad value", "grad bn.weight"):
         # A is rounded by 6e-8 / S at 1e-2 / S from its mean, in sums of six hundred tokens: 6e-6 by several terms.
         assert (found[key] - exact[key]).norm() < 1e-4 * exact[key].norm(), key
+
+
+@pytest.mark.parametrize("slots", [8, 64])
+def test_variance_of_a_channel_whose_mean_dwarfs_its_spread(slots, external_compiled_on):
+    """A thousand equal tokens and one that is not: all but a thousandth of each second moment is the mean's."""
+    backend, device = external_compiled_on
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(sizes, generator=generator).to(device) for sizes in ((slots, 16), (16, slots)))
+    x = torch.full((1, 16, 25, 41), 0.001, device=device)
+    x[..., 0, 0] = 10.0
+    running = torch.zeros(16, device=device), torch.ones(16, device=device)
+    with backends.use_backend(backend):
+        functional.external_attention_block(x, key, value, Norm(None, None, *running, training=True, momentum=1.0))
+    logits = x.double().flatten(2).mT @ key.double().mT
+    a = reference.double_normalize(logits, slots, 1e-9)[0]
+    z, size = a @ value.double().mT, (a @ value.double().abs().mT).amax(0)
+    # A is off by three roundings of a logit and a few of its own, and z by one more for each term.
+    error = (3 * logits.abs().max() + slots + 16) * torch.finfo(torch.float32).eps * size
+    var = z.var(0)
+    assert ((running[1] - var).abs() <= 2 * var.sqrt() * error + error.square()).all()
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ class Inputs:
         self.settings = c.group, c.eps
         m = c.heads * c.width
         self.acc = maps.accumulate_dtype(c.dtype)
-        self.padding = self.keep = self.bias = self.inner = self.constant = None
+        self.padding = self.keep = self.bias = self.origin = self.inner = self.constant = None
         if c.masked:
             self.padding = torch.rand(c.b, c.n, device=DEVICE) < 0.3
             self.padding[-1] = c.b > 1
@@ -115,6 +115,7 @@ class Inputs:
         self.bias = self.random(c.heads * c.v, dtype=self.acc)
         if c.block:
             self.inner, self.constant = self.random(m, m, dtype=self.acc), self.random(m, dtype=self.acc)
+            self.origin = torch.rand(m, dtype=torch.float64).to(self.acc).to(DEVICE)
         self.residual = self.x if c.block else None
         logits = self.random(c.b, c.n, m)
         shown = logits.double() if self.padding is None else logits.double().masked_fill(self.hidden, -torch.inf)
@@ -156,9 +157,9 @@ class Inputs:
         return a if self.keep is None else a * self.keep * self.scale
 
     def shifted(self) -> tuple[Tensor, Tensor]:
-        """A' = A - 1 / group and its error."""
-        near = 1 / self.case.group
-        return self.a - near, self.a_error + self.eps * (self.a + near)
+        """A - origin and its error."""
+        origin = self.origin.double()
+        return self.a - origin, self.a_error + self.eps * (self.a + origin)
 
     def product(self, factor: Tensor, error: Tensor, weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
         """factor @ weight and its error, where the factor is off by error and rounded to the type of the product."""
@@ -216,10 +217,13 @@ def test_logits(case):
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.heads == 1], indirect=True)
 def test_moments(case):
     i = Inputs(case)
-    sums, second = passes.moments(i.attention, *i.settings, i.padding)
-    a = (i.a - 1 / case.group).flatten(0, 1)
-    error = (i.a_error + i.eps * (i.a + 1 / case.group)).flatten(0, 1) + i.low * a.abs() + i.tiny
+    origin, sums, second = passes.moments(i.attention, *i.settings, i.padding)
+    a, error = i.a.flatten(0, 1), i.a_error.flatten(0, 1)
     terms = a.shape[0] + 8
+    within(origin, a.mean(0), error.mean(0) + terms * i.eps * a.mean(0))
+    error = error + i.eps * (a + origin.double())
+    a = a - origin.double()
+    error = error + i.low * a.abs() + i.tiny
     within(sums, a.sum(0), error.sum(0) + terms * i.eps * a.abs().sum(0))
     one_sided = error.mT @ (a.abs() + error)
     within(second, a.mT @ a, one_sided + one_sided.mT + terms * i.eps * (a.abs().mT @ a.abs()))
@@ -249,22 +253,22 @@ def test_values(case):
 
 def test_value_gradient(case):
     i = Inputs(case)
-    arguments = i.grad, i.attention, i.keep, i.scale, case.heads, *i.settings, i.padding
-    got, sums = passes.value_gradient(*arguments, True, case.block)
+    arguments = i.grad, i.attention, i.keep, i.scale, case.heads, i.origin, *i.settings, i.padding
+    got, sums = passes.value_gradient(*arguments, True)
     factors = i.shifted() if case.block else (i.dropped(i.a), i.dropped(i.a_error))
     want, error = i.product(*(i.by_head(t).mT for t in factors), i.by_head(i.grad), case.b * case.n)
     within(got, want.mT, error.mT)
     assert got.dtype == sums.dtype == i.acc
     flat = i.grad.double().flatten(0, 1)
     within(sums, flat.sum(0), (flat.shape[0] + 8) * i.eps * flat.abs().sum(0))
-    again, absent = passes.value_gradient(*arguments, False, case.block)
+    again, absent = passes.value_gradient(*arguments, False)
     assert torch.equal(again, got) and absent is None
 
 
 def test_attention_gradient(case):
     i = Inputs(case)
     got, reduced = passes.attention_gradient(
-        i.grad, i.attention, i.value, i.keep, i.scale, i.inner, i.constant, *i.settings, i.padding
+        i.grad, i.attention, i.value, i.keep, i.scale, i.origin, i.inner, i.constant, *i.settings, i.padding
     )
     grad, value = i.by_head(i.grad), i.value.double()
     want, error = (i.dropped(i.by_token(t)) for t in (grad @ value, (case.v + 10) * i.eps * grad.abs() @ value.abs()))
@@ -319,8 +323,8 @@ def everything(i: Inputs) -> list[Tensor]:
     c, settings = i.case, (*i.settings, i.padding)
     o, signs = passes.values(i.attention, i.value, i.bias, i.keep, i.scale, i.residual, *settings)
     results = [*passes.logits(i.x, i.key, i.padding), o]
-    results += passes.value_gradient(i.grad, i.attention, i.keep, i.scale, c.heads, *settings, True, c.block)
-    terms = i.inner, i.constant
+    results += passes.value_gradient(i.grad, i.attention, i.keep, i.scale, c.heads, i.origin, *settings, True)
+    terms = i.origin, i.inner, i.constant
     grad, reduced = passes.attention_gradient(i.grad, i.attention, i.value, i.keep, i.scale, *terms, *settings)
     results += grad.clone(), reduced
     results += passes.logits_gradient(grad, i.attention, reduced, i.x, i.key, i.residual, *settings, True)
@@ -383,7 +387,7 @@ def test_nan_and_infinity():
         attention = used.normalise(logits, statistics[:, 0] + statistics[:, 1].log(), *i.settings, None)
         o, signs = used.values(attention, value, bias, None, 1.0, x, *i.settings, None)
         g, _ = used.signed(convert(i.grad), signs)
-        grad, reduced = used.attention_gradient(g, attention, value, None, 1.0, None, None, *i.settings, None)
+        grad, reduced = used.attention_gradient(g, attention, value, None, 1.0, None, None, None, *i.settings, None)
         grad_x, grad_key = used.logits_gradient(grad, attention, reduced, x, key, g.clone(), *i.settings, None, True)
         results.append([statistics, o, g, reduced, grad_x, grad_key])
     for got, want in zip(*results, strict=True):
@@ -399,8 +403,10 @@ def test_no_token():
     assert (statistics[:, 0] == -torch.inf).all() and (statistics[:, 1] == 0).all()
     attention = passes.normalise(logits, i.attention[1], *i.settings, None)
     o, _ = passes.values(attention, i.value, i.bias, None, 1.0, None, *i.settings, None)
-    grad_value, sums = passes.value_gradient(grad, attention, None, 1.0, 1, *i.settings, None, True, False)
-    grad_a, reduced = passes.attention_gradient(grad, attention, i.value, None, 1.0, None, None, *i.settings, None)
+    grad_value, sums = passes.value_gradient(grad, attention, None, 1.0, 1, None, *i.settings, None, True)
+    grad_a, reduced = passes.attention_gradient(
+        grad, attention, i.value, None, 1.0, None, None, None, *i.settings, None
+    )
     grad_x, grad_key = passes.logits_gradient(grad_a, attention, reduced, x, i.key, None, *i.settings, None, True)
     assert o.shape == (2, 0, 2) and grad_x.shape == x.shape
     assert all((t == 0).all() for t in (grad_value, sums, reduced, grad_key))

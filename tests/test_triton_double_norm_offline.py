@@ -140,12 +140,12 @@ def main(names: list[str]) -> None:
         x, grad = tokens(case.heads * case.k, case.by_feature), tokens(case.heads * case.v, case.by_feature)
         key, value = empty(case.heads, case.width, case.k), empty(case.heads, case.v, case.width)
         bias, lse = empty(case.heads * case.v, dtype=acc), empty(case.b, m, dtype=acc)
-        padding = keep = inner = constant = residual = None
+        padding = keep = origin = inner = constant = residual = None
         if case.masked:
             padding = empty(case.b, case.n, dtype=torch.bool)
             keep = empty(case.b, case.n, m, dtype=torch.uint8)
         if case.block:
-            residual, inner, constant = x, empty(m, m, dtype=acc), empty(m, dtype=acc)
+            residual, origin, inner, constant = x, empty(m, dtype=acc), empty(m, m, dtype=acc), empty(m, dtype=acc)
         settings = case.group, 1e-9, padding
         logits, _ = passes.logits(x, key, padding)
         attention = passes.normalise(logits, lse, *settings)
@@ -153,8 +153,9 @@ def main(names: list[str]) -> None:
         if case.block:
             passes.moments(attention, *settings)
             passes.signed(grad, signs)
-        passes.value_gradient(grad, attention, keep, 1.25, case.heads, *settings, True, case.block)
-        grad_a, reduced = passes.attention_gradient(grad, attention, value, keep, 1.25, inner, constant, *settings)
+        passes.value_gradient(grad, attention, keep, 1.25, case.heads, origin, *settings, True)
+        through_norm = origin, inner, constant
+        grad_a, reduced = passes.attention_gradient(grad, attention, value, keep, 1.25, *through_norm, *settings)
         passes.logits_gradient(grad_a, attention, reduced, x, key, residual, *settings, True)
         if case.block:
             return

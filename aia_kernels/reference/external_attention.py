@@ -57,20 +57,23 @@ def external_attention(
     return o if padding is None else o.masked_fill(padding.unsqueeze(-1), 0.0)
 
 
-def second_moments(attention: Tensor, group: int, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+def second_moments(attention: Tensor, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [M] and covariance [M, M] of A over batch and tokens, and the number of tokens, over a group's members.
 
-    The moments are taken of A - 1 / group: the slots of a group share 1, so that nearly constant columns are nearly
-    1 / group, and their variance would be lost in the rounding of their squares.
+    The covariance is that of A less its mean: where the mean of a column dwarfs its spread, a difference of second
+    moments would have lost the digits.
     """
-    a = attention.flatten(0, 1).to(accumulate_dtype(attention.dtype)) - 1 / group
+    a = attention.flatten(0, 1).to(accumulate_dtype(attention.dtype))
     count = a.new_full((), a.shape[0])
-    total, second = a.sum(0), a.mT @ a
-    if process_group is not None:
-        flat = all_reduce(torch.cat((total, second.flatten(), count.view(1))), process_group)
-        total, second, count = flat[: total.numel()], flat[total.numel() : -1].view_as(second), flat[-1]
+    if process_group is None:
+        mean = a.mean(0)
+        a = a - mean
+        return mean, a.mT @ a / count, count
+    flat = all_reduce(torch.cat((a.sum(0), count.view(1))), process_group)
+    total, count = flat[:-1], flat[-1]
     mean = total / count
-    return mean + 1 / group, second / count - mean.outer(mean), count
+    a = a - mean
+    return mean, all_reduce(a.mT @ a, process_group) / count, count
 
 
 def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
     v = value.to(dtype)
     if norm.uses_batch:
         members = norm.process_group if norm.training else None
-        mean, covariance, count = second_moments(attention, key.shape[0], members)
+        mean, covariance, count = second_moments(attention, members)
         mean, var = v @ mean, ((v @ covariance) * v).sum(1).clamp_min(0)
         share = count.reciprocal()
     else:

@@ -107,6 +107,7 @@ def attention_gradient_kernel(
     rows_stride,
     value_ptr,
     keep_ptr,
+    origin_ptr,
     inner_ptr,
     constant_ptr,
     padding_ptr,
@@ -125,11 +126,10 @@ def attention_gradient_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dA = keep * SCALE * (grad value) + A' inner + constant, A' = A - 1 / group, of one tile. Stores Q and its column
-    sums, partial [B, blocks, M]; for groups in pieces, dA."""
+    """dA = keep * SCALE * (grad value) + (A - origin) inner + constant of one tile. Stores Q and its column sums,
+    partial [B, blocks, M]; for groups in pieces, dA."""
     M: tl.constexpr = column_count(C)
     WIDTH: tl.constexpr = C.width
-    GROUP: tl.constexpr = C.group
     TILES: tl.constexpr = spans(C) * pieces(C)
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
     TYPE: tl.constexpr = grad_attention_ptr.dtype.element_ty
@@ -149,8 +149,9 @@ def attention_gradient_kernel(
     if inner_ptr is not None:
         for other in range(TILES):
             there = (head, other // pieces(C), other % pieces(C))
-            a = attention_tile(logits_ptr, rows_ptr, n, t, shown, *there, C, EPS, ACC) - 1 / GROUP
+            a = attention_tile(logits_ptr, rows_ptr, n, t, shown, *there, C, EPS, ACC)
             k, exist, _ = columns_at(*there, C)
+            a -= tl.load(origin_ptr + k, mask=exist, other=0)[None, :]
             w = tl.load(inner_ptr + k[:, None] * M + m[None, :], mask=exist[:, None] & exists[None, :], other=0)
             grad = tl.dot(a.to(TYPE), w, grad, input_precision=PRECISION, out_dtype=ACC)
         grad += tl.load(constant_ptr + m, mask=exists, other=0)[None, :]
@@ -205,6 +206,7 @@ def attention_gradient(
     value: Tensor,
     keep: Tensor | None,
     scale: float,
+    origin: Tensor | None,
     inner: Tensor | None,
     constant: Tensor | None,
     group: int,
@@ -213,7 +215,7 @@ def attention_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Q [B, N, M] = A * (dA - the sum of dA * A over the group), and its column sums D [B, M].
 
-    dA = keep * scale * (grad V) + A' inner + constant. Reads (1 + M / d) |X|, writes M / d |X|.
+    dA = keep * scale * (grad V) + (A - origin) inner + constant. Reads (1 + M / d) |X|, writes M / d |X|.
     """
     logits, rows = attention
     b, n, _ = logits.shape
@@ -226,7 +228,8 @@ def attention_gradient(
         inner = inner.to(logits.dtype).contiguous()
     in_pieces = pieces.fn(c) > 1
     partial = None if in_pieces else rows.new_empty((b, blocks, heads * width))
-    arguments = grad, logits, rows, rows.stride(0), value.contiguous(), keep, inner, constant, as_bytes(padding)
+    arguments = grad, logits, rows, rows.stride(0), value.contiguous(), keep
+    arguments += origin, inner, constant, as_bytes(padding)
     constants = {"C": c, "F": v, "EPS": eps, "SCALE": scale, "BT": bt, "STEP": _step(grad, v)}
     start(
         attention_gradient_kernel,

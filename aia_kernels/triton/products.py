@@ -68,6 +68,7 @@ def factor_tile(
     grad_ptr,
     reduced_ptr,
     keep_ptr,
+    origin_ptr,
     n,
     t,
     shown,
@@ -76,11 +77,10 @@ def factor_tile(
     C: tl.constexpr,
     EPS: tl.constexpr,
     SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What multiplies the features at a tile of columns: A - SHIFT, with dropout if keep is given, or, with grad, the
-    gradient of the logits."""
+    """What multiplies the features at a tile of columns: A, with dropout if keep is given, less an origin [M] if that
+    is; or, with grad, the gradient of the logits."""
     M: tl.constexpr = column_count(C)
     span, piece = tile // pieces(C), tile % pieces(C)
     m, exists, _ = columns_at(head, span, piece, C)
@@ -91,8 +91,8 @@ def factor_tile(
         if keep_ptr is not None:
             keep = load_tile(keep_ptr, t, m, shown[:, None] & exists[None, :], M)
             factor = factor * (keep.to(ACC) * tl.full([1, 1], SCALE, ACC))
-        if SHIFT > 0:
-            factor -= SHIFT
+        if origin_ptr is not None:
+            factor -= tl.load(origin_ptr + m, mask=exists, other=0)[None, :]
     return factor
 
 

@@ -39,6 +39,7 @@ def token_sum_kernel(
     grad_ptr,
     reduced_ptr,
     keep_ptr,
+    origin_ptr,
     padding_ptr,
     partial_ptr,
     sums_ptr,
@@ -53,7 +54,6 @@ def token_sum_kernel(
     STRIDE_F: tl.constexpr,
     EPS: tl.constexpr,
     SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -89,8 +89,8 @@ def token_sum_kernel(
             grad, reduced = grad_ptr + here, reduced_ptr + b * M
         if keep_ptr is not None:
             keep = keep_ptr + here
-        sources = (logits_ptr + here, rows_ptr + b * rows_stride, grad, reduced, keep)
-        factor = factor_tile(*sources, n, t, shown, head, tile, C, EPS, SCALE, SHIFT, ACC)
+        sources = (logits_ptr + here, rows_ptr + b * rows_stride, grad, reduced, keep, origin_ptr)
+        factor = factor_tile(*sources, n, t, shown, head, tile, C, EPS, SCALE, ACC)
         total = tl.dot(x, factor.to(x.dtype), total, input_precision=PRECISION, out_dtype=ACC)
         if sums_ptr is not None:
             sums += tl.sum(x.to(ACC), 1)
@@ -109,6 +109,7 @@ def moments_kernel(
     logits_ptr,
     rows_ptr,
     rows_stride,
+    origin_ptr,
     padding_ptr,
     sums_ptr,
     second_ptr,
@@ -120,38 +121,45 @@ def moments_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Sums of A' and of A'^T A' over the tokens of this program, [P, M] and [P, M, M], A' = A - 1 / group.
+    """Sums over the tokens of this program: without an origin of A, [P, M]; with one of A' = A - origin and of A'^T A',
+    [P, M, M].
 
-    Both are made of A' rounded to the type of the product, so that the covariance that follows is one.
+    The latter are made of A' rounded to the type of the product, so that the covariance that follows is one.
     """
     M: tl.constexpr = column_count(C)
-    GROUP: tl.constexpr = C.group
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
     TYPE: tl.constexpr = logits_ptr.dtype.element_ty
     TILES: tl.constexpr = spans(C) * pieces(C)
-    right = tl.program_id(0) % TILES
-    left = tl.program_id(0) // TILES % TILES
-    program = tl.program_id(0) // (TILES * TILES)
+    RIGHTS: tl.constexpr = 1 if origin_ptr is None else TILES
+    right = tl.program_id(0) % RIGHTS
+    left = tl.program_id(0) // RIGHTS % TILES
+    program = tl.program_id(0) // (RIGHTS * TILES)
     blocks = tl.cdiv(n, BT)
+    i, i_exists, _ = columns_at(0, left // pieces(C), left % pieces(C), C)
+    j, j_exists, _ = columns_at(0, right // pieces(C), right % pieces(C), C)
     second = tl.zeros([C.block, C.block], ACC)
     sums = tl.zeros([C.block], ACC)
-    for task in range(program, batch * blocks, tl.num_programs(0) // (TILES * TILES)):
+    for task in range(program, batch * blocks, tl.num_programs(0) // (RIGHTS * TILES)):
         b = (task // blocks).to(tl.int64)
         t, inside, shown = tokens_at(b, task % blocks, n, padding_ptr, BT, WIDE)
         arguments = (logits_ptr + b * n * M, rows_ptr + b * rows_stride, n, t, shown, 0)
-        a = attention_tile(*arguments, left // pieces(C), left % pieces(C), C, EPS, ACC) - 1 / GROUP
-        a = tl.where(inside[:, None], a, 0).to(TYPE)
-        if TILES == 1:
-            other = a
+        a = attention_tile(*arguments, left // pieces(C), left % pieces(C), C, EPS, ACC)
+        if origin_ptr is None:
+            sums += tl.sum(tl.where(inside[:, None], a, 0), 0)
         else:
-            other = attention_tile(*arguments, right // pieces(C), right % pieces(C), C, EPS, ACC) - 1 / GROUP
-            other = tl.where(inside[:, None], other, 0).to(TYPE)
-        second = tl.dot(tl.trans(a), other, second, input_precision=PRECISION, out_dtype=ACC)
-        sums += tl.sum(a.to(ACC), 0)
-    i, i_exists, _ = columns_at(0, left // pieces(C), left % pieces(C), C)
-    j, j_exists, _ = columns_at(0, right // pieces(C), right % pieces(C), C)
-    at = program.to(tl.int64) * (M * M) + i[:, None] * M + j[None, :]
-    tl.store(second_ptr + at, second, mask=i_exists[:, None] & j_exists[None, :])
+            a -= tl.load(origin_ptr + i, mask=i_exists, other=0)[None, :]
+            a = tl.where(inside[:, None], a, 0).to(TYPE)
+            if TILES == 1:
+                other = a
+            else:
+                other = attention_tile(*arguments, right // pieces(C), right % pieces(C), C, EPS, ACC)
+                other -= tl.load(origin_ptr + j, mask=j_exists, other=0)[None, :]
+                other = tl.where(inside[:, None], other, 0).to(TYPE)
+            second = tl.dot(tl.trans(a), other, second, input_precision=PRECISION, out_dtype=ACC)
+            sums += tl.sum(a.to(ACC), 0)
+    if origin_ptr is not None:
+        at = program.to(tl.int64) * (M * M) + i[:, None] * M + j[None, :]
+        tl.store(second_ptr + at, second, mask=i_exists[:, None] & j_exists[None, :])
     if right == 0:
         tl.store(sums_ptr + program.to(tl.int64) * M + i, sums, mask=i_exists)
 
@@ -162,35 +170,41 @@ def value_gradient(
     keep: Tensor | None,
     scale: float,
     heads: int,
+    origin: Tensor | None,
     group: int,
     eps: float,
     padding: Tensor | None,
     needs_sums: bool,
-    shifted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """grad^T A or grad^T A' [H, v, M'], and if needed the sums [H * v] of grad over batch and tokens. Reads
+    """grad^T A or grad^T (A - origin) [H, v, M'], and if needed the sums [H * v] of grad over batch and tokens. Reads
     (1 + M / d) |X|."""
     c = columns(heads, attention[0].shape[2] // heads, group)
-    shift = 1 / group if shifted else 0.0
-    return token_sums(grad, attention, None, None, keep, padding, c, eps, scale, shift, needs_sums, by_column=False)
+    return token_sums(grad, attention, None, None, keep, origin, padding, c, eps, scale, needs_sums, by_column=False)
 
 
-def moments(attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over all tokens of A' [M] and of A'^T A' [M, M], A' = A - 1 / group. Reads M / d |X|."""
+def moments(attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of A over all tokens, rounded, [M], and the sums of A' [M] and A'^T A' [M, M], A' = A - that mean. Reads
+    2 M / d |X|."""
     logits, rows = attention
     b, n, m = logits.shape
     c = columns(1, m, group)
-    square = tile_count(c) ** 2
-    bt = _summed_tokens(logits, c)
-    programs = _summing_programs(b, n, bt, square)
-    sums, second = rows.new_empty((programs, m)), rows.new_empty((programs, m, m))
-    arguments = logits, rows, rows.stride(0), as_bytes(padding), sums, second, b, n
+    tiles, bt = tile_count(c), _summed_tokens(logits, c)
     constants = {"C": c, "EPS": eps, "BT": bt, "num_warps": 4 if c.block <= COLUMNS else 8}
     if c.block <= COLUMNS:
         # Left alone, the assembler spills a few registers to fit one more program on an SM.
         constants["maxnreg"] = 255
-    start(moments_kernel, (logits,), programs * square, *arguments, **constants)
-    return sums.sum(0), second.sum(0)
+
+    def partials(origin: Tensor | None, others: int) -> tuple[Tensor, Tensor | None]:
+        programs = _summing_programs(b, n, bt, others)
+        sums = rows.new_empty((programs, m))
+        second = None if origin is None else rows.new_empty((programs, m, m))
+        arguments = logits, rows, rows.stride(0), origin, as_bytes(padding), sums, second, b, n
+        start(moments_kernel, (logits,), programs * others, *arguments, **constants)
+        return sums, second
+
+    origin = partials(None, tiles)[0].sum(0) / (b * n)
+    sums, second = partials(origin, tiles**2)
+    return origin, sums.sum(0), second.sum(0)
 
 
 def token_sums(
@@ -199,11 +213,11 @@ def token_sums(
     grad: Tensor | None,
     reduced: Tensor | None,
     keep: Tensor | None,
+    origin: Tensor | None,
     padding: Tensor | None,
     c: Columns,
     eps: float,
     scale: float,
-    shift: float,
     needs_sums: bool,
     by_column: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -227,6 +241,7 @@ def token_sums(
         grad,
         reduced,
         keep,
+        origin,
         as_bytes(padding),
         partial,
         sums,
@@ -234,7 +249,7 @@ def token_sums(
         n,
         *x.stride(),
     )
-    constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "SHIFT": shift, "BT": bt, "BF": bf}
+    constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "BT": bt, "BF": bf}
     start(token_sum_kernel, (logits, x), programs * parts * count * c.heads, *arguments, **constants)
     return partial.sum(0), None if sums is None else sums.sum(0)
 

@@ -82,8 +82,8 @@ def features_kernel(
     weight_ptr += head.to(tl.int64) * (F * WIDTH)
     o = tl.zeros([BT, BF], ACC)
     for tile in range(spans(C) * pieces(C)):
-        sources = (logits_ptr, rows_ptr, grad_ptr, reduced_ptr, keep_ptr)
-        factor = factor_tile(*sources, n, t, shown, head, tile, C, EPS, SCALE, 0, ACC)
+        sources = (logits_ptr, rows_ptr, grad_ptr, reduced_ptr, keep_ptr, None)
+        factor = factor_tile(*sources, n, t, shown, head, tile, C, EPS, SCALE, ACC)
         m, exists, _ = columns_at(head, tile // pieces(C), tile % pieces(C), C)
         at = (m - head * WIDTH)[:, None] * STRIDE_M + f[None, :] * STRIDE_F
         w = tl.load(weight_ptr + at, mask=exists[:, None] & (f < F)[None, :], other=0)
@@ -148,7 +148,7 @@ def logits_gradient(
     c = columns(heads, width, 1)
     reduced = reduced.contiguous()
     grad_key, _ = token_sums(
-        x, attention, grad_attention, reduced, None, padding, c, eps, 1.0, 0.0, needs_sums=False, by_column=True
+        x, attention, grad_attention, reduced, None, None, padding, c, eps, 1.0, needs_sums=False, by_column=True
     )
     if not needs_x:
         return None, grad_key

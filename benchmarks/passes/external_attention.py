@@ -33,25 +33,26 @@ def calls(backend: str, case: LayerCase, x: Tensor, grad_y: Tensor) -> dict[str,
         return passes.normalise(logits, statistics[:, 0] + statistics[:, 1].log(), *settings)
 
     def gradient() -> tuple[object, Tensor]:
-        return passes.attention_gradient(grad, attention, value, None, 1.0, None, None, *settings)
+        return passes.attention_gradient(grad, attention, value, None, 1.0, None, None, None, *settings)
 
     def back() -> tuple[Tensor, Tensor]:
         return passes.logits_gradient(gradient()[0], attention, reduced, tokens, key, None, *settings, True)
 
     attention = attend()
     reduced = gradient()[1]
+    origin = torch.zeros(columns, **like) if block else None
     # Beside each call how often it meets x or o, and how often the attention map.
     found = {
         "logits": (lambda: passes.logits(tokens, key, None), 1, 1),
         "logits + normalise": (attend, 1, 3),
         "values": (lambda: passes.values(attention, value, shift, None, 1.0, residual, *settings), 1 + block, 1),
-        "value_gradient": (lambda: passes.value_gradient(grad, attention, None, 1.0, 1, *settings, True, block), 1, 1),
+        "value_gradient": (lambda: passes.value_gradient(grad, attention, None, 1.0, 1, origin, *settings, True), 1, 1),
         "attention_gradient": (gradient, 1, 2),
         "attention_gradient + logits_gradient": (back, 3, 4),
     }
     if block:
         _, signs = passes.values(attention, value, shift, None, 1.0, residual, *settings)
-        found["moments"] = (lambda: passes.moments(attention, *settings), 0, 1)
+        found["moments"] = (lambda: passes.moments(attention, *settings), 0, 2)
         found["signed"] = (lambda: passes.signed(grad, signs), 2, 0)
     map_bytes = case.x_bytes * columns // width
     return {
