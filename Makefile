@@ -2,17 +2,19 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
+FORCE_CUDA ?= auto
+INSTALLED := $(VENV)/installed$(if $(filter 1,$(FORCE_CUDA)),-with-cuda)
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 CPP := $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint demo bench gpu clean
+.PHONY: help install check test test-all lint demo bench gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
-install: $(INSTALLED)  ## make .venv and build (PYTHON=python3.12, TORCH=torch==2.13.0)
+install: $(INSTALLED)  ## make .venv and build (PYTHON=python3.12, TORCH=torch==2.13.0, FORCE_CUDA=1)
 	@$(BIN)/python -m aia_kernels
 
 # Debian splits ensurepip from Python; pip alone can fill an environment too.
@@ -23,11 +25,18 @@ $(BIN)/python:
 $(INSTALLED): setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "setuptools>=65" wheel ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[all]"
-	@touch $@
+	FORCE_CUDA=$(FORCE_CUDA) $(BIN)/python -m pip install --no-build-isolation --editable ".[all]"
+	@rm -f $(VENV)/installed* && touch $@
 
-test: lint  ## lint, then every test (ARGS="-k pool" for some)
-	$(BIN)/python -m pytest $(ARGS)
+check: lint  ## at every save: lint, and a test or two of everything
+	$(PYTEST) $(ARGS)
+
+test: lint  ## before every push: lint, then the tests (ARGS="-k pool" for some)
+	$(PYTEST) $(ARGS)
+
+test-all: lint  ## the tests and their sweeps, with CUDA compiled where nvcc is
+	$(BIN)/python setup.py build_ext --inplace
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
 	$(BIN)/ruff check .

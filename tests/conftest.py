@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers share the cores. OpenMP reads this when torch is first imported, as does every process that a test starts.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
+
 import torch
 
 if not torch.cuda.is_available():
@@ -25,6 +30,12 @@ import aia_kernels
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 COMPILED = {"cpu": "cpu", "cuda": "triton"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of -n auto: one a core, two on a single core, which waits for compilers at times. A worker takes 2 GB."""
+    return min(max(len(os.sched_getaffinity(0)), 2), 8)
 
 
 def runnable(backend: str, device: str, family: str = "attention_in_attention") -> str | None:
