@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ if not torch.cuda.is_available():
 
 import aia_kernels
 
+ROOT = Path(__file__).parent.parent
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 COMPILED = {"cpu": "cpu", "cuda": "triton"}
 
@@ -81,6 +83,31 @@ def external_compiled_on(request) -> Iterator[tuple[str, str]]:
     yield from _chosen(request, "external_attention")
 
 
+def nvcc() -> str:
+    """nvcc, where a test can compile csrc/cuda."""
+    if not (ROOT / "csrc" / "cuda").exists():
+        pytest.skip("the sources are not here, only the package")
+    if (found := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")) is None:
+        pytest.skip("nvcc is not here")
+    return found
+
+
+@pytest.fixture(scope="session")
+def cuda_binaries(tmp_path_factory) -> list[Path]:
+    """Machine code of csrc/cuda for sm_90: the library, if it holds CUDA, or the smaller sources, compiled here."""
+    from aia_kernels import _extension
+
+    if _extension.has_cuda():
+        return [_extension.LIBRARY]
+    folder, binaries = tmp_path_factory.mktemp("cuda"), []
+    for name in ("recalibrate", "double_norm", "residual"):
+        binaries.append(folder / f"{name}.cubin")
+        flags = ["-std=c++20", "-O3", "-Xptxas", "-warn-spills,-Werror", "-arch=sm_90", "-cubin"]
+        command = [nvcc(), *flags, ROOT / "csrc" / "cuda" / f"{name}.cu", "-o", binaries[-1]]
+        subprocess.run(command, check=True)
+    return binaries
+
+
 @pytest.fixture(scope="session")
 def emulator():
     """The passes of csrc/cuda on the host emulator, for CPU tensors."""
@@ -88,7 +115,7 @@ def emulator():
         pytest.skip("the emulator needs g++")
     from emulator import Emulator, build
 
-    found = Emulator(build(Path(__file__).parent.parent / "build" / "emulator"))
+    found = Emulator(build(ROOT / "build" / "emulator"))
     yield found
     found.close()
 

@@ -1,17 +1,28 @@
-"""The machine code of csrc/cuda, read without a GPU: nothing spills, and x moves in 16-byte loads and stores."""
+"""csrc/cuda compiled and read without a GPU: nothing spills, and x moves in 16-byte loads and stores.
+
+A library that holds CUDA is read as a whole. Where none does, as after make install without a GPU, and nvcc is there,
+every source is compiled without optimisation, which is fast, and some as they would be in the library.
+"""
 
 from __future__ import annotations
 
 import collections
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import ROOT, nvcc
 
 from aia_kernels import _extension
 from benchmarks import machine_code
 
+pytestmark = pytest.mark.xdist_group("machine code")
+
+HOST, DEVICE = sorted(ROOT.glob("csrc/register_cuda*.cpp")), sorted(ROOT.glob("csrc/cuda/*.cu"))
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 BYTES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2, "t": 2, "j": 4, "m": 8}
 _TYPE = "|".join(BYTES)
@@ -47,18 +58,15 @@ def width_of(name: str) -> tuple[str, int] | None:
 
 @pytest.fixture(scope="module")
 def cuobjdump() -> str:
-    if (reason := _extension.cuda_reason()) is not None:
-        pytest.skip(reason)
     if (found := machine_code.cuobjdump()) is None:
         pytest.skip(machine_code.NO_DISASSEMBLER)
     return found
 
 
-@pytest.fixture(scope="module")
-def local_memory(cuobjdump) -> dict[tuple[str, str], int]:
+def resources(cuobjdump: str, binary: Path) -> dict[tuple[str, str], int]:
     """Bytes of stack and local memory by (architecture, mangled name)."""
     found, architecture, name = {}, "", ""
-    for line in run(cuobjdump, "--dump-resource-usage", _extension.LIBRARY):
+    for line in run(cuobjdump, "--dump-resource-usage", binary):
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
@@ -68,11 +76,10 @@ def local_memory(cuobjdump) -> dict[tuple[str, str], int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def kernels(cuobjdump) -> dict[str, collections.Counter]:
+def accesses(cuobjdump: str, binary: Path) -> dict[str, collections.Counter]:
     """Counts of memory instructions by mangled name, for one architecture."""
     counts: dict[str, collections.Counter] = {}
-    for line in run(cuobjdump, "-sass", "-arch", "sm_90", _extension.LIBRARY):
+    for line in run(cuobjdump, "-sass", "-arch", "sm_90", binary):
         if match := re.search(r"Function : (\S+)", line):
             current = counts.setdefault(match[1], collections.Counter())
         elif match := re.search(r"\b((?:LDG|STG)\b[.\w]*)", line):
@@ -86,27 +93,54 @@ def run(*command) -> Iterator[str]:
     assert process.returncode == 0
 
 
-def test_every_kernel_is_there_for_every_architecture(local_memory):
+@pytest.mark.parametrize("source", DEVICE, ids=lambda path: path.name)
+def test_nvcc_takes(source, tmp_path):
+    """As the emulator's compiler does not tell a function of the host from one of the device."""
+    if _extension.has_cuda():
+        pytest.skip("it is compiled into the library")
+    command = [nvcc(), "-std=c++20", "-G", "-arch=compute_90", "-ptx", source, "-o", tmp_path / "x.ptx"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("source", HOST, ids=lambda path: path.name)
+def test_the_compiler_takes(source):
+    """The operators around the kernels, which only a library that holds CUDA has."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ is here")
+    flags = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    include = Path(torch.__file__).parent / "include"
+    done = subprocess.run(["g++", *flags, "-isystem", include, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_kernel_is_there_for_every_architecture(cuobjdump):
+    if (reason := _extension.cuda_reason()) is not None:
+        pytest.skip(reason)
     names = collections.defaultdict(set)
-    for architecture, name in local_memory:
+    for architecture, name in resources(cuobjdump, _extension.LIBRARY):
         width_of(name)
         names[architecture].add(name)
     assert set(names) >= ARCHITECTURES
     assert len({frozenset(found) for found in names.values()}) == 1
 
 
-def test_no_local_memory(local_memory):
-    assert not {key: used for key, used in local_memory.items() if used}
+def test_no_local_memory(cuobjdump, cuda_binaries):
+    for binary in cuda_binaries:
+        found = resources(cuobjdump, binary)
+        assert found and not {key: used for key, used in found.items() if used}
 
 
-def test_vectors_are_16_bytes(kernels):
+def test_vectors_are_16_bytes(cuobjdump, cuda_binaries):
     """In the kernels for aligned inputs, and not in those for the others."""
-    assert kernels
-    for name, counts in kernels.items():
-        if (found := width_of(name)) is None:
-            continue
-        kernel, width = found
-        aligned = width >= 16
-        assert any(i.startswith("LDG.E.128") for i in counts) == aligned, name
-        if kernel in STORING:
-            assert any(i.startswith("STG.E.128") for i in counts) == aligned, name
+    for binary in cuda_binaries:
+        kernels = accesses(cuobjdump, binary)
+        assert kernels
+        for name, counts in kernels.items():
+            if (found := width_of(name)) is None:
+                continue
+            kernel, width = found
+            aligned = width >= 16
+            assert any(i.startswith("LDG.E.128") for i in counts) == aligned, name
+            if kernel in STORING:
+                assert any(i.startswith("STG.E.128") for i in counts) == aligned, name
