@@ -71,6 +71,26 @@ def compiled_on(request) -> Iterator[tuple[str, str]]:
     yield from _chosen(request)
 
 
+#: For tests that compile for seconds. Of plain PyTorch, which torch is tested with, a few small cases hold the same.
+_TRACED = [
+    pytest.param((b, d), marks=pytest.mark.sweep if b == "reference" else ())
+    for d in DEVICES
+    for b in ("reference", COMPILED[d])
+]
+
+
+@pytest.fixture(params=_TRACED, ids="-".join)
+def traced_on(request) -> Iterator[tuple[str, str]]:
+    """backend_on, with the reference in sweeps alone."""
+    yield from _chosen(request)
+
+
+@pytest.fixture(params=_TRACED, ids="-".join)
+def external_traced_on(request) -> Iterator[tuple[str, str]]:
+    """traced_on for external attention."""
+    yield from _chosen(request, "external_attention")
+
+
 @pytest.fixture(params=[(b, d) for d in DEVICES for b in ("reference", COMPILED[d])], ids="-".join)
 def external_on(request) -> Iterator[tuple[str, str]]:
     """backend_on for external attention."""

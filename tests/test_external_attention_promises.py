@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from agreement import EXACT, assert_forward_mode, assert_grad_and_vmap, assert_same, assert_within_budget
-from conftest import skip_unless_runnable
 from external_layers import MAIN, inputs, layer, step
-from test_promises_distributed import WORLD, launch
+from test_promises_distributed import WORLD, every_work, launch
 from test_promises_memory import kept_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -38,25 +37,25 @@ class TestPromises:
 
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("name", MAIN)
-    def test_full_graph_with_dynamic_batch(self, name, train, backend_on):
+    def test_full_graph_with_dynamic_batch(self, name, train, traced_on):
         torch._dynamo.reset()
-        module = layer(name, device=backend_on[1]).train(train)
+        module = layer(name, device=traced_on[1]).train(train)
         expected = copy.deepcopy(module)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for batch in (2, 3, 5):
-            x, grad_y = inputs(name, device=backend_on[1], batch=batch)
+            x, grad_y = inputs(name, device=traced_on[1], batch=batch)
             found = {key.replace("_orig_mod.", ""): value for key, value in step(compiled, x, grad_y).items()}
             assert_same(found, step(expected, x, grad_y))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("name", MAIN)
-    def test_inductor(self, name, backend_on):
+    def test_inductor(self, name, traced_on):
         torch._dynamo.reset()
-        module = layer(name, device=backend_on[1])
+        module = layer(name, device=traced_on[1])
         expected = copy.deepcopy(module)
-        x, grad_y = inputs(name, device=backend_on[1])
+        x, grad_y = inputs(name, device=traced_on[1])
         found = step(torch.compile(module, fullgraph=True), x, grad_y)
         found = {key.replace("_orig_mod.", ""): value for key, value in found.items()}
         assert_same(found, step(expected, x, grad_y))
@@ -170,8 +169,5 @@ def data_parallel(rank: int, backend: str) -> None:
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
-@pytest.mark.parametrize("work", [synchronised, data_parallel])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_two_processes(backend, work, tmp_path):
-    skip_unless_runnable(backend, "cpu")
-    launch(tmp_path, work, backend)
+def test_two_processes(tmp_path):
+    launch(tmp_path, every_work, {"external_attention": (synchronised, data_parallel)})

@@ -47,8 +47,18 @@ def assert_equal_steps(found, expected):
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", UNITS)
-def test_full_graph_with_dynamic_batch(name, train, backend_on):
-    _, device = backend_on
+def test_full_graph_with_dynamic_batch(name, train, traced_on):
+    _, device = traced_on
+    in_one_graph_with_any_batch(name, train, device)
+
+
+def test_full_graph_of_the_reference():
+    """One gate and its gradients have all of it; test_layouts has every gate, and the sweep every unit."""
+    with backends.use_backend("reference"):
+        in_one_graph_with_any_batch("C", True, "cpu")
+
+
+def in_one_graph_with_any_batch(name, train, device):
     module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(device).train(train)
     expected = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -74,9 +84,9 @@ def test_layouts(layout, backend_on):
     assert found["y"].stride() == found["x"].stride() == x.stride()
 
 
-def test_inductor_around_the_unit(backend_on):
+def test_inductor_around_the_unit(traced_on):
     """The unit between operations that inductor fuses and may want to lay out otherwise."""
-    _, device = backend_on
+    _, device = traced_on
 
     class Block(torch.nn.Module):
         def __init__(self):
@@ -109,6 +119,24 @@ def unit_arguments(backend, device, name="CinST", batch=(True, False, True, True
     affine = torch.randn(n, 2, dtype=torch.float64, device=device, requires_grad=True)
     fixed = torch.rand(n, 2, dtype=torch.float64, device=device)
     return x, weight, affine, fixed, name, backend, list(batch[:n]), [1e-5] * n, [""] * n
+
+
+@pytest.mark.parametrize("shared", ["THW", "CTHW"])
+@pytest.mark.parametrize("name", ["CinST", "STinC"])
+def test_gates_that_share_a_norm(name, shared, backend_on):
+    """A norm that serves several gates moves once for each, in the order of the published calls, compiled or not."""
+    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(backend_on[1])
+    for letter in shared:
+        setattr(module, f"{letter}_bn", module.T_bn)
+    x = make_input(SHAPE, torch.float64, device=backend_on[1])
+    plain, compiled = copy.deepcopy(module), copy.deepcopy(module)
+    plain = aia_kernels.to_reference(plain)
+    for call in (module, plain, torch.compile(compiled, backend="aot_eager", fullgraph=True)):
+        call(x)
+    assert module.T_bn.num_batches_tracked == len(shared)
+    for other in (plain, compiled):
+        for (key, found), expected in zip(other.named_buffers(), module.buffers(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -154,8 +182,18 @@ def test_opcheck_of_the_passes(backend, context):
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "dropout"])
-def test_full_graph_of_external_attention(form, train, external_on):
-    device = external_on[1]
+def test_full_graph_of_external_attention(form, train, external_traced_on):
+    device = external_traced_on[1]
+    external_in_one_graph_with_any_batch(form, train, device)
+
+
+@pytest.mark.parametrize("form", ["eps", "block"])
+def test_full_graph_of_the_reference_of_external_attention(form):
+    with backends.use_backend("reference"):
+        external_in_one_graph_with_any_batch(form, True, "cpu")
+
+
+def external_in_one_graph_with_any_batch(form, train, device):
     module = external_cases.make(form, SIZES["small"], device=device).train(train)
     expected = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -186,8 +224,8 @@ def test_full_graph_with_dropout(external_on):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
 @pytest.mark.parametrize("form", ["plain", "block"])
-def test_inductor_around_external_attention(form, transposed, external_on):
-    device = external_on[1]
+def test_inductor_around_external_attention(form, transposed, external_traced_on):
+    device = external_traced_on[1]
 
     class Around(torch.nn.Module):
         def __init__(self):

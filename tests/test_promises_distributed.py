@@ -1,4 +1,8 @@
-"""Gloo processes: DDP, SyncBatchNorm and tokens in shards give the numbers of one process with the whole."""
+"""Gloo processes: DDP, SyncBatchNorm and tokens in shards give the numbers of one process with the whole.
+
+One group of processes of each size does everything: starting them costs more than what they compute. Where one of
+them fails, its traceback names the work.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import skip_unless_runnable
+from conftest import runnable
 from external_cases import FORMS, Sizes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -79,18 +83,11 @@ def synchronised(rank: int, name: str, backend: str, split: int, compiled: bool 
 
 
 def every_synchronised_case(rank: int, backend: str) -> None:
-    """All in one pair of processes: starting one costs more than what it computes."""
     for name in UNITS:
         for split in (3, 1):
             synchronised(rank, name, backend, split)
     if backend != "reference":  # torch does not trace the differentiable all_reduce of the reference
         synchronised(rank, "CinST", backend, 3, compiled=True)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_synchronised_batch_norm_equals_the_joint_batch(backend, tmp_path):
-    skip_unless_runnable(backend, "cpu")
-    launch(tmp_path, every_synchronised_case, backend)
 
 
 def data_parallel(rank: int, backend: str) -> None:
@@ -104,23 +101,12 @@ def data_parallel(rank: int, backend: str) -> None:
         torch.testing.assert_close(WORLD * p.grad, expected[f"grad {key}"], **EXACT)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_distributed_data_parallel(backend, tmp_path):
-    skip_unless_runnable(backend, "cpu")
-    launch(tmp_path, data_parallel, backend)
-
-
-def refuses_an_empty_batch(rank: int) -> None:
+def refuses_an_empty_batch(rank: int, backend: str) -> None:
     module = nn.SyncBatchNorm.convert_sync_batchnorm(aia_kernels.C(2))
     with pytest.raises(ValueError, match="expected a batch"):
         module(torch.randn(0, 3, 4, 5))
 
 
-def test_empty_batch_under_synchronised_batch_norm_is_refused(tmp_path):
-    launch(tmp_path, refuses_an_empty_batch)
-
-
-EXTERNAL = "external_attention"
 SHARDS = {2: (9, 4), 3: (2, 10, 1)}
 
 
@@ -154,20 +140,14 @@ def sharded(rank: int, form: str, backend: str, lengths: tuple[int, ...], masked
     assert_agree({f"grad {key}": p.grad for key, p in shard.named_parameters()}, expected, told)
 
 
-def every_sharded_case(rank: int, backend: str, lengths: tuple[int, ...]) -> None:
+def every_sharded_case(rank: int, backend: str) -> None:
+    lengths = SHARDS[dist.get_world_size()]
     for form in FORMS:
         if form not in ("block", "dropout"):
             for masked in (False, True):
                 sharded(rank, form, backend, lengths, masked)
     if backend != "reference":
         sharded(rank, "groups", backend, lengths, True, compiled=True)
-
-
-@pytest.mark.parametrize("world", SHARDS)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_sharded_tokens_equal_the_whole(backend, world, tmp_path):
-    skip_unless_runnable(backend, "cpu", EXTERNAL)
-    launch(tmp_path, every_sharded_case, backend, SHARDS[world], world=world)
 
 
 def synchronised_block(rank: int, backend: str, split: int, compiled: bool = False) -> None:
@@ -197,16 +177,28 @@ def every_synchronised_block(rank: int, backend: str) -> None:
         synchronised_block(rank, backend, 3, compiled=True)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_synchronised_block_equals_the_joint_batch(backend, tmp_path):
-    skip_unless_runnable(backend, "cpu", EXTERNAL)
-    launch(tmp_path, every_synchronised_block, backend)
-
-
-def refuses_an_empty_shard(rank: int) -> None:
+def refuses_an_empty_shard(rank: int, backend: str) -> None:
     with pytest.raises(ValueError, match="a token on every member of process_group"):
         functional.double_normalize(torch.randn(2, 0, 4), process_group=dist.group.WORLD)
 
 
-def test_empty_shard_is_refused(tmp_path):
-    launch(tmp_path, refuses_an_empty_shard)
+WORK = {
+    "attention_in_attention": (every_synchronised_case, data_parallel, refuses_an_empty_batch),
+    "external_attention": (every_sharded_case, every_synchronised_block, refuses_an_empty_shard),
+}
+
+
+def every_work(rank: int, work: dict) -> None:
+    for family, functions in work.items():
+        for backend in ("reference", "cpu"):
+            if runnable(backend, "cpu", family) is None:
+                for function in functions:
+                    function(rank, backend)
+
+
+def test_two_processes(tmp_path):
+    launch(tmp_path, every_work, WORK)
+
+
+def test_three_processes(tmp_path):
+    launch(tmp_path, every_work, {"external_attention": (every_sharded_case,)}, world=3)
