@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from . import maps
-from .formulas import backward_is_followed, gradients
-from .layouts import as_clips, as_input, stored_as, unviewed
+from .layouts import as_clips, as_input, save, saved, stored_as, unviewed
 from .process_groups import gather, resolve
 from .reference import Gate, Norm, Unit, attention_in_attention
+from .tracing import backward_is_followed, gradients
 
 
 class Plan(NamedTuple):
@@ -36,7 +36,8 @@ class Plan(NamedTuple):
 
     passes has the passes of ops.PASSES as attributes and map_order(storage order of x), the order in which it
     packs maps. batch: normalise by the statistics of the batch. eps: added to the variance. groups: the name of the
-    process group that shares the statistics, or "".
+    process group that shares the statistics, or "". wide_norms: scale and shift, and so their gradients, are of a wider
+    type than the weights, as where a network in half precision keeps its norms in float32.
     """
 
     unit: Unit
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     batch: tuple[bool, ...]
     eps: tuple[float, ...]
     groups: tuple[str, ...]
+    wide_norms: bool = False
 
 
 class GateParameters(NamedTuple):
@@ -126,7 +128,7 @@ def backward(
     def through_gate(context: int, kept: Kept, in_order: list[Tensor], grad_gate: Tensor, z: Tensor) -> Tensor:
         groups, dims = plan.groups[unit.rows(context)], _dims(x.shape, context, order)
         own = sums = None
-        if any(groups):
+        if plan.wide_norms or any(groups):
             own = passes.gate_backward_reduce(grad_gate, z, kept.norm, dims)
             sums = _by_group(groups, own, own, lambda members: members.sum(0))
         grad_pooled, grads, affine = passes.gate_backward(
@@ -260,27 +262,26 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         inner, outer = result.inner, result.outer
         ctx.plan, ctx.num_segments = plan, num_segments
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *parameters, *(inner or ()), *outer)
+        save(ctx, x, *parameters, *(inner or ()), *outer)
         # A list is passed through as it is: statistics are no part of the graph.
         return y, statistics_of(plan.unit, inner, outer)
 
     @staticmethod
     def backward(ctx, grad_y, _statistics):
         plan, n = ctx.plan, 3 * len(ctx.plan.batch)
-        x, *saved = ctx.saved_tensors
-        parameters, kept = saved[:n], saved[n:]
         if grad_y is None:
             return (None,) * (4 + n)
+        x, *rest = saved(ctx)
+        parameters, kept = rest[:n], rest[n:]
         inner, outer = Kept(*kept[:4]) if plan.unit.inner else None, Kept(*kept[-4:])
         if backward_is_followed():
             statistics = statistics_of(plan.unit, inner, outer)
 
-            def formula(x, *parameters):
-                gates = gates_of(plan, parameters, statistics)
-                return as_input(attention_in_attention(as_clips(x, ctx.num_segments), plan.unit, gates)[0], x.ndim)
+            def y_of(x, *parameters):
+                return as_input(formula(plan, as_clips(x, ctx.num_segments), parameters, statistics), x.ndim)
 
             needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
-            grad_x, *grads = gradients(formula, (x, *parameters), needs, grad_y)
+            grad_x, *grads = gradients(y_of, (x, *parameters), needs, grad_y)
             return grad_x, None, None, None, *grads
         clips, grad_clips = (as_clips(a, ctx.num_segments) for a in (x, stored_as(grad_y, x)))
         grad_x, *grads = backward(plan, grad_clips, clips, parameters[::3], inner, outer, ctx.needs_input_grad[0])
@@ -295,8 +296,9 @@ def gate_parameters(parameters: Sequence[Tensor | None], fixed: Sequence[Tensor 
     return [GateParameters(*of) for of in zip(by_three, by_three, by_three, by_two, by_two, strict=True)]
 
 
-def gates_of(plan: Plan, parameters: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> list[Gate]:
-    """The gates of the reference, from parameters as AttentionInAttentionFunction takes them and statistics_of."""
+def formula(plan: Plan, x: Tensor, parameters: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> Tensor:
+    """y of the reference on x [B, T, C, H, W], from parameters as AttentionInAttentionFunction takes them and the
+    statistics_of the passes."""
     gates = []
     for i, (weight, scale, shift) in enumerate(zip(*[iter(parameters)] * 3, strict=True)):
         mean, var, _ = statistics[i][0].split(1)
@@ -304,4 +306,4 @@ def gates_of(plan: Plan, parameters: Sequence[Tensor | None], statistics: Sequen
         if plan.groups[i]:
             norm = norm._replace(process_group=resolve(plan.groups[i]))
         gates.append(Gate(weight, norm))
-    return gates
+    return attention_in_attention(x, plan.unit, gates)[0]

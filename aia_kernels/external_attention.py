@@ -66,6 +66,7 @@ of ``empty_attention`` and its signs those of ``empty_signs``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,13 +74,13 @@ from torch import Tensor
 
 from . import maps
 from .autocast import without_autocast
-from .formulas import backward_is_followed, gradients
-from .layouts import as_maps, as_tokens, stored_as, unviewed, with_rows
+from .layouts import as_maps, as_tokens, save, saved, stored_as, unviewed, with_rows
 from .process_groups import gather, resolve
 from .reference import Norm
 from .reference import double_normalize as reference_double_normalize
 from .reference import external_attention as reference
 from .reference import external_attention_block as reference_block
+from .tracing import backward_is_followed, gradients
 
 
 class Plan(NamedTuple):
@@ -308,8 +309,8 @@ def _batch_moments(plan: Plan, x: Tensor, attention: Attention, v: Tensor) -> tu
 
 
 def double_normalize_forward(plan: Plan, logits: Tensor, padding: Tensor | None) -> Attention:
-    """A and mass (ops.double_norm_) of contiguous logits [B, N, M]."""
-    attention = torch.empty_like(logits).copy_(logits)
+    """A, contiguous, and mass (ops.double_norm_) of logits [B, N, M]."""
+    attention = logits.new_empty(logits.shape).copy_(logits)
     if padding is not None:
         attention.masked_fill_(padding.unsqueeze(-1), 0.0)
     lse = log_sum_exp(plan.passes.column_statistics(attention, padding), plan.shards)
@@ -329,30 +330,47 @@ def double_normalize_backward(
     return grad
 
 
+def normalize_formula(plan: Plan, padding: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A of the reference as a function of the logits."""
+    return lambda logits: reference_double_normalize(logits, plan.group, plan.eps, padding, resolve(plan.shards))
+
+
+def attention_formula(plan: Plan, padding: Tensor | None, keep: Tensor | None) -> Callable[..., Tensor]:
+    """o of the reference as a function of x, key, value and bias."""
+    settings = plan.group, plan.eps, padding, keep, plan.scale, resolve(plan.shards)
+    return lambda *tensors: reference(*tensors, *settings)
+
+
+def block_formula(plan: Plan, statistics: Tensor) -> Callable[..., Tensor]:
+    """y of the reference as a function of x [B, N, C], key, value, weight and bias; statistics as of block_forward."""
+    mean, var, _ = statistics.unbind(1)
+
+    def formula(x, key, value, weight, bias):
+        norm = Norm(weight, bias, mean, var, training=plan.batch, eps=plan.norm_eps)
+        return reference_block(x, key, value, norm._replace(process_group=resolve(plan.members)), plan.eps)[0]
+
+    return formula
+
+
 class DoubleNormalizeFunction(torch.autograd.Function):
-    """A = apply(logits, plan, padding) of contiguous, non-empty logits [B, N, M], with exact first and second
-    derivatives."""
+    """A = apply(logits, plan, padding) of logits [B, N, M], not empty, with exact first and second derivatives."""
 
     @staticmethod
     def forward(ctx, logits, plan, padding):
         attention, mass = double_normalize_forward(plan, logits, padding)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits if ctx.needs_input_grad[0] else None, attention, mass, padding)
+        save(ctx, logits if ctx.needs_input_grad[0] else None, attention, mass, padding)
         return attention
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 3
-        logits, attention, mass, padding = ctx.saved_tensors
+        logits, attention, mass, padding = saved(ctx)
         plan = ctx.plan
         if backward_is_followed():
-
-            def formula(logits):
-                return reference_double_normalize(logits, plan.group, plan.eps, padding, resolve(plan.shards))
-
-            return *gradients(formula, (logits,), (True,), grad), None, None
+            return *gradients(normalize_formula(plan, padding), (logits,), (True,), grad), None, None
         return double_normalize_backward(plan, grad, attention, mass, padding), None, None
 
 
@@ -365,7 +383,7 @@ class ExternalAttentionFunction(torch.autograd.Function):
         o, attention = forward(plan, x, key, value, bias, padding, keep)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, key, value, bias, padding, keep, *attention)
+        save(ctx, x, key, value, bias, padding, keep, *attention)
         return unviewed(o)
 
     @staticmethod
@@ -373,13 +391,9 @@ class ExternalAttentionFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         plan, needs = ctx.plan, ctx.needs_input_grad[:4]
-        x, key, value, bias, padding, keep, *attention = ctx.saved_tensors
+        x, key, value, bias, padding, keep, *attention = saved(ctx)
         if backward_is_followed():
-
-            def formula(*tensors):
-                settings = plan.group, plan.eps, padding, keep, plan.scale, resolve(plan.shards)
-                return reference(*tensors, *settings)
-
+            formula = attention_formula(plan, padding, keep)
             return *gradients(formula, (x, key, value, bias), needs, grad), None, None, None
         grads = backward(plan, with_rows(grad), x, key, value, tuple(attention), padding, keep, needs[0], needs[3])
         return *(_typed(g, a) for g, a in zip(grads, (x, key, value, bias), strict=True)), None, None, None
@@ -399,9 +413,7 @@ class ExternalAttentionBlockFunction(torch.autograd.Function):
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.statistics)
-        ctx.save_for_backward(
-            x, key, value, weight, bias, *result.attention, result.signs, *result.batch, result.statistics
-        )
+        save(ctx, x, key, value, weight, bias, *result.attention, result.signs, *result.batch, result.statistics)
         return unviewed(as_maps(result.y, x)), result.statistics
 
     @staticmethod
@@ -409,16 +421,15 @@ class ExternalAttentionBlockFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 7
         plan, needs = ctx.plan, ctx.needs_input_grad[:5]
-        x, key, value, weight, bias, first, second, signs, *batch, statistics = ctx.saved_tensors
+        x, key, value, weight, bias, first, second, signs, *batch, statistics = saved(ctx)
         inputs = x, key, value, weight, bias
         if backward_is_followed():
+            formula = block_formula(plan, statistics)
 
-            def formula(x, key, value, weight, bias):
-                norm = Norm(weight, bias, *statistics[:, :2].unbind(1), eps=plan.norm_eps, training=plan.batch)
-                norm = norm._replace(process_group=resolve(plan.members))
-                return as_maps(reference_block(as_tokens(x), key, value, norm, plan.eps)[0], x)
+            def y_of(x, *parameters):
+                return as_maps(formula(as_tokens(x), *parameters), x)
 
-            return *gradients(formula, inputs, needs, grad_y), None, None
+            return *gradients(y_of, inputs, needs, grad_y), None, None
         tokens, grad = as_tokens(x), as_tokens(stored_as(grad_y, x))
         batch, attention = BatchNorm(*batch), (first, second)
         grad_x, *grads = block_backward(

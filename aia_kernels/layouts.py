@@ -1,6 +1,12 @@
-"""Views of x as its layer sees it, and copies where its strides fit no kernel."""
+"""Views of x as its layer sees it, and copies where its strides fit no kernel.
+
+A function settles the layout of its input when it is called, and a registered operator once more when it runs: a traced
+program has other inputs than those that it was traced with, and tracers leave out a copy that was none.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +34,19 @@ def as_input(y: Tensor, ndim: int) -> Tensor:
     return y.flatten(0, 1) if ndim == 4 else y.transpose(1, 2)
 
 
+def dense_clips(clips: Tensor) -> Tensor:
+    """clips [B, T, C, H, W] themselves if they are stored in one of maps.ORDERS, else a copy that is."""
+    if maps.storage_order(clips) is not None:
+        return clips
+    copy = clips.clone()  # keeps the order of the axes, channels last too
+    return copy if maps.storage_order(copy) is not None else clips.contiguous()
+
+
 def with_dense_clips(x: Tensor, num_segments: int) -> Tensor:
     """x itself, [B * T, C, H, W] or [B, C, T, H, W], if it is stored in one of maps.ORDERS, else a copy that is."""
-
-    def fits(a: Tensor) -> bool:
-        return maps.storage_order(as_clips(a, num_segments)) is not None
-
-    if fits(x):
-        return x
-    copy = x.clone()  # keeps channels last
-    return copy if fits(copy) else x.contiguous()
+    clips = as_clips(x, num_segments)
+    dense = dense_clips(clips)
+    return x if dense is clips else as_input(dense, x.ndim)
 
 
 def as_tokens(x: Tensor) -> Tensor:
@@ -55,9 +64,36 @@ def with_dense_maps(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
+def dense_tokens(x: Tensor) -> Tensor:
+    """x [B, N, C] itself if it is stored densely, its features or (maps) its tokens contiguous, else a copy that is."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.mT.contiguous().mT
+
+
 def with_rows(x: Tensor) -> Tensor:
     """x [B, N, d] itself if features or tokens are contiguous and no two elements overlap, else a contiguous copy."""
     _, n, d = x.shape
     by_token = (d == 1 or x.stride(2) == 1) and (n == 1 or x.stride(1) >= d)
     by_feature = (n == 1 or x.stride(1) == 1) and (d == 1 or x.stride(2) >= n)
     return x if by_token or by_feature else x.contiguous()
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors for a backward, and their strides beside them: see saved."""
+    ctx.save_for_backward(*tensors)
+    ctx.strides = [None if t is None else t.stride() for t in tensors]
+
+
+def saved(ctx: Any) -> list[Tensor | None]:
+    """What save kept, stored as it was then: hooks on saved tensors (offloading, compression) may give back the same
+    values with other strides."""
+    return [
+        t if t is None or t.stride() == stride else _restored(t, stride)
+        for t, stride in zip(ctx.saved_tensors, ctx.strides, strict=True)
+    ]
+
+
+def _restored(t: Tensor, stride: tuple[int, ...]) -> Tensor:
+    overlaps = any(step == 0 and size > 1 for size, step in zip(t.shape, stride, strict=True))
+    if overlaps:  # an expanded parameter: no pass asks for its strides
+        return t
+    return torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)

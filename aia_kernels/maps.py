@@ -43,12 +43,13 @@ _AXIS = {"T": 1, "C": 2, "H": 3, "W": 4}
 def storage_order(x: Tensor) -> str | None:
     """The order in which x [B, T, C, H, W] is stored densely, one of ORDERS, or None.
 
-    Axes of length one fit every order; the first that fits is returned.
+    Axes of length one fit every order; the first that fits is returned. Strides are asked before lengths: a program that
+    is traced with a symbol for a length then holds for a length of one too.
     """
     for order in ORDERS:
         expected = 1
         for axis in reversed((0, *(_AXIS[letter] for letter in order))):
-            if x.shape[axis] != 1 and x.stride(axis) != expected:
+            if x.stride(axis) != expected and x.shape[axis] != 1:
                 break
             expected *= x.shape[axis]
         else:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import maps
+from .layouts import dense_clips, dense_tokens, with_rows
 from .reference import UNITS
 
 NAMESPACE = "aia_kernels"
@@ -277,9 +278,11 @@ def _(x, fold, reverse):
 # The whole unit, for torch.compile and torch.export: opaque to the tracer, differentiable, without side effects. The
 # meaning of the arguments and results is that of forward and backward in attention_in_attention.py; what is kept of an
 # absent inner context is empty. unit and backend are names; fixed is None when every gate uses the batch's statistics.
+# index is the type in which indices are kept, by default the smallest that holds them.
 _UNIT_SCHEMAS = {
     "unit_forward": "(Tensor x, Tensor weight, Tensor affine, Tensor? fixed, str unit, str backend, bool[] batch, "
-    "float[] eps, str[] groups) -> (Tensor y, Tensor inner_pooled, Tensor inner_argmax, Tensor inner_norm, "
+    "float[] eps, str[] groups, ScalarType? index=None) -> "
+    "(Tensor y, Tensor inner_pooled, Tensor inner_argmax, Tensor inner_norm, "
     "Tensor outer_pooled, Tensor outer_argmax, Tensor outer_norm, Tensor statistics)",
     "unit_backward": "(Tensor grad_y, Tensor x, Tensor weight, Tensor inner_pooled, Tensor inner_argmax, "
     "Tensor inner_norm, Tensor outer_pooled, Tensor outer_argmax, Tensor outer_norm, Tensor statistics, str unit, "
@@ -320,30 +323,30 @@ def implement(name: str, function) -> None:
     _library.impl(name, function, "CompositeExplicitAutograd")
 
 
-def _kept_like(x: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
-    index = torch.uint8 if context == maps.NONE else maps.index_dtype(x.shape, context)
+def _kept_like(x: Tensor, context: int, index: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.uint8 if context == maps.NONE else index or maps.index_dtype(x.shape, context)
     norm = x.new_empty((context, 4), dtype=maps.accumulate_dtype(x.dtype))
     return _map_like(x, context, 2), _map_like(x, context, dtype=index), norm
 
 
 @_fake("unit_forward")
-def _(x, weight, affine, fixed, unit, backend, batch, eps, groups):
+def _(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=None):
     described, n = UNITS[unit], len(batch)
     statistics = x.new_empty((n, 3), dtype=maps.accumulate_dtype(x.dtype))
-    kept = *_kept_like(x, described.inner), *_kept_like(x, described.outer)
-    return torch.empty_like(x), *kept, statistics
+    kept = *_kept_like(x, described.inner, index), *_kept_like(x, described.outer, index)
+    return torch.empty_like(dense_clips(x)), *kept, statistics
 
 
 @_fake("unit_backward")
 def _(grad_y, x, weight, *kept_and_settings):
     n, dtype = weight.shape[0], maps.accumulate_dtype(x.dtype)
     grad_weight, grad_affine = x.new_empty(weight.shape, dtype=dtype), x.new_empty((n, 2), dtype=dtype)
-    return torch.empty_like(x), grad_weight, grad_affine
+    return torch.empty_like(dense_clips(x)), grad_weight, grad_affine
 
 
 @_fake("temporal_shift_by")
 def _(x, fold, reverse, backend):
-    return torch.empty_like(x)
+    return torch.empty_like(dense_clips(x))
 
 
 def _external_passes(backend: str):
@@ -355,7 +358,8 @@ def _external_passes(backend: str):
 @_fake("double_normalize_forward")
 def _(logits, padding, group, eps, shards, backend):
     b, n, m = logits.shape
-    return torch.empty_like(logits), logits.new_empty((b, n, m // group), dtype=maps.accumulate_dtype(logits.dtype))
+    mass = logits.new_empty((b, n, m // group), dtype=maps.accumulate_dtype(logits.dtype))
+    return logits.new_empty(logits.shape), mass
 
 
 @_fake("double_normalize_backward")
@@ -374,7 +378,7 @@ def _(grad, x, key, value, attention, second, padding, keep, group, eps, shards,
     dtype = maps.accumulate_dtype(x.dtype)
     shapes = key.shape, value.shape, (value.shape[0] * value.shape[1],)
     grads = (x.new_empty(shape, dtype=dtype) for shape in shapes)
-    return torch.empty_like(x), *grads
+    return torch.empty_like(with_rows(x)), *grads
 
 
 @_fake("external_attention_block_forward")
@@ -382,11 +386,11 @@ def _(x, key, value, weight, bias, fixed, eps, batch, norm_eps, members, backend
     passes, (m, c) = _external_passes(backend), key.shape
     wide = x.new_empty((), dtype=maps.accumulate_dtype(x.dtype))
     kept = (wide.new_empty(shape) for shape in (((2, m), (m,), (m, m)) if batch else ((0,),) * 3))
-    attention = passes.empty_attention(x, m, m)
-    return torch.empty_like(x), *attention, passes.empty_signs(x), *kept, wide.new_empty((c, 3))
+    attention, y = passes.empty_attention(x, m, m), torch.empty_like(dense_tokens(x))
+    return y, *attention, passes.empty_signs(y), *kept, wide.new_empty((c, 3))
 
 
 @_fake("external_attention_block_backward")
 def _(grad_y, x, key, value, weight, *kept_and_settings):
     wide, c = x.new_empty((), dtype=maps.accumulate_dtype(x.dtype)), x.shape[2]
-    return torch.empty_like(x), *(wide.new_empty(shape) for shape in (key.shape, value.shape, (c,), (c,)))
+    return torch.empty_like(dense_tokens(x)), *(wide.new_empty(shape) for shape in (key.shape, value.shape, (c,), (c,)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .reference import Norm
+from .tracing import is_traced
 
 
 def update_running_statistics(
@@ -15,6 +16,7 @@ def update_running_statistics(
 ) -> None:
     """Move the running statistics of each norm that says so toward those of its batch, as torch's batch norm does.
 
+    A norm that stands in the list more than once moves as often, in the order of the list.
     statistics: per norm [C, 3] for C channels: mean, biased variance and share, one over the size N of the batch. The
     running variance is unbiased: var * N / (N - 1) = var / (1 - share). move: a backend's move_statistics_ (ops.py).
     """
@@ -24,10 +26,11 @@ def update_running_statistics(
     means, variances = [norm.running_mean for norm, _ in updated], [norm.running_var for norm, _ in updated]
     tracked = [norm.num_batches_tracked for norm, _ in updated if norm.num_batches_tracked is not None]
     momenta, latest = {norm.momentum for norm, _ in updated}, [s for _, s in updated]
-    # vmap has no rule for lists of tensors.
-    batched = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    # A list is changed all at once: functionalisation, and a GPU, lose all but one of the changes of a tensor that
+    # stands in it twice. vmap has no rule for lists.
+    one_by_one = is_traced() or torch._C._are_functorch_transforms_active() or _shared((*means, *variances, *tracked))
     with torch.no_grad():
-        if batched or None in momenta or len(momenta) > 1:
+        if one_by_one or None in momenta or len(momenta) > 1:
             _move_one_by_one(updated)
         elif move is not None:
             move(means, variances, tracked, latest, *momenta)
@@ -47,6 +50,10 @@ def move_statistics_(
         torch._foreach_add_(tracked, 1)
     latest = [_latest(s, buffer) for s, buffer in zip(statistics, means, strict=True)]
     torch._foreach_lerp_([*means, *variances], [pair[k] for k in (0, 1) for pair in latest], momentum)
+
+
+def _shared(buffers: Sequence[Tensor]) -> bool:
+    return len({buffer.data_ptr() for buffer in buffers}) < len(buffers)
 
 
 def _latest(statistics: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:

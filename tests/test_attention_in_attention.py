@@ -380,6 +380,27 @@ def test_autocast(name, dtype, backend_on):
     assert {value.dtype for key, value in results.items() if "conv" in key or "bn" in key} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_half_network_with_norms_in_float32(name, dtype, backend_on):
+    """As torch's batch norm takes them; the gradients of the norms are float32 too, not rounded to half first."""
+    backend, device = backend_on
+    shape = SHAPES["prime"]
+    module = unit(name, shape, dtype, device)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            norm.float()
+    x, grad_y = (make_input(shape, dtype, seed=seed, device=device) for seed in (0, 1))
+    results = testing.run(module, x, grad_y, backend)
+    of_norms = [value for key, value in results.items() if "bn" in key]
+    assert all(value.dtype == torch.float32 for value in of_norms)
+    assert all((value != value.to(dtype)).any() for value in of_norms)
+    assert results["y"].dtype == results["grad x"].dtype == results[f"grad {module.unit.letters[0]}_conv.weight"].dtype
+    assert_within_budget(testing.compare(module, x, grad_y, backend, low=module))
+    with pytest.raises(TypeError, match=r"BN's weight of gate .: got torch.float64"):
+        testing.run(module.apply(lambda m: m.double() if isinstance(m, nn.BatchNorm3d) else m), x, grad_y, backend)
+
+
 def test_initialisation_follows_the_published_order():
     """Construction, then the published initialisers one by one, on the same random numbers."""
     published = {

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, stack_module_state, vmap
 
 import aia_kernels
+from aia_kernels import functional
 from aia_kernels.reference import UNITS
 from aia_kernels.testing import SHAPES, make_input, randomise
 
@@ -100,3 +101,23 @@ def test_forward_mode_of_external_attention(form, external_on):
     module = external_cases.make(form, SIZES["small"], device=device).eval()
     x, tangent = (external_cases.make_input(form, SIZES["small"], seed=s, device=device) for s in (0, 1))
     assert_forward_mode(module, x, tangent)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0)], ids=["over x", "over the values"])
+def test_dropout_under_vmap(in_dims, external_on):
+    """randomness="different" draws a mask for each sample, "same" one for all, also where x is the same for all."""
+    x, value = (torch.ones(sizes, device=external_on[1]) for sizes in ((2, 9, 4), (3, 5)))
+    key = torch.zeros(5, 4, device=external_on[1])
+    arguments = [a if d is None else a.expand(6, *a.shape) for a, d in zip((x, value), in_dims, strict=True)]
+
+    def attend(x, value):
+        return functional.external_attention(x, key, value, dropout=0.5)
+
+    same = vmap(attend, in_dims, randomness="same")(*arguments)
+    assert all(torch.equal(o, same[0]) for o in same)
+    different = vmap(attend, in_dims, randomness="different")(*arguments)
+    # o is the sum of five values of 1 / 5, each doubled or dropped; six masks of 90 bits do not agree by chance.
+    assert len({tuple(o.flatten().tolist()) for o in different}) == 6
+    torch.testing.assert_close(different * 2.5, (different * 2.5).round())
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(attend, in_dims, randomness="error")(*arguments)

@@ -2,7 +2,8 @@
 
 The roads of a call that has something to compute:
 
-1. under torch.compile or torch.export: the registered operators (operators.py);
+1. where the call is recorded (torch.compile, torch.export, make_fx, selective checkpointing): the registered operators
+   (operators/);
 2. under a functorch transform (torch.func.grad, vmap), forward-mode differentiation or torch.jit.trace: the reference;
 3. where gradients are wanted: AttentionInAttentionFunction;
 4. otherwise: the passes, keeping nothing.
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from .. import attention_in_attention as algorithm
 from .. import backends, maps
+from ..autocast import autocast_dtype
 from ..layouts import as_clips, as_input, with_dense_clips
 from ..operators import attention_in_attention as operators
 from ..reference import UNITS, Gate, Norm, Unit
 from ..reference import attention_in_attention as reference
 from ..running_statistics import update_running_statistics
+from ..tracing import is_traced, needs_reference
 from .clips import check_clips
-from .common import needs_reference
 
 WEIGHT_SHAPE = (1, 2, 3, 3, 3)
 
@@ -77,10 +79,12 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
         y, statistics = reference(as_clips(dense, num_segments), described, gates)
         y, statistics = as_input(y, x.ndim), statistics.split(1)
     else:
-        passes = None if torch.compiler.is_compiling() else backends.passes(backend)
+        passes = None if is_traced() else backends.passes(backend)
         y, statistics = _through_passes(dense, described, gates, num_segments, backend, passes)
         move = passes and passes.move_statistics_
-    update_running_statistics([gate.norm for gate in gates], statistics, move)
+    # In the order in which the unit computes its gates: one norm may serve several.
+    order = [i for context in (described.inner, described.outer) if context for i in _indices(described, context)]
+    update_running_statistics([gates[i].norm for i in order], [statistics[i] for i in order], move)
     return y
 
 
@@ -95,15 +99,15 @@ def _through_passes(
         tuple(gate.norm is not None and gate.norm.uses_batch for gate in gates),
         tuple(0.0 if gate.norm is None else gate.norm.eps for gate in gates),
         tuple(map(_group_name, gates)),
+        any(p.dtype != gate.weight.dtype for gate in gates for p in (gate.norm or ())[:2] if p is not None),
     )
     parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
     fixed = [p for gate in gates for p in _fixed(gate.norm)]
     clips, dtype = as_clips(x, num_segments), maps.accumulate_dtype(x.dtype)
     if passes is None:
         packed = operators.packed(parameters, fixed, plan.batch, dtype)
-        y, *_, statistics = operators.unit_forward(
-            clips, *packed, unit.name, backend, plan.batch, plan.eps, plan.groups
-        )
+        settings = unit.name, backend, plan.batch, plan.eps, plan.groups, operators.index_dtype(clips, unit.name)
+        y, *_, statistics = operators.unit_forward(clips, *packed, *settings)
         return as_input(y, x.ndim), statistics.split(1)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
         return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
@@ -112,6 +116,11 @@ def _through_passes(
         return as_input(algorithm.evaluate(plan, clips, of_gates), x.ndim), [None] * len(gates)
     result = algorithm.forward(plan, clips, of_gates)
     return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
+
+
+def _indices(unit: Unit, context: int) -> range:
+    """Where the gates of a context stand among the unit's gates."""
+    return range(len(unit.letters))[unit.rows(context)]
 
 
 def _fixed(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
@@ -148,10 +157,11 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
     if len(gates) != len(unit.letters):
         raise ValueError(f"gates: got {len(gates)}, expected {len(unit.letters)} for unit {unit.name}: {unit.letters}")
     expected = (x.dtype,)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if (autocast := autocast_dtype(x)) is not None:
         # Under autocast parameters stay in float32 and activations come in either type.
-        autocast = torch.get_autocast_dtype(x.device.type)
         expected = (torch.float32,) if x.dtype in (torch.float32, autocast) else (x.dtype,)
+    # A network in half precision may keep its norms in float32, as torch's batch norm takes them.
+    of_norm_expected = (*expected, maps.accumulate_dtype(x.dtype))
     length = maps.lengths(_clip_sizes(x, num_segments))
     for letter, gate in zip(unit.letters, gates, strict=True):
         if not isinstance(gate, Gate):
@@ -171,7 +181,9 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
                 continue
             if p.device != x.device:
                 raise ValueError(f"{name} of gate {letter}: got device {p.device}, expected that of x, {x.device}")
-            if "running" not in name and p.dtype not in expected:
-                raise TypeError(f"{name} of gate {letter}: got {p.dtype}, expected {expected[0]}, as x is {x.dtype}")
+            accepted = expected if p is weight else of_norm_expected
+            if "running" not in name and p.dtype not in accepted:
+                types = " or ".join(map(str, dict.fromkeys(accepted)))
+                raise TypeError(f"{name} of gate {letter}: got {p.dtype}, expected {types}, as x is {x.dtype}")
             if p is not weight and p.numel() != 1:
                 raise ValueError(f"{name} of gate {letter}: got shape {tuple(p.shape)}, expected (1,)")

@@ -1,4 +1,4 @@
-"""What the functions of every family ask of a tensor and of the road that a call takes."""
+"""What the functions of every family ask of their arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backends import DTYPES
 
@@ -31,11 +30,3 @@ def check_integer(name: str, value: Any) -> None:
 def check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-
-
-def needs_reference() -> bool:
-    """Whether somebody follows the call operation by operation, as a pass cannot be followed: a functorch transform,
-    forward-mode differentiation or torch.jit.trace. Under torch.compile the operators speak for themselves."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()

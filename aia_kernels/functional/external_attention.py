@@ -2,7 +2,8 @@
 
 The roads of a call that has something to compute are those of the first family:
 
-1. under torch.compile or torch.export: the registered operators (operators/external_attention.py);
+1. where the call is recorded (torch.compile, torch.export, make_fx, selective checkpointing): the registered operators
+   (operators/external_attention.py);
 2. under a functorch transform (torch.func.grad, vmap), forward-mode differentiation or torch.jit.trace: the reference;
 3. where gradients are wanted: the autograd Functions of external_attention.py;
 4. otherwise: the passes, keeping nothing.
@@ -26,7 +27,8 @@ from ..layouts import as_maps, as_tokens, with_dense_maps, with_rows
 from ..operators import external_attention as operators
 from ..reference import Norm
 from ..running_statistics import update_running_statistics
-from .common import check_integer, check_number, check_tensor, needs_reference
+from ..tracing import is_traced, needs_reference
+from .common import check_integer, check_number, check_tensor
 
 FAMILY = "external_attention"
 
@@ -62,9 +64,9 @@ def double_normalize(
     backend, transformed = _road(logits, logits.dtype)
     if backend == "reference" or transformed:
         return reference.double_normalize(logits, group, eps, padding, process_group)
-    flat = logits.reshape(-1, *logits.shape[-2:]).contiguous()
+    flat = logits.reshape(-1, *logits.shape[-2:])
     padding = None if padding is None else padding.reshape(flat.shape[:2])
-    if torch.compiler.is_compiling():
+    if is_traced():
         attention, _mass = operators.double_normalize_forward(
             flat, padding, group, eps, _group_name(process_group), backend
         )
@@ -144,7 +146,7 @@ def external_attention(
         return _nothing(x.new_zeros((b, n, heads * value.shape[1])), x, key, value, bias)
     keep, scale = None, 1.0
     if dropout > 0:
-        keep = torch.empty((b, n, heads * slots), dtype=torch.uint8, device=x.device).bernoulli_(1.0 - dropout)
+        keep = _draw((b, n, heads * slots), 1.0 - dropout, x.device)
         scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
     backend, transformed = _road(x, dtype)
     with no_autocast(x):
@@ -152,7 +154,7 @@ def external_attention(
             settings = group, eps, padding, keep, scale, process_group
             return reference.external_attention(x, key, value, bias, *settings)
         x, key, value = with_rows(x), key.contiguous(), value.contiguous()
-        if torch.compiler.is_compiling():
+        if is_traced():
             settings = group, eps, _group_name(process_group), scale
             return operators.external_attention_forward(x, key, value, bias, padding, keep, *settings, backend)[0]
         plan = Plan(backends.passes(backend, FAMILY), group, eps, _group_name(process_group), scale)
@@ -212,7 +214,7 @@ def _block_through_passes(
     members = _group_name(norm.process_group if norm.training else None)
     fixed = None if norm.uses_batch else torch.stack((norm.running_mean, norm.running_var))
     key, value = key.contiguous(), value.contiguous()
-    if torch.compiler.is_compiling():
+    if is_traced():
         settings = eps, norm.uses_batch, norm.eps, members, backend
         tokens, *_, statistics = operators.external_attention_block_forward(
             as_tokens(x), key, value, norm.weight, norm.bias, fixed, *settings
@@ -230,6 +232,13 @@ def _block_through_passes(
 def _road(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
     """The backend, and whether the call needs the reference whatever it is."""
     return backends.select(x.device.type, dtype, FAMILY), needs_reference()
+
+
+def _draw(sizes: tuple[int, ...], probability: float, device: torch.device) -> Tensor:
+    """uint8 of these sizes, each 1 with a probability; under vmap as its ``randomness`` says."""
+    if torch._C._are_functorch_transforms_active():  # a tensor made here is none of vmap's to draw anew for each sample
+        return torch.bernoulli(torch.full(sizes, probability, device=device)).to(torch.uint8)
+    return torch.empty(sizes, dtype=torch.uint8, device=device).bernoulli_(probability)
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:

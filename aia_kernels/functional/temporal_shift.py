@@ -11,8 +11,8 @@ from ..layouts import as_clips, as_input, stored_as, with_dense_clips
 from ..operators.temporal_shift import temporal_shift_by
 from ..reference import temporal_shift as reference
 from ..temporal_shift import TemporalShiftFunction
+from ..tracing import is_traced, needs_reference
 from .clips import check_clips
-from .common import needs_reference
 
 FAMILY = "temporal_shift"
 
@@ -38,7 +38,7 @@ def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tenso
         clips = as_clips(x, num_segments)
         with no_autocast(x):  # which has a word on concatenation
             return as_input(stored_as(reference(clips, fold), clips), x.ndim)
-    if torch.compiler.is_compiling():
+    if is_traced():
         return as_input(temporal_shift_by(as_clips(x, num_segments), fold, False, backend), x.ndim)
     shift = backends.passes(backend, FAMILY).temporal_shift
     if torch.is_grad_enabled() and x.requires_grad:

@@ -1,4 +1,4 @@
-"""The whole unit as two registered operators, the road of torch.compile and torch.export. Schemas and fakes: ops.py."""
+"""The whole unit as two registered operators. Schemas and fakes: ops.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import attention_in_attention as algorithm
-from .. import backends, ops
-from ..layouts import stored_as
+from .. import backends, maps, ops
+from ..layouts import dense_clips, save, saved, stored_as
 from ..reference import UNITS
+from ..tracing import backward_is_followed, gradients
 
 unit_forward = getattr(torch.ops, ops.NAMESPACE).unit_forward.default
 unit_backward = getattr(torch.ops, ops.NAMESPACE).unit_backward.default
@@ -36,12 +37,23 @@ def packed(
     return weight, affine, None if all(batch) else columns(fixed[::2], fixed[1::2], (zero, one))
 
 
+def index_dtype(clips: Tensor, unit: str) -> torch.dtype | None:
+    """The type of index that unit_forward is to keep: None, the smallest, where the lengths of the clips are known; for
+    lengths that are symbols one that holds every index, as a program is recorded once for all of them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    _, t, c, h, w = clips.shape
+    contexts = UNITS[unit].inner, UNITS[unit].outer
+    lengths = [*((c,) if maps.CHANNEL in contexts else ()), *((t, h, w) if maps.SPACETIME in contexts else ())]
+    return None if all(statically_known_true(length <= 256) for length in lengths) else torch.int32
+
+
 def _plan(unit, backend, batch, eps, groups) -> algorithm.Plan:
     return algorithm.Plan(UNITS[unit], backends.passes(backend), tuple(batch), tuple(eps), tuple(groups))
 
 
-def _forward(x, weight, affine, fixed, *settings):
-    plan = _plan(*settings)
+def _forward(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=None):
+    plan, x = _plan(unit, backend, batch, eps, groups), dense_clips(x)
     pairs = [(None, None)] * len(plan.batch) if fixed is None else [row.split(1) for row in fixed.unbind()]
     rows = zip(weight.split(1), affine.unbind(), pairs, strict=True)
     gates = [algorithm.GateParameters(w, *row.split(1), *pair) for w, row, pair in rows]
@@ -51,36 +63,55 @@ def _forward(x, weight, affine, fixed, *settings):
         sizes = x.shape[0], 2, 0
         pooled = x.new_empty(sizes, dtype=statistics.dtype)
         inner = pooled, x.new_empty(sizes[::2], dtype=torch.uint8), pooled.new_empty((0, 4))
-    return result.y, *inner[:3], *result.outer[:3], statistics
+
+    def kept(context: int, pooled: Tensor, argmax: Tensor, norm: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+        return pooled, argmax if index is None or not context else argmax.to(index), norm
+
+    return result.y, *kept(plan.unit.inner, *inner), *kept(plan.unit.outer, *result.outer), statistics
 
 
 def _backward(grad_y, x, weight, *rest):
-    kept, statistics, plan = rest[:6], rest[6], _plan(*rest[7:])
-    unit = plan.unit
-    inner = algorithm.Kept(*kept[:3], statistics[unit.rows(unit.inner)]) if unit.inner else None
-    outer = algorithm.Kept(*kept[3:], statistics[unit.rows(unit.outer)])
-    grad_x, grad_weight, grad_affine = algorithm.backward(plan, grad_y, x, weight.split(1), inner, outer)
+    parts, statistics, plan = rest[:6], rest[6], _plan(*rest[7:])
+    unit, x = plan.unit, dense_clips(x)
+
+    def kept(context: int, pooled: Tensor, argmax: Tensor, norm: Tensor) -> algorithm.Kept:
+        argmax = argmax.to(maps.index_dtype(x.shape, context))
+        return algorithm.Kept(pooled, argmax, norm, statistics[unit.rows(context)])
+
+    inner = kept(unit.inner, *parts[:3]) if unit.inner else None
+    outer = kept(unit.outer, *parts[3:])
+    grad_x, grad_weight, grad_affine = algorithm.backward(plan, stored_as(grad_y, x), x, weight.split(1), inner, outer)
     return grad_x, torch.cat(grad_weight), torch.cat([torch.cat(pair)[None] for pair in grad_affine])
 
 
 def _setup(ctx, inputs, output):
-    x, weight, _affine, _fixed, *ctx.settings = inputs
-    _y, *kept, statistics = output
-    ctx.mark_non_differentiable(*kept, statistics)
+    x, weight, affine, _fixed, *settings = inputs
+    ctx.settings = settings[:5]
+    _y, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, *kept, statistics)
+    save(ctx, x, weight, affine, *kept)
 
 
 def _autograd(ctx, grad_y: Tensor | None, *_):
     if grad_y is None:
-        return (None,) * 9
-    x, weight, *kept = ctx.saved_tensors
-    grad_x, grad_weight, grad_affine = unit_backward(stored_as(grad_y, x), x, weight, *kept, *ctx.settings)
-    return grad_x, grad_weight, grad_affine, *(None,) * 6
+        return (None,) * len(ctx.needs_input_grad)
+    x, weight, affine, *kept = saved(ctx)
+    if backward_is_followed():
+        plan, statistics = _plan(*ctx.settings), kept[-1].split(1)
+
+        def y_of(x, weight, affine):
+            rows = zip(weight.split(1), affine.unbind(), strict=True)
+            return algorithm.formula(plan, x, [p for w, row in rows for p in (w, *row.split(1))], statistics)
+
+        grads = gradients(y_of, (x, weight, affine), ctx.needs_input_grad[:3], grad_y)
+    else:
+        grads = unit_backward(stored_as(grad_y, x), x, weight, *kept, *ctx.settings)
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 def _no_second_derivative(ctx, *_):
-    raise RuntimeError("a compiled or exported unit has first derivatives only; take second ones in eager mode")
+    raise RuntimeError("a compiled unit has first derivatives only; take second ones in eager mode")
 
 
 ops.implement("unit_forward", _forward)

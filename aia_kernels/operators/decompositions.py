@@ -22,7 +22,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     return {getattr(getattr(torch.ops, ops.NAMESPACE), name).default: function for name, function in _TABLE.items()}
 
 
-def _unit(x, weight, affine, fixed, unit, backend, batch, eps, groups):
+def _unit(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=None):
     if any(groups):
         return NotImplemented
     gates = []
@@ -30,7 +30,8 @@ def _unit(x, weight, affine, fixed, unit, backend, batch, eps, groups):
         mean, var = (None, None) if own else fixed[i].split(1)
         gates.append(Gate(weight[i : i + 1], Norm(*affine[i].split(1), mean, var, training=own, eps=eps[i])))
     y, statistics = reference.attention_in_attention(x, UNITS[unit], gates)
-    _y, *kept, _statistics = ops.FAKES["unit_forward"](x, weight, affine, fixed, unit, backend, batch, eps, groups)
+    settings = unit, backend, batch, eps, groups, index
+    _y, *kept, _statistics = ops.FAKES["unit_forward"](x, weight, affine, fixed, *settings)
     return stored_as(y, x), *kept, statistics
 
 

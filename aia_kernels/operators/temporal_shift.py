@@ -1,4 +1,4 @@
-"""The temporal shift by a named backend as a registered operator, for torch.compile and torch.export."""
+"""The temporal shift by a named backend as a registered operator."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops
-from ..layouts import with_dense_clips
+from ..layouts import dense_clips
 
 temporal_shift_by = getattr(torch.ops, ops.NAMESPACE).temporal_shift_by.default
 
 
 def _shift(x: Tensor, fold: int, reverse: bool, backend: str) -> Tensor:
-    return backends.passes(backend, "temporal_shift").temporal_shift(x, fold, reverse)
+    return backends.passes(backend, "temporal_shift").temporal_shift(dense_clips(x), fold, reverse)
 
 
 def _setup(ctx, inputs, output):
@@ -20,9 +20,7 @@ def _setup(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_y: Tensor):
-    # In the storage of its own 5-D view: x is not kept, and any order of maps.ORDERS will do.
-    dense = with_dense_clips(grad_y.transpose(1, 2), 1).transpose(1, 2)
-    return temporal_shift_by(dense, ctx.fold, not ctx.reverse, ctx.backend), None, None, None
+    return temporal_shift_by(dense_clips(grad_y), ctx.fold, not ctx.reverse, ctx.backend), None, None, None
 
 
 ops.implement("temporal_shift_by", _shift)
