@@ -43,8 +43,8 @@ _AXIS = {"T": 1, "C": 2, "H": 3, "W": 4}
 def storage_order(x: Tensor) -> str | None:
     """The order in which x [B, T, C, H, W] is stored densely, one of ORDERS, or None.
 
-    Axes of length one fit every order; the first that fits is returned. Strides are asked before lengths: a program that
-    is traced with a symbol for a length then holds for a length of one too.
+    Axes of length one fit every order; the first that fits is returned. Strides are asked before lengths, so that a
+    program traced with a symbol for a length holds for a length of one too.
     """
     for order in ORDERS:
         expected = 1
