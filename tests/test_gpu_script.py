@@ -25,9 +25,7 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the script is not h
 
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AIA_KERNELS")}
-    return subprocess.run(
-        [SCRIPT, *arguments], env=kept | environment, capture_output=True, text=True, cwd=ROOT, timeout=60
-    )
+    return subprocess.run([SCRIPT, *arguments], env=kept | environment, capture_output=True, text=True, cwd=ROOT)
 
 
 def steps(**environment: str) -> list[tuple[list[str], str, int, list[str]]]:
