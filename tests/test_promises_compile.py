@@ -103,11 +103,11 @@ def test_inductor_around_the_unit(traced_on):
     assert_equal_steps(train_step(compiled, x, grad_y, module), train_step(expected, x, grad_y, expected))
 
 
-def test_second_derivative_is_refused(compiled_on):
+def test_derivative_of_a_recorded_backward_is_refused(compiled_on):
     backend, device = compiled_on
-    args = unit_arguments(backend, device)
-    y = operators.unit_forward(*args)[0]
-    (grad_x,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
+    x, weight, affine, fixed, *settings = unit_arguments(backend, device)
+    y, *kept = operators.unit_forward(x, weight, affine, fixed, *settings)
+    grad_x, *_ = operators.unit_backward(torch.ones_like(y), x, weight, *kept, *settings)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         grad_x.sum().backward()
 
@@ -275,9 +275,10 @@ def test_opcheck_of_external_attention(case, external_compiled_on):
     torch.library.opcheck(operator, arguments)
 
 
-def test_second_derivative_of_external_attention_is_refused(external_compiled_on):
-    operator, (x, *rest) = external_arguments(*external_compiled_on)["nothing"]
-    x = x.detach().requires_grad_()
-    (grad_x,) = torch.autograd.grad(operator(x, *rest)[0].square().sum(), x, create_graph=True)
+def test_derivative_of_a_recorded_backward_of_external_attention_is_refused(external_compiled_on):
+    logits = torch.randn(2, 5, 6, device=external_compiled_on[1], requires_grad=True)
+    settings = None, 6, 0.0, "", external_compiled_on[0]
+    attention, mass = external_operators.double_normalize_forward(logits, *settings)
+    grad = external_operators.double_normalize_backward(torch.ones_like(attention), attention, mass, *settings)
     with pytest.raises(RuntimeError, match="first derivatives only"):
-        grad_x.sum().backward()
+        grad.sum().backward()

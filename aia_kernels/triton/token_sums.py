@@ -105,6 +105,39 @@ def token_sum_kernel(
 
 
 @triton.jit
+def attention_sums_kernel(
+    logits_ptr,
+    rows_ptr,
+    rows_stride,
+    padding_ptr,
+    sums_ptr,
+    batch,
+    n,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Sums of A over the tokens of this program, [P, M]."""
+    M: tl.constexpr = column_count(C)
+    ACC: tl.constexpr = rows_ptr.dtype.element_ty
+    TILES: tl.constexpr = spans(C) * pieces(C)
+    tile = tl.program_id(0) % TILES
+    program = tl.program_id(0) // TILES
+    blocks = tl.cdiv(n, BT)
+    sums = tl.zeros([C.block], ACC)
+    for task in range(program, batch * blocks, tl.num_programs(0) // TILES):
+        b = (task // blocks).to(tl.int64)
+        t, inside, shown = tokens_at(b, task % blocks, n, padding_ptr, BT, WIDE)
+        arguments = (logits_ptr + b * n * M, rows_ptr + b * rows_stride, n, t, shown, 0)
+        a = attention_tile(*arguments, tile // pieces(C), tile % pieces(C), C, EPS, ACC)
+        sums += tl.sum(tl.where(inside[:, None], a, 0), 0)
+    m, exists, _ = columns_at(0, tile // pieces(C), tile % pieces(C), C)
+    tl.store(sums_ptr + program.to(tl.int64) * M + m, sums, mask=exists)
+
+
+@triton.jit
 def moments_kernel(
     logits_ptr,
     rows_ptr,
@@ -121,45 +154,39 @@ def moments_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Sums over the tokens of this program: without an origin of A, [P, M]; with one of A' = A - origin and of A'^T A',
-    [P, M, M].
+    """Sums of A' and of A'^T A' over the tokens of this program, [P, M] and [P, M, M], A' = A - origin.
 
-    The latter are made of A' rounded to the type of the product, so that the covariance that follows is one.
+    Both are made of A' rounded to the type of the product, so that the covariance that follows is one.
     """
     M: tl.constexpr = column_count(C)
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
     TYPE: tl.constexpr = logits_ptr.dtype.element_ty
     TILES: tl.constexpr = spans(C) * pieces(C)
-    RIGHTS: tl.constexpr = 1 if origin_ptr is None else TILES
-    right = tl.program_id(0) % RIGHTS
-    left = tl.program_id(0) // RIGHTS % TILES
-    program = tl.program_id(0) // (RIGHTS * TILES)
+    right = tl.program_id(0) % TILES
+    left = tl.program_id(0) // TILES % TILES
+    program = tl.program_id(0) // (TILES * TILES)
     blocks = tl.cdiv(n, BT)
     i, i_exists, _ = columns_at(0, left // pieces(C), left % pieces(C), C)
     j, j_exists, _ = columns_at(0, right // pieces(C), right % pieces(C), C)
     second = tl.zeros([C.block, C.block], ACC)
     sums = tl.zeros([C.block], ACC)
-    for task in range(program, batch * blocks, tl.num_programs(0) // (RIGHTS * TILES)):
+    for task in range(program, batch * blocks, tl.num_programs(0) // (TILES * TILES)):
         b = (task // blocks).to(tl.int64)
         t, inside, shown = tokens_at(b, task % blocks, n, padding_ptr, BT, WIDE)
         arguments = (logits_ptr + b * n * M, rows_ptr + b * rows_stride, n, t, shown, 0)
         a = attention_tile(*arguments, left // pieces(C), left % pieces(C), C, EPS, ACC)
-        if origin_ptr is None:
-            sums += tl.sum(tl.where(inside[:, None], a, 0), 0)
+        a -= tl.load(origin_ptr + i, mask=i_exists, other=0)[None, :]
+        a = tl.where(inside[:, None], a, 0).to(TYPE)
+        if TILES == 1:
+            other = a
         else:
-            a -= tl.load(origin_ptr + i, mask=i_exists, other=0)[None, :]
-            a = tl.where(inside[:, None], a, 0).to(TYPE)
-            if TILES == 1:
-                other = a
-            else:
-                other = attention_tile(*arguments, right // pieces(C), right % pieces(C), C, EPS, ACC)
-                other -= tl.load(origin_ptr + j, mask=j_exists, other=0)[None, :]
-                other = tl.where(inside[:, None], other, 0).to(TYPE)
-            second = tl.dot(tl.trans(a), other, second, input_precision=PRECISION, out_dtype=ACC)
-            sums += tl.sum(a.to(ACC), 0)
-    if origin_ptr is not None:
-        at = program.to(tl.int64) * (M * M) + i[:, None] * M + j[None, :]
-        tl.store(second_ptr + at, second, mask=i_exists[:, None] & j_exists[None, :])
+            other = attention_tile(*arguments, right // pieces(C), right % pieces(C), C, EPS, ACC)
+            other -= tl.load(origin_ptr + j, mask=j_exists, other=0)[None, :]
+            other = tl.where(inside[:, None], other, 0).to(TYPE)
+        second = tl.dot(tl.trans(a), other, second, input_precision=PRECISION, out_dtype=ACC)
+        sums += tl.sum(a.to(ACC), 0)
+    at = program.to(tl.int64) * (M * M) + i[:, None] * M + j[None, :]
+    tl.store(second_ptr + at, second, mask=i_exists[:, None] & j_exists[None, :])
     if right == 0:
         tl.store(sums_ptr + program.to(tl.int64) * M + i, sums, mask=i_exists)
 
@@ -189,21 +216,20 @@ def moments(attention: Attention, group: int, eps: float, padding: Tensor | None
     b, n, m = logits.shape
     c = columns(1, m, group)
     tiles, bt = tile_count(c), _summed_tokens(logits, c)
+    source = logits, rows, rows.stride(0)
     constants = {"C": c, "EPS": eps, "BT": bt, "num_warps": 4 if c.block <= COLUMNS else 8}
+    programs = _summing_programs(b, n, bt, tiles)
+    partial = rows.new_empty((programs, m))
+    start(attention_sums_kernel, (logits,), programs * tiles, *source, as_bytes(padding), partial, b, n, **constants)
+    origin = partial.sum(0) / (b * n)
+    square = tiles**2
+    programs = _summing_programs(b, n, bt, square)
+    sums, second = rows.new_empty((programs, m)), rows.new_empty((programs, m, m))
     if c.block <= COLUMNS:
         # Left alone, the assembler spills a few registers to fit one more program on an SM.
         constants["maxnreg"] = 255
-
-    def partials(origin: Tensor | None, others: int) -> tuple[Tensor, Tensor | None]:
-        programs = _summing_programs(b, n, bt, others)
-        sums = rows.new_empty((programs, m))
-        second = None if origin is None else rows.new_empty((programs, m, m))
-        arguments = logits, rows, rows.stride(0), origin, as_bytes(padding), sums, second, b, n
-        start(moments_kernel, (logits,), programs * others, *arguments, **constants)
-        return sums, second
-
-    origin = partials(None, tiles)[0].sum(0) / (b * n)
-    sums, second = partials(origin, tiles**2)
+    arguments = *source, origin, as_bytes(padding), sums, second, b, n
+    start(moments_kernel, (logits,), programs * square, *arguments, **constants)
     return origin, sums.sum(0), second.sum(0)
 
 
