@@ -5,6 +5,11 @@ BIN := $(VENV)/bin
 FORCE_CUDA ?= auto
 INSTALLED := $(VENV)/installed$(if $(filter 1,$(FORCE_CUDA)),-with-cuda)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+# Every layer, pass and promise on the CPU, and nothing that compiles or interprets for long.
+CHECKED := $(addprefix tests/test_,$(addsuffix .py,golden passes double_norm_passes residual_passes cpu_tiles shift build \
+  attention_in_attention external_attention external_attention_modules external_attention_parameters convert \
+  external_attention_submodules convert_look_alikes promises_bad_input promises_checkpoint promises_determinism \
+  promises_dispatch promises_func promises_in_place promises_memory))
 CPP := $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
@@ -28,8 +33,8 @@ $(INSTALLED): setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 	FORCE_CUDA=$(FORCE_CUDA) $(BIN)/python -m pip install --no-build-isolation --editable ".[all]"
 	@rm -f $(VENV)/installed* && touch $@
 
-check: lint  ## at every save: lint, and a test or two of everything
-	$(PYTEST) $(ARGS)
+check: lint  ## at every save: lint, then the tests of the CPU that are fast
+	$(PYTEST) -k "not triton and not emulator and not lesser and not compiled" $(CHECKED) $(ARGS)
 
 test: lint  ## before every push: lint, then the tests (ARGS="-k pool" for some)
 	$(PYTEST) $(ARGS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
 
 import pytest
 import torch
@@ -200,7 +199,7 @@ class TestWhereLayersStand:
         torch._dynamo.reset()
 
     def test_a_whole_network_compares_once_for_each_kind_of_layer(self, monkeypatch):
-        """What makes the report of a ResNet-50 a matter of milliseconds."""
+        """So the report of a ResNet-50 takes two comparisons, not thirty-two."""
         model = models.aia_resnet50(num_classes=5, num_segments=4, unit="CinST2STinC")
         blocks = [block for block in model.modules() if hasattr(block, "eft1")]
         for block in blocks:
@@ -208,9 +207,7 @@ class TestWhereLayersStand:
         compared = []
         difference = behaviour.difference
         monkeypatch.setattr(behaviour, "difference", lambda *a: compared.append(a[1]) or difference(*a))
-        begin = time.process_time()
         report = aia_kernels.convert(model)
-        assert time.process_time() - begin < 2
         assert len(blocks) == 16
         assert len(report.converted) == 32
         assert compared == [aia_kernels.CinST, aia_kernels.STinC]

@@ -212,7 +212,7 @@ def test_triton_in_the_interpreter(form):
     assert_within_budget(testing.compare(make(form, sizes, torch.float32), x, grad, "triton"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     form=st.sampled_from(sorted(FORMS)),
     b=st.integers(1, 3),
