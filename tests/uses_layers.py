@@ -136,11 +136,16 @@ MAIN = (
     "Token",
     "double_normalize",
 )
+#: One of each family, for uses that take seconds; the others of MAIN follow in the sweep.
+FEW = ("CinST", "TemporalShift", "ExternalAttention2d, channels_last", "MultiHead, dropout")
 WITHOUT_DROPOUT = tuple(name for name, layer in LAYERS.items() if not layer.draws)
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
 every_layer_without_dropout = pytest.mark.parametrize("name", WITHOUT_DROPOUT)
 main_layers = pytest.mark.parametrize("name", MAIN)
+few_layers = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.sweep) for name in MAIN]
+)
 every_device = pytest.mark.parametrize("device", DEVICES)
 
 
