@@ -1,136 +1,206 @@
-// Checks of arguments that are the same on every device.
+// What the operators check of their arguments, the same on every device, so that a kernel reads and writes only where
+// it may: whatever it assumes is checked here, and what it cannot do is refused by name. The checks of a family of
+// operators stand in register_attention_in_attention.h and register_external_attention.h.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <array>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/packed.h"
 
 namespace aia {
 
-inline Scalar scalar_of(const torch::stable::Tensor& x, const char* name = "x") {
-  using torch::headeronly::ScalarType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// Raises what follows the condition, unless that holds.
+#define AIA_CHECK(condition, ...)  \
+  do {                             \
+    if (!(condition)) [[unlikely]] \
+      aia::refuse(__VA_ARGS__);    \
+  } while (false)
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+template <class Numbers>
+std::string listed(const Numbers& numbers) {
+  std::ostringstream text;
+  for (const auto number : numbers) text << (text.tellp() ? ", " : "") << number;
+  return "[" + text.str() + "]";
+}
+
+// What came, for a message.
+inline std::string described(const Tensor& t) {
+  return std::string(name_of(t.scalar_type())) + " " + listed(t.sizes()) + " with strides " + listed(t.strides());
+}
+
+inline bool on_same_device(const Tensor& a, const Tensor& b) {
+  int32_t of_a, of_b;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &of_a));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &of_b));
+  return of_a == of_b && a.get_device_index() == b.get_device_index();
+}
+
+// Of any operand: it is a tensor on the device of the first one, and its elements lie inside its storage, which may
+// have been shrunk since, at addresses that their type allows.
+inline void check_operand(const Tensor& t, const Tensor& first, const char* name) {
+  AIA_CHECK(t.defined(), name, " must be a tensor, got None");
+  AIA_CHECK(on_same_device(t, first), name, " must be on the device of the first argument");
+  if (t.numel() == 0) return;
+  int64_t last = t.storage_offset(), bytes = 0, part = 0;
+  bool overflow = false;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int64_t axis = 0; axis < t.dim(); ++axis) {
+    overflow |= __builtin_mul_overflow(sizes[axis] - 1, strides[axis], &part);
+    overflow |= __builtin_add_overflow(last, part, &last);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const auto itemsize = static_cast<int64_t>(t.element_size());
+  AIA_CHECK(!overflow && last < bytes / itemsize, name, " must lie inside its storage of ", bytes, " bytes, got ",
+            described(t), " from element ", t.storage_offset(), " on");
+  AIA_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % itemsize == 0, name,
+            " must begin at an address that is a multiple of its ", itemsize, " bytes per element");
+}
+
+// An operand that is contiguous, of these sizes and this type.
+inline void check_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType type,
+                             const Tensor& first, const char* name) {
+  check_operand(t, first, name);
+  const auto found = t.sizes();
+  AIA_CHECK(t.scalar_type() == type && t.is_contiguous() &&
+                std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()),
+            name, " must be contiguous ", name_of(type), " ", listed(sizes), ", got ", described(t));
+}
+
+// An operand that is stored as another one: its type, sizes, and the strides that matter.
+inline void check_same(const Tensor& t, const Tensor& other, const char* name, const char* other_name) {
+  check_operand(t, other, name);
+  bool same = t.dim() == other.dim() && t.scalar_type() == other.scalar_type();
+  for (int64_t i = 0; same && i < t.dim(); ++i)
+    same = t.size(i) == other.size(i) && (t.size(i) == 1 || t.numel() == 0 || t.stride(i) == other.stride(i));
+  AIA_CHECK(same, name, " and ", other_name, " must agree in shape, strides and dtype, got ", described(t), " and ",
+            described(other));
+}
+
+// A new tensor that is stored as x, which is dense.
+inline Tensor new_like(const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+  check_same(out, x, "the result", "its argument");
+  return out;
+}
+
+// The bytes of a dense operand.
+struct Span {
+  uintptr_t begin, end;
+  const char* name;
+
+  Span(const Tensor& t, const char* name, bool written = false)
+      : begin(reinterpret_cast<uintptr_t>(written ? t.mutable_data_ptr() : t.const_data_ptr())),
+        end(begin + static_cast<uintptr_t>(t.numel()) * t.element_size()),
+        name(name) {}
+};
+
+// What is written shares no memory with what else is given. `written` comes first: asking for it to write may move it,
+// where the framework copies on write.
+inline void check_apart(const Span& written, std::initializer_list<Span> others) {
+  for (const Span& other : others)
+    AIA_CHECK(written.end <= other.begin || other.end <= written.begin, written.name,
+              " is written, and must share no memory with ", other.name);
+}
+
+inline Scalar scalar_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Scalar::kFloat32;
     case ScalarType::Double: return Scalar::kFloat64;
     case ScalarType::BFloat16: return Scalar::kBFloat16;
     case ScalarType::Half: return Scalar::kFloat16;
-    default: STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
+    default: refuse(name, " must be float16, bfloat16, float32 or float64, got ", name_of(x.scalar_type()));
   }
 }
 
 // The accumulation type of x.
-inline torch::headeronly::ScalarType accumulate_type(const torch::stable::Tensor& x) {
-  using torch::headeronly::ScalarType;
+inline ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_same(const torch::stable::Tensor& a, const torch::stable::Tensor& b, const char* names) {
-  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type();
-  for (int64_t i = 0; same && i < a.dim(); ++i)
-    same = a.size(i) == b.size(i) && (a.size(i) == 1 || a.stride(i) == b.stride(i));
-  STD_TORCH_CHECK(same, names, " must agree in shape, strides and dtype");
+inline void check_eps(double eps) {
+  AIA_CHECK(eps >= 0 && std::isfinite(eps), "eps must not be negative, infinite or NaN, got ", eps);
 }
 
-inline void check_context(int64_t context, const char* name) {
-  STD_TORCH_CHECK(context == kChannel || context == kSpacetime, name, " must be 1 (channel) or 3 (spacetime), got ",
-                  context);
-}
+// An activation [B, T, C, H, W], which is not empty, and the order in which it is stored densely: the first of
+// maps.ORDERS that fits, as maps.storage_order has it. Strides of axes of length one are arbitrary.
+struct Activation {
+  int64_t B, T, C, H, W;
+  Order order;
+  Scalar scalar;
 
-// The smallest integer type that holds an index along an axis of this length (maps.index_dtype).
-inline torch::headeronly::ScalarType index_type(int64_t longest) {
-  using torch::headeronly::ScalarType;
-  return longest <= 256 ? ScalarType::Byte : longest <= 32768 ? ScalarType::Short : ScalarType::Int;
-}
-
-// The maps that dims describe, as they lie in a packed tensor.
-inline PackedDims dims_of(const std::vector<int64_t>& dims, const torch::stable::Tensor& map, const char* name) {
-  using torch::headeronly::ScalarType;
-  const size_t n = dims.size() / 3;
-  STD_TORCH_CHECK((n == 1 || n == 3) && dims.size() == 3 * n,
-                  "dims must hold three lengths for each of 1 or 3 maps, got ", dims.size(), " numbers");
-  STD_TORCH_CHECK(map.dim() >= 2, name, " must be a packed map, got ", map.dim(), " axes");
-  PackedDims packed{map.size(0), static_cast<int>(n), {}};
-  for (size_t i = 0; i < dims.size(); ++i) packed.dims[i / 3][i % 3] = dims[i];
-  STD_TORCH_CHECK(map.is_contiguous() && map.size(map.dim() - 1) == packed.packed() && map.numel() > 0, name,
-                  " must be contiguous, not empty, and as long as dims say");
-  STD_TORCH_CHECK(map.scalar_type() == ScalarType::Float || map.scalar_type() == ScalarType::Double, name,
-                  " must be float32 or float64, as packed maps are");
-  return packed;
-}
-
-// `per_map` numbers for each of n maps, in the type of the maps.
-inline void check_parameters(const torch::stable::Tensor& parameters, const torch::stable::Tensor& map, int64_t n,
-                             int64_t per_map, const char* name) {
-  STD_TORCH_CHECK(
-      parameters.is_contiguous() && parameters.numel() == n * per_map && parameters.scalar_type() == map.scalar_type(),
-      name, " must be contiguous, of the type of the maps, with ", per_map, " values for each map");
-}
-
-inline Parameter parameter_of(const torch::stable::Tensor& t, const char* name) {
-  return {const_cast<void*>(t.const_data_ptr()), scalar_of(t, name)};
-}
-
-// The weights of n gates, each [1, 2, 3, 3, 3] with any strides.
-inline std::array<GateParameters, 3> weights_of(const std::vector<torch::stable::Tensor>& weight, int n) {
-  STD_TORCH_CHECK(static_cast<int>(weight.size()) == n, "weight must hold a tensor for each of ", n, " maps, got ",
-                  weight.size());
-  std::array<GateParameters, 3> gates{};
-  for (int i = 0; i < n; ++i) {
-    const torch::stable::Tensor& w = weight[i];
-    bool fits = w.dim() == 5 && w.size(0) == 1 && w.size(1) == 2;
-    for (int axis = 2; fits && axis < 5; ++axis) fits = w.size(axis) == 3;
-    STD_TORCH_CHECK(fits, "each weight must be [1, 2, 3, 3, 3]");
-    gates[i].weight = parameter_of(w, "weight");
-    for (int axis = 0; axis < 4; ++axis) gates[i].stride[axis] = w.stride(axis + 1);
+  // M, the elements per clip of the packed maps of a context.
+  int64_t packed(int64_t context) const {
+    return context == kChannel ? T * H * W : context == kSpacetime ? H * W * C + T * W * C + T * H * C : 0;
   }
-  return gates;
+};
+
+inline Order order_of(const Tensor& x, const char* name) {
+  constexpr int kAxes[3][5] = {{0, 1, 2, 3, 4}, {0, 1, 3, 4, 2}, {0, 2, 1, 3, 4}};
+  const auto sizes = x.sizes(), strides = x.strides();
+  for (int order = 0; order < 3; ++order) {
+    int64_t expected = 1;
+    bool dense = true;
+    for (int k = 4; k >= 0; --k) {
+      const int axis = kAxes[order][k];
+      dense = dense && (sizes[axis] == 1 || strides[axis] == expected);
+      expected *= sizes[axis];
+    }
+    if (dense) return static_cast<Order>(order);
+  }
+  refuse(name, " must be stored densely in an order of maps.ORDERS, got ", described(x));
 }
 
-// Running statistics of BNs, [C], their numbers of batches, if any, and new statistics [C, 3].
-inline void check_running(const std::vector<torch::stable::Tensor>& mean, const std::vector<torch::stable::Tensor>& var,
-                          const std::vector<torch::stable::Tensor>& tracked,
-                          const std::vector<torch::stable::Tensor>& statistics) {
-  STD_TORCH_CHECK(mean.size() == var.size() && mean.size() == statistics.size(),
-                  "mean, var and statistics must hold a tensor for each BN");
-  for (size_t i = 0; i < mean.size(); ++i) {
-    const torch::stable::Tensor& latest = statistics[i];
-    const bool fits = mean[i].is_contiguous() && var[i].is_contiguous() && latest.is_contiguous() &&
-                      var[i].numel() == mean[i].numel() && latest.numel() == 3 * mean[i].numel();
-    STD_TORCH_CHECK(fits, "running statistics must be [C] and the new ones [C, 3], all contiguous");
-    STD_TORCH_CHECK(
-        latest.scalar_type() == accumulate_type(latest) && latest.scalar_type() == statistics[0].scalar_type(),
-        "statistics must be of one type, float32 or float64");
-  }
-  for (const torch::stable::Tensor& number : tracked)
-    STD_TORCH_CHECK(number.numel() == 1 && number.scalar_type() == torch::headeronly::ScalarType::Long,
-                    "a number of batches must be one int64");
+inline Activation activation_of(const Tensor& x, const char* name) {
+  check_operand(x, x, name);
+  AIA_CHECK(x.dim() == 5, name, " must be [B, T, C, H, W], got ", described(x));
+  const auto sizes = x.sizes();
+  AIA_CHECK(x.numel() > 0, name, " must not be empty, got ", described(x));
+  // Kernels count along an axis in 32 bits, with room for a block beyond its end.
+  for (int axis = 1; axis < 5; ++axis)
+    AIA_CHECK(sizes[axis] < int64_t{1} << 30, name, " must have axes shorter than 2^30, got ", described(x));
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], order_of(x, name), scalar_of(x, name)};
 }
 
-// Adds what n gates are normalised by: lists of n numbers, which may be absent.
-inline void add_norms(std::array<GateParameters, 3>& gates, int n,
-                      const std::vector<std::optional<torch::stable::Tensor>>& scale,
-                      const std::vector<std::optional<torch::stable::Tensor>>& shift,
-                      const std::vector<std::optional<torch::stable::Tensor>>& mean,
-                      const std::vector<std::optional<torch::stable::Tensor>>& var, const std::vector<double>& eps,
-                      const std::vector<bool>& batch) {
-  const auto number = [&](const auto& list, int i, const char* name) -> Parameter {
-    STD_TORCH_CHECK(static_cast<int>(list.size()) == n, name, " must hold an entry for each of ", n, " maps");
-    if (!list[i]) return {};
-    STD_TORCH_CHECK(list[i]->numel() == 1, name, " must hold one number for each map");
-    return parameter_of(*list[i], name);
-  };
-  STD_TORCH_CHECK(static_cast<int>(eps.size()) == n && static_cast<int>(batch.size()) == n,
-                  "eps and batch must hold an entry for each of ", n, " maps");
-  for (int i = 0; i < n; ++i) {
-    gates[i].scale = number(scale, i, "scale"), gates[i].shift = number(shift, i, "shift");
-    gates[i].mean = number(mean, i, "mean"), gates[i].var = number(var, i, "var");
-    gates[i].eps = eps[i], gates[i].batch = batch[i];
-  }
+// Of the temporal shift.
+inline void check_fold(int64_t fold, const Activation& x) {
+  AIA_CHECK(0 <= fold && fold <= x.C / 2, "fold must be between 0 and half of the ", x.C, " channels, got ", fold);
 }
 
 }  // namespace aia

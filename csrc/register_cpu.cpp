@@ -1,33 +1,52 @@
 // The CPU implementations of the operators of Attention in Attention that aia_kernels/ops.py defines: checks,
 // allocation, choice of the instruction level, and the split over threads. The work itself is in cpu/.
-#include "register_cpu.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/moments.h"
 #include "common/norm.h"
+#include "register_attention_in_attention.h"
+#include "register_cpu.h"
+
+// Makes a level of csrc/register_cpu.h the one in force, or without a name that of AIA_KERNELS_CPU_LEVEL, which may
+// have changed. Returns null, or why it cannot.
+extern "C" [[gnu::visibility("default")]] const char* aia_kernels_cpu_level(const char* name) {
+  static thread_local std::string reason;
+  try {
+    aia::cpu::set_level(name);
+    return nullptr;
+  } catch (const std::exception& error) {
+    reason = error.what();
+    return reason.c_str();
+  }
+}
 
 namespace {
 
 using aia::accumulate_type;
+using aia::Activation;
+using aia::activation_of;
 using aia::check_context;
-using aia::check_parameters;
 using aia::check_same;
 using aia::dims_of;
 using aia::Gate;
+using aia::gate_of;
+using aia::Gates;
 using aia::index_type;
 using aia::Moments;
+using aia::Numbers;
 using aia::PackedDims;
 using aia::Unpooled;
+using aia::unpooled_of;
 using aia::cpu::output_like;
 using aia::cpu::parallel;
-using aia::cpu::pick_level;
 using aia::cpu::slabs;
 using aia::cpu::Volume;
 using aia::cpu::volume_of;
@@ -35,106 +54,24 @@ using aia::cpu::with_large_pages;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The passes of the best instruction level that this processor has.
-struct Level {
-  decltype(&aia::cpu::base::pool) pool;
-  decltype(&aia::cpu::base::unpool) unpool;
-  decltype(&aia::cpu::base::unpool_reduce) unpool_reduce;
-  decltype(&aia::cpu::base::recalibrate) recalibrate;
-  decltype(&aia::cpu::base::recalibrate_reduce) recalibrate_reduce;
-};
-
-template <class A>
-struct GateLevel {
-  decltype(&aia::cpu::base::GatePasses<A>::conv) conv;
-  decltype(&aia::cpu::base::GatePasses<A>::activate) activate;
-  decltype(&aia::cpu::base::GatePasses<A>::again) again;
-  decltype(&aia::cpu::base::GatePasses<A>::backward_reduce) backward_reduce;
-  decltype(&aia::cpu::base::GatePasses<A>::backward) backward;
-};
-
-#define AIA_LEVEL(level) \
-  Level { level::pool, level::unpool, level::unpool_reduce, level::recalibrate, level::recalibrate_reduce }
-#define AIA_GATE_LEVEL(level, A)                                                             \
-  GateLevel<A> {                                                                             \
-    level::GatePasses<A>::conv, level::GatePasses<A>::activate, level::GatePasses<A>::again, \
-        level::GatePasses<A>::backward_reduce, level::GatePasses<A>::backward                \
-  }
-
-const Level& passes() {
-  static const Level level = pick_level([](int best) {
-#ifdef AIA_CPU_X86
-    if (best == 2) return AIA_LEVEL(aia::cpu::v4);
-    if (best == 1) return AIA_LEVEL(aia::cpu::v3);
-#endif
-    (void)best;
-    return AIA_LEVEL(aia::cpu::base);
-  });
-  return level;
-}
-
-template <class A>
-const GateLevel<A>& gate_passes() {
-  static const GateLevel<A> level = pick_level([](int best) {
-#ifdef AIA_CPU_X86
-    if (best == 2) return AIA_GATE_LEVEL(aia::cpu::v4, A);
-    if (best == 1) return AIA_GATE_LEVEL(aia::cpu::v3, A);
-#endif
-    (void)best;
-    return AIA_GATE_LEVEL(aia::cpu::base, A);
-  });
-  return level;
-}
-
-void check_map(const Tensor& map, const Volume& v, int64_t context, std::vector<int64_t> lead, const Tensor& x,
-               const char* name) {
-  lead.push_back(v.packed(static_cast<int>(context)));
-  bool fits = map.dim() == static_cast<int64_t>(lead.size()) && map.is_contiguous();
-  for (size_t i = 0; fits && i < lead.size(); ++i) fits = map.size(static_cast<int64_t>(i)) == lead[i];
-  STD_TORCH_CHECK(fits, name, " must be a contiguous packed map of its context");
-  STD_TORCH_CHECK(map.scalar_type() == accumulate_type(x), name, " must have the accumulation type of x");
-}
-
-Gate gate_of(const std::optional<Tensor>& maps, int64_t context, const Volume& v, const Tensor& x) {
-  if (!maps || context == aia::kNone) return Gate{nullptr, aia::kNone};
-  check_context(context, "gate_context");
-  check_map(*maps, v, context, {v.B}, x, "gate");
-  return Gate{maps->const_data_ptr(), static_cast<int>(context)};
-}
-
-ScalarType index_type_of(const Volume& v, int64_t context) {
-  return index_type(context == aia::kChannel ? v.C : std::max({v.T, v.H, v.W}));
-}
-
-Unpooled unpooled_of(const std::optional<Tensor>& grad, const std::optional<Tensor>& argmax, int64_t context,
-                     const Volume& v, const Tensor& x) {
-  if (!grad || !argmax || context == aia::kNone) return Unpooled{nullptr, nullptr, 1, aia::kNone};
-  check_context(context, "context");
-  check_map(*grad, v, context, {v.B, 2}, x, "grad_pooled");
-  STD_TORCH_CHECK(argmax->is_contiguous() && argmax->numel() == v.B * v.packed(static_cast<int>(context)) &&
-                      argmax->scalar_type() == index_type_of(v, context),
-                  "argmax must be a contiguous packed map of its context, of the type that pool gives it");
-  return Unpooled{grad->const_data_ptr(), argmax->const_data_ptr(), static_cast<int>(argmax->element_size()),
-                  static_cast<int>(context)};
-}
-
 // A packed map [B, M] or [B, 2, M] of a context of x.
-Tensor new_map(const Tensor& x, std::vector<int64_t> lead, const Volume& v, int64_t context, ScalarType type) {
-  lead.push_back(v.packed(static_cast<int>(context)));
+Tensor new_map(const Tensor& x, std::vector<int64_t> lead, const Activation& a, int64_t context, ScalarType type) {
+  lead.push_back(a.packed(context));
   return with_large_pages(torch::stable::new_empty(x, lead, type));
 }
 
 std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
-  const Volume v = volume_of(x);
+  const Activation a = activation_of(x, "x");
   check_context(context, "context");
-  const Gate inner = gate_of(gate, gate_context, v, x);
-  Tensor pooled = new_map(x, {v.B, 2}, v, context, accumulate_type(x));
-  Tensor argmax = new_map(x, {v.B}, v, context, index_type_of(v, context));
+  const Gate inner = gate_of(gate, gate_context, "gate_context", a, x, "gate");
+  const Volume v = volume_of(a);
+  Tensor pooled = new_map(x, {a.B, 2}, a, context, accumulate_type(x));
+  Tensor argmax = new_map(x, {a.B}, a, context, index_type(a, context));
   const auto index_bytes = static_cast<int>(argmax.element_size());
   const void* data = x.const_data_ptr();
   void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(context), inner.context), [&](int64_t begin, int64_t end) {
-    passes().pool(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
+    AIA_CPU_PASS(pool)(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
   });
   return {pooled, argmax};
 }
@@ -142,59 +79,57 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<
 Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_pooled, const Tensor& argmax,
               int64_t context, std::optional<Tensor> inner_gate, int64_t inner_gate_context,
               std::optional<Tensor> inner_grad_pooled, std::optional<Tensor> inner_argmax, int64_t inner_context) {
-  const Volume v = volume_of(grad_y);
-  check_context(context, "context");
-  const Gate outer_gate = gate_of(gate, context, v, grad_y);
-  const Unpooled outer = unpooled_of(grad_pooled, argmax, context, v, grad_y);
-  const Gate inside = gate_of(inner_gate, inner_gate_context, v, grad_y);
-  const Unpooled inner = unpooled_of(inner_grad_pooled, inner_argmax, inner_context, v, grad_y);
+  const aia::UnpoolArguments given(grad_y, gate, grad_pooled, argmax, context, inner_gate, inner_gate_context,
+                                   inner_grad_pooled, inner_argmax, inner_context);
+  const Volume v = volume_of(given.grad_y);
   Tensor grad_x = output_like(grad_y);
   const void* data = grad_y.const_data_ptr();
   void* out = grad_x.mutable_data_ptr();
-  const int highest = std::max({outer.context, inside.context, inner.context});
+  const int highest = std::max({given.outer.context, given.inner_gate.context, given.inner.context});
   parallel(aia::cpu::elementwise_units(v, highest), [&](int64_t begin, int64_t end) {
-    passes().unpool(v, data, outer_gate, outer, inside, inner, out, begin, end);
+    AIA_CPU_PASS(unpool)(v, data, given.gate, given.outer, given.inner_gate, given.inner, out, begin, end);
   });
   return grad_x;
 }
 
 Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& argmax, int64_t context,
                      int64_t gate_context) {
-  const Volume v = volume_of(x);
-  check_context(context, "context");
+  const Activation a = activation_of(x, "x");
+  const Unpooled from = unpooled_of(grad_pooled, argmax, context, "context", a, x, "grad_pooled", "argmax");
   check_context(gate_context, "gate_context");
-  const Unpooled from = unpooled_of(grad_pooled, argmax, context, v, x);
-  Tensor grad_gate = new_map(x, {v.B}, v, gate_context, accumulate_type(x));
+  const Volume v = volume_of(a);
+  Tensor grad_gate = new_map(x, {a.B}, a, gate_context, accumulate_type(x));
   const void* data = x.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
-    passes().unpool_reduce(v, data, from, static_cast<int>(gate_context), out, begin, end);
+    AIA_CPU_PASS(unpool_reduce)(v, data, from, static_cast<int>(gate_context), out, begin, end);
   });
   return grad_gate;
 }
 
 Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
-  const Volume v = volume_of(x);
-  check_context(context, "context");
-  const Gate outer = gate_of(gate, context, v, x);
+  const Activation a = activation_of(x, "x");
+  const Gate outer = gate_of(gate, context, "context", a, x, "gate");
+  const Volume v = volume_of(a);
   Tensor y = output_like(x);
   const void* data = x.const_data_ptr();
   void* out = y.mutable_data_ptr();
   parallel(aia::cpu::elementwise_units(v, outer.context),
-           [&](int64_t begin, int64_t end) { passes().recalibrate(v, data, outer, out, begin, end); });
+           [&](int64_t begin, int64_t end) { AIA_CPU_PASS(recalibrate)(v, data, outer, out, begin, end); });
   return y;
 }
 
 Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context) {
-  const Volume v = volume_of(x);
+  const Activation a = activation_of(x, "x");
+  check_same(grad_y, x, "grad_y", "x");
   check_context(context, "context");
-  check_same(grad_y, x, "grad_y and x");
-  Tensor grad_gate = new_map(x, {v.B}, v, context, accumulate_type(x));
+  const Volume v = volume_of(a);
+  Tensor grad_gate = new_map(x, {a.B}, a, context, accumulate_type(x));
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)),
            [&](int64_t begin, int64_t end) {
-             passes().recalibrate_reduce(v, grad, data, static_cast<int>(context), out, begin, end);
+             AIA_CPU_PASS(recalibrate_reduce)(v, grad, data, static_cast<int>(context), out, begin, end);
            });
   return grad_gate;
 }
@@ -222,14 +157,6 @@ void for_partials(const PackedDims& d, const std::vector<double>& partial, int p
     for (int64_t i = 0; i < d.B * d.dims[map][0]; ++i, ++slab) add(map, partial.data() + slab * per_slab);
 }
 
-using Numbers = std::vector<std::optional<Tensor>>;
-using Gates = std::array<aia::GateParameters, 3>;
-
-PackedDims pooled_dims(const std::vector<int64_t>& dims, const Tensor& pooled) {
-  STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == 2, "pooled must be [B, 2, M]");
-  return dims_of(dims, pooled, "pooled");
-}
-
 // The weights of n gates, [n, 54] contiguous.
 template <class A>
 std::vector<A> contiguous_weights(const Gates& gates, int n) {
@@ -244,9 +171,9 @@ std::vector<A> contiguous_weights(const Gates& gates, int n) {
 std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor> weight, Numbers scale, Numbers shift,
                                         Numbers mean, Numbers var, std::vector<double> eps, std::vector<bool> batch,
                                         std::vector<int64_t> dims) {
-  const PackedDims d = pooled_dims(dims, pooled);
-  Gates gates = aia::weights_of(weight, d.n);
-  aia::add_norms(gates, d.n, scale, shift, mean, var, eps, batch);
+  const PackedDims d = dims_of(dims, pooled, true, "pooled");
+  Gates gates = aia::weights_of(weight, d.n, pooled);
+  aia::add_norms(gates, d.n, scale, shift, mean, var, eps, batch, pooled);
   Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
   Tensor norm = torch::stable::new_empty(pooled, {d.n, 4});
   Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
@@ -260,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
     if (of_batch) {
       std::vector<double> partial(slabs(d) * aia::cpu::kMomentPartials);
       parallel(slabs(d), [&](int64_t begin, int64_t end) {
-        gate_passes<A>().conv(d, in, w.data(), out, partial.data(), begin, end);
+        AIA_CPU_PASS(GatePasses<A>::conv)(d, in, w.data(), out, partial.data(), begin, end);
       });
       for_partials(d, partial, aia::cpu::kMomentPartials,
                    [&](int map, const double* p) { total[map].merge({p[0], p[1], p[2]}); });
@@ -270,9 +197,9 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
                        found + 3 * i);
     parallel(slabs(d), [&](int64_t begin, int64_t end) {
       if (of_batch)
-        gate_passes<A>().activate(d, out, bn, out, begin, end);
+        AIA_CPU_PASS(GatePasses<A>::activate)(d, out, bn, out, begin, end);
       else
-        gate_passes<A>().again(d, in, w.data(), bn, out, out, begin, end);
+        AIA_CPU_PASS(GatePasses<A>::again)(d, in, w.data(), bn, out, out, begin, end);
     });
   });
   return {gate, norm, statistics};
@@ -280,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
 
 std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> weight, const Tensor& norm,
                                       std::vector<int64_t> dims) {
-  const PackedDims d = pooled_dims(dims, pooled);
-  const Gates gates = aia::weights_of(weight, d.n);
-  check_parameters(norm, pooled, d.n, 4, "norm");
+  const PackedDims d = dims_of(dims, pooled, true, "pooled");
+  const Gates gates = aia::weights_of(weight, d.n, pooled);
+  aia::check_contiguous(norm, {d.n, 4}, pooled.scalar_type(), pooled, "norm");
   Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
   Tensor z = output_like(gate);
   with_map_type(pooled, [&](auto type) {
@@ -290,8 +217,9 @@ std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> 
     const std::vector<A> w = contiguous_weights<A>(gates, d.n);
     const A *in = data<A>(pooled), *bn = data<A>(norm);
     A *out = mutable_data<A>(gate), *before = mutable_data<A>(z);
-    parallel(slabs(d),
-             [&](int64_t begin, int64_t end) { gate_passes<A>().again(d, in, w.data(), bn, before, out, begin, end); });
+    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+      AIA_CPU_PASS(GatePasses<A>::again)(d, in, w.data(), bn, before, out, begin, end);
+    });
   });
   return {gate, z};
 }
@@ -301,7 +229,7 @@ template <class A>
 void sum_over_batch(const PackedDims& d, const A* grad_gate, const A* z, const A* norm, A* sums) {
   std::vector<double> partial(slabs(d) * aia::cpu::kNormPartials);
   parallel(slabs(d), [&](int64_t begin, int64_t end) {
-    gate_passes<A>().backward_reduce(d, grad_gate, z, norm, partial.data(), begin, end);
+    AIA_CPU_PASS(GatePasses<A>::backward_reduce)(d, grad_gate, z, norm, partial.data(), begin, end);
   });
   double total[3][2] = {};
   for_partials(d, partial, aia::cpu::kNormPartials,
@@ -310,9 +238,7 @@ void sum_over_batch(const PackedDims& d, const A* grad_gate, const A* z, const A
 }
 
 Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, z, "z");
-  check_same(grad_gate, z, "grad_gate and z");
-  check_parameters(norm, z, d.n, 4, "norm");
+  const PackedDims d = aia::dims_of_gradient(grad_gate, z, norm, dims);
   Tensor sums = torch::stable::new_empty(z, {d.n, 2});
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
@@ -325,20 +251,14 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
                                                               const Tensor& norm, std::optional<Tensor> sums,
                                                               const Tensor& statistics, const Tensor& pooled,
                                                               std::vector<Tensor> weight, std::vector<int64_t> dims) {
-  const PackedDims d = dims_of(dims, z, "z");
-  const Gates gates = aia::weights_of(weight, d.n);
-  check_same(grad_gate, z, "grad_gate and z");
-  check_parameters(norm, z, d.n, 4, "norm");
-  check_parameters(statistics, z, d.n, 3, "statistics");
-  if (sums) check_parameters(*sums, z, d.n, 2, "sums");
-  STD_TORCH_CHECK(pooled.is_contiguous() && pooled.numel() == 2 * z.numel() && pooled.scalar_type() == z.scalar_type(),
-                  "pooled must be [B, 2, M], of the type of z");
+  const PackedDims d = aia::dims_of_gradient(grad_gate, z, norm, sums, statistics, pooled, dims);
+  const Gates gates = aia::weights_of(weight, d.n, z);
   Tensor grad_pooled = output_like(pooled);
   Tensor grad_affine = torch::stable::new_empty(weight[0], {d.n, 2});
   std::vector<Tensor> grad_weight;
   for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
-  const Gates grads = aia::weights_of(grad_weight, d.n);
-  const aia::Parameter affine = aia::parameter_of(grad_affine, "grad_affine");
+  const Gates grads = aia::weights_of(grad_weight, d.n, z);
+  const aia::Parameter affine = aia::parameter_of(grad_affine, z, "grad_affine");
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
     const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *features = data<A>(pooled);
@@ -355,7 +275,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
     A* out = mutable_data<A>(grad_pooled);
     std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
     parallel(slabs(d), [&](int64_t begin, int64_t end) {
-      gate_passes<A>().backward(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
+      AIA_CPU_PASS(GatePasses<A>::backward)(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
     });
     double total[3][54] = {};
     for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {
@@ -371,13 +291,13 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
 
 void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
                      std::vector<Tensor> statistics, double momentum) {
-  aia::check_running(mean, var, tracked, statistics);
+  aia::check_running(mean, var, tracked, statistics, momentum);
   for (Tensor& number : tracked) ++*static_cast<int64_t*>(number.mutable_data_ptr());
   for (size_t i = 0; i < mean.size(); ++i)
     with_map_type(statistics[i], [&](auto type) {
       using A = decltype(type);
-      const aia::Parameter running_mean = aia::parameter_of(mean[i], "mean"),
-                           running_var = aia::parameter_of(var[i], "var");
+      const aia::Parameter running_mean = aia::parameter_of(mean[i], mean[i], "mean", true),
+                           running_var = aia::parameter_of(var[i], var[i], "var", true);
       for (int64_t c = 0; c < mean[i].numel(); ++c)
         aia::move_statistics(data<A>(statistics[i]) + 3 * c, static_cast<A>(momentum), running_mean, running_var, c);
     });

@@ -2,13 +2,12 @@
 // allocations.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
-#include <string_view>
+#include <string>
+#include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -19,40 +18,76 @@
 
 namespace aia::cpu {
 
-// Calls pick with the best instruction level that the processor has (0: base, 1: v3, 2: v4), or with a lesser one that
-// AIA_KERNELS_CPU_LEVEL names (for tests).
-template <class Pick>
-auto pick_level(Pick&& pick) {
-  int best = 0;
+// The instruction levels that the passes are compiled for, the least first, and how many of them the processor has.
+constexpr const char* kLevels[] = {"base", "v3", "v4"};
+
+inline int levels_here() {
 #ifdef AIA_CPU_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) best = 1;
-  if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    best = 2;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return 1;
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512cd");
+  return v4 ? 3 : 2;
+#else
+  return 1;
 #endif
-  const char* named = std::getenv("AIA_KERNELS_CPU_LEVEL");
-  const std::string_view level = named ? named : "";
-  return pick(std::min(best, level == "base" ? 0 : level == "v3" ? 1 : 2));
 }
 
+// The level that a name stands for, or the best one without a name; refused if the processor has none of that name.
+inline int level_named(const std::string& name) {
+  const int here = levels_here();
+  if (name.empty()) return here - 1;
+  for (int level = 0; level < here; ++level)
+    if (name == kLevels[level]) return level;
+  std::string known = kLevels[0];
+  for (int level = 1; level < here; ++level) known = known + ", " + kLevels[level];
+  refuse("AIA_KERNELS_CPU_LEVEL must be a level that this processor has (", known, "), got ", name);
+}
+
+// The level in force: what AIA_KERNELS_CPU_LEVEL says when it is first asked for, until it is set.
+inline std::atomic<int> level_in_force{-1};
+
+inline void set_level(const char* name) {
+  if (!name) name = std::getenv("AIA_KERNELS_CPU_LEVEL");
+  level_in_force = level_named(name ? name : "");
+}
+
+inline int level() {
+  if (level_in_force < 0) set_level(nullptr);
+  return level_in_force;
+}
+
+// A pass of the level in force.
+#ifdef AIA_CPU_X86
+#define AIA_CPU_PASS(pass) \
+  (aia::cpu::level() == 2 ? &aia::cpu::v4::pass : aia::cpu::level() == 1 ? &aia::cpu::v3::pass : &aia::cpu::base::pass)
+#else
+#define AIA_CPU_PASS(pass) (static_cast<void>(aia::cpu::level()), &aia::cpu::base::pass)
+#endif
+
+// Calls body(begin, end) for parts of the units, on several threads. An unknown level is refused before: raised in a
+// thread, the error would lose its words. AIA_CPU_THREADS is for ThreadSanitizer, which does not see how torch's own
+// threads wait for each other.
 template <class Body>
 void parallel(int64_t units, const Body& body) {
+  level();
+#ifdef AIA_CPU_THREADS
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < AIA_CPU_THREADS; ++i)
+    threads.emplace_back(body, units * i / AIA_CPU_THREADS, units * (i + 1) / AIA_CPU_THREADS);
+  for (std::thread& thread : threads) thread.join();
+#else
   torch::stable::parallel_for(0, units, 1, body);
+#endif
 }
 
-// x [B, T, C, H, W] as the passes see it; refused if it is empty or not stored densely.
-inline Volume volume_of(const torch::stable::Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 5, "x must be [B, T, C, H, W], got ", x.dim(), " axes");
-  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty");
-  Volume v{x.size(0),   x.size(1),   x.size(2),   x.size(3),   x.size(4),
-           x.stride(0), x.stride(1), x.stride(2), x.stride(4), scalar_of(x)};
-  // Strides of axes of length one are arbitrary: give them the value that the dense orders would.
-  if (v.W == 1) v.stride_p = v.H == 1 ? 1 : x.stride(3);
-  const bool lines = v.H == 1 || v.W == 1 || x.stride(3) == v.W * v.stride_p;
-  if (v.C == 1) v.stride_c = v.stride_p == 1 ? v.H * v.W : 1;
-  if (v.H * v.W == 1 && v.stride_c == 1) v.stride_p = v.C;
-  STD_TORCH_CHECK(lines && (v.stride_c == 1 || v.stride_p == 1), "x must be stored densely in an order of maps.ORDERS");
+// An activation as the passes see it.
+inline Volume volume_of(const Activation& a) {
+  const int64_t plane = a.H * a.W;
+  Volume v{a.B, a.T, a.C, a.H, a.W, a.T * a.C * plane, a.C * plane, plane, 1, a.scalar};
+  if (a.order == Order::kTHWC) v.stride_c = 1, v.stride_p = a.C;
+  if (a.order == Order::kCTHW) v.stride_t = plane, v.stride_c = a.T * plane;
   // Where channels lie side by side several blocks of them make longer pieces, if every thread still has a few units.
   if (channels_side_by_side(v)) {
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
@@ -63,7 +98,7 @@ inline Volume volume_of(const torch::stable::Tensor& x) {
 
 // Large blocks go back to the system when they are freed, so each new one is paid for page by page, several times what
 // writing it costs. Large pages take most of that away. The advice may be refused, which changes nothing.
-inline torch::stable::Tensor with_large_pages(torch::stable::Tensor out) {
+inline Tensor with_large_pages(Tensor out) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kLarge = size_t{4} << 20, kPage = size_t{2} << 20;
   const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
@@ -76,8 +111,6 @@ inline torch::stable::Tensor with_large_pages(torch::stable::Tensor out) {
   return out;
 }
 
-inline torch::stable::Tensor output_like(const torch::stable::Tensor& x) {
-  return with_large_pages(torch::stable::empty_like(x));
-}
+inline Tensor output_like(const Tensor& x) { return with_large_pages(new_like(x)); }
 
 }  // namespace aia::cpu

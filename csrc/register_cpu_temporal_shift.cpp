@@ -9,9 +9,9 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor temporal_shift(const Tensor& x, int64_t fold, bool reverse) {
-  const aia::cpu::Volume v = aia::cpu::volume_of(x);
-  STD_TORCH_CHECK(fold >= 0 && 2 * fold <= v.C, "fold must be between 0 and half of the ", v.C, " channels, got ",
-                  fold);
+  const aia::Activation a = aia::activation_of(x, "x");
+  aia::check_fold(fold, a);
+  const aia::cpu::Volume v = aia::cpu::volume_of(a);
   Tensor y = aia::cpu::output_like(x);
   const auto* data = static_cast<const char*>(x.const_data_ptr());
   auto* out = static_cast<char*>(y.mutable_data_ptr());

@@ -12,16 +12,16 @@
 namespace {
 
 using aia::GateParameters;
-using aia::cuda::check_beside;
+using aia::Numbers;
 using aia::cuda::Launch;
 using aia::cuda::Shape;
 using aia::cuda::UnitGates;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Numbers = std::vector<std::optional<Tensor>>;
 
-// The lists of evaluate.
+// The lists of evaluate, and its first argument.
 struct Parameters {
+  const Tensor& x;
   const std::vector<Tensor>& weight;
   const Numbers &scale, &shift, &mean, &var;
   const std::vector<double>& eps;
@@ -31,27 +31,23 @@ struct Parameters {
     const auto some = [&](const auto& list) {
       return std::decay_t<decltype(list)>(list.begin() + first, list.begin() + first + count);
     };
-    auto found = aia::weights_of(some(weight), count);
-    aia::add_norms(found, count, some(scale), some(shift), some(mean), some(var), some(eps), std::vector<bool>(count));
+    auto found = aia::weights_of(some(weight), count, x);
+    const std::vector<bool> batch(count);
+    aia::add_norms(found, count, some(scale), some(shift), some(mean), some(var), some(eps), batch, x);
     return found;
   }
 };
 
 Tensor evaluate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numbers shift, Numbers mean, Numbers var,
                 std::vector<double> eps, int64_t inner, int64_t outer) {
-  const Shape s = aia::cuda::shape_of_unit(x, "x");
+  const Shape s = aia::cuda::shape_of_unit(aia::activation_of(x, "x"), "x");
   aia::check_context(outer, "outer");
-  STD_TORCH_CHECK(inner == aia::kNone || inner + outer == aia::kChannel + aia::kSpacetime,
-                  "inner must be 0 or the context that outer is not, got ", inner, " and ", outer);
+  AIA_CHECK(inner == aia::kNone || inner + outer == aia::kChannel + aia::kSpacetime,
+            "inner must be 0 or the context that outer is not, got ", inner, " and ", outer);
   const size_t n = static_cast<size_t>(inner + outer);  // the value of a context is the number of its gates
   for (const size_t size : {weight.size(), scale.size(), shift.size(), mean.size(), var.size(), eps.size()})
-    STD_TORCH_CHECK(size == n, "every list must hold an entry for each of ", n, " gates, got ", size);
-  for (const Tensor& w : weight) check_beside(w, x, "weight");
-  for (const Numbers* list : {&scale, &shift, &mean, &var})
-    for (const auto& number : *list)
-      if (number) check_beside(*number, x, "what normalises a gate");
-
-  const Parameters parameters{weight, scale, shift, mean, var, eps};
+    AIA_CHECK(size == n, "every list must hold an entry for each of ", n, " gates, got ", size);
+  const Parameters parameters{x, weight, scale, shift, mean, var, eps};
   const auto gates_of = [&](int64_t context) {
     const int first = context == aia::kSpacetime && inner != aia::kNone ? 1 : 0;
     return parameters.gates(first, static_cast<int>(context));
@@ -60,7 +56,7 @@ Tensor evaluate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numb
   const UnitGates unit{static_cast<int>(inner), static_cast<int>(outer), inner_gates.data(), outer_gates.data()};
 
   const Launch launch(x);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = aia::new_like(x);
   if (const int cluster = aia::cuda::cluster_size(s, unit.inner, unit.outer)) {
     launch.check(
         aia::cuda::evaluate_in_clusters(s, x.const_data_ptr(), unit, y.mutable_data_ptr(), cluster, launch.stream()));

@@ -8,11 +8,11 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor temporal_shift(const Tensor& x, int64_t fold, bool reverse) {
-  const aia::cuda::Shape s = aia::cuda::shape_of(x, "x");
-  STD_TORCH_CHECK(fold >= 0 && 2 * fold <= s.C, "fold must be between 0 and half of the ", s.C, " channels, got ",
-                  fold);
+  const aia::Activation a = aia::activation_of(x, "x");
+  aia::check_fold(fold, a);
+  const aia::cuda::Shape s = aia::cuda::shape_of(a, "x");
   const aia::cuda::Launch launch(x);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = aia::new_like(x);
   launch.check(aia::cuda::temporal_shift(s, x.const_data_ptr(), static_cast<int>(fold), reverse, y.mutable_data_ptr(),
                                          launch.stream()));
   return y;

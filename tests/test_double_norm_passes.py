@@ -271,34 +271,6 @@ def test_a_row_is_its_own(passes):
     assert torch.equal(permuted, logits[:, order])
 
 
-X, LSE, MASS = torch.randn(2, 6, 8), torch.randn(2, 8), torch.ones(2, 6, 2)
-BAD = {
-    "rank": ("column_statistics", (X[0], None), "logits must be contiguous"),
-    "strides": ("column_statistics", (X.mT, None), "logits must be contiguous"),
-    "dtype": ("column_statistics", (X.int(), None), "logits must be float16"),
-    "padding's shape": ("column_statistics", (X, torch.zeros(2, 5, dtype=torch.bool)), "padding must be"),
-    "padding's dtype": ("column_statistics", (X, torch.zeros(2, 6)), "padding must be"),
-    "group": ("double_norm_", (X, LSE, 3, 0.0, None), "group must divide the 8 columns of logits, got 3"),
-    "no group": ("double_norm_", (X, LSE, 0, 0.0, None), "group must divide"),
-    "eps": ("double_norm_", (X, LSE, 4, -1.0, None), "eps must not be negative"),
-    "lse's shape": ("double_norm_", (X, LSE[:, :4], 4, 0.0, None), "lse must be contiguous"),
-    "lse's dtype": ("double_norm_", (X, LSE.double(), 4, 0.0, None), "lse must be in the accumulation type"),
-    "reduce: shapes": ("double_norm_backward_reduce", (X, X[:1], 4), "grad and attention must agree"),
-    "reduce: dtypes": ("double_norm_backward_reduce", (X, X.double(), 4), "grad and attention must agree"),
-    "reduce: group": ("double_norm_backward_reduce", (X, X, 5), "group must divide"),
-    "backward: mass": ("double_norm_backward_", (X, X, MASS[..., :1], LSE, 4), "mass must be contiguous"),
-    "backward: reduced": ("double_norm_backward_", (X, X, MASS, LSE[0], 4), "reduced must be contiguous"),
-}
-
-
-@pytest.mark.parametrize("name, arguments, message", BAD.values(), ids=BAD)
-def test_bad_arguments(passes, name, arguments, message):
-    before = X.clone()
-    with pytest.raises(RuntimeError, match=message):
-        getattr(passes, name)(*arguments)
-    assert torch.equal(X, before)
-
-
 @pytest.mark.parametrize("name", ["heads", "bf16, groups of 5, padded"])
 def test_schemas_and_fakes(passes, name):
     case = CASES[name]
@@ -317,4 +289,4 @@ def test_schemas_and_fakes(passes, name):
 
 @pytest.mark.parametrize("level", ["base", "v3"])
 def test_lesser_instruction_levels(passes, level):
-    run_at_level(level, __file__, "not lesser and not schemas and not bad")
+    run_at_level(level, __file__, "not lesser and not schemas")

@@ -126,28 +126,6 @@ def test_threads_change_nothing(passes, name):
     same_bits_with_any_threads(everything)
 
 
-Z, SIGNS = torch.randn(2, 6, 8), torch.zeros(12, dtype=torch.uint8)
-BAD = {
-    "rank": ("residual_relu_", (Z[0], Z[0], None), "z must be"),
-    "strides": ("residual_relu_", (Z[:, ::2], Z[:, ::2], None), "z must be stored densely"),
-    "dtype": ("residual_relu_", (Z.int(), Z.int(), None), "z must be float16"),
-    "x's shape": ("residual_relu_", (Z, Z[:1], None), "z and x must agree"),
-    "x's storage": ("residual_relu_", (Z, Z.mT.contiguous().mT, None), "z and x must agree"),
-    "shift's shape": ("residual_relu_", (Z, Z.clone(), torch.zeros(6)), "shift must be contiguous"),
-    "shift's dtype": ("residual_relu_", (Z, Z.clone(), torch.zeros(8).double()), "shift must be in the accumulation"),
-    "signs' size": ("residual_relu_backward", (Z, SIGNS[:11]), "signs must be uint8"),
-    "signs' dtype": ("residual_relu_backward", (Z, SIGNS.int()), "signs must be uint8"),
-}
-
-
-@pytest.mark.parametrize("name, arguments, message", BAD.values(), ids=BAD)
-def test_bad_arguments(passes, name, arguments, message):
-    before = Z.clone()
-    with pytest.raises(RuntimeError, match=message):
-        getattr(passes, name)(*arguments)
-    assert torch.equal(Z, before)
-
-
 @pytest.mark.parametrize("name", ["tokens", "bf16 maps"])
 def test_schemas_and_fakes(passes, name):
     case = CASES[name]
@@ -159,4 +137,4 @@ def test_schemas_and_fakes(passes, name):
 
 @pytest.mark.parametrize("level", ["base", "v3"])
 def test_lesser_instruction_levels(passes, level):
-    run_at_level(level, __file__, "not lesser and not schemas and not bad")
+    run_at_level(level, __file__, "not lesser and not schemas")

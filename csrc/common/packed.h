@@ -9,6 +9,8 @@ namespace aia {
 // The value of a context is the number of its maps.
 enum Context : int { kNone = 0, kChannel = 1, kSpacetime = 3 };
 enum class Scalar : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// In which an activation [B, T, C, H, W] is stored densely (maps.ORDERS).
+enum class Order : int { kTCHW, kTHWC, kCTHW };
 
 // A packed gate [B, M], or none.
 struct Gate {

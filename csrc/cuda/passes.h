@@ -6,8 +6,6 @@
 
 namespace aia::cuda {
 
-enum class Order : int { kTCHW, kTHWC, kCTHW };
-
 // x [B, T, C, H, W], stored densely in an order. Map order: that of x with the pooled letter struck out. A clip and its
 // packed maps hold fewer than 2^30 elements each, so offsets are 64-bit between clips and 32-bit within one.
 struct Shape {
