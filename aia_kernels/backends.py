@@ -216,11 +216,11 @@ def passes(name: str, family: str = _FIRST) -> Any:
     """
     if name == "triton":
         return importlib.import_module(".triton", __package__)
-    found = SimpleNamespace(**{p: getattr(getattr(torch.ops, ops.NAMESPACE), p).default for p in FAMILIES[family]})
+    found = SimpleNamespace(**{p: ops.callable_pass(p) for p in FAMILIES[family]})
     if family == "external_attention":
         return Dense(found)
     # The CPU's kernels have channels as vector lanes whatever the storage of x (csrc/cpu).
     found.map_order = _channels_last if name == "cpu" else _any_order
     if name == "cuda":
-        found.evaluate = getattr(torch.ops, ops.NAMESPACE).evaluate.default
+        found.evaluate = ops.callable_pass("evaluate")
     return found

@@ -6,9 +6,8 @@ pair that is kept is A, written over the logits, and its mass. Products over tok
 accumulated in maps.accumulate_dtype; x-sized tensors that lie feature by feature enter as transposed operands, without
 a copy.
 
-Passes overwrite their operands. So the products that they take are written into tensors made here (out=): what the
-framework returns belongs to whoever sees its operators too, and a mode may have kept it, as selective checkpointing
-does.
+Passes overwrite their operands. Whoever sees the framework's operators, a mode or a tensor of another kind, may have
+kept what they returned; there products are written into tensors made here (out=), of which nobody expects that.
 """
 
 from __future__ import annotations
@@ -113,9 +112,8 @@ class Dense:
                 grad_attention.mul_(keep).mul_(scale)
         else:
             # The two terms cancel in part: they are added in the type that they come in.
-            centred = (a - origin).flatten(0, 1)
-            grad_attention = torch.addmm(constant, centred, inner, out=torch.empty_like(centred)).view_as(a)
-            grad_attention = _times(grad, value[0], added_to=grad_attention.to(a.dtype))
+            through_norm = _mm((a - origin).flatten(0, 1), inner).add_(constant).view_as(a)
+            grad_attention = _times(grad, value[0], added_to=through_norm.to(a.dtype))
         return grad_attention, self.double_norm_backward_reduce(grad_attention, a, group)
 
     def logits_gradient(
@@ -168,36 +166,46 @@ def _dropped(a: Tensor, keep: Tensor | None, scale: float) -> Tensor:
     return a if keep is None else torch.mul(a, keep, out=torch.empty_like(a)).mul_(scale)
 
 
+def _is_seen(t: Tensor) -> bool:
+    """Whether somebody else than the caller gets to see the results of operators on t."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or type(t) is not Tensor)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a [p, q] @ b [q, r], to be overwritten."""
+    return torch.mm(a, b, out=a.new_empty((a.shape[0], b.shape[1]))) if _is_seen(a) else torch.mm(a, b)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, p, q] @ b [n, q, r], to be overwritten."""
+    return torch.bmm(a, b, out=a.new_empty((*a.shape[:2], b.shape[2]))) if _is_seen(a) else torch.bmm(a, b)
+
+
 def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor | None = None) -> Tensor:
-    """t [B, N, p] times a matrix [p, q]: [B, N, q], its tokens contiguous if by_feature, else its features.
+    """t [B, N, p] times a matrix [p, q]: [B, N, q], its tokens contiguous if by_feature, else its features. To be
+    overwritten.
 
     added_to, if given, is overwritten by its sum with the product, and decides the storage.
     """
     b, n, _ = t.shape
-    by_feature = by_feature if added_to is None else _by_feature(added_to)
-    if added_to is None:
-        q = matrix.shape[1]
-        out = t.new_empty((b, q, n)).mT if by_feature else t.new_empty((b, n, q))
-    if _by_feature(t) and not by_feature and _wide(t):
+    if _by_feature(t) and not (by_feature if added_to is None else _by_feature(added_to)) and _wide(t):
         # With t as it lies, and its narrow result turned afterwards: twice as fast as with t as a transposed operand.
-        product = torch.bmm(matrix.mT.contiguous().expand(b, -1, -1), t.mT).mT
-        return out.copy_(product) if added_to is None else added_to.add_(product)
-    if added_to is not None:
-        if by_feature:
-            added_to.mT.baddbmm_(matrix.mT.expand(b, -1, -1), t.mT)
-        else:
-            added_to.baddbmm_(t, matrix.expand(b, -1, -1))
-        return added_to
-    if by_feature and b == 1:
-        torch.mm(matrix.mT, t[0].mT, out=out[0].mT)
-    elif by_feature:
-        torch.bmm(matrix.mT.expand(b, -1, -1), t.mT, out=out.mT)
-    elif _one_matrix(t):
+        product = _bmm(matrix.mT.contiguous().expand(b, -1, -1), t.mT).mT
+        return product.contiguous() if added_to is None else added_to.add_(product)
+    if added_to is None and by_feature and b == 1:
+        return _mm(matrix.mT, t[0].mT).unsqueeze(0).mT
+    if added_to is None and by_feature:
+        return _bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
+    if added_to is None and _one_matrix(t):
         narrow = matrix.shape[1] < matrix.shape[0]  # then rows that are contiguous win a fifth, for a small copy
-        torch.mm(t.flatten(0, 1), matrix.contiguous() if narrow else matrix, out=out.flatten(0, 1))
+        return _mm(t.flatten(0, 1), matrix.contiguous() if narrow else matrix).view(b, n, -1)
+    if added_to is None:
+        return _bmm(t, matrix.expand(b, -1, -1))
+    if _by_feature(added_to):
+        added_to.mT.baddbmm_(matrix.mT.expand(b, -1, -1), t.mT)
     else:
-        torch.bmm(t, matrix.expand(b, -1, -1), out=out)
-    return out
+        added_to.baddbmm_(t, matrix.expand(b, -1, -1))
+    return added_to
 
 
 def _by_heads(t: Tensor, matrices: Tensor) -> Tensor:

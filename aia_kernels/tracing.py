@@ -24,10 +24,8 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
     # Modes with a key are torch's own: fake tensors, proxies, functionalisation.
-    return any(
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
         isinstance(mode, _REPLAYING) or getattr(mode, "_mode_key", None) is not None
         for mode in _get_current_dispatch_mode_stack()
     )

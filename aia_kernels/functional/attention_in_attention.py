@@ -13,6 +13,7 @@ The backend ``reference`` takes its own formula on all four.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,8 +83,7 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
         passes = None if is_traced() else backends.passes(backend)
         y, statistics = _through_passes(dense, described, gates, num_segments, backend, passes)
         move = passes and passes.move_statistics_
-    # In the order in which the unit computes its gates: one norm may serve several.
-    order = [i for context in (described.inner, described.outer) if context for i in _indices(described, context)]
+    order = _order(described)
     update_running_statistics([gates[i].norm for i in order], [statistics[i] for i in order], move)
     return y
 
@@ -99,7 +99,8 @@ def _through_passes(
         tuple(gate.norm is not None and gate.norm.uses_batch for gate in gates),
         tuple(0.0 if gate.norm is None else gate.norm.eps for gate in gates),
         tuple(map(_group_name, gates)),
-        any(p.dtype != gate.weight.dtype for gate in gates for p in (gate.norm or ())[:2] if p is not None),
+        x.dtype != maps.accumulate_dtype(x.dtype)
+        and any(p.dtype != gate.weight.dtype for gate in gates for p in (gate.norm or ())[:2] if p is not None),
     )
     parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
     fixed = [p for gate in gates for p in _fixed(gate.norm)]
@@ -118,9 +119,11 @@ def _through_passes(
     return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
 
 
-def _indices(unit: Unit, context: int) -> range:
-    """Where the gates of a context stand among the unit's gates."""
-    return range(len(unit.letters))[unit.rows(context)]
+@functools.cache
+def _order(unit: Unit) -> list[int]:
+    """The gates in the order in which the unit computes them, in which a norm that serves several of them moves."""
+    gates = range(len(unit.letters))
+    return [i for context in (unit.inner, unit.outer) if context for i in gates[unit.rows(context)]]
 
 
 def _fixed(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
