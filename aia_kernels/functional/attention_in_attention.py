@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import attention_in_attention as algorithm
-from .. import backends, maps
+from .. import backends, maps, sharded
 from ..autocast import autocast_dtype
 from ..layouts import as_clips, as_input, with_dense_clips
 from ..operators import attention_in_attention as operators
@@ -67,6 +67,9 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
     unit: "C", "ST", "CinST", "STinC" or "STinC2". gates: one Gate per letter of C, T, H, W that the unit has, in this
     order. Returns y, shaped and stored as x. Running statistics are updated where a norm says so.
     """
+    if sharded.is_distributed(x):
+        check_clips(x, num_segments)
+        return sharded.attention_in_attention(attention_in_attention, x, unit, gates, num_segments)
     described = _unit(unit)
     _validate(x, described, gates, num_segments)
     if x.numel() == 0:
@@ -182,6 +185,7 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
         for name, p in (("weight", weight), *of_norm):
             if p is None:
                 continue
+            sharded.refuse_distributed(f"{name} of gate {letter}", p)
             if p.device != x.device:
                 raise ValueError(f"{name} of gate {letter}: got device {p.device}, expected that of x, {x.device}")
             accepted = expected if p is weight else of_norm_expected

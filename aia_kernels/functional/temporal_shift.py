@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, sharded
 from ..autocast import no_autocast
 from ..layouts import as_clips, as_input, stored_as, with_dense_clips
 from ..operators.temporal_shift import temporal_shift_by
@@ -29,6 +29,8 @@ def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tenso
     check_clips(x, num_segments)
     if fold_div < 2:
         raise ValueError(f"fold_div: got {fold_div}, expected at least 2: two parts of the channels move")
+    if sharded.is_distributed(x):
+        return sharded.temporal_shift(temporal_shift, x, num_segments, fold_div)
     if x.numel() == 0:
         return x.clone()
     fold = x.shape[1] // fold_div

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..reference import Norm
+from ..sharded import is_distributed
 
 _PLAIN_FORWARDS = (
     nn.Conv1d.forward,
@@ -25,7 +26,8 @@ _PLAIN_FORWARDS = (
 
 def must_be_called(module: nn.Module) -> bool:
     """Whether somebody must see the call of a submodule: it has hooks, or all modules have; its forward is not that of
-    its kind; or a weight is a tensor of another kind, which may know the products of its layer and no other.
+    its kind; or a weight is a tensor of another kind, which may know the products of its layer and no other (a DTensor
+    is one that the functions of this package know).
 
     A parametrised weight needs no call: the attribute is the computed one. Quantised, adapted or patched layers do.
     """
@@ -35,7 +37,7 @@ def must_be_called(module: nn.Module) -> bool:
         or _has_any_global_hook()
         or type(module).forward not in _PLAIN_FORWARDS
         or "forward" in module.__dict__
-        or any(map(is_traceable_wrapper_subclass, module._parameters.values()))
+        or any(is_traceable_wrapper_subclass(p) and not is_distributed(p) for p in module._parameters.values())
     )
 
 
