@@ -360,7 +360,7 @@ class DoubleNormalizeFunction(torch.autograd.Function):
         attention, mass = double_normalize_forward(plan, logits, padding)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        save(ctx, logits if ctx.needs_input_grad[0] else None, attention, mass, padding)
+        save(ctx, logits, attention, mass, padding)
         return attention
 
     @staticmethod

@@ -6,17 +6,20 @@ program has other inputs than those that it was traced with, and tracers leave o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import maps
+from .tracing import is_symbolic
 
 
 def stored_as(grad_y: Tensor, x: Tensor) -> Tensor:
-    """grad_y with the strides of x: gradients arrive expanded (from sum) or in another layout."""
-    return grad_y if grad_y.stride() == x.stride() else torch.empty_like(x).copy_(grad_y)
+    """grad_y with the strides of x: gradients arrive expanded (from sum), without memory (zeros) or in another layout."""
+    same = grad_y.stride() == x.stride() and not grad_y._is_zerotensor()
+    return grad_y if same else torch.empty_like(x).copy_(grad_y)
 
 
 def unviewed(y: Tensor) -> Tensor:
@@ -77,19 +80,33 @@ def with_rows(x: Tensor) -> Tensor:
     return x if by_token or by_feature else x.contiguous()
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Keep tensors for a backward, and their strides beside them: see saved."""
-    ctx.save_for_backward(*tensors)
-    ctx.strides = [None if t is None else t.stride() for t in tensors]
+def save(ctx: Any, x: Tensor, *kept: Tensor | None) -> None:
+    """Keep the input of a layer and what came of it for a backward: see saved.
+
+    What came of x may be stored in its order, so the strides of x are kept too: as a tensor, since checkpointing takes
+    tensors from a second forward, whose x a hook may have stored in another way than that of the first.
+    """
+    ctx.strides = x.stride(), *(None if t is None else t.stride() for t in kept)
+    ctx.save_for_backward(None if is_symbolic() else _as_tensor(ctx.strides[0]), x, *kept)
 
 
 def saved(ctx: Any) -> list[Tensor | None]:
     """What save kept, stored as it was then: hooks on saved tensors (offloading, compression) may give back the same
     values with other strides."""
+    stored, *tensors = ctx.saved_tensors
+    of_x, *strides = ctx.strides
+    if stored is not None and not is_symbolic():
+        of_x = tuple(stored.tolist())
     return [
         t if t is None or t.stride() == stride else _restored(t, stride)
-        for t, stride in zip(ctx.saved_tensors, ctx.strides, strict=True)
+        for t, stride in zip(tensors, (of_x, *strides), strict=True)
     ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_tensor(stride: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(stride, dtype=torch.int64, device="cpu")
 
 
 def _restored(t: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -16,18 +16,25 @@ from .autocast import no_autocast
 _REPLAYING = (torch.utils.checkpoint._CachingTorchDispatchMode, torch.utils.checkpoint._CachedTorchDispatchMode)
 
 
-def is_traced() -> bool:
-    """Whether what runs is recorded to be run again: torch.compile, torch.export, make_fx, selective checkpointing.
-
-    A layer must then be one registered operator that changes nothing. A single pass is no such thing: left out in
-    favour of its kept result it would not write what it writes, and its sizes would be those of the record.
-    """
+def is_symbolic() -> bool:
+    """Whether tensors may stand for others that come later: torch.compile, torch.export, make_fx, fake tensors."""
     if torch.compiler.is_compiling():
         return True
     # Modes with a key are torch's own: fake tensors, proxies, functionalisation.
     return torch._C._len_torch_dispatch_stack() > 0 and any(
-        isinstance(mode, _REPLAYING) or getattr(mode, "_mode_key", None) is not None
-        for mode in _get_current_dispatch_mode_stack()
+        getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack()
+    )
+
+
+def is_traced() -> bool:
+    """Whether what runs is recorded to be run again: symbolic calls, and selective checkpointing.
+
+    A layer must then be one registered operator that changes nothing. A single pass is no such thing: left out in
+    favour of its kept result it would not write what it writes, and its sizes would be those of the record.
+    """
+    return is_symbolic() or (
+        torch._C._len_torch_dispatch_stack() > 0
+        and any(isinstance(mode, _REPLAYING) for mode in _get_current_dispatch_mode_stack())
     )
 
 

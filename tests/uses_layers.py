@@ -70,12 +70,13 @@ class Layer(NamedTuple):
     draws: bool = False
 
 
+# proj_drop is torch's own dropout: on the CPU it draws in place, and so cannot be kept by selective checkpointing.
 def _multi_head(drop: float = 0.0) -> nn.Module:
-    return aia_kernels.MultiHeadExternalAttention(6, num_heads=2, attn_drop=drop, proj_drop=drop)
+    return aia_kernels.MultiHeadExternalAttention(6, num_heads=2, attn_drop=drop)
 
 
 def _token(drop: float = 0.0) -> nn.Module:
-    return aia_kernels.TokenExternalAttention(6, 5, k=7, attn_drop=drop, proj_drop=drop)
+    return aia_kernels.TokenExternalAttention(6, 5, k=7, attn_drop=drop)
 
 
 def _unit(name: str) -> Callable[[], nn.Module]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends, reference, sharded
 from .. import external_attention as algorithm
 from ..autocast import autocast_dtype, no_autocast
 from ..external_attention import Plan
@@ -53,6 +53,9 @@ def double_normalize(
     check_tensor("logits", logits)
     if logits.ndim < 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., N, M]")
+    if sharded.is_distributed(logits):
+        settings = {"group": group, "eps": eps}
+        return sharded.double_normalize(double_normalize, logits, padding_mask, process_group, **settings)
     _check_slots("logits", logits.shape[-1])
     group = _checked_group(group, logits.shape[-1])
     _check_eps(eps)
@@ -117,6 +120,13 @@ def external_attention(
     check_tensor("x", x)
     if x.ndim != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
+    if sharded.is_distributed(x):
+        names = "memory_key", "memory_value", "key_bias", "value_bias"
+        parameters = dict(zip(names, (memory_key, memory_value, key_bias, value_bias), strict=True))
+        settings = {"heads": heads, "eps": eps, "group": group}
+        return sharded.external_attention(
+            external_attention, x, parameters, padding_mask, process_group, dropout, **settings
+        )
     check_integer("heads", heads)
     if heads < 1:
         raise ValueError(f"heads: got {heads}, expected at least 1")
@@ -176,6 +186,8 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
     check_tensor("x", x)
     if x.ndim != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W]")
+    if sharded.is_distributed(x):
+        return sharded.external_attention_block(external_attention_block, x, key, value, norm, eps)
     c = x.shape[1]
     for name, memory in (("key", key), ("value", value)):
         check_tensor(name, memory)
@@ -195,14 +207,13 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
         if members is not None:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
         return _nothing(torch.empty_like(x), x, key, value, norm.weight, norm.bias)
-    x = with_dense_maps(x)
     backend, transformed = _road(x, dtype)
     with no_autocast(x):
         if backend == "reference" or transformed:
             tokens, statistics = reference.external_attention_block(as_tokens(x), key, value, norm, eps)
             y = as_maps(tokens, x)
         else:
-            y, statistics = _block_through_passes(x, key, value, norm, eps, backend)
+            y, statistics = _block_through_passes(with_dense_maps(x), key, value, norm, eps, backend)
     update_running_statistics([norm], [statistics])
     return y
 
@@ -235,10 +246,12 @@ def _road(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
 
 
 def _draw(sizes: tuple[int, ...], probability: float, device: torch.device) -> Tensor:
-    """uint8 of these sizes, each 1 with a probability; under vmap as its ``randomness`` says."""
-    if torch._C._are_functorch_transforms_active():  # a tensor made here is none of vmap's to draw anew for each sample
-        return torch.bernoulli(torch.full(sizes, probability, device=device)).to(torch.uint8)
-    return torch.empty(sizes, dtype=torch.uint8, device=device).bernoulli_(probability)
+    """uint8 of these sizes, each 1 with a probability.
+
+    Not drawn in place: what is changed in place cannot be kept by selective checkpointing, nor drawn anew for each
+    sample by vmap.
+    """
+    return torch.bernoulli(torch.empty(sizes, dtype=torch.uint8, device=device), probability)
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -268,6 +281,7 @@ def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple
     if p is None:
         return
     check_tensor(name, p)
+    sharded.refuse_distributed(name, p)
     if p.device != x.device:
         raise ValueError(f"{name}: got device {p.device}, expected that of x, {x.device}")
     autocast = autocast_dtype(x)
@@ -306,6 +320,7 @@ def _check_norm(norm: Norm, x: Tensor) -> None:
     for name, p in zip(Norm._fields[:4], norm[:4], strict=True):
         if p is None:
             continue
+        sharded.refuse_distributed(f"{name} of norm", p)
         if p.device != x.device:
             raise ValueError(f"{name} of norm: got device {p.device}, expected that of x, {x.device}")
         if tuple(p.shape) != (c,):
