@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
@@ -103,6 +105,25 @@ def external_on(request) -> Iterator[tuple[str, str]]:
 def external_compiled_on(request) -> Iterator[tuple[str, str]]:
     """compiled_on for external attention."""
     yield from _chosen(request, "external_attention")
+
+
+#: Instruction levels for which the C++ passes are compiled: each must be right, not only the one in force here.
+LEVELS = ("in force", "v4", "v3", "base")
+
+
+@contextlib.contextmanager
+def at_level(level: str) -> Iterator[None]:
+    """The C++ passes at one of LEVELS, in this process; skipped where the processor does not have it."""
+    from aia_kernels import _extension
+
+    choose = ctypes.CDLL(str(_extension.LIBRARY)).aia_kernels_cpu_level
+    choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+    if level != "in force" and (reason := choose(level.encode())) is not None:
+        pytest.skip(reason.decode())
+    try:
+        yield
+    finally:
+        choose(None)
 
 
 def nvcc() -> str:

@@ -9,11 +9,7 @@ pass on the magnitudes of its inputs.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -210,16 +206,3 @@ def same_bits_with_any_threads(everything: Callable[[], Iterable[Tensor]]) -> No
         torch.set_num_threads(before)
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
-
-
-def run_at_level(level: str, file: str, selected: str) -> None:
-    """Assert that the selected tests of a file pass, none skipped, at a lesser instruction level of the C++ passes.
-
-    They are compiled for several; each must be right, not only the best one here.
-    """
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", selected]
-    environment = os.environ | {"AIA_KERNELS_CPU_LEVEL": level}
-    root = Path(__file__).parent.parent
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "skipped" not in run.stdout.splitlines()[-1]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import test_passes
 import torch
-from pass_cases import Case, run_at_level
+from conftest import LEVELS, at_level
+from pass_cases import Case
 from plain_passes import PlainPasses
 
 from aia_kernels import backends
@@ -27,12 +28,13 @@ CASES = {
 }
 
 
-@pytest.fixture
-def passes(monkeypatch):
+@pytest.fixture(params=LEVELS)
+def passes(request, monkeypatch):
     if (reason := backends.available_backends()["cpu"]) is not None:
         pytest.skip(reason)
     monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    return backends.passes("cpu")
+    with at_level(request.param):
+        yield backends.passes("cpu")
 
 
 @pytest.fixture
@@ -72,8 +74,3 @@ def test_elementwise_passes(passes, plain, case):
 @pytest.mark.parametrize("kind", ["ties", "nan"])
 def test_special_values(passes, plain, case, kind):
     test_passes.test_pool_special_values(passes, plain, case, kind)
-
-
-@pytest.mark.parametrize("level", ["base", "v3"])
-def test_lesser_instruction_levels(passes, level):
-    run_at_level(level, __file__, "(elementwise or reductions) and not lesser")

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import skip_unless_runnable
-from pass_cases import agrees, double, epsilon, run_at_level, same_bits_with_any_threads
+from conftest import LEVELS, at_level, skip_unless_runnable
+from pass_cases import agrees, double, epsilon, same_bits_with_any_threads
 from plain_double_norm import PlainDoubleNorm
 from torch import Tensor
 
@@ -68,10 +68,11 @@ EPS = {"no eps": 0.0, "published eps": 1e-9, "eps that weighs": 0.5}
 FLUSHED = {torch.float32: 2.0**-66, torch.float64: 2.0**-510}
 
 
-@pytest.fixture(scope="module")
-def passes():
+@pytest.fixture(params=LEVELS)
+def passes(request):
     skip_unless_runnable("cpu", "cpu", "external_attention")
-    return backends.passes("cpu", "external_attention")
+    with at_level(request.param):
+        yield backends.passes("cpu", "external_attention")
 
 
 @pytest.fixture
@@ -285,8 +286,3 @@ def test_schemas_and_fakes(passes, name):
     }
     for operator, arguments in calls.items():
         torch.library.opcheck(getattr(passes, operator), arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.parametrize("level", ["base", "v3"])
-def test_lesser_instruction_levels(passes, level):
-    run_at_level(level, __file__, "not lesser and not schemas")

@@ -1,14 +1,17 @@
 """The passes of each backend that this machine runs as a whole, against the plain ones in float64.
 
-triton runs in the interpreter or on a GPU, cpu at the best instruction level of the processor and, in processes of
-their own, at the lesser ones, cuda on a GPU, and the kernels of cuda on the host emulator.
+triton runs in the interpreter or on a GPU, cpu at every instruction level of the processor, cuda on a GPU, and the
+kernels of cuda on the host emulator.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import pass_cases
 import pytest
 import torch
+from conftest import LEVELS, at_level
 from pass_cases import (
     CASES,
     GATE_ROUNDINGS,
@@ -24,7 +27,6 @@ from pass_cases import (
     features_of,
     gate_of,
     magnitude,
-    run_at_level,
     special,
     terms,
 )
@@ -32,7 +34,7 @@ from plain_passes import PlainPasses
 
 from aia_kernels import backends, maps
 
-BACKENDS = ("triton", "cpu", "cuda", "emulator")
+BACKENDS = ("triton", *(f"cpu, {level}" for level in LEVELS), "cuda", "emulator")
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -40,13 +42,16 @@ pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 @pytest.fixture(params=BACKENDS)
 def passes(request, monkeypatch):
     """The passes of a backend, on tensors of pass_cases.DEVICE or, for the cpu backend and the emulator, of the CPU."""
-    if request.param in ("cpu", "emulator"):
+    backend, _, level = request.param.partition(", ")
+    if backend in ("cpu", "emulator"):
         monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    if request.param == "emulator":
-        return request.getfixturevalue("emulator")
-    if (reason := backends.available_backends()[request.param]) is not None:
+    if backend == "emulator":
+        yield request.getfixturevalue("emulator")
+        return
+    if (reason := backends.available_backends()[backend]) is not None:
         pytest.skip(reason)
-    return backends.passes(request.param)
+    with at_level(level) if level else contextlib.nullcontext():
+        yield backends.passes(backend)
 
 
 @pytest.fixture
@@ -320,11 +325,3 @@ def test_move_statistics(passes, dtype, momentum):
     assert [number.item() for number in tracked] == [8, 1]
     for buffers, expected in zip(found[:2], want[:2], strict=True):
         torch.testing.assert_close(buffers, expected, rtol=4 * epsilon(dtype), atol=0)
-
-
-@pytest.mark.parametrize("level", ["base", "v3"])
-def test_lesser_instruction_levels(level):
-    """The C++ passes are compiled for several instruction levels; each must be right, not only the best one here."""
-    if (reason := backends.available_backends()["cpu"]) is not None:
-        pytest.skip(reason)
-    run_at_level(level, __file__, "cpu and (prime or bf16 or fp16 or fp64 or channel or maps) and not lesser")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import skip_unless_runnable
-from pass_cases import agrees, run_at_level, same_bits_with_any_threads
+from conftest import LEVELS, at_level, skip_unless_runnable
+from pass_cases import agrees, same_bits_with_any_threads
 from plain_double_norm import PlainDoubleNorm
 from torch import Tensor
 
@@ -48,10 +48,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def passes():
+@pytest.fixture(params=LEVELS)
+def passes(request):
     skip_unless_runnable("cpu", "cpu", "external_attention")
-    return backends.passes("cpu", "external_attention")
+    with at_level(request.param):
+        yield backends.passes("cpu", "external_attention")
 
 
 @pytest.fixture
@@ -133,8 +134,3 @@ def test_schemas_and_fakes(passes, name):
     signs = torch.zeros((z.numel() + 7) // 8, dtype=torch.uint8)
     for operator, arguments in {"residual_relu_": (z, x, None), "residual_relu_backward": (x, signs)}.items():
         torch.library.opcheck(getattr(passes, operator), arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.parametrize("level", ["base", "v3"])
-def test_lesser_instruction_levels(passes, level):
-    run_at_level(level, __file__, "not lesser and not schemas")
