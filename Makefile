@@ -34,7 +34,7 @@ $(INSTALLED): setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 	@rm -f $(VENV)/installed* && touch $@
 
 check: lint  ## at every save: lint, then the tests of the CPU that are fast
-	$(PYTEST) -k "not triton and not emulator and not lesser and not compiled" $(CHECKED) $(ARGS)
+	$(PYTEST) -k "not triton and not emulator and not compiled" $(CHECKED) $(ARGS)
 
 test: lint  ## before every push: lint, then the tests (ARGS="-k pool" for some)
 	$(PYTEST) $(ARGS)
