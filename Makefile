@@ -14,7 +14,7 @@ CPP := $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-all lint demo bench gpu clean
+.PHONY: help install check test test-all fuzz lint demo bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ test: lint  ## before every push: lint, then the tests (ARGS="-k pool" for some)
 test-all: lint  ## the tests and their sweeps, with CUDA compiled where nvcc is
 	$(BIN)/python setup.py build_ext --inplace
 	$(PYTEST) -m "" $(ARGS)
+
+fuzz: $(INSTALLED)  ## argument sets to the CPU operators, under sanitizers at every level (N=100000, ONLY=seed)
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(if $(ONLY),--only $(ONLY),--sets $(or $(N),10000)) $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
 	$(BIN)/ruff check .

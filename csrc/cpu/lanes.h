@@ -13,7 +13,9 @@
 #include <immintrin.h>
 #endif
 
+#ifndef AIA_INLINE
 #define AIA_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 

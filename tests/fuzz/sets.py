@@ -16,7 +16,7 @@ from .spoiled import readable, spoil
 class Set:
     """The argument set of a seed: an operator's name, its arguments, and how they were spoiled, if they were."""
 
-    def __init__(self, seed: int, operator: str | None = None):
+    def __init__(self, seed: int, operator: str = ""):
         r = random.Random(seed)
         torch.manual_seed(seed)
         self.seed, self.operator = seed, operator or r.choice(list(OPERATORS))
@@ -35,37 +35,38 @@ class Set:
         call: the operator, torch's own by default.
         """
         call = call or getattr(torch.ops.aia_kernels, self.operator)
-        before = _each(_copied, self.arguments)
+        before = copied(self.arguments)
         try:
             results = call(*self.arguments)
         except (RuntimeError, TypeError) as error:
-            unchanged = _each(_copied, self.arguments)
-            assert _same(before, unchanged), f"refused, but changed an argument: {error}"
+            assert same(before, copied(self.arguments)), f"refused, but changed an argument: {error}"
             return str(error)
         OPERATORS[self.operator].check(before, self.arguments, results)
         return None
 
 
-def _copied(t: Tensor) -> Tensor | str:
-    """A copy that is stored alike, by bytes: the framework itself may not read what is not aligned."""
-    if not readable(t):
+def copied(value: Any) -> Any:
+    """A copy of arguments, each tensor stored alike where it can be read."""
+    if isinstance(value, list):
+        return [copied(entry) for entry in value]
+    if not isinstance(value, Tensor):
+        return value
+    if not readable(value):
         return "nobody may read it"
-    if t.data_ptr() % t.element_size() == 0:
-        return torch.empty_like(t).copy_(t)
-    raw = bytearray(ctypes.string_at(t.data_ptr(), t.numel() * t.element_size()))
-    return torch.frombuffer(raw, dtype=t.dtype).view(t.shape)
+    if value.data_ptr() % value.element_size() == 0:
+        return torch.empty_like(value).copy_(value)
+    # The framework itself may not read what is not aligned.
+    raw = bytearray(ctypes.string_at(value.data_ptr(), value.numel() * value.element_size()))
+    return torch.frombuffer(raw, dtype=value.dtype).view(value.shape)
 
 
-def _each(function, values: Any) -> Any:
-    if isinstance(values, list):
-        return [_each(function, value) for value in values]
-    return function(values) if isinstance(values, Tensor) else values
-
-
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two copies of arguments hold the same values, NaN the same as NaN."""
     if isinstance(a, list):
-        return all(map(_same, a, b))
-    return torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else True
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, Tensor):
+        return torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
+    return a == b or a != a
 
 
 def _told(value: Any) -> str:
