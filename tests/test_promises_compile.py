@@ -177,7 +177,9 @@ def test_opcheck_of_the_passes(backend, context):
     }
     for name, arguments in calls.items():
         # No autograd formula on purpose: derivatives belong to the unit.
-        torch.library.opcheck(getattr(passes, name), arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            getattr(torch.ops.aia_kernels, name), arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
