@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from uses_layers import (
     FEW,
     LAYERS,
+    MAIN,
     WITHOUT_DROPOUT,
     assert_close,
     batch,
@@ -82,6 +83,17 @@ def test_compiled(device, name, use):
     assert_close(found, expected)
 
 
+@few_layers
+def test_partitioned_by_memory(name):
+    """The compiler's own checkpointing: without a budget it computes in backward what it can."""
+    with torch._functorch.config.patch(activation_memory_budget=0.0):
+        found = step(name, compiled("aot_eager_decomp_partition"), dtype=DOUBLE)
+    if LAYERS[name].draws:  # generators of the compiler's own
+        assert found["y"].isfinite().all()
+        return
+    assert_close(found, plain_step(name, DOUBLE))
+
+
 @pytest.mark.parametrize("name", [name for name in LAYERS if name not in FEW])
 @every_device
 def test_compiled_in_other_layouts(device, name):
@@ -106,17 +118,32 @@ def test_inductor(name):
     assert_close(step(name, compiled("inductor"), dtype=DOUBLE), plain_step(name, DOUBLE))
 
 
-@pytest.mark.parametrize("forward", ["eager", "compiled"])
+def recorded_backward(fullgraph: bool):
+    """Compiled autograd: the whole backward is recorded as one graph when it runs."""
+    return lambda: torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=fullgraph))
+
+
 @few_layers
-def test_compiled_autograd(name, forward):
-    """Recorded by compiled autograd, the whole backward as one graph."""
-    wrap = compiled() if forward == "compiled" else lambda module: module
-    record = torch.compile(backend="eager", fullgraph=forward == "compiled")
+def test_compiled_autograd(name):
+    assert_close(step(name, compiled(), recorded_backward(True), DOUBLE), plain_step(name, DOUBLE))
 
-    def around():
-        return torch._dynamo.compiled_autograd._enable(record)
 
-    assert_close(step(name, wrap, around, DOUBLE), plain_step(name, DOUBLE))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CinST",
+        "TemporalShift",
+        "ExternalAttention",
+        *(
+            pytest.param(name, marks=pytest.mark.sweep)
+            for name in MAIN
+            if name not in ("CinST", "TemporalShift", "ExternalAttention")
+        ),
+    ],
+)
+def test_compiled_autograd_of_an_eager_forward(name):
+    """It follows the fused backward pass by pass."""
+    assert_close(step(name, around=recorded_backward(False), dtype=DOUBLE), plain_step(name, DOUBLE))
 
 
 @pytest.mark.parametrize("name", WITHOUT_DROPOUT)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from uses_layers import EXACT, LAYERS, WITHOUT_DROPOUT, layer, left_by, towards
 
 import aia_kernels
@@ -201,6 +202,31 @@ def without_running_statistics(rank: int, name: str) -> None:
     assert_step(gathered(module, x, y), expected)
 
 
+def synchronised(rank: int, name: str) -> None:
+    """A network converted for SyncBatchNorm: the mesh says who shares, and each sample counts once."""
+    module = layer(name, DOUBLE)
+    expected = plain(module, x := whole(name))
+    for placement in (Shard(0), Replicate()):
+        other = replicated(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module)))
+        shards = spread(x, placement).requires_grad_()
+        y = other(shards)
+        y.backward(spread(towards(expected["y"]), Shard(0)))
+        assert_step(gathered(other, shards, y), expected)
+
+
+def with_hooks(rank: int, name: str) -> None:
+    """Submodules that must be called are torch's own on DTensors, and the layer around them has the same numbers."""
+    module = layer(name, DOUBLE)
+    expected = plain(module, x := whole(name))
+    module, x = replicated(module), spread(x, Shard(0)).requires_grad_()
+    seen = []
+    next(module.children()).register_forward_hook(lambda *_: seen.append(1))
+    y = module(x)
+    y.backward(spread(towards(expected["y"]), Shard(0)))
+    assert seen
+    assert_step(gathered(module, x, y), expected)
+
+
 def among_others(rank: int, name: str) -> None:
     """Between operations of torch's own, and a loss whose gradient DTensor places as it likes."""
     module = layer(name, DOUBLE).eval()
@@ -211,6 +237,27 @@ def among_others(rank: int, name: str) -> None:
     assert_close(shards.grad.full_tensor(), x.grad, "grad x")
     for (key, p), q in zip(other.named_parameters(), module.parameters(), strict=True):
         assert_close(p.grad.full_tensor(), q.grad, key)
+
+
+def compiled(rank: int, name: str) -> None:
+    torch._dynamo.reset()
+    module = layer(name, DOUBLE)
+    expected = plain(module, x := whole(name))
+    module, x = replicated(module), spread(x, Shard(0)).requires_grad_()
+    y = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+    y.backward(spread(towards(expected["y"]), Shard(0)))
+    assert_step(gathered(module, x, y), expected)
+
+
+def checkpointed(rank: int, name: str) -> None:
+    """Selectively, in evaluation: a second forward must not move what the first did."""
+    module = layer(name, DOUBLE).eval()
+    expected = plain(module, x := whole(name))
+    module, x = replicated(module), spread(x, Shard(0)).requires_grad_()
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    y = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    y.backward(spread(towards(expected["y"]), Shard(0)))
+    assert_step(gathered(module, x, y), expected)
 
 
 def without_gradients(rank: int, name: str) -> None:
@@ -411,11 +458,17 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
                 "Token"
             ):  # of which torch's linear on shards has no view
                 yield f"DTensor, {use.__name__}", name, functools.partial(use, name=name)
+        yield "DTensor, checkpointed", name, functools.partial(checkpointed, name=name)
+    for name in ("CinST", "ExternalAttention2d, channels_last"):
+        yield "DTensor, compiled", name, functools.partial(compiled, name=name)
     for name in UNEVEN:
         uneven = {"train": True, "placement": Shard(0), "samples": 3}
         yield "DTensor, unevenly sharded", name, functools.partial(distributed, name=name, **uneven)
     for name in HAVE_NORMS:
         yield "DTensor, no running statistics", name, functools.partial(without_running_statistics, name=name)
+        yield "DTensor, SyncBatchNorm", name, functools.partial(synchronised, name=name)
+    for name in HAVE_PARAMETERS:
+        yield "DTensor, with hooks", name, functools.partial(with_hooks, name=name)
     for use in (masks_of_dropout, gradients_of_dropout, padding):
         yield "DTensor", use.__name__, use
     for case in REFUSED:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import allow_mutation_on_saved_tensors, save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -21,10 +22,13 @@ from uses_layers import (
     batch,
     every_device,
     every_layer,
+    every_layer_without_dropout,
     layer,
+    left_by,
     main_layers,
     plain_step,
     step,
+    towards,
     uses,
 )
 
@@ -79,6 +83,7 @@ HOOKS = {
     "copies": lambda: saved_tensors_hooks(torch.clone, same),
     "float64 and back": lambda: saved_tensors_hooks(widened, lambda kept: kept[0].to(kept[1])),
     "save_on_cpu": lambda: save_on_cpu(pin_memory=False),
+    "allow_mutation_on_saved_tensors": allow_mutation_on_saved_tensors,
 }
 #: The same values with other strides. Products of the framework may then add them up in another order.
 OTHER_STRIDES = {
@@ -123,6 +128,50 @@ def test_what_is_saved_is_hidden_from_nobody(device, name):
         assert not moved
     else:
         assert "grad x" in moved
+
+
+@every_layer
+def test_what_was_saved_may_change_where_autograd_keeps_copies(name):
+    module, leaf = layer(name), batch(name).requires_grad_()
+    with allow_mutation_on_saved_tensors():
+        x = leaf.clone()
+        torch.manual_seed(2)
+        y = module(x)
+        with torch.no_grad():
+            x.add_(1.0)
+            for p in module.parameters():
+                p.mul_(2.0)
+        y.backward(towards(y))
+    expected = plain_step(name)
+    for key, found in left_by(module, leaf, y).items():
+        torch.testing.assert_close(found, expected[key], msg=lambda m, key=key: f"{key}: {m}")
+
+
+SECOND = {
+    "contiguous when packed": lambda module: module,
+    "not reentrant": lambda module: checkpointed(CHECKPOINTS["not reentrant"])(module),
+}
+
+
+@pytest.mark.parametrize("use", SECOND)
+@every_layer_without_dropout
+def test_second_derivatives(name, use):
+    """Of a gradient whose graph was made from what hooks gave back, or from a second forward."""
+
+    def second(call, around) -> tuple[Tensor, ...]:
+        module, x = layer(name, torch.float64).eval(), batch(name, torch.float64).requires_grad_()
+        wanted = x, *module.parameters()
+        with around():
+            y = call(module)(x)
+            (first,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), wanted, allow_unused=True)
+
+    around = OTHER_STRIDES.get(use, contextlib.nullcontext)
+    expected = second(lambda module: module, contextlib.nullcontext)
+    for found, value in zip(second(SECOND[use], around), expected, strict=True):
+        assert (found is None) == (value is None)
+        if value is not None:
+            torch.testing.assert_close(found, value, rtol=1e-11, atol=1e-11)
 
 
 def selecting(policy) -> dict:
