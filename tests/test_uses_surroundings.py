@@ -184,16 +184,16 @@ def test_plain_subclasses(name):
 
 @every_layer
 def test_wrapped_input(name):
-    """x in a wrapper: numbers as without it, or an error that says what came; the wrapper sees what is done."""
-    module, inner = layer(name), batch(name)
+    """x in a wrapper, which sees what is done to it: the numbers are those without it."""
+    module = layer(name, DOUBLE)
     Logging.seen.clear()
-    x = Logging(inner).requires_grad_()
+    x = Logging(batch(name, DOUBLE)).requires_grad_()
     torch.manual_seed(2)
     y = module(x)
     assert isinstance(y, Logging) and Logging.seen
     y.backward(Logging(towards(y.inner)))
     unwrapped = {key: t.inner if isinstance(t, Logging) else t for key, t in left_by(module, x, y).items()}
-    assert_close(unwrapped, plain_step(name), rtol=1e-4, atol=1e-4)
+    assert_close(unwrapped, plain_step(name, DOUBLE))
 
 
 @every_layer_without_dropout
