@@ -65,7 +65,23 @@ inline std::string described(const Tensor& t) {
   return std::string(name_of(t.scalar_type())) + " " + listed(t.sizes()) + " with strides " + listed(t.strides());
 }
 
+// Sizes and strides of a tensor. Each question to the framework costs a call, so they are asked for once.
+struct Layout {
+  int64_t dim, *sizes, *strides, numel = 1;
+
+  explicit Layout(const Tensor& t) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+    for (int64_t axis = 0; axis < dim; ++axis) numel *= sizes[axis];
+  }
+
+  // Whether an axis has a stride that matters, and it is another one.
+  bool differs(int64_t axis, int64_t stride) const { return numel && sizes[axis] != 1 && strides[axis] != stride; }
+};
+
 inline bool on_same_device(const Tensor& a, const Tensor& b) {
+  if (a.get() == b.get()) return true;
   int32_t of_a, of_b;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &of_a));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &of_b));
@@ -74,15 +90,15 @@ inline bool on_same_device(const Tensor& a, const Tensor& b) {
 
 // Of any operand: it is a tensor on the device of the first one, and its elements lie inside its storage, which may
 // have been shrunk since, at addresses that their type allows.
-inline void check_operand(const Tensor& t, const Tensor& first, const char* name) {
+inline Layout check_operand(const Tensor& t, const Tensor& first, const char* name) {
   AIA_CHECK(t.defined(), name, " must be a tensor, got None");
   AIA_CHECK(on_same_device(t, first), name, " must be on the device of the first argument");
-  if (t.numel() == 0) return;
+  const Layout at(t);
+  if (at.numel == 0) return at;
   int64_t last = t.storage_offset(), bytes = 0, part = 0;
   bool overflow = false;
-  const auto sizes = t.sizes(), strides = t.strides();
-  for (int64_t axis = 0; axis < t.dim(); ++axis) {
-    overflow |= __builtin_mul_overflow(sizes[axis] - 1, strides[axis], &part);
+  for (int64_t axis = 0; axis < at.dim; ++axis) {
+    overflow |= __builtin_mul_overflow(at.sizes[axis] - 1, at.strides[axis], &part);
     overflow |= __builtin_add_overflow(last, part, &last);
   }
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
@@ -91,26 +107,29 @@ inline void check_operand(const Tensor& t, const Tensor& first, const char* name
             described(t), " from element ", t.storage_offset(), " on");
   AIA_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % itemsize == 0, name,
             " must begin at an address that is a multiple of its ", itemsize, " bytes per element");
+  return at;
 }
 
 // An operand that is contiguous, of these sizes and this type.
 inline void check_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType type,
                              const Tensor& first, const char* name) {
-  check_operand(t, first, name);
-  const auto found = t.sizes();
-  AIA_CHECK(t.scalar_type() == type && t.is_contiguous() &&
-                std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()),
-            name, " must be contiguous ", name_of(type), " ", listed(sizes), ", got ", described(t));
+  const Layout at = check_operand(t, first, name);
+  bool fits = std::equal(at.sizes, at.sizes + at.dim, sizes.begin(), sizes.end()) && t.scalar_type() == type;
+  int64_t expected = 1;
+  for (int64_t axis = at.dim - 1; axis >= 0; --axis) {
+    fits = fits && !at.differs(axis, expected);
+    expected *= at.sizes[axis];
+  }
+  AIA_CHECK(fits, name, " must be contiguous ", name_of(type), " ", listed(sizes), ", got ", described(t));
 }
 
 // An operand that is stored as another one: its type, sizes, and the strides that matter.
 inline void check_same(const Tensor& t, const Tensor& other, const char* name, const char* other_name) {
-  check_operand(t, other, name);
-  bool same = t.dim() == other.dim() && t.scalar_type() == other.scalar_type();
-  for (int64_t i = 0; same && i < t.dim(); ++i)
-    same = t.size(i) == other.size(i) && (t.size(i) == 1 || t.numel() == 0 || t.stride(i) == other.stride(i));
-  AIA_CHECK(same, name, " and ", other_name, " must agree in shape, strides and dtype, got ", described(t), " and ",
-            described(other));
+  const Layout at = check_operand(t, other, name), wanted(other);
+  bool same = std::equal(at.sizes, at.sizes + at.dim, wanted.sizes, wanted.sizes + wanted.dim);
+  for (int64_t axis = 0; same && axis < at.dim; ++axis) same = !at.differs(axis, wanted.strides[axis]);
+  AIA_CHECK(same && t.scalar_type() == other.scalar_type(), name, " and ", other_name,
+            " must agree in shape, strides and dtype, got ", described(t), " and ", described(other));
 }
 
 // A new tensor that is stored as x, which is dense.
@@ -171,31 +190,27 @@ struct Activation {
   }
 };
 
-inline Order order_of(const Tensor& x, const char* name) {
+inline Activation activation_of(const Tensor& x, const char* name) {
+  const Layout at = check_operand(x, x, name);
+  AIA_CHECK(at.dim == 5, name, " must be [B, T, C, H, W], got ", described(x));
+  AIA_CHECK(at.numel > 0, name, " must not be empty, got ", described(x));
+  // Kernels count along an axis in 32 bits, with room for a block beyond its end.
+  for (int axis = 1; axis < 5; ++axis)
+    AIA_CHECK(at.sizes[axis] < int64_t{1} << 30, name, " must have axes shorter than 2^30, got ", described(x));
+  const Scalar scalar = scalar_of(x, name);
   constexpr int kAxes[3][5] = {{0, 1, 2, 3, 4}, {0, 1, 3, 4, 2}, {0, 2, 1, 3, 4}};
-  const auto sizes = x.sizes(), strides = x.strides();
   for (int order = 0; order < 3; ++order) {
     int64_t expected = 1;
     bool dense = true;
     for (int k = 4; k >= 0; --k) {
       const int axis = kAxes[order][k];
-      dense = dense && (sizes[axis] == 1 || strides[axis] == expected);
-      expected *= sizes[axis];
+      dense = dense && !at.differs(axis, expected);
+      expected *= at.sizes[axis];
     }
-    if (dense) return static_cast<Order>(order);
+    if (dense)
+      return {at.sizes[0], at.sizes[1], at.sizes[2], at.sizes[3], at.sizes[4], static_cast<Order>(order), scalar};
   }
   refuse(name, " must be stored densely in an order of maps.ORDERS, got ", described(x));
-}
-
-inline Activation activation_of(const Tensor& x, const char* name) {
-  check_operand(x, x, name);
-  AIA_CHECK(x.dim() == 5, name, " must be [B, T, C, H, W], got ", described(x));
-  const auto sizes = x.sizes();
-  AIA_CHECK(x.numel() > 0, name, " must not be empty, got ", described(x));
-  // Kernels count along an axis in 32 bits, with room for a block beyond its end.
-  for (int axis = 1; axis < 5; ++axis)
-    AIA_CHECK(sizes[axis] < int64_t{1} << 30, name, " must have axes shorter than 2^30, got ", described(x));
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], order_of(x, name), scalar_of(x, name)};
 }
 
 // Of the temporal shift.
