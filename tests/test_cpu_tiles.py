@@ -6,6 +6,10 @@ How many blocks a reduction over space and time takes side by side depends on th
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import test_passes
 import torch
@@ -74,3 +78,14 @@ def test_elementwise_passes(passes, plain, case):
 @pytest.mark.parametrize("kind", ["ties", "nan"])
 def test_special_values(passes, plain, case, kind):
     test_passes.test_pool_special_values(passes, plain, case, kind)
+
+
+def test_an_unknown_level_is_refused_aloud():
+    """Never is the best level taken in its place: who names one wants to know what that one does."""
+    x = "aia_kernels.functional.temporal_shift(torch.ones(8, 4, 2, 2), 4)"
+    environment = os.environ | {"AIA_KERNELS_CPU_LEVEL": "avx2", "AIA_KERNELS_BACKEND": "cpu"}
+    code = f"import torch, aia_kernels; {x}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1  # an exception, not an abort
+    assert "RuntimeError: AIA_KERNELS_CPU_LEVEL must be a level that this processor has (base" in done.stderr
+    assert "got avx2" in done.stderr

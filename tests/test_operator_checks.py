@@ -406,3 +406,35 @@ def test_both_backends_take_and_refuse_the_same():
             except RuntimeError as error:
                 said.append(str(error))
         assert said[0] == said[1], one
+
+
+def unit() -> list:
+    """Arguments of evaluate for CinST: gates over C, T, H and W."""
+    numbers = [[torch.rand(1) for _ in range(4)] for _ in range(4)]
+    return [torch.randn(B, T, C, H, W), [torch.randn(1, 2, 3, 3, 3) for _ in range(4)], *numbers, [1e-5] * 4, 1, 3]
+
+
+#: Of evaluate, which CUDA alone has: which argument and which entry of it, what it becomes, the words expected.
+BAD_UNITS = {
+    "x apart": (0, wide(2), "x must be stored densely"),
+    "no outer context": (8, put(0), f"outer {CONTEXT}"),
+    "both contexts the same": (7, put(3), "inner must be 0 or the context that outer is not, got 3 and 3"),
+    "gates for one context": (7, put(0), "every list must hold an entry for each of 3 gates, got 4"),
+    "a weight's shape": ((1, 3), lambda w: w[:, :1], r"each weight must be \[1, 2, 3, 3, 3\]"),
+    "a scale's size": ((2, 1), lambda s: s.repeat(2), "scale must hold one number"),
+    "a variance's type": ((5, 0), to(torch.int64), "var must be float16"),
+    "a mean that begins between addresses": (
+        (4, 2),
+        lambda m: spoiled.misaligned(random.Random(0), m),
+        "mean must begin at an address that is a multiple of its 4 bytes",
+    ),
+    "an eps that is NaN": ((6, 0), put(math.nan), "eps must not be negative"),
+}
+
+
+@pytest.mark.parametrize("place, change, words", BAD_UNITS.values(), ids=BAD_UNITS)
+def test_bad_units_are_refused(place, change, words):
+    with pytest.raises(RuntimeError, match=NO_DEVICE):
+        cuda("evaluate", unit())
+    with pytest.raises(RuntimeError, match=words):
+        cuda("evaluate", changed(unit(), place, change))
