@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 FORCE_CUDA ?= auto
 INSTALLED := $(VENV)/installed$(if $(filter 1,$(FORCE_CUDA)),-with-cuda)
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+# A file runs in one worker, which makes what its tests share once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 # Every layer, pass and promise on the CPU, and nothing that compiles or interprets for long.
 CHECKED := $(addprefix tests/test_,$(addsuffix .py,golden passes double_norm_passes residual_passes cpu_tiles shift build \
   attention_in_attention external_attention external_attention_modules external_attention_parameters convert \

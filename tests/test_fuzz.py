@@ -9,8 +9,6 @@ from conftest import LEVELS, at_level, skip_unless_runnable
 from fuzz import arguments, sanitized
 from fuzz.sets import Set, copied, same
 
-pytestmark = pytest.mark.xdist_group("fuzz")  # one worker compiles
-
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_values_at_every_level(level):

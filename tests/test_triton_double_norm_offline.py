@@ -25,8 +25,6 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.xdist_group("Triton's code for external attention")
-
 ROOT = Path(__file__).parents[1]
 
 ALL = (80, 90, 100)

@@ -30,8 +30,6 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.xdist_group("Triton's code for attention in attention")
-
 ROOT = Path(__file__).parents[1]
 
 #: Case -> order, dtype, [B, T, C, H, W], the GPUs to compile for.
