@@ -36,8 +36,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 WORLD = 2
 DOUBLE = torch.float64
 
-pytestmark = pytest.mark.xdist_group("uses in two processes")
-
 
 @functools.cache
 def mesh() -> DeviceMesh:
@@ -175,6 +173,11 @@ def distributed(rank: int, name: str, train: bool, placement, samples: int = 4) 
     y.backward(spread(towards(expected["y"]), Replicate()))  # as the gradients of sums come
     assert x.grad.placements == x.placements
     assert_step(gathered(module, x, y), expected)
+
+
+def through_the_reference(rank: int, name: str) -> None:
+    with aia_kernels.use_backend("reference"):
+        distributed(rank, name, True, Shard(0))
 
 
 def on_two_axes(rank: int, name: str) -> None:
@@ -461,6 +464,8 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
         yield "DTensor, checkpointed", name, functools.partial(checkpointed, name=name)
     for name in ("CinST", "ExternalAttention2d, channels_last"):
         yield "DTensor, compiled", name, functools.partial(compiled, name=name)
+    for name in ("CinST", "TemporalShift", "ExternalAttention2d", "MultiHead"):
+        yield "DTensor, the reference", name, functools.partial(through_the_reference, name=name)
     for name in UNEVEN:
         uneven = {"train": True, "placement": Shard(0), "samples": 3}
         yield "DTensor, unevenly sharded", name, functools.partial(distributed, name=name, **uneven)

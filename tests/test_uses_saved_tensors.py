@@ -46,8 +46,8 @@ def from_numpy(packed) -> Tensor:
 
 def in_another_order(t: Tensor) -> Tensor:
     """The same values with the axes stored the other way round."""
-    axes = range(t.ndim - 1, -1, -1)
-    return t.permute(*axes).contiguous().permute(*axes)
+    axes = tuple(reversed(range(t.ndim)))
+    return t.permute(axes).contiguous().permute(axes)
 
 
 def with_gaps(t: Tensor) -> Tensor:

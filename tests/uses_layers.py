@@ -20,8 +20,11 @@ from conftest import DEVICES
 from torch import Tensor, nn
 
 import aia_kernels
-from aia_kernels import functional, testing
+from aia_kernels import backends, functional, testing
 from aia_kernels.testing import Shape
+
+if backends.select("cpu", torch.float32) == "reference":
+    pytest.skip("the layers are plain PyTorch here, which torch is tested with", allow_module_level=True)
 
 #: Float64 sums in another order. Values are of order one to a hundred, and sums have at most a few thousand terms:
 #: 1e-16 times a few thousand times a hundred.
