@@ -53,7 +53,8 @@ def move_statistics_(
 
 
 def _shared(buffers: Sequence[Tensor]) -> bool:
-    return len({buffer.data_ptr() for buffer in buffers}) < len(buffers)
+    # By their storages: all tensors without data, such as those of the meta device, have the same address.
+    return len({(b.untyped_storage()._cdata, b.storage_offset()) for b in buffers}) < len(buffers)
 
 
 def _latest(statistics: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
