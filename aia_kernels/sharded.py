@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .reference import Gate, Norm
+from .reference import Gate, Norm, Unit
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -37,17 +37,15 @@ def refuse_distributed(name: str, value: Any) -> None:
 
 
 def attention_in_attention(
-    function: Callable[..., Tensor], x: Tensor, unit: str, gates: Sequence[Gate], num_segments: int
+    function: Callable[..., Tensor], x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int
 ) -> Tensor:
     """functional.attention_in_attention, which is ``function``, on a DTensor x [B * T, C, H, W] or [B, C, T, H, W]."""
     batch = _Batch("x", x, num_segments if x.ndim == 4 else 1)
     own = [
-        Gate(batch.parameter(f"weight of gate {i}", gate.weight), batch.norm(f"gate {i}", gate.norm))
-        if isinstance(gate, Gate)
-        else gate
-        for i, gate in enumerate(gates)
+        Gate(batch.parameter(f"weight of gate {letter}", weight), batch.norm(f"gate {letter}", norm))
+        for letter, (weight, norm) in zip(unit.letters, gates, strict=True)
     ]
-    return batch.joined(function(batch.own(x), unit, own, num_segments))
+    return batch.joined(function(batch.own(x), unit.name, own, num_segments))
 
 
 def temporal_shift(function: Callable[..., Tensor], x: Tensor, num_segments: int, fold_div: int) -> Tensor:
@@ -136,10 +134,10 @@ class _Batch:
         """The norm with the statistics of the batch, where it uses them, taken over all shards."""
         if not isinstance(norm, Norm):
             return norm
-        weight, bias = (self.parameter(f"{field} of {name}", getattr(norm, field)) for field in ("weight", "bias"))
+        weight, bias = (self.parameter(f"BN's {field} of {name}", getattr(norm, field)) for field in ("weight", "bias"))
         with torch.no_grad():  # the buffers themselves, to be moved in place
             names = ("running_mean", "running_var", "num_batches_tracked")
-            buffers = [self.parameter(f"{field} of {name}", getattr(norm, field)) for field in names]
+            buffers = [self.parameter(f"BN's {field} of {name}", getattr(norm, field)) for field in names]
         own = norm._replace(weight=weight, bias=bias, process_group=None, **dict(zip(names, buffers, strict=True)))
         if not (norm.uses_batch and self.sharded and self.x.shape[0]):
             return own

@@ -263,6 +263,20 @@ def checkpointed(rank: int, name: str) -> None:
     assert_step(gathered(module, x, y), expected)
 
 
+def second_derivatives(rank: int, name: str) -> None:
+    """In evaluation: the gradient of the gradient's norm."""
+    module, x = layer(name, DOUBLE).eval(), whole(name).requires_grad_()
+    other, shards = replicated(module), spread(x, Shard(0)).requires_grad_()
+    (first,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
+    first.square().sum().backward()
+    (sharded,) = torch.autograd.grad(other(shards).sin().sum(), shards, create_graph=True)
+    sharded.square().sum().backward()
+    assert_close(shards.grad.full_tensor(), x.grad, "grad x")
+    for (key, p), q in zip(other.named_parameters(), module.parameters(), strict=True):
+        if q.grad is not None:
+            assert_close(p.grad.full_tensor(), q.grad, key)
+
+
 def without_gradients(rank: int, name: str) -> None:
     module, x = layer(name, DOUBLE).eval(), whole(name)
     with torch.no_grad():
@@ -371,7 +385,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "another mesh": (
         ValueError,
-        "weight of gate 0: got a DTensor on .* expected the mesh of x",
+        "weight of gate C: got a DTensor on .* expected the mesh of x",
         lambda: called("C", spread(whole("C"), Shard(0)), lambda m: replicated(m, mesh_of_two_axes())),
     ),
     "half a clip": (
@@ -402,7 +416,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "unit, plain parameters": (
         TypeError,
-        PLAIN_BESIDE.format("weight of gate 0"),
+        PLAIN_BESIDE.format("weight of gate C"),
         lambda: called("C", spread(whole("C"), Shard(0)), of_plain_parameters),
     ),
     "block, plain parameters": (
@@ -465,6 +479,7 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
     for name in ("CinST", "ExternalAttention2d, channels_last"):
         yield "DTensor, compiled", name, functools.partial(compiled, name=name)
     for name in ("CinST", "TemporalShift", "ExternalAttention2d", "MultiHead"):
+        yield "DTensor, second derivatives", name, functools.partial(second_derivatives, name=name)
         yield "DTensor, the reference", name, functools.partial(through_the_reference, name=name)
     for name in UNEVEN:
         uneven = {"train": True, "placement": Shard(0), "samples": 3}

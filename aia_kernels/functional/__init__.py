@@ -1,4 +1,9 @@
-"""The layers as functions: validate, choose a road, call. One file per family."""
+"""The layers as functions: validate, choose a road, call. One file per family.
+
+x may be a DTensor whose samples are sharded or replicated, beside replicated parameters: y is placed as x, and batch
+norms that use their batch take the statistics of all samples. Other placements are a ValueError, plain tensors among
+DTensors a TypeError (sharded.py).
+"""
 
 from .attention_in_attention import ST, C, CinST, Gate, Norm, STinC, STinC2, attention_in_attention
 from .external_attention import double_normalize, external_attention, external_attention_block

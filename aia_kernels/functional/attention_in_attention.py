@@ -67,10 +67,11 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
     unit: "C", "ST", "CinST", "STinC" or "STinC2". gates: one Gate per letter of C, T, H, W that the unit has, in this
     order. Returns y, shaped and stored as x. Running statistics are updated where a norm says so.
     """
-    if sharded.is_distributed(x):
-        check_clips(x, num_segments)
-        return sharded.attention_in_attention(attention_in_attention, x, unit, gates, num_segments)
     described = _unit(unit)
+    check_clips(x, num_segments)
+    _check_gates(described, gates)
+    if sharded.is_distributed(x):
+        return sharded.attention_in_attention(attention_in_attention, x, described, gates, num_segments)
     _validate(x, described, gates, num_segments)
     if x.numel() == 0:
         if any(map(_group_name, gates)):
@@ -158,10 +159,15 @@ def _clip_sizes(x: Tensor, num_segments: int) -> tuple[int, ...]:
     return (b // num_segments, num_segments, c, *rest) if x.ndim == 4 else (b, rest[0], c, *rest[1:])
 
 
-def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -> None:
-    check_clips(x, num_segments)
+def _check_gates(unit: Unit, gates: Sequence[Gate]) -> None:
     if len(gates) != len(unit.letters):
         raise ValueError(f"gates: got {len(gates)}, expected {len(unit.letters)} for unit {unit.name}: {unit.letters}")
+    for letter, gate in zip(unit.letters, gates, strict=True):
+        if not isinstance(gate, Gate):
+            raise TypeError(f"gate {letter}: got {type(gate).__name__}, expected a Gate")
+
+
+def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -> None:
     expected = (x.dtype,)
     if (autocast := autocast_dtype(x)) is not None:
         # Under autocast parameters stay in float32 and activations come in either type.
@@ -169,10 +175,7 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
     # A network in half precision may keep its norms in float32, as torch's batch norm takes them.
     of_norm_expected = (*expected, maps.accumulate_dtype(x.dtype))
     length = maps.lengths(_clip_sizes(x, num_segments))
-    for letter, gate in zip(unit.letters, gates, strict=True):
-        if not isinstance(gate, Gate):
-            raise TypeError(f"gate {letter}: got {type(gate).__name__}, expected a Gate")
-        weight, norm = gate
+    for letter, (weight, norm) in zip(unit.letters, gates, strict=True):
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight of gate {letter}: got {type(weight).__name__}, expected a tensor")
         if norm and (norm.running_mean is None) != (norm.running_var is None):
