@@ -7,11 +7,13 @@ its own name, so that a failure names the use and the layer.
 from __future__ import annotations
 
 import copy
+import datetime
 import functools
 import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -495,20 +497,25 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
         yield "DTensor, refused", case, functools.partial(refused, case=case)
 
 
-def work(rank: int, store: str, reports: str) -> None:
+def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", FutureWarning)  # nothing rests on what torch gives up
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    # Where one process fails amid an exchange, the other does not wait for long.
+    limit = datetime.timedelta(minutes=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD, timeout=limit
+    )
     results = {}
     for use, name, do in everything():
+        (folder / f"last {rank}").write_text(f"{use}, {name}")
         try:
             do(rank)
         except Exception:
             results[use, name] = traceback.format_exc()
         else:
             results[use, name] = ""
-        torch.save(results, f"{reports}{rank}")
-        dist.barrier()  # both are at the same place again, whatever became of one
+    torch.save(results, folder / f"report {rank}")
+    dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
     # Without the interpreter's teardown: now and then it aborts over a thread that gloo has left behind.
     os._exit(0)
@@ -518,8 +525,12 @@ def work(rank: int, store: str, reports: str) -> None:
 def reports(tmp_path_factory) -> list[dict[tuple[str, str], str]]:
     """For each process what became of each piece of work: "" or a traceback."""
     folder = tmp_path_factory.mktemp("uses")
-    mp.spawn(work, (str(folder / "store"), str(folder / "report")), nprocs=WORLD)
-    return [torch.load(folder / f"report{rank}") for rank in range(WORLD)]
+    try:
+        mp.spawn(work, (folder,), nprocs=WORLD)
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        last = [path.read_text() for path in sorted(folder.glob("last *"))]
+        pytest.fail(f"{error}; the last that was begun, by rank: {last}")
+    return [torch.load(folder / f"report {rank}") for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("use, name", [(use, name) for use, name, _ in everything()])
