@@ -139,7 +139,7 @@ class _Batch:
             names = ("running_mean", "running_var", "num_batches_tracked")
             buffers = [self.parameter(f"BN's {field} of {name}", getattr(norm, field)) for field in names]
         own = norm._replace(weight=weight, bias=bias, process_group=None, **dict(zip(names, buffers, strict=True)))
-        if not (norm.uses_batch and self.sharded and self.x.shape[0]):
+        if not (norm.uses_batch and self.sharded and self.x.numel()):
             return own
         if len(self.sharded) > 1:
             raise ValueError(

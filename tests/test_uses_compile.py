@@ -94,7 +94,14 @@ def test_partitioned_by_memory(name):
     assert_close(found, plain_step(name, DOUBLE))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name not in FEW])
+#: Contiguous, their compiled steps are promises with tests of their own (test_promises_compile.py).
+PROMISED = ("C", "ST", "STinC", "STinC2", "ExternalAttention", "ExternalAttention2d", "MultiHead")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.sweep if name in PROMISED else ()) for name in LAYERS if name not in FEW],
+)
 @every_device
 def test_compiled_in_other_layouts(device, name):
     """The layers that test_compiled leaves out."""

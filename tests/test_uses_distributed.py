@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from uses_layers import EXACT, LAYERS, WITHOUT_DROPOUT, layer, left_by, towards
+from uses_layers import CLIPS, EXACT, LAYERS, WITHOUT_DROPOUT, layer, left_by, towards
 
 import aia_kernels
 from aia_kernels import functional
@@ -34,6 +34,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 WORLD = 2
 DOUBLE = torch.float64
@@ -452,6 +453,21 @@ def refused(rank: int, case: str) -> None:
         call()
 
 
+def sharded_on_two_axes(rank: int) -> None:
+    """A mesh of two by two, in a group whose others are not there: batch norms share over one group alone."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        placed = {"on": init_device_mesh("cpu", (2, 2))}
+        x = spread(whole("CinST"), Shard(0), Shard(0), **placed)
+        module = replicated(layer("CinST", DOUBLE), **placed)
+        with pytest.raises(ValueError, match=r"sharded on several axes .* statistics of gate C"):
+            module(x)
+        module.eval()
+        assert module(x).to_local().shape[0] == CLIPS.t
+    finally:
+        dist.destroy_process_group()
+
+
 HAVE_PARAMETERS = [name for name in WITHOUT_DROPOUT if any(True for _ in layer(name).parameters())]
 #: Clips in a row of frames cannot be split in the middle, nor does torch's linear take uneven shards (Token).
 UNEVEN = [name for name in WITHOUT_DROPOUT if LAYERS[name].sizes[0] != 6 and not name.startswith("Token")]
@@ -459,7 +475,8 @@ HAVE_NORMS = [name for name in WITHOUT_DROPOUT if any(True for _ in layer(name).
 
 
 def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
-    """(use, layer, work) of the whole suite, in the order in which every process does it."""
+    """(use, layer, work) of the whole suite, in the order of every process, the first before it joins the group."""
+    yield "DTensor, refused", "two sharded axes", sharded_on_two_axes
     for name in HAVE_PARAMETERS:
         for told, settings in DDP.items():
             yield f"DDP, {told}", name, functools.partial(data_parallel, name=name, settings=settings)
@@ -500,20 +517,24 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", FutureWarning)  # nothing rests on what torch gives up
-    # Where one process fails amid an exchange, the other does not wait for long.
-    limit = datetime.timedelta(minutes=2)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD, timeout=limit
-    )
-    results = {}
-    for use, name, do in everything():
+    results, (first, *others) = {}, everything()
+
+    def do(use: str, name: str, function: Callable[[int], None]) -> None:
         (folder / f"last {rank}").write_text(f"{use}, {name}")
         try:
-            do(rank)
+            function(rank)
         except Exception:
             results[use, name] = traceback.format_exc()
         else:
             results[use, name] = ""
+
+    do(*first)
+    # Where one process fails amid an exchange, the other does not wait for long.
+    limit = datetime.timedelta(minutes=2)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=limit)
+    for piece in others:
+        do(*piece)
     torch.save(results, folder / f"report {rank}")
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
