@@ -17,8 +17,9 @@ from .tracing import is_symbolic
 
 
 def stored_as(grad_y: Tensor, x: Tensor) -> Tensor:
-    """grad_y with the strides of x: gradients arrive expanded (from sum), without memory (zeros) or in another layout."""
-    same = grad_y.stride() == x.stride() and not grad_y._is_zerotensor()
+    """grad_y with the strides of x: gradients arrive expanded (from sum), without memory or in another layout."""
+    without_memory = not torch.compiler.is_compiling() and grad_y._is_zerotensor()  # compilers have none
+    same = grad_y.stride() == x.stride() and not without_memory
     return grad_y if same else torch.empty_like(x).copy_(grad_y)
 
 
