@@ -392,12 +392,10 @@ def test_half_network_with_norms_in_float32(name, dtype, backend_on):
             norm.float()
     x, grad_y = (make_input(shape, dtype, seed=seed, device=device) for seed in (0, 1))
     results = testing.run(module, x, grad_y, backend)
-    gradients, buffers = (
-        torch.cat([value for key, value in results.items() if "bn" in key and key.startswith("grad") == wanted])
-        for wanted in (True, False)
-    )
-    for of_norms in (gradients, buffers):  # one number may be a half by chance, not all of them
-        assert of_norms.dtype == torch.float32 and (of_norms != of_norms.to(dtype)).any()
+    for gradients in (True, False):
+        of_norms = [v for key, v in results.items() if "bn" in key and key.startswith("grad") == gradients]
+        assert all(value.dtype == torch.float32 for value in of_norms)
+        assert any((value != value.to(dtype)).any() for value in of_norms)  # one may be a half by chance, not all
     assert results["y"].dtype == results["grad x"].dtype == results[f"grad {module.unit.letters[0]}_conv.weight"].dtype
     assert_within_budget(testing.compare(module, x, grad_y, backend, low=module))
     with pytest.raises(TypeError, match=r"BN's weight of gate .: got torch.float64"):
