@@ -1,7 +1,6 @@
 """Build of aia_kernels: one shared library, aia_kernels/_C.so, made from csrc/ by ninja.
 
 C++ is built where torch and a compiler are found, CUDA C++ where nvcc is; without them it installs and says so aloud.
-
 Environment: CXX, CUDA_HOME, MAX_JOBS; TORCH_CUDA_ARCH_LIST (default "8.0;9.0;10.0+PTX"); FORCE_CUDA (1: no CUDA is an
 error; 0: leave CUDA out; auto, which make install says: leave it out where torch sees no CUDA device).
 """
@@ -22,6 +21,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "ninja"
 CXX = os.environ.get("CXX") or "g++"
 FORCE_CUDA = os.environ.get("FORCE_CUDA")
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").strip()
 
 # 2.10: the first release whose stable ABI has parallel_for.
 REGISTER_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -48,8 +48,7 @@ def find_nvcc():
     """(nvcc, None), or (None, why the CUDA part is left out)."""
     if FORCE_CUDA == "0":
         return None, "it was built with FORCE_CUDA=0"
-    sees_device = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    if FORCE_CUDA == "auto" and subprocess.run([sys.executable, "-c", sees_device]).returncode != 0:
+    if FORCE_CUDA == "auto" and not importlib.import_module("torch").cuda.is_available():
         return None, "torch saw no CUDA device when it was built; make install FORCE_CUDA=1 builds it all the same"
     for home in (os.environ.get("CUDA_HOME"), None, "/usr/local/cuda"):
         if nvcc := shutil.which(Path(home, "bin", "nvcc") if home else "nvcc"):
@@ -61,7 +60,7 @@ def find_nvcc():
 
 def gencode_flags():
     flags = []
-    for arch in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").strip()):
+    for arch in re.split(r"[;, ]+", ARCHITECTURES):
         if not (match := re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", arch)):
             raise BuildError(f"TORCH_CUDA_ARCH_LIST holds {arch!r}; write numbers such as 8.0;9.0;10.0+PTX")
         sm = match[1] + match[2]
@@ -70,10 +69,12 @@ def gencode_flags():
 
 
 def run_ninja(torch, nvcc, without_cuda):
-    """Write build.ninja, and the one generated source by which the library says what it lacks; then build."""
+    """Write build.ninja, and the one generated source by which the library says what it has and lacks; then build."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    info, reason = BUILD / "build_info.cpp", f'"{without_cuda}"' if without_cuda else "nullptr"
-    text = f'extern "C" [[gnu::visibility("default")]] const char* aia_kernels_without_cuda() {{ return {reason}; }}\n'
+    info, text = BUILD / "build_info.cpp", ""
+    for name, told in (("without_cuda", without_cuda), ("cuda_architectures", nvcc and ARCHITECTURES)):
+        value = f'"{told}"' if told else "nullptr"
+        text += f'extern "C" [[gnu::visibility("default")]] const char* aia_kernels_{name}() {{ return {value}; }}\n'
     if not info.exists() or info.read_text() != text:
         info.write_text(text)
 
@@ -81,8 +82,7 @@ def run_ninja(torch, nvcc, without_cuda):
     for rule, compiler in (("cxx", CXX), ("nvcc", f"{nvcc} -ccbin {CXX} {CUDA_FLAGS}")):
         lines += [f"rule {rule}", f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out"]
         lines += ["  deps = gcc", "  depfile = $out.d"]
-    # nvcc knows where its runtime library lies.
-    linker = f"{nvcc} -ccbin {CXX} -cudart static -nodlink" if nvcc else CXX
+    linker = f"{nvcc} -ccbin {CXX} -cudart static -nodlink" if nvcc else CXX  # nvcc knows where its runtime lies
     linker += f' -shared -Xlinker -z -Xlinker defs $in -o $out "-L{torch}/lib" -ltorch_cpu'
     lines += ["rule link", f"  command = {linker}"]
 

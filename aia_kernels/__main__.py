@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from . import __version__, backends, modules, testing
+from . import __version__, _extension, backends, modules, testing
 from .reference import UNITS
 
 SEGMENTS = 4
@@ -72,6 +72,8 @@ def main() -> int:
     except ValueError as error:
         healthy = False
         print(f"backend in force: none: {error}")
+    if _extension.has_cuda():
+        print(f"CUDA part: {_extension.cuda()}")
     for family in LAYERS:
         print(f"{family}:")
         for name, reason in backends.available_backends(family).items():

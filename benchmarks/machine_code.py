@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.backend != "triton":
         from aia_kernels import _extension
 
-        if (reason := _extension.cuda_reason()) is not None:
+        if (reason := _extension.without_cuda()) is not None:
             print(reason, file=sys.stderr)
             return 2
         rows += cuda_rows(tool, options.architecture)

@@ -7,10 +7,12 @@
 #include "cuda/passes.h"
 #include "register_attention_in_attention.h"
 
-// Only torch builds with CUDA define it; the library must load beside the others too.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 namespace aia::cuda {
+
+// Writes torch's current stream of a device; 0 is success.
+using StreamOf = int32_t (*)(int32_t device, void** stream);
+// Null where this torch has none: it is looked up, as the library must load beside a torch without CUDA too.
+StreamOf stream_of_device();
 
 // Kernels count within one clip in 32 bits.
 constexpr int64_t kLimit = int64_t{1} << 30;
@@ -19,8 +21,9 @@ constexpr int64_t kLimit = int64_t{1} << 30;
 class Launch {
  public:
   explicit Launch(const Tensor& x) : guard_(device_of(x)) {
-    AIA_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-    const int32_t error = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_);
+    const StreamOf stream_of = stream_of_device();
+    AIA_CHECK(stream_of != nullptr, "torch's current CUDA stream was not found");
+    const int32_t error = stream_of(x.get_device_index(), &stream_);
     AIA_CHECK(error == 0, "no current CUDA stream on device ", x.get_device_index());
   }
   void* stream() const { return stream_; }

@@ -20,8 +20,6 @@ from conftest import ROOT, nvcc
 from aia_kernels import _extension
 from benchmarks import machine_code
 
-pytestmark = pytest.mark.xdist_group("machine code")
-
 HOST, DEVICE = sorted(ROOT.glob("csrc/register_cuda*.cpp")), sorted(ROOT.glob("csrc/cuda/*.cu"))
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 BYTES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2, "t": 2, "j": 4, "m": 8}
@@ -115,7 +113,7 @@ def test_the_compiler_takes(source):
 
 
 def test_every_kernel_is_there_for_every_architecture(cuobjdump):
-    if (reason := _extension.cuda_reason()) is not None:
+    if (reason := _extension.without_cuda()) is not None:
         pytest.skip(reason)
     names = collections.defaultdict(set)
     for architecture, name in resources(cuobjdump, _extension.LIBRARY):

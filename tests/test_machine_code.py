@@ -11,8 +11,6 @@ from aia_kernels import _extension
 from benchmarks import machine_code, sass
 from benchmarks.machine_code import BALANCE, COLUMNS, main, markdown, occupancy, split_name
 
-pytestmark = pytest.mark.xdist_group("machine code")
-
 
 def code(*lines: str) -> list[sass.Instruction]:
     """Instructions 16 bytes apart; a line is "@P0 NAME operands" or "NAME operands"."""
@@ -95,7 +93,7 @@ def rows_of(binary: Path, output: Path) -> list[dict]:
         pytest.skip(machine_code.NO_DISASSEMBLER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_extension, "LIBRARY", binary)
-        patch.setattr(_extension, "cuda_reason", lambda: None)
+        patch.setattr(_extension, "without_cuda", lambda: None)
         assert main(["--backend", "cuda", "--architecture", "sm_90", "--output", str(output)]) == 0
     with output.open(newline="") as opened:
         found = list(csv.DictReader(opened))
@@ -122,7 +120,7 @@ def test_every_kernel_has_a_row(cuda_binaries, tmp_path):
 @pytest.mark.sweep
 def test_every_pass_has_rows(tmp_path):
     """Those of the whole library, which takes a minute to read: every x-sized pass is known by its kernels."""
-    if (reason := _extension.cuda_reason()) is not None:
+    if (reason := _extension.without_cuda()) is not None:
         pytest.skip(reason)
     rows = rows_of(_extension.LIBRARY, tmp_path / "rows.csv")
     assert {row["pass"] for row in rows} == {passed for _, passed, _ in machine_code.X} | {""}

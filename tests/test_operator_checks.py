@@ -68,7 +68,7 @@ def cpu(name: str, arguments: list) -> Any:
 
 
 def cuda(name: str, arguments: list) -> Any:
-    if (reason := _extension.cuda_reason()) is not None:
+    if (reason := _extension.without_cuda()) is not None:
         pytest.skip(reason)
     return implementation("CUDA", name, arguments)
 

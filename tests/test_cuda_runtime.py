@@ -1,0 +1,109 @@
+"""What the CUDA part of the library finds where it runs, tested where there is no device: torch's current stream, the
+driver, and the devices that its kernels are for."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import aia_kernels
+from aia_kernels import _extension
+from aia_kernels._extension import Cuda
+
+FOUND = Cuda("libtorch_cuda.so", (13, 0), (13, 1), ("9.0",))
+
+
+@pytest.mark.parametrize(
+    "architectures, runs, fails",
+    [
+        (("8.0",), [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        (("8.0", "9.0"), [(8, 6), (9, 0)], [(10, 0)]),
+        (("8.0+PTX",), [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+        (("9.0a",), [(9, 0)], [(8, 0), (9, 1), (10, 0)]),
+        (("10.0+PTX", "9.0"), [(9, 0), (10, 0), (10, 3), (12, 0)], [(8, 9)]),
+    ],
+)
+def test_devices_that_the_kernels_are_for(architectures, runs, fails):
+    found = FOUND._replace(architectures=architectures)
+    assert all(map(found.holds, runs))
+    assert not any(map(found.holds, fails))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"stream": None}, "stream was not found: torch .* was built (without CUDA|for CUDA)"),
+        ({"driver": None}, "no CUDA driver was found"),
+        ({"driver": (12, 8)}, r"the driver knows CUDA 12\.8, and the library was built with 13\.0; update the driver"),
+        # Of one major version each driver runs what all toolkits build.
+        ({"runtime": (13, 2)}, None),
+        ({}, None),
+    ],
+)
+def test_reason(change, words):
+    reason = FOUND._replace(**change).reason()
+    assert reason is None if words is None else re.search(words, reason)
+
+
+def test_a_device_without_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(_extension, "without_cuda", lambda: None)
+    monkeypatch.setattr(_extension, "cuda", lambda: FOUND)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    of_devices = [(7, 5), (8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of_devices.__getitem__)
+    reason = _extension.cuda_reason.__wrapped__()
+    assert "kernels for 9.0, and the device is of 7.5, 8.0" in reason and "TORCH_CUDA_ARCH_LIST=7.5" in reason
+    of_devices[1] = (9, 0)
+    assert _extension.cuda_reason.__wrapped__() is None
+
+
+LOOKS_UP = """
+import ctypes, os, sys
+import torch
+for library in sys.argv[2:]:
+    ctypes.CDLL(library, os.RTLD_LOCAL)
+looked_up = ctypes.CDLL(sys.argv[1]).aia_kernels_stream
+looked_up.restype = ctypes.c_char_p
+print(looked_up())
+"""
+
+
+def test_the_stream_is_found_in_a_library_that_shows_it_to_nobody(tmp_path):
+    """Torch loads libtorch_cuda.so for itself alone. A library of that name, loaded so, stands for it here."""
+    if shutil.which("g++") is None or torch.version.cuda:
+        pytest.skip("for g++ beside a torch without CUDA")
+    (tmp_path / "torch.cpp").write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }')
+    versions = ("cudaRuntimeGetVersion", "cudaDriverGetVersion")
+    (tmp_path / "cuda.cpp").write_text("".join(f'extern "C" int {name}(int*) {{ return 1; }}' for name in versions))
+    torch_cuda, library = tmp_path / "libtorch_cuda.so", tmp_path / "library.so"
+    build = ["g++", "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    build += ["-isystem", Path(torch.__file__).parent / "include"]
+    of_torch = [tmp_path / "torch.cpp", "-Wl,-soname,libtorch_cuda.so", "-o", torch_cuda]
+    of_library = [ROOT / "csrc" / "register_cuda_runtime.cpp", tmp_path / "cuda.cpp", "-o", library]
+    for command in (of_torch, of_library):
+        subprocess.run(build + command, check=True)
+
+    def found(*others: Path) -> str:
+        command = [sys.executable, "-c", LOOKS_UP, library, *others]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert found() == "None"
+    assert found(torch_cuda) == "b'libtorch_cuda.so'"
+
+
+def test_reason_and_operators_agree_under_a_torch_with_cuda():
+    """Where torch has CUDA the stream is found, and what is missing for an operator is what the reason names."""
+    if torch.version.cuda is None:
+        pytest.skip(f"torch {torch.__version__} was built without CUDA")
+    if (reason := _extension.without_cuda()) is not None:
+        pytest.skip(reason)
+    assert _extension.cuda().stream == "libtorch_cuda.so"
+    assert ("driver" in (_extension.cuda_reason() or "")) == (_extension.cuda().driver is None)
+    assert aia_kernels.available_backends()["cuda"] is None or not torch.cuda.is_available()
