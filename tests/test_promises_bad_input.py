@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -178,3 +179,32 @@ def test_mixed_types_of_external_attention_under_autocast():
         assert attend(TOKENS.bfloat16()).dtype == attend(TOKENS, KEY.bfloat16()).dtype == torch.bfloat16
         with pytest.raises(TypeError, match="memory_key"):
             attend(TOKENS, KEY.half())
+
+
+TOKENS, MEMORIES = torch.randn(2, 5, 4), (torch.randn(6, 2), torch.randn(3, 6))
+#: By argument, a call with it that takes 2.
+INTEGERS = {
+    "num_segments": lambda value: call(num_segments=value),
+    "num_segments of the shift": lambda value: functional.temporal_shift(X, value, 3),
+    "num_segments of a module": lambda value: aia_kernels.CinST(value)(X),
+    "num_segments of a network": lambda value: aia_kernels.models.aia_resnet50(num_segments=value),
+    "fold_div": lambda value: functional.temporal_shift(X, 4, value),
+    "fold_div of a module": lambda value: aia_kernels.TemporalShift(4, value)(X),
+    "heads": lambda value: functional.external_attention(TOKENS, *MEMORIES, heads=value),
+    "group": lambda value: functional.double_normalize(TOKENS, group=value),
+    "S": lambda value: aia_kernels.ExternalAttention(4, S=value),
+    "k": lambda value: aia_kernels.ExternalAttention2d(4, k=value),
+    "num_heads": lambda value: aia_kernels.MultiHeadExternalAttention(4, num_heads=value),
+}
+
+
+@pytest.mark.parametrize("argument", INTEGERS)
+def test_integers(argument):
+    """One notion of an integer: Python's, numpy's and a tensor of one; anything else is named."""
+    for value in (2, numpy.int64(2), torch.tensor(2), torch.tensor([2])):
+        INTEGERS[argument](value)
+    name = argument.split()[0]
+    for value in (torch.tensor([2, 2]), torch.tensor(2.0), 2.0, "2", None, True, (2,), numpy.array([2, 2])):
+        if not (argument == "group" and value is None):
+            with pytest.raises(TypeError, match=rf"{name}: got .*, expected an integer"):
+                INTEGERS[argument](value)

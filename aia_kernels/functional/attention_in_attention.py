@@ -68,7 +68,7 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
     order. Returns y, shaped and stored as x. Running statistics are updated where a norm says so.
     """
     described = _unit(unit)
-    check_clips(x, num_segments)
+    num_segments = check_clips(x, num_segments)
     _check_gates(described, gates)
     if sharded.is_distributed(x):
         return sharded.attention_in_attention(attention_in_attention, x, described, gates, num_segments)

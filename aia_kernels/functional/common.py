@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -22,9 +23,16 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor, of {expected}")
 
 
-def check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
+def check_integer(name: str, value: Any) -> int:
+    """An integer as Python has it: of numpy's too, or a tensor of one integer; bool is none."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {value!r}, expected an integer")
 
 
 def check_number(name: str, value: Any) -> None:

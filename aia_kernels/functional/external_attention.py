@@ -127,7 +127,7 @@ def external_attention(
         return sharded.external_attention(
             external_attention, x, parameters, padding_mask, process_group, dropout, **settings
         )
-    check_integer("heads", heads)
+    heads = check_integer("heads", heads)
     if heads < 1:
         raise ValueError(f"heads: got {heads}, expected at least 1")
     b, n, d = x.shape
@@ -331,7 +331,7 @@ def _checked_group(group: int | None, slots: int) -> int:
     """The slots in a group of the normalisation."""
     if group is None:
         return slots
-    check_integer("group", group)
+    group = check_integer("group", group)
     if group < 1 or slots % group:
         raise ValueError(f"group: got {group}, expected a divisor of the {slots} slots")
     return group

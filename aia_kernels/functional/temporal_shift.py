@@ -13,6 +13,7 @@ from ..reference import temporal_shift as reference
 from ..temporal_shift import TemporalShiftFunction
 from ..tracing import is_traced, needs_reference
 from .clips import check_clips
+from .common import check_integer
 
 FAMILY = "temporal_shift"
 
@@ -26,7 +27,7 @@ def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tenso
     one, 0 where there is none, and the others stay. Returns y, shaped and stored as x. Errors are TypeError and
     ValueError with the name of the argument.
     """
-    check_clips(x, num_segments)
+    num_segments, fold_div = check_clips(x, num_segments), check_integer("fold_div", fold_div)
     if fold_div < 2:
         raise ValueError(f"fold_div: got {fold_div}, expected at least 2: two parts of the channels move")
     if sharded.is_distributed(x):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..functional.common import check_integer
 from ..modules import ST, C, CinST, STinC, TemporalShift
 
 #: Units of each kind of bottleneck, in the order of its attributes: eft, or eft1 and eft2.
@@ -122,7 +123,7 @@ class AIAResNet(nn.Module):
         _check("temporal", temporal, TEMPORAL)
         sizes = {"num_segments": num_segments, "num_classes": num_classes, "fold_div": fold_div, "width": width}
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
+            if check_integer(name, value) < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number, at least 1")
         if not layers or min(layers) < 1:
             raise ValueError(f"layers: got {layers!r}, expected the number of blocks in each of one stage or more")
