@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import copy
 import functools
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from stored_networks import BOUND, error, stored, stored_input
@@ -339,3 +343,73 @@ def test_the_example(tmp_path):
     assert done.stdout.count("unseen clips right") == 8 and "TSM + CinST" in done.stdout
     # Two classes with the same frames: without a unit or a shift every pair gets one right answer.
     assert "fused: 50.0% of 8" in done.stdout.split("TSN + CinST")[0]
+
+
+class Runs:
+    """Unpickled, it writes a file: what a malicious checkpoint would do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+#: The module in which this numpy has what makes its numbers anew.
+OF_NUMPY = np.float64(0).__reduce__()[0].__module__
+BESIDE = {
+    "arguments": ({"args": argparse.Namespace(lr=0.1)}, ["argparse.Namespace"]),
+    "a number of numpy": ({"best": np.float64(71.5)}, [f"{OF_NUMPY}.scalar", "numpy.dtype"]),
+    "an array of numpy": (
+        {"curve": np.arange(3, dtype=np.float32)},
+        [f"{OF_NUMPY}._reconstruct", "numpy.dtype", "numpy.ndarray"],
+    ),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_checkpoint_with_more_than_weights(name, zipped, tmp_path):
+    """What trainers write beside the weights is refused by name, and loaded where it is allowed by name."""
+    beside, refused = BESIDE[name]
+    network, path = nn.Linear(2, 3), tmp_path / "checkpoint.pt"
+    torch.save({"state_dict": network.state_dict()} | beside, path, _use_new_zipfile_serialization=zipped)
+    target, allowed = nn.Linear(2, 3), []
+    while len(allowed) < len(refused):  # an old file tells one after the other
+        with pytest.raises(pickle.UnpicklingError, match=r"holds, beside tensors, .* pass allowed=\[") as raised:
+            load_checkpoint(target, path, allowed)
+        told = ast.literal_eval(str(raised.value).partition("allowed=")[2])
+        assert set(told) <= set(refused) - set(allowed) and (told == refused or not zipped)
+        allowed += told
+    load_checkpoint(target, path, allowed)
+    assert torch.equal(target.weight, network.weight)
+
+
+def test_checkpoint_that_would_run_something(tmp_path):
+    path, written = tmp_path / "checkpoint.pt", tmp_path / "written"
+    torch.save({"state_dict": {}, "more": Runs(written)}, path)
+    with pytest.raises(pickle.UnpicklingError, match=r"beside tensors, .*Path"):
+        load_checkpoint(nn.Identity(), path)
+    assert not written.exists()
+
+
+@pytest.mark.parametrize(
+    "make, error",
+    [
+        (lambda path: path.write_text("no checkpoint"), pickle.UnpicklingError),
+        (lambda path: path.mkdir(), IsADirectoryError),
+        (lambda path: None, FileNotFoundError),
+    ],
+    ids=["text", "a directory", "nothing"],
+)
+def test_no_checkpoint(make, error, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    make(path)
+    with pytest.raises(error, match=r"checkpoint\.pt"):
+        load_checkpoint(nn.Identity(), path)
+
+
+def test_what_is_allowed_has_a_name(tmp_path):
+    torch.save({}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"allowed: got 'argparse\.Nothing', expected the name of a class"):
+        load_checkpoint(nn.Identity(), tmp_path / "checkpoint.pt", ["argparse.Nothing"])

@@ -181,7 +181,7 @@ def test_mixed_types_of_external_attention_under_autocast():
             attend(TOKENS, KEY.half())
 
 
-TOKENS, MEMORIES = torch.randn(2, 5, 4), (torch.randn(6, 2), torch.randn(3, 6))
+SEQUENCE, MEMORIES = torch.randn(2, 5, 4), (torch.randn(6, 2), torch.randn(3, 6))
 #: By argument, a call with it that takes 2.
 INTEGERS = {
     "num_segments": lambda value: call(num_segments=value),
@@ -190,8 +190,8 @@ INTEGERS = {
     "num_segments of a network": lambda value: aia_kernels.models.aia_resnet50(num_segments=value),
     "fold_div": lambda value: functional.temporal_shift(X, 4, value),
     "fold_div of a module": lambda value: aia_kernels.TemporalShift(4, value)(X),
-    "heads": lambda value: functional.external_attention(TOKENS, *MEMORIES, heads=value),
-    "group": lambda value: functional.double_normalize(TOKENS, group=value),
+    "heads": lambda value: functional.external_attention(SEQUENCE, *MEMORIES, heads=value),
+    "group": lambda value: functional.double_normalize(SEQUENCE, group=value),
     "S": lambda value: aia_kernels.ExternalAttention(4, S=value),
     "k": lambda value: aia_kernels.ExternalAttention2d(4, k=value),
     "num_heads": lambda value: aia_kernels.MultiHeadExternalAttention(4, num_heads=value),

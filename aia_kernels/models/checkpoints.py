@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +34,32 @@ class CheckpointError(RuntimeError):
         super().__init__("\n".join(lines))
 
 
-def load_checkpoint(model: nn.Module, source: Source) -> None:
+def load_checkpoint(model: nn.Module, source: Source, allowed: Iterable[str] = ()) -> None:
     """Load a checkpoint of the same network: every key of the model must be in it, and no other.
 
     source: the path of a file that torch.save wrote, or what was saved: a state dict, or a dictionary that holds one as
     "state_dict", "model" or "net". Wrappers do not matter: "module." and "_orig_mod." are taken off the keys, and a
     wrapped model is loaded inside. Parameters and buffers keep their identity, type and device. Keys that are missing,
     extra or mis-shaped are a CheckpointError that lists them.
+
+    allowed: a file is read without running anything that stands in it. Beside the weights trainers write their
+    arguments or numpy's numbers, whose classes torch.load then refuses: a pickle.UnpicklingError lists them. Of a file
+    that you trust, name them here ("argparse.Namespace", "numpy.dtype"): each named class or function may be called.
     """
-    _fill(_unwrapped(model), read_state(source), optional=lambda key: False)
+    _fill(_unwrapped(model), read_state(source, allowed), optional=lambda key: False)
 
 
-def load_imagenet(model: nn.Module, source: Source) -> list[str]:
+def load_imagenet(model: nn.Module, source: Source, allowed: Iterable[str] = ()) -> list[str]:
     """Load the weights of an ImageNet ResNet, named as torchvision's, into an AIAResNet or a VideoNet around one.
 
-    source: as for load_checkpoint; nothing is downloaded. The classifier ``fc`` is loaded where the model has one of
-    the same shape and left as it is elsewhere. The units and num_batches_tracked, which old files lack, may be missing.
+    source and allowed: as for load_checkpoint; nothing is downloaded. The classifier ``fc`` is loaded where the model
+    has one of the same shape and left as it is elsewhere. The units and num_batches_tracked, which old files lack, may
+    be missing.
     Returns the keys of the model that were not loaded. What else does not fit is a CheckpointError.
     """
     model = _unwrapped(model)
     network = getattr(model, "base_model", model)
-    state, own = read_state(source), network.state_dict()
+    state, own = read_state(source, allowed), network.state_dict()
     classifier = {key: value for key, value in state.items() if key.startswith("fc.")}
     if any(key not in own or own[key].shape != value.shape for key, value in classifier.items()):
         state = {key: value for key, value in state.items() if key not in classifier}
@@ -58,11 +68,11 @@ def load_imagenet(model: nn.Module, source: Source) -> list[str]:
     return [key for key in model.state_dict() if key.removeprefix(prefix) not in state]
 
 
-def read_state(source: Source) -> dict[str, Tensor]:
+def read_state(source: Source, allowed: Iterable[str] = ()) -> dict[str, Tensor]:
     """The state dict of a source, as load_checkpoint takes it, on the CPU and without the prefixes of wrappers."""
     if not isinstance(source, Mapping | str | PathLike):
         raise TypeError(f"source: got {type(source).__name__}, expected the path of a checkpoint or a dictionary")
-    found = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
+    found = source if isinstance(source, Mapping) else _load(source, list(allowed))
     for name in KEYS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -73,6 +83,38 @@ def read_state(source: Source) -> dict[str, Tensor]:
     while state and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _load(source: str | PathLike, allowed: list[str]) -> Any:
+    """What torch.save wrote, calling nothing but what is allowed by name."""
+    try:
+        with torch.serialization.safe_globals(list(_named(allowed))):
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(source):
+            refused = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+        else:  # files of old, of which torch tells the first
+            refused = re.findall(r"GLOBAL (\S+) was not an allowed global", str(error))
+        refused = sorted(set(refused) - set(allowed))
+        if not refused:
+            raise pickle.UnpicklingError(f"source: {source} is no checkpoint that torch.load reads: {error}") from None
+        raise pickle.UnpicklingError(
+            f"source: {source} holds, beside tensors, {', '.join(refused)}, which torch.load refuses: loading them "
+            f"runs what the file says. If you trust the file, pass allowed={refused}"
+        ) from None
+
+
+def _named(allowed: list[str]) -> Iterator[tuple[Any, str]]:
+    """The classes and functions of these names, as torch's list of safe globals takes them."""
+    for name in allowed:
+        module, _, attribute = name.rpartition(".")
+        try:
+            yield getattr(importlib.import_module(module), attribute), name
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"allowed: got {name!r}, expected the name of a class or function: {error}") from None
+        if name == "numpy.dtype":  # each type of numbers has a class of its own, which a file does not name
+            dtypes = importlib.import_module("numpy.dtypes")
+            yield from ((getattr(dtypes, kind), f"numpy.dtypes.{kind}") for kind in dtypes.__all__)
 
 
 def _is_state(found: object) -> bool:
