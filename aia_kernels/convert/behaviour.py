@@ -1,13 +1,17 @@
 """Whether the forward of a module is that of a fused layer: both run on copies with the same random numbers.
 
-The copies live on the CPU in float64, with parameters, buffers and dropouts of their own, so that nothing about the
-model, its hooks or the generators changes, and the fused layer runs its reference. What must agree, in evaluation and
-in training: the output, every gradient and the buffers after it.
+The copies live on the CPU in float64, with parameters, buffers, containers and dropouts of their own, so that nothing
+about the model, its hooks or the generators changes, and the fused layer runs its reference. What must agree, in
+evaluation and in training: the output, every gradient and the buffers after it. And the forward must leave everything
+else as it was: its input, and the attributes, lists, dictionaries and objects of the module and its submodules. A
+forward that keeps its attention map, counts its calls or adds up a loss is one that somebody reads afterwards. What no
+copy can show is what a forward does outside of its module: to a global variable, a file, a screen.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
 from collections import OrderedDict
@@ -82,37 +86,96 @@ def difference(
     layer: type[nn.Module],
     settings: Mapping[str, Any],
     example: Callable[[nn.Module, torch.Generator], Tensor],
+    of_other_rank: Callable[[nn.Module, torch.Generator], Tensor] | None = None,
 ) -> str | None:
     """How the forward of a module differs from that of a fused layer with the same submodules and settings, or None.
 
-    example: makes the input, in float64 on the CPU.
+    example: makes the input, in float64 on the CPU. of_other_rank: makes one that the forward may refuse, but must not
+    compute otherwise than the fused layer.
     """
     with _undisturbed():
         generator = torch.Generator().manual_seed(0)
         numbers: dict[Hashable, Tensor] = {}
-        x = example(module, generator)
-        for training, marked in ((False, False), (True, False), (True, True)):
-            copies = [_Copier(numbers, generator, training, marked).copy(module) for _ in range(2)]
-            try:
-                copies[1].__class__ = layer
-            except TypeError as error:
-                return f"Python cannot exchange its class: {_line(error)}"
-            vars(copies[1]).update(settings)
-            try:
-                found = _run(copies[0], x)
-            except Exception as error:
-                return (
-                    f"its forward fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {_line(error)}"
-                )
-            expected = _run(copies[1], x)
-            when = "with a marked dropout" if marked else "in training" if training else "in evaluation"
-            if isinstance(found, str):
-                return f"its forward returns {found}, expected a tensor"
-            for name, value in expected.items():
-                distance = _distance(found[name], value)
-                if not distance <= _TOLERANCE * max(1.0, value.abs().max().item()):
-                    return f"its {name} differs from that of {layer.__name__} by up to {distance:.2g} {when}"
+        examples = [(example(module, generator), False)]
+        if of_other_rank is not None:
+            examples.append((of_other_rank(module, generator), True))
+        for x, may_fail in examples:
+            for training, marked in ((False, False), (True, False), (True, True)):
+                copies = [_Copier(numbers, generator, training, marked).copy(module) for _ in range(2)]
+                try:
+                    copies[1].__class__ = layer
+                except TypeError as error:
+                    return f"Python cannot exchange its class: {_line(error)}"
+                vars(copies[1]).update(settings)
+                when = "with a marked dropout" if marked else "in training" if training else "in evaluation"
+                if (reason := _unlike_in_a_run(*copies, layer, x, may_fail, when)) is not None:
+                    return reason
     return None
+
+
+def _unlike_in_a_run(
+    own: nn.Module, fused: nn.Module, layer: type[nn.Module], x: Tensor, may_fail: bool, when: str
+) -> str | None:
+    """How the runs of two copies on x differ, or None."""
+    before = dict(_observed(own))
+    try:
+        found = _run(own, x)
+    except Exception as error:
+        if may_fail:
+            return None
+        return f"its forward fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {_line(error)}"
+    if isinstance(found, str):
+        return f"its forward returns {found}, expected a tensor"
+    after = dict(_observed(own))
+    if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+        return f"its forward changes {', '.join(changed)}, which {layer.__name__} does not"
+    try:
+        expected = _run(fused, x)
+    except Exception as error:
+        return f"{layer.__name__} fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {_line(error)}"
+    if found.keys() != expected.keys():
+        return f"its forward changes {', '.join(sorted(found.keys() ^ expected.keys()))}"
+    for name, value in expected.items():
+        distance = _distance(found[name], value)
+        if not distance <= _TOLERANCE * max(1.0, value.abs().max().item()):
+            return (
+                f"its {name} differs from that of {layer.__name__} by up to {distance:.2g} {when} on an input of shape "
+                f"{tuple(x.shape)}"
+            )
+    return None
+
+
+def _observed(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a forward might leave behind in a module or its submodules, by name: everything but parameters and buffers,
+    which are compared with those of the fused layer."""
+    for path, child in module.named_modules():
+        at = f"{path}." if path else ""
+        for name, value in child.__dict__.items():
+            if name not in _INTERNAL:
+                yield at + name, _frozen(value)
+        for held in (child._parameters, child._buffers, child._modules):
+            yield from ((at + name, "held") for name in held)
+        yield f"{at}training", child.training
+
+
+def _frozen(value: Any, depth: int = 8) -> Any:
+    """A value as it is now, to be compared with a later one: contents of containers and of plain objects, the identity
+    of anything else."""
+    if isinstance(value, Tensor):
+        return "tensor", id(value), None if value.is_inference() else value._version
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return type(value), repr(value)
+    if depth == 0 or isinstance(value, (nn.Module, type)) or callable(value):
+        return "identity", id(value)
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_frozen(item, depth - 1) for item in value)
+    if isinstance(value, dict):
+        return type(value), tuple((_frozen(k, depth - 1), _frozen(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_frozen(item, depth - 1) for item in value)
+    if hasattr(value, "__dict__"):
+        return type(value), _frozen(vars(value), depth - 1)
+    return "identity", id(value)
 
 
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name)
@@ -163,7 +226,7 @@ class _Copier:
             return copy
         kind = parametrize.type_before_parametrizations(module)
         copy = self.known[id(module)] = kind.__new__(kind)
-        state = {name: _container(value) for name, value in module.__dict__.items()}
+        state = {name: _own(value) for name, value in module.__dict__.items()}
         state |= {name: OrderedDict() for name in _HOOKS}
         state |= {"training": self.training, "_compiled_call_impl": None}
         state["_parameters"] = {name: self.tensor(name, p, id(p)) for name, p in module._parameters.items()}
@@ -202,9 +265,18 @@ def _computed(module: nn.Module, name: str, parts: nn.Module) -> Tensor:
             part.training = mode
 
 
-def _container(value: Any) -> Any:
-    """A copy of what a forward might append to."""
-    return value.copy() if isinstance(value, (list, dict, set)) else value
+def _own(value: Any) -> Any:
+    """A copy of what a forward might change: containers, all the way down, and plain objects."""
+    if isinstance(value, (list, set, tuple)) and type(value) in (list, set, tuple):
+        return type(value)(map(_own, value))
+    if type(value) is dict:
+        return {key: _own(item) for key, item in value.items()}
+    if isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what cannot be copied (a lock, an open file) stays the model's own
+        return value
 
 
 def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -222,17 +294,18 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _run(module: nn.Module, x: Tensor) -> dict[str, Tensor] | str:
-    """The output, the gradients and the buffers afterwards; or what came instead of a tensor."""
+    """The output, the gradients, the input and the buffers afterwards; or what came instead of a tensor."""
     x = x.clone().requires_grad_()
-    y = module(x * 1.0)  # not a leaf, so that a forward may write into it
+    given = x * 1.0  # not a leaf, so that a forward may write into it
+    y = module(given)
     if not isinstance(y, Tensor):
         return f"a {type(y).__name__}"
     # A scalar, as torch imports its symbolic shapes, which takes seconds on a busy machine, for any other gradient.
     (y * torch.linspace(-1.0, 1.5, y.numel(), dtype=y.dtype, device="cpu").view(y.shape).sin()).sum().backward()
-    tensors = {"y": y.detach(), "gradient of x": x.grad}
+    tensors = {"y": y.detach(), "gradient of x": x.grad, "input": given.detach()}
     for name, p in module.named_parameters():
         tensors[f"gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
-    return tensors | {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+    return tensors | {name: b.double() for name, b in module.named_buffers()}
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

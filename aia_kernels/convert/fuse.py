@@ -18,7 +18,8 @@ def convert(model: nn.Module) -> Report:
     shapes of their submodules, wherever their code comes from: the units C, ST, CinST, STinC and STinC2 of Attention in
     Attention; EANet's External_attention; EAMLP's Attention; the attention of its T2T stages; and external attention by
     two linear layers. A layer is converted if its forward computes what the fused layer computes, which is tried on a
-    small copy with random parameters: output, gradients and buffers, in evaluation and in training.
+    small copy with random parameters: output, gradients and buffers, in evaluation and in training. A layer whose
+    forward leaves more behind (an attention map that it keeps, a list it appends to, a counter) is left alone.
 
     A converted layer is the same object with another class. Its parameters and buffers, hence optimizers and the keys
     of the state dict; its training mode, device, dtype, requires_grad; num_segments, dropouts and the settings of its
@@ -63,7 +64,8 @@ def _compare(module: nn.Module, form: Form) -> type[nn.Module] | str:
     layers = sorted(form.layers, key=lambda layer: layer.__name__ != type(module).__name__)
     told = None
     for layer in layers:
-        if (reason := behaviour.difference(module, layer, form.settings(module), form.example)) is None:
+        inputs = form.example, form.of_other_rank
+        if (reason := behaviour.difference(module, layer, form.settings(module), *inputs)) is None:
             return layer
         told = told or reason
     others = " and ".join(layer.__name__ for layer in layers[1:])

@@ -19,6 +19,7 @@ class Form(NamedTuple):
     children: the names of submodules that give it away. layers: the fused layers whose forward it may have. mismatch:
     why the submodules of a module with these names are not the published ones, or None. settings: attributes that the
     fused layer reads, as the submodules have them. example: a small input of random numbers, in float64 on the CPU.
+    of_other_rank: one of another rank, where the published forward takes it too.
     """
 
     children: frozenset[str]
@@ -26,6 +27,7 @@ class Form(NamedTuple):
     mismatch: Callable[[nn.Module], str | None]
     settings: Callable[[nn.Module], Mapping[str, Any]]
     example: Callable[[nn.Module, torch.Generator], Tensor]
+    of_other_rank: Callable[[nn.Module, torch.Generator], Tensor] | None = None
 
 
 def find_form(module: nn.Module) -> Form | None:
@@ -217,6 +219,7 @@ FORMS = (
         _plain_mismatch,
         lambda attention: {},
         lambda attention, generator: _tokens(attention.mk.in_features, generator),
+        lambda attention, generator: _normal((2, 3, 4, attention.mk.in_features), generator),
     ),
 )
 

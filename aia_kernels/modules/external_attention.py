@@ -46,6 +46,10 @@ class ExternalAttention(nn.Module):
 
     x: [B, N, d_model]; o: the same. S is the number of slots. As in the popular port with two linear layers: mk and mv
     without bias, weights normal with a standard deviation of 0.001. Nothing needs folding here.
+
+    The port's code normalises over axis 1 and then over axis 2 whatever the rank of x. Of more than three axes, such as
+    maps [B, H, W, d_model], these are no tokens and slots; there the layer is that code, in plain PyTorch. ValueError
+    for fewer than three.
     """
 
     def __init__(self, d_model: int, S: int = 64):
@@ -57,12 +61,18 @@ class ExternalAttention(nn.Module):
             nn.init.normal_(linear.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not all(can_be_read(linear, nn.Linear) for linear in (self.mk, self.mv)):
+        if getattr(x, "ndim", 3) > 3 or not all(can_be_read(linear, nn.Linear) for linear in (self.mk, self.mv)):
             return self._through_submodules(x)
         return external_attention(x, self.mk.weight, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
 
     def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
-        return self.mv(normalize(self.mk(x)))
+        if x.ndim < 3:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
+        logits = self.mk(x)
+        if logits.ndim == 3:
+            return self.mv(normalize(logits))
+        attention = logits.softmax(1)
+        return self.mv(attention / attention.sum(2, keepdim=True))
 
 
 class ExternalAttention2d(nn.Module):

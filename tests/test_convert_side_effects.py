@@ -1,0 +1,161 @@
+"""convert: a forward that leaves something behind, or takes an input of another rank, goes on doing so."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import aia_kernels
+
+
+class Port(nn.Module):
+    """The popular port: whatever the rank, over axis 1 and then over axis 2."""
+
+    def __init__(self, d=6, slots=5):
+        super().__init__()
+        self.mk, self.mv = nn.Linear(d, slots, bias=False), nn.Linear(slots, d, bias=False)
+        self.calls, self.seen, self.store = 0, [], {"losses": [0.0], "state": SimpleNamespace(count=0)}
+        self.register_buffer("total", torch.zeros((), dtype=torch.int64))
+
+    def attend(self, x):
+        attention = self.mk(x).softmax(1)
+        return attention / attention.sum(2, keepdim=True)
+
+    def forward(self, x):
+        attention = self.attend(x)
+        self.leave(x, attention)
+        return self.mv(attention)
+
+    def leave(self, x, attention):
+        pass
+
+
+class KeepsMap(Port):
+    def leave(self, x, attention):
+        self.attn = attention
+
+
+class KeepsMapInEvaluation(Port):
+    def leave(self, x, attention):
+        if not self.training:
+            self.attn = attention
+
+
+class Appends(Port):
+    def leave(self, x, attention):
+        self.seen.append(attention)
+
+
+class AddsALoss(Port):
+    def leave(self, x, attention):
+        self.store["losses"][0] = self.store["losses"][0] + attention.square().mean()
+
+
+class CountsInAnObject(Port):
+    def leave(self, x, attention):
+        self.store["state"].count += 1
+
+
+class CountsCalls(Port):
+    def leave(self, x, attention):
+        self.calls += 1
+
+
+class CountsInABuffer(Port):
+    def leave(self, x, attention):
+        self.total += 1
+
+
+class NewBuffer(Port):
+    def leave(self, x, attention):
+        self.register_buffer("last", attention.detach())
+
+
+class OnAChild(Port):
+    def leave(self, x, attention):
+        self.mk.last = attention
+
+
+class ChangesItsInput(Port):
+    def leave(self, x, attention):
+        x.detach().mul_(2)
+
+
+LEAVING = {
+    KeepsMap: "attn",
+    KeepsMapInEvaluation: "attn",
+    Appends: "seen",
+    AddsALoss: "store",
+    CountsInAnObject: "store",
+    CountsCalls: "calls",
+    CountsInABuffer: "total",
+    NewBuffer: "last",
+    OnAChild: "mk.last",
+    ChangesItsInput: "input",
+}
+
+
+@pytest.mark.parametrize("kind", LEAVING, ids=lambda kind: kind.__name__)
+def test_a_forward_that_leaves_something_behind_is_left_alone(kind):
+    module = kind()
+    report = aia_kernels.convert(module)
+    assert type(module) is kind and not report.converted
+    assert LEAVING[kind] in str(report)
+    # Nothing of it happened to the model while it was tried.
+    assert module.calls == module.total == module.store["state"].count == 0
+    assert module.seen == [] and module.store["losses"] == [0.0] and not hasattr(module, "attn")
+
+
+class LastAxis(Port):
+    def attend(self, x):
+        attention = self.mk(x).softmax(1)
+        return attention / attention.sum(-1, keepdim=True)
+
+
+class TokensAlone(LastAxis):
+    def attend(self, x):
+        assert len(x.shape) == 3
+        return super().attend(x)
+
+
+TOKENS, MAPS = (2, 9, 6), (2, 3, 4, 6)
+
+
+def watched(module):
+    module.mk.register_forward_hook(lambda *_: None)
+    return module
+
+
+def counted(module):
+    def call(x):
+        with FlopCounterMode(display=False):
+            return module(x)
+
+    return call
+
+
+@pytest.mark.parametrize("road", [lambda m: m, watched, counted, aia_kernels.to_reference])
+@pytest.mark.parametrize("sizes", [TOKENS, MAPS])
+def test_the_port_on_tokens_and_on_maps(sizes, road):
+    """The fused layer and every way around its kernels normalise over the published axes."""
+    module = Port().double()
+    x = torch.randn(sizes, dtype=torch.float64)
+    expected = module(x)
+    assert len(aia_kernels.convert(module).converted) == 1
+    torch.testing.assert_close(road(module)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_another_rank_counts_where_the_forward_takes_it():
+    report = aia_kernels.convert(LastAxis())
+    assert not report.converted and "(2, 3, 4, 6)" in str(report)
+    assert aia_kernels.convert(TokensAlone()).converted
+
+
+@pytest.mark.parametrize("road", [lambda m: m, watched, counted, aia_kernels.to_reference])
+def test_fewer_axes_are_refused_on_every_road(road):
+    with pytest.raises(ValueError, match=r"x: got shape \(3, 6\), expected \[B, N, d\]"):
+        road(aia_kernels.ExternalAttention(6, S=5))(torch.randn(3, 6))
