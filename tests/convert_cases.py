@@ -81,8 +81,12 @@ def assert_same_step(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> 
         ys.append(module(x))
         ys[-1].sin().sum().backward()
     torch.testing.assert_close(*ys, **EXACT)
-    for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
+    parameters, buffers = dict(expected.named_parameters()), dict(expected.named_buffers())
+    assert parameters.keys() == dict(found.named_parameters()).keys()
+    for name, p in found.named_parameters():
+        q = parameters[name]
         grad = torch.zeros_like(q) if q.grad is None else q.grad
         torch.testing.assert_close(p.grad, grad, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
-    for p, q in zip(found.buffers(), expected.buffers(), strict=True):
-        torch.testing.assert_close(p, q, **EXACT)
+    assert buffers.keys() == dict(found.named_buffers()).keys()
+    for name, p in found.named_buffers():
+        torch.testing.assert_close(p, buffers[name], **EXACT)

@@ -11,6 +11,26 @@ from convert_cases import LAYERS, assert_same_objects, assert_same_step, make_in
 from torch import nn
 
 import aia_kernels
+from aia_kernels import modules
+from aia_kernels.reference import UNITS
+from aia_kernels.testing import randomise
+
+CLIPS, TOKENS = ((8, 6, 5, 3), (2, 6, 4, 5, 3)), ((2, 9, 6),)
+#: Every layer, with and without what it may lack, and the sizes that it takes.
+EVERY = {
+    **{name: (lambda name=name: getattr(aia_kernels, name)(4), CLIPS) for name in UNITS},
+    **{f"{name}, no BN": (lambda name=name: getattr(aia_kernels, name)(4, use_BN=False), CLIPS) for name in UNITS},
+    "TemporalShift": (lambda: aia_kernels.TemporalShift(4, fold_div=3), CLIPS),
+    "ExternalAttention": (lambda: aia_kernels.ExternalAttention(6, S=5), (*TOKENS, (2, 3, 4, 6))),
+    "ExternalAttention2d": (lambda: aia_kernels.ExternalAttention2d(6, k=5), ((2, 6, 3, 4),)),
+    "MultiHead": (lambda: aia_kernels.MultiHeadExternalAttention(6, num_heads=2), TOKENS),
+    "Token": (lambda: aia_kernels.TokenExternalAttention(6, 5, k=7), TOKENS),
+    "TransformerToken": (lambda: modules.TransformerTokenExternalAttention(6, 5, k=7), TOKENS),
+}
+
+
+def as_it_is(module):
+    return module
 
 
 class TestToReference:
@@ -89,3 +109,32 @@ class TestToReference:
 
         with pytest.raises(TypeError, match=r"the model itself \(.*Sharded: _apply\)"):
             aia_kernels.to_reference(Sharded(2))
+
+    @pytest.mark.parametrize("compile", [as_it_is, torch.fx.symbolic_trace, torch.jit.script])
+    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("name", EVERY)
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_symbolic_trace_and_script(self, name, train, compile):
+        """What FX and TorchScript make of the plain layer is the specification, value and gradient."""
+        make, sizes = EVERY[name]
+        for size in sizes:
+            module = randomise(make()).double().train(train)
+            plain = compile(aia_kernels.to_reference(copy.deepcopy(module)))
+            x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+            with aia_kernels.use_backend("reference"):
+                assert_same_step(plain, module, x)
+
+    def test_quantised_by_fx(self):
+        """Linear layers inside are quantised; what stands between them stays as it is."""
+        quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+        from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+
+        layer = randomise(aia_kernels.MultiHeadExternalAttention(8, num_heads=2)).eval()
+        model, x = nn.Sequential(nn.Linear(8, 8), aia_kernels.to_reference(layer)).eval(), torch.randn(2, 9, 8)
+        mapping = QConfigMapping().set_object_type(nn.Linear, default_dynamic_qconfig)
+        quantised = quantize_fx.convert_fx(quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (x,)))
+        kinds = [type(module).__module__ for module in quantised.modules() if type(module).__name__ == "Linear"]
+        assert len(kinds) == 5 and all("quantized" in kind for kind in kinds)
+        # Weights and activations in eight bits: a few hundredths of the largest value after three products.
+        expected = model(x)
+        assert (quantised(x) - expected).abs().max() < 0.1 * expected.abs().max()

@@ -1,79 +1,194 @@
-"""to_reference: the fused layers of a model become plain PyTorch, for exporters that know no other operators."""
+"""to_reference: the fused layers of a model become plain PyTorch, for exporters that know no other operators.
+
+The forwards here say the published order operation by operation, in what TorchScript compiles. What depends on the rank
+or the type of a tensor stands in functions that torch.fx records as they are: a symbolic trace knows neither.
+"""
 
 from __future__ import annotations
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
-from .. import modules, reference
-from ..layouts import as_clips, as_input
-from ..modules.attention_in_attention import AttentionInAttention
+from .. import modules
+from ..functional.clips import check_clips
+from ..modules.external_attention import EPS
+from ..reference.shift import temporal_shift
 from .behaviour import overridden
 
 
-def _normalize(logits: Tensor, eps: float = 0.0) -> Tensor:
-    return reference.double_normalize(logits, logits.shape[-1], eps)
+def _clips(x: Tensor, num_segments: int) -> Tensor:
+    """[B, T, C, H, W] of x, [B * T, C, H, W] or [B, C, T, H, W]."""
+    if not torch.jit.is_scripting():
+        num_segments = check_clips(x, num_segments)
+    return x.unflatten(0, [-1, num_segments]) if x.dim() == 4 else x.transpose(1, 2)
 
 
-class _PlainUnit(AttentionInAttention):
-    """The forward of the units in plain PyTorch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._through_submodules(x)
+def _shaped_as(clips: Tensor, x: Tensor) -> Tensor:
+    """The inverse of _clips."""
+    return clips.flatten(0, 1) if x.dim() == 4 else clips.transpose(1, 2)
 
 
-class _PlainExternal(nn.Module):
-    """The forward of external attention's layers in plain PyTorch."""
+def _shifted(clips: Tensor, fold_div: int) -> Tensor:
+    return temporal_shift(clips, clips.shape[2] // fold_div)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._through_submodules(x, _normalize)
+
+def _normalized(logits: Tensor, eps: float = EPS) -> Tensor:
+    """A of logits [..., N, M], as reference.double_normalize has it."""
+    wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+    log_p = wide.log_softmax(-2)
+    if eps == 0.0:
+        return log_p.softmax(-1).to(logits.dtype)
+    p = log_p.exp()
+    return (p / (eps + p.sum(-1, keepdim=True))).to(logits.dtype)
+
+
+def _normalized_as_the_port(logits: Tensor) -> Tensor:
+    """A of the port with two linear layers: over axis 1, then over axis 2, whatever the rank."""
+    if logits.dim() == 3:
+        return _normalized(logits, 0.0)
+    attention = logits.softmax(1)
+    return attention / attention.sum(2, keepdim=True)
+
+
+def _of_three_axes(x: Tensor) -> Tensor:
+    if x.dim() < 3:
+        raise ValueError(f"x: got shape {[int(n) for n in x.shape]}, expected [B, N, d]")
+    return x
+
+
+for _name in ("_clips", "_shaped_as", "_shifted", "_normalized", "_normalized_as_the_port", "_of_three_axes"):
+    torch.fx.wrap(_name)
+
+
+def _pooled(a: Tensor, axis: int) -> Tensor:
+    """The maximum and the mean over an axis, [B, 2, ...], the other axes in the order T, C, H, W."""
+    return torch.stack((torch.max(a, axis)[0], a.mean(axis)), 1)
+
+
+class _PlainUnit(nn.Module):
+    """The gates of the units, as fields that multiply clips [B, T, C, H, W]."""
+
+    def _channel(self, a: Tensor) -> Tensor:
+        z = self.C_conv(_pooled(a, 2))
+        if hasattr(self, "C_bn"):
+            z = self.C_bn(z)
+        return z.sigmoid()[:, 0].unsqueeze(2)
+
+    def _over_t(self, a: Tensor) -> Tensor:
+        z = self.T_conv(_pooled(a, 1))
+        if hasattr(self, "T_bn"):
+            z = self.T_bn(z)
+        return z.sigmoid()[:, 0].unsqueeze(1)
+
+    def _over_h(self, a: Tensor) -> Tensor:
+        z = self.H_conv(_pooled(a, 3))
+        if hasattr(self, "H_bn"):
+            z = self.H_bn(z)
+        return z.sigmoid()[:, 0].unsqueeze(3)
+
+    def _over_w(self, a: Tensor) -> Tensor:
+        # As published, convolved with its axes in the order T, H, C.
+        z = self.W_conv(_pooled(a, 4).transpose(3, 4))
+        if hasattr(self, "W_bn"):
+            z = self.W_bn(z)
+        return z.sigmoid()[:, 0].transpose(2, 3).unsqueeze(4)
+
+    def _spacetime(self, a: Tensor) -> Tensor:
+        return (self._over_t(a) + self._over_h(a) + self._over_w(a)) / 3
 
 
 class PlainC(_PlainUnit, modules.C):
     """C in plain PyTorch."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        a = _clips(x, self.num_segments)
+        return _shaped_as(a * self._channel(a), x)
+
 
 class PlainST(_PlainUnit, modules.ST):
     """ST in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = _clips(x, self.num_segments)
+        return _shaped_as(a * self._spacetime(a), x)
 
 
 class PlainCinST(_PlainUnit, modules.CinST):
     """CinST in plain PyTorch."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        a = _clips(x, self.num_segments)
+        return _shaped_as(a * self._spacetime(a * self._channel(a)), x)
+
 
 class PlainSTinC(_PlainUnit, modules.STinC):
     """STinC in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = _clips(x, self.num_segments)
+        return _shaped_as(a * self._channel(a * self._spacetime(a)), x)
 
 
 class PlainSTinC2(_PlainUnit, modules.STinC2):
     """STinC2 in plain PyTorch."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        a = _clips(x, self.num_segments)
+        t, h, w = self._over_t(a), self._over_h(a), self._over_w(a)
+        guide = (t.mean(2, keepdim=True) + h.mean(2, keepdim=True) + w.mean(2, keepdim=True)) / 3
+        return _shaped_as(a * self._channel(a * guide), x)
 
-class PlainExternalAttention(_PlainExternal, modules.ExternalAttention):
+
+class PlainExternalAttention(modules.ExternalAttention):
     """ExternalAttention in plain PyTorch."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mv(_normalized_as_the_port(self.mk(_of_three_axes(x))))
 
-class PlainExternalAttention2d(_PlainExternal, modules.ExternalAttention2d):
+
+class PlainExternalAttention2d(modules.ExternalAttention2d):
     """ExternalAttention2d in plain PyTorch, its projections not folded."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.linear_0(self.conv1(x).flatten(2))
+        attention = _normalized(logits.transpose(1, 2)).transpose(1, 2)  # .mT is unknown to older exporters
+        z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
+        return (z + x).relu()
 
-class PlainMultiHeadExternalAttention(_PlainExternal, modules.MultiHeadExternalAttention):
+
+class PlainMultiHeadExternalAttention(modules.MultiHeadExternalAttention):
     """MultiHeadExternalAttention in plain PyTorch, its projections not folded."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.trans_dims(x).unflatten(2, [self.num_heads, -1]).transpose(1, 2)  # [B, heads, N, dim / heads]
+        attention = self.attn_drop(_normalized(self.linear_0(heads)))
+        return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
 
-class PlainTokenExternalAttention(_PlainExternal, modules.TokenExternalAttention):
+
+class PlainTokenExternalAttention(modules.TokenExternalAttention):
     """TokenExternalAttention in plain PyTorch, its projections not folded."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_linear(x)
+        attention = self.attn_drop(_normalized(self.linear_0(q)))
+        return q + self.proj_drop(self.proj(self.linear_1(attention)))
 
-class PlainTransformerTokenExternalAttention(_PlainExternal, modules.TransformerTokenExternalAttention):
+
+class PlainTransformerTokenExternalAttention(modules.TransformerTokenExternalAttention):
     """TransformerTokenExternalAttention in plain PyTorch, its projections not folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_linear(x)
+        attention = self.attn_drop(_normalized(self.linear_1(q)))
+        return q + self.proj_drop(self.proj(self.linear_2(attention)))
 
 
 class PlainTemporalShift(modules.TemporalShift):
     """TemporalShift in plain PyTorch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        clips = as_clips(x, self.num_segments)
-        return as_input(reference.temporal_shift(clips, clips.shape[2] // self.fold_div), x.ndim)
+        return _shaped_as(_shifted(_clips(x, self.num_segments), self.fold_div), x)
 
 
 #: The plain layer of each fused one.
@@ -91,10 +206,10 @@ def to_reference(model: nn.Module) -> nn.Module:
     """Make every fused layer in a model a plain PyTorch module, in place; returns the model.
 
     The result calls its submodules and PyTorch's own operators, in the published order and whatever the backend: for
-    torch.onnx.export, TensorRT and quantisation. Layers keep their parameters, buffers, keys, settings, modes and
-    hooks, as under ``convert``, which makes them fused again. TypeError, before anything is changed, names the
-    modules whose class derives from a fused layer and has a forward of its own, or overrides what nn.Module does (as
-    FSDP's classes do): what is plain for them is unknown.
+    torch.onnx.export, TensorRT, torch.fx, quantisation and TorchScript. Layers keep their parameters, buffers, keys,
+    settings, modes and hooks, as under ``convert``, which makes them fused again. TypeError, before anything is
+    changed, names the modules whose class derives from a fused layer and has a forward of its own, or overrides what
+    nn.Module does (as FSDP's classes do): what is plain for them is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")

@@ -14,7 +14,7 @@ replaced), every submodule is run in the published order around the double norma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +65,12 @@ class ExternalAttention(nn.Module):
             return self._through_submodules(x)
         return external_attention(x, self.mk.weight, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
 
-    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+    def _through_submodules(self, x: Tensor) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
         logits = self.mk(x)
         if logits.ndim == 3:
-            return self.mv(normalize(logits))
+            return self.mv(double_normalize(logits))
         attention = logits.softmax(1)
         return self.mv(attention / attention.sum(2, keepdim=True))
 
@@ -127,9 +127,9 @@ class ExternalAttention2d(nn.Module):
             and self.conv2[0].bias is None
         )
 
-    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+    def _through_submodules(self, x: Tensor) -> Tensor:
         logits = self.linear_0(self.conv1(x).flatten(2))
-        attention = normalize(logits.transpose(1, 2), eps=EPS).transpose(1, 2)  # .mT is unknown to older exporters
+        attention = double_normalize(logits.mT, eps=EPS).mT
         z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
         return (z + x).relu()
 
@@ -188,9 +188,9 @@ class MultiHeadExternalAttention(nn.Module):
         o = external_attention(x, key, value, value_bias=bias, eps=EPS, group=self.k, dropout=dropout)
         return self.proj_drop(o)
 
-    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+    def _through_submodules(self, x: Tensor) -> Tensor:
         heads = self.trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
-        attention = self.attn_drop(normalize(self.linear_0(heads), eps=EPS))
+        attention = self.attn_drop(double_normalize(self.linear_0(heads), eps=EPS))
         return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
 
 
@@ -243,10 +243,10 @@ class TokenExternalAttention(nn.Module):
         o = external_attention(q, key.weight, folded, key_bias=key.bias, value_bias=bias, eps=EPS, dropout=dropout)
         return q + self.proj_drop(o)
 
-    def _through_submodules(self, x: Tensor, normalize: Callable[..., Tensor] = double_normalize) -> Tensor:
+    def _through_submodules(self, x: Tensor) -> Tensor:
         key, value = self._memories()
         q = self.q_linear(x)
-        attention = self.attn_drop(normalize(key(q), eps=EPS))
+        attention = self.attn_drop(double_normalize(key(q), eps=EPS))
         return q + self.proj_drop(self.proj(value(attention)))
 
 
