@@ -81,12 +81,14 @@ def assert_same_step(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> 
         ys.append(module(x))
         ys[-1].sin().sum().backward()
     torch.testing.assert_close(*ys, **EXACT)
-    parameters, buffers = dict(expected.named_parameters()), dict(expected.named_buffers())
-    assert parameters.keys() == dict(found.named_parameters()).keys()
-    for name, p in found.named_parameters():
-        q = parameters[name]
-        grad = torch.zeros_like(q) if q.grad is None else q.grad
-        torch.testing.assert_close(p.grad, grad, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
-    assert buffers.keys() == dict(found.named_buffers()).keys()
-    for name, p in found.named_buffers():
-        torch.testing.assert_close(p, buffers[name], **EXACT)
+    # By name: wrappers put "module." before each, and torch.fx has them in the order of their use.
+    for kind in ("named_parameters", "named_buffers"):
+        here, there = ({n.removeprefix("module."): t for n, t in getattr(m, kind)()} for m in (found, expected))
+        assert here.keys() == there.keys()
+        for name, t in here.items():
+            told = {"msg": lambda m, name=name: f"{name}: {m}"}
+            if kind == "named_buffers":
+                torch.testing.assert_close(t, there[name], **EXACT, **told)
+            else:
+                grad = torch.zeros_like(t) if there[name].grad is None else there[name].grad
+                torch.testing.assert_close(t.grad, grad, **EXACT, **told)
