@@ -73,6 +73,11 @@ def assert_same_objects(model: nn.Module, before: dict[str, torch.Tensor]) -> No
     assert all(after[name] is tensor for name, tensor in before.items())
 
 
+def own(name: str) -> str:
+    """The name of a parameter without what wrappers put before it."""
+    return name.replace("module.", "").replace("_orig_mod.", "")
+
+
 def assert_same_step(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> None:
     """Outputs, gradients and buffers of one forward and backward of both."""
     ys = []
@@ -81,9 +86,9 @@ def assert_same_step(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> 
         ys.append(module(x))
         ys[-1].sin().sum().backward()
     torch.testing.assert_close(*ys, **EXACT)
-    # By name: wrappers put "module." before each, and torch.fx has them in the order of their use.
+    # By name: torch.fx has them in the order of their use.
     for kind in ("named_parameters", "named_buffers"):
-        here, there = ({n.removeprefix("module."): t for n, t in getattr(m, kind)()} for m in (found, expected))
+        here, there = ({own(n): t for n, t in getattr(m, kind)()} for m in (found, expected))
         assert here.keys() == there.keys()
         for name, t in here.items():
             told = {"msg": lambda m, name=name: f"{name}: {m}"}
