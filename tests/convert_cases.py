@@ -73,11 +73,6 @@ def assert_same_objects(model: nn.Module, before: dict[str, torch.Tensor]) -> No
     assert all(after[name] is tensor for name, tensor in before.items())
 
 
-def own(name: str) -> str:
-    """The name of a parameter without what wrappers put before it."""
-    return name.replace("module.", "").replace("_orig_mod.", "")
-
-
 def assert_same_step(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> None:
     """Outputs, gradients and buffers of one forward and backward of both."""
     ys = []
@@ -86,14 +81,14 @@ def assert_same_step(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> 
         ys.append(module(x))
         ys[-1].sin().sum().backward()
     torch.testing.assert_close(*ys, **EXACT)
-    # By name: torch.fx has them in the order of their use.
+    # By the ends of their names: torch.fx has them in the order of their use, and wrappers put more before them.
     for kind in ("named_parameters", "named_buffers"):
-        here, there = ({own(n): t for n, t in getattr(m, kind)()} for m in (found, expected))
-        assert here.keys() == there.keys()
-        for name, t in here.items():
-            told = {"msg": lambda m, name=name: f"{name}: {m}"}
-            if kind == "named_buffers":
-                torch.testing.assert_close(t, there[name], **EXACT, **told)
-            else:
-                grad = torch.zeros_like(t) if there[name].grad is None else there[name].grad
-                torch.testing.assert_close(t.grad, grad, **EXACT, **told)
+        here, there = (
+            sorted((name.split(".")[-2:], i, t) for i, (name, t) in enumerate(getattr(module, kind)()))
+            for module in (found, expected)
+        )
+        for (name, _, t), (same, _, other) in zip(here, there, strict=True):
+            assert name == same
+            if kind == "named_parameters":
+                t, other = t.grad, torch.zeros_like(other) if other.grad is None else other.grad
+            torch.testing.assert_close(t, other, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
