@@ -159,3 +159,28 @@ def test_another_rank_counts_where_the_forward_takes_it():
 def test_fewer_axes_are_refused_on_every_road(road):
     with pytest.raises(ValueError, match=r"x: got shape [(\[]3, 6[)\]], expected \[B, N, d\]"):
         road(aia_kernels.ExternalAttention(6, S=5))(torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("road", [lambda m: m, counted, aia_kernels.to_reference])
+@pytest.mark.parametrize("name", ["MultiHeadExternalAttention", "TokenExternalAttention"])
+def test_maps_are_refused_by_layers_on_tokens(name, road):
+    layer = getattr(aia_kernels, name)(8, 8)
+    with pytest.raises(ValueError, match=r"x: got shape [(\[]2, 3, 4, 8[)\]], expected \[B, N, d\]"):
+        road(layer)(torch.randn(2, 3, 4, 8))
+
+
+def test_settings_that_changed_since_hold_for_the_plain_layer_too():
+    unit = aia_kernels.C(4).eval()
+    unit.C_bn.bias.data.fill_(3)
+    unit.use_BN = False
+    x = torch.randn(4, 3, 5, 6)
+    expected = unit(x)
+    torch.testing.assert_close(aia_kernels.to_reference(unit)(x), expected)
+
+
+def test_a_token_layer_with_memories_of_other_names_is_refused():
+    class Swapped(aia_kernels.TokenExternalAttention):
+        memories = ("linear_1", "linear_0")
+
+    with pytest.raises(TypeError, match=r"Swapped: memories"):
+        aia_kernels.to_reference(Swapped(6, 6))

@@ -21,6 +21,8 @@ def _clips(x: Tensor, num_segments: int) -> Tensor:
     """[B, T, C, H, W] of x, [B * T, C, H, W] or [B, C, T, H, W]."""
     if not torch.jit.is_scripting():
         num_segments = check_clips(x, num_segments)
+    elif x.dim() != 4 and x.dim() != 5:
+        raise ValueError(f"x: got {x.dim()} axes, expected [B * T, C, H, W] or [B, C, T, H, W]")
     return x.unflatten(0, [-1, num_segments]) if x.dim() == 4 else x.transpose(1, 2)
 
 
@@ -51,13 +53,13 @@ def _normalized_as_the_port(logits: Tensor) -> Tensor:
     return attention / attention.sum(2, keepdim=True)
 
 
-def _of_three_axes(x: Tensor) -> Tensor:
-    if x.dim() < 3:
+def _tokens(x: Tensor, or_more: bool = False) -> Tensor:
+    if x.dim() < 3 or (x.dim() > 3 and not or_more):
         raise ValueError(f"x: got shape {[int(n) for n in x.shape]}, expected [B, N, d]")
     return x
 
 
-for _name in ("_clips", "_shaped_as", "_shifted", "_normalized", "_normalized_as_the_port", "_of_three_axes"):
+for _name in ("_clips", "_shaped_as", "_shifted", "_normalized", "_normalized_as_the_port", "_tokens"):
     torch.fx.wrap(_name)
 
 
@@ -71,26 +73,26 @@ class _PlainUnit(nn.Module):
 
     def _channel(self, a: Tensor) -> Tensor:
         z = self.C_conv(_pooled(a, 2))
-        if hasattr(self, "C_bn"):
+        if hasattr(self, "C_bn") and self.use_BN:
             z = self.C_bn(z)
         return z.sigmoid()[:, 0].unsqueeze(2)
 
     def _over_t(self, a: Tensor) -> Tensor:
         z = self.T_conv(_pooled(a, 1))
-        if hasattr(self, "T_bn"):
+        if hasattr(self, "T_bn") and self.use_BN:
             z = self.T_bn(z)
         return z.sigmoid()[:, 0].unsqueeze(1)
 
     def _over_h(self, a: Tensor) -> Tensor:
         z = self.H_conv(_pooled(a, 3))
-        if hasattr(self, "H_bn"):
+        if hasattr(self, "H_bn") and self.use_BN:
             z = self.H_bn(z)
         return z.sigmoid()[:, 0].unsqueeze(3)
 
     def _over_w(self, a: Tensor) -> Tensor:
         # As published, convolved with its axes in the order T, H, C.
         z = self.W_conv(_pooled(a, 4).transpose(3, 4))
-        if hasattr(self, "W_bn"):
+        if hasattr(self, "W_bn") and self.use_BN:
             z = self.W_bn(z)
         return z.sigmoid()[:, 0].transpose(2, 3).unsqueeze(4)
 
@@ -144,7 +146,7 @@ class PlainExternalAttention(modules.ExternalAttention):
     """ExternalAttention in plain PyTorch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mv(_normalized_as_the_port(self.mk(_of_three_axes(x))))
+        return self.mv(_normalized_as_the_port(self.mk(_tokens(x, True))))
 
 
 class PlainExternalAttention2d(modules.ExternalAttention2d):
@@ -161,7 +163,9 @@ class PlainMultiHeadExternalAttention(modules.MultiHeadExternalAttention):
     """MultiHeadExternalAttention in plain PyTorch, its projections not folded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.trans_dims(x).unflatten(2, [self.num_heads, -1]).transpose(1, 2)  # [B, heads, N, dim / heads]
+        heads = (
+            self.trans_dims(_tokens(x)).unflatten(2, [self.num_heads, -1]).transpose(1, 2)
+        )  # [B, heads, N, dim / heads]
         attention = self.attn_drop(_normalized(self.linear_0(heads)))
         return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
 
@@ -170,7 +174,7 @@ class PlainTokenExternalAttention(modules.TokenExternalAttention):
     """TokenExternalAttention in plain PyTorch, its projections not folded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q_linear(x)
+        q = self.q_linear(_tokens(x))
         attention = self.attn_drop(_normalized(self.linear_0(q)))
         return q + self.proj_drop(self.proj(self.linear_1(attention)))
 
@@ -179,7 +183,7 @@ class PlainTransformerTokenExternalAttention(modules.TransformerTokenExternalAtt
     """TransformerTokenExternalAttention in plain PyTorch, its projections not folded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q_linear(x)
+        q = self.q_linear(_tokens(x))
         attention = self.attn_drop(_normalized(self.linear_1(q)))
         return q + self.proj_drop(self.proj(self.linear_2(attention)))
 
@@ -221,6 +225,8 @@ def to_reference(model: nn.Module) -> nn.Module:
         own = overridden(type(module), layer)
         if type(module).forward is not layer.forward or "forward" in module.__dict__:
             own.append("forward")
+        if getattr(module, "memories", None) != getattr(layer, "memories", None):
+            own.append("memories")
         if own:
             unknown.append(f"{name or 'the model itself'} ({type(module).__qualname__}: {', '.join(own)})")
         exchanges[module] = PLAIN_LAYERS[layer]

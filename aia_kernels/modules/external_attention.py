@@ -66,8 +66,7 @@ class ExternalAttention(nn.Module):
         return external_attention(x, self.mk.weight, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
-        if x.ndim < 3:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
+        _check_tokens(x, or_more=True)
         logits = self.mk(x)
         if logits.ndim == 3:
             return self.mv(double_normalize(logits))
@@ -189,6 +188,7 @@ class MultiHeadExternalAttention(nn.Module):
         return self.proj_drop(o)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
+        _check_tokens(x)
         heads = self.trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
         attention = self.attn_drop(double_normalize(self.linear_0(heads), eps=EPS))
         return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
@@ -244,6 +244,7 @@ class TokenExternalAttention(nn.Module):
         return q + self.proj_drop(o)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
+        _check_tokens(x)
         key, value = self._memories()
         q = self.q_linear(x)
         attention = self.attn_drop(double_normalize(key(q), eps=EPS))
@@ -254,6 +255,11 @@ class TransformerTokenExternalAttention(TokenExternalAttention):
     """The same with the names of the published T2t_vit_t networks: linear_1 is the key memory, linear_2 the value."""
 
     memories = ("linear_1", "linear_2")
+
+
+def _check_tokens(x: Tensor, or_more: bool = False) -> None:
+    if x.ndim < 3 or (x.ndim > 3 and not or_more):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
 
 
 def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .checks import check_numbers, check_packed
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -309,7 +310,8 @@ def gate(
 
 def gate_again(pooled: Tensor, weight: Sequence[Tensor], norm: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Gates [B, M] from norm [n, 4], and their z."""
-    tiles.check_packed(norm=norm)
+    check_packed("pooled", pooled, dims, features=2)
+    _check_norm(norm, pooled, dims)
     z, _ = _conv(pooled, weight, dims)
     found = torch.empty_like(z)
     _start(activate_kernel, z, dims, FLAT, z, norm, found)
@@ -318,7 +320,9 @@ def gate_again(pooled: Tensor, weight: Sequence[Tensor], norm: Tensor, dims: Seq
 
 def gate_backward_reduce(grad_gate: Tensor, z: Tensor, norm: Tensor, dims: Sequence[int]) -> Tensor:
     """[n, 2]: sums over batch and map of du and of du * xhat."""
-    tiles.check_packed(grad_gate=grad_gate, z=z, norm=norm)
+    check_packed("z", z, dims)
+    check_numbers("grad_gate", grad_gate, z.shape, z.dtype, z)
+    _check_norm(norm, z, dims)
     partial = _partial(z, dims, FLAT, 2)
     _start(backward_reduce_kernel, z, dims, FLAT, grad_gate, z, norm, partial)
     return partial.sum(1)
@@ -335,9 +339,15 @@ def gate_backward(
     dims: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Gradients of pooled [B, 2, M] and of each weight, through sigmoid, norm and convolution, and the sums."""
+    n = check_packed("z", z, dims)
+    check_numbers("grad_gate", grad_gate, z.shape, z.dtype, z)
+    _check_norm(norm, z, dims)
+    check_numbers("sums", sums, (n, 2), z.dtype, z)
+    check_numbers("statistics", statistics, (n, 3), z.dtype, z)
+    check_numbers("pooled", pooled, (z.shape[0], 2, z.shape[1]), z.dtype, z)
+    _check_weights(weight, z, n)
     if sums is None:
         sums = gate_backward_reduce(grad_gate, z, norm, dims)
-    tiles.check_packed(grad_gate=grad_gate, z=z, norm=norm, sums=sums, statistics=statistics, pooled=pooled)
     grad_z, grad_pooled = torch.empty_like(z), torch.empty_like(pooled)
     partial = _partial(z, dims, TAPPED, 54)
     _start(grad_z_kernel, z, dims, FLAT, grad_gate, z, norm, sums, statistics, grad_z)
@@ -347,9 +357,19 @@ def gate_backward(
     return grad_pooled, grad_weight, sums.to(weight[0].dtype)
 
 
+def _check_norm(norm: Tensor, packed: Tensor, dims: Sequence[int]) -> None:
+    check_numbers("norm", norm, (len(dims) // 3, 4), packed.dtype, packed)
+
+
+def _check_weights(weight: Sequence[Tensor], packed: Tensor, n: int) -> None:
+    found = [(tuple(w.shape), w.device) for w in weight]
+    if found != [((1, 2, 3, 3, 3), packed.device)] * n:
+        raise ValueError(f"weight is {found}; expected {n} of [1, 2, 3, 3, 3] on {packed.device}")
+
+
 def _conv(pooled: Tensor, weight: Sequence[Tensor], dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """z [B, M], and the count, mean and squared deviations of each program's part [n, P, 3]."""
-    tiles.check_packed(pooled=pooled)
+    _check_weights(weight, pooled, check_packed("pooled", pooled, dims, features=2))
     z = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
     partial = _partial(z, dims, TAPPED, 3)
     _start(conv_kernel, z, dims, TAPPED, pooled, _arranged(weight, z), z, partial)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import maps
+from .checks import check_kept, check_memory, check_padding, check_tokens
 from .columns import (
     LEAST,
     Columns,
@@ -166,8 +167,11 @@ def attention_gradient_kernel(
 
 def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """L = x key^T [B, N, M] and its column statistics [B, 2, M]. Reads 1 |X|, writes M / d |X|."""
-    b, n, _ = x.shape
+    check_memory("key", key, x)
     heads, width, k = key.shape
+    b, n = x.shape[:2]
+    check_tokens("x", x, (b, n, heads * k), key)
+    check_padding(padding, x)
     c = columns(heads, width, 1)
     bt = _tokens(x, c, heads * spans.fn(c))
     blocks = triton.cdiv(n, bt)
@@ -217,9 +221,13 @@ def attention_gradient(
 
     dA = keep * scale * (grad V) + (A - origin) inner + constant. Reads (1 + M / d) |X|, writes M / d |X|.
     """
+    check_memory("value", value, grad)
+    heads, v, width = value.shape
+    check_kept(attention, heads, width, keep)
     logits, rows = attention
     b, n, _ = logits.shape
-    heads, v, width = value.shape
+    check_tokens("grad", grad, (b, n, heads * v), logits)
+    check_padding(padding, logits)
     c = columns(heads, width, group)
     bt = _tokens(grad, c, heads * tile_count(c))
     blocks = triton.cdiv(n, bt)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
+from .checks import check_context, check_dense, check_gate, check_unpooled
 from .recalibrate import product_sum
 from .tiles import (
     X,
@@ -188,7 +189,9 @@ def pool(x: Tensor, context: int, gate: Tensor | None, gate_context: int) -> tup
 
     Reads x once, or once for each axis where T x W outgrows a tile.
     """
-    tiles.check_packed(gate=gate)
+    check_dense("x", x)
+    check_context("context", context)
+    check_gate("gate", gate, gate_context, x)
     size = maps.packed_size(x.shape, context)
     pooled = x.new_empty((x.shape[0], 2, size), dtype=maps.accumulate_dtype(x.dtype))
     argmax = x.new_empty((x.shape[0], size), dtype=maps.index_dtype(x.shape, context))
@@ -217,22 +220,23 @@ def unpool(
     inner_context: int,
 ) -> Tensor:
     """grad_x = grad_y * G(gate) + G(inner_gate) * U(grad_pooled, argmax) + U(inner_grad_pooled, inner_argmax)."""
-    packed = {
-        "gate": gate,
-        "grad_pooled": grad_pooled,
-        "argmax": argmax,
-        "inner_gate": inner_gate,
-        "inner_grad_pooled": inner_grad_pooled,
-        "inner_argmax": inner_argmax,
-    }
-    tiles.check_packed(**packed)
+    check_dense("grad_y", grad_y)
+    check_gate("gate", gate, context, grad_y)
+    check_unpooled("", grad_pooled, argmax, context, grad_y)
+    check_gate("inner_gate", inner_gate, inner_gate_context, grad_y)
+    check_unpooled("inner_", inner_grad_pooled, inner_argmax, inner_context, grad_y)
     grad_x = torch.empty_like(grad_y)
     tiles.launch(
         unpool_kernel,
         grad_y,
         tiles.elementwise(grad_y),
         grad_y,
-        *packed.values(),
+        gate,
+        grad_pooled,
+        argmax,
+        inner_gate,
+        inner_grad_pooled,
+        inner_argmax,
         grad_x,
         CONTEXT=context,
         INNER_GATE=inner_gate_context,
@@ -244,5 +248,7 @@ def unpool(
 
 def unpool_reduce(x: Tensor, grad_pooled: Tensor, argmax: Tensor, context: int, gate_context: int) -> Tensor:
     """Gradients [B, M] of the gates that multiplied x in pool: sums of x * U(grad_pooled, argmax). Reads x once."""
-    tiles.check_packed(grad_pooled=grad_pooled, argmax=argmax)
+    check_dense("x", x)
+    check_context("gate_context", gate_context)
+    check_unpooled("", grad_pooled, argmax, context, x)
     return product_sum(x, grad_pooled, argmax, context, gate_context)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
+from .checks import check_context, check_dense, check_gate, check_like
 from .tiles import (
     X,
     block_of,
@@ -95,7 +96,8 @@ def product_sum_over_kernel(
 
 def recalibrate(x: Tensor, gate: Tensor, context: int) -> Tensor:
     """y = x * G(gate), stored as x."""
-    tiles.check_packed(gate=gate)
+    check_dense("x", x)
+    check_gate("gate", gate, context, x)
     y = torch.empty_like(x)
     tiles.launch(recalibrate_kernel, x, tiles.elementwise(x), x, gate, y, CONTEXT=context)
     return y
@@ -103,7 +105,9 @@ def recalibrate(x: Tensor, gate: Tensor, context: int) -> Tensor:
 
 def recalibrate_reduce(grad_y: Tensor, x: Tensor, context: int) -> Tensor:
     """Gradients [B, M] of the gates of recalibrate: sums of grad_y * x over what a map lacks, by the number of maps."""
-    tiles.check_like("grad_y", grad_y, x)
+    check_dense("x", x)
+    check_context("context", context)
+    check_like("grad_y", grad_y, x)
     return product_sum(x, grad_y, None, maps.NONE, context)
 
 

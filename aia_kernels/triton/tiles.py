@@ -126,20 +126,6 @@ def start(kernel, x: Tensor, grid: tuple[int, ...], *args, **constants) -> None:
         kernel[grid](*args, **constants)
 
 
-def check_like(name: str, given: Tensor, x: Tensor) -> None:
-    if given.shape != x.shape or given.dtype != x.dtype or maps.storage_order(given) != maps.storage_order(x):
-        raise ValueError(
-            f"{name} is {given.dtype} {tuple(given.shape)} with strides {given.stride()}; "
-            f"expected {x.dtype} {tuple(x.shape)} with strides {x.stride()}"
-        )
-
-
-def check_packed(**packed: Tensor | None) -> None:
-    for name, given in packed.items():
-        if given is not None and not given.is_contiguous():
-            raise ValueError(f"{name} has strides {given.stride()}; expected a contiguous packed map")
-
-
 # Compile-time functions must not call ordinary ones: Triton hashes what they refer to. Axes are 0 to 3 in T, C, H, W,
 # and X stands for no pooled axis: x itself.
 

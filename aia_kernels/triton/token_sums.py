@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_kept, check_padding, check_tokens
 from .columns import (
     COLUMNS,
     INTERPRETED,
@@ -205,7 +206,11 @@ def value_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """grad^T A or grad^T (A - origin) [H, v, M'], and if needed the sums [H * v] of grad over batch and tokens. Reads
     (1 + M / d) |X|."""
-    c = columns(heads, attention[0].shape[2] // heads, group)
+    width = attention[0].shape[2] // heads
+    check_kept(attention, heads, width, keep)
+    check_tokens("grad", grad, (*attention[0].shape[:2], grad.shape[2]), attention[0])
+    check_padding(padding, grad)
+    c = columns(heads, width, group)
     return token_sums(grad, attention, None, None, keep, origin, padding, c, eps, scale, needs_sums, by_column=False)
 
 

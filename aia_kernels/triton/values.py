@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_kept, check_memory, check_padding, check_tokens
 from .columns import (
     Columns,
     as_bytes,
@@ -115,8 +116,13 @@ def values(
 ) -> tuple[Tensor, Tensor | None]:
     """o = A V^T + bias [B, N, H * v], features contiguous, and None; with a residual, relu of the sum, stored as the
     residual, and its signs. Reads M / d |X| (+ 1 |X|), writes 1 |X|."""
+    check_memory("value", value, attention[0])
     heads, v, width = value.shape
+    check_kept(attention, heads, width, keep)
     b, n, _ = attention[0].shape
+    check_padding(padding, attention[0])
+    if residual is not None:
+        check_tokens("residual", residual, (b, n, heads * v), value)
     if residual is None:
         o, signs = value.new_empty((b, n, heads * v)), None
     else:
@@ -144,7 +150,12 @@ def logits_gradient(
 
     Reads (2 + 4 M / d) |X|, writes 1 |X|: dL is made twice. It asks nothing of groups, so tiles cut them anywhere.
     """
+    check_memory("key", key, x)
     heads, width, k = key.shape
+    check_kept(attention, heads, width, None)
+    check_tokens("grad_attention", grad_attention, attention[0].shape, x)
+    check_tokens("x", x, (*attention[0].shape[:2], heads * k), key)
+    check_padding(padding, x)
     c = columns(heads, width, 1)
     reduced = reduced.contiguous()
     grad_key, _ = token_sums(
