@@ -124,10 +124,10 @@ DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 
+_PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS
+
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in (
-    _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS
-).items():
+for _name, _schema in _PASS_SCHEMAS.items():
     _library.define(_name + _schema)
 
 
@@ -160,7 +160,8 @@ def _counting(op: torch._ops.OpOverload) -> Callable:
 
 _COUNTING = {
     name: _counting(getattr(getattr(torch.ops, NAMESPACE), name).default)
-    for name in ("move_statistics_", "double_norm_", "double_norm_backward_", "residual_relu_")
+    for name, schema in _PASS_SCHEMAS.items()
+    if "!" in schema
 }
 
 
