@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 COLUMNS = [
     *("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "median_ms", "q25_ms", "q75_ms"),
     *("samples", "budget_mb", "gb_per_s", "copies", "clones", "speedup", "kept_mb", "kept_x", "max_error", "correct"),
-    *("timed", "wall_ms", "launches", "moved_mb", "predicted_ms", "of_roof"),
+    *("timed", "wall_ms", "launches", "moved_mb", "predicted_ms", "of_roof", "error"),
     *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
 ]
 KEY = ("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "device")
@@ -17,6 +22,22 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 #: The device in the rows of a rehearsal of ``make gpu``, whose numbers mean nothing.
 REHEARSAL = "rehearsal on the CPU"
+
+
+def failure(error: BaseException) -> str:
+    """What was raised on one line: its type and the first line of its message that says something."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+@contextlib.contextmanager
+def noted(row: dict, stage: str) -> Iterator[None]:
+    """What is raised inside goes into the column ``error`` of a row, with the stage at which it was, and no further."""
+    try:
+        yield
+    except Exception as error:
+        row["error"] = f"{stage}: {failure(error)}"
+        tqdm.write(f"{' '.join(str(row.get(c, '')) for c in KEY)}: {row['error']}", file=sys.stderr)
 
 
 def rehearsing() -> bool:

@@ -1,33 +1,57 @@
-"""Measure the layers, or with --passes the raw passes, and append rows to a CSV for each family.
+"""Measure the layers, or with --passes the raw passes, and append rows to a CSV for each family, each as it comes.
 
 Before anything is timed, its numbers are checked against the reference in float64; a provider whose numbers fail is
-named and gets neither a time nor a speedup. All providers of a case are then sampled in turns, beside two plain copies
-of x: ``copy`` into a buffer that exists, ``clone`` into a fresh one. Self-attention, which competes with external
-attention on the same tokens, computes something else: it gets a time, and no speedup.
+named and gets neither a time nor a speedup. One that raises, in building, checking, timing or counting, gets a row with
+its error, and the next one goes on. All providers of a case are then sampled in turns, beside two plain copies of x:
+``copy`` into a buffer that exists, ``clone`` into a fresh one. Self-attention, which competes with external attention
+on the same tokens, computes something else: it gets a time, and no speedup.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from . import check, measure, passes, records, registry, roof, roofline, table, timing
-from .check import Provider
+from .check import Checked, Provider
 from .machines import Machine
 from .registry import Case
 from .timing import Samples
 
 #: Larger batches are for a GPU: on a few cores they take minutes and say nothing new.
 CPU_CLIPS = 8
+
+
+def check_layers(
+    case: Case, candidates: Iterable[Provider], device: str, x: Tensor, grad_y: Tensor, where: dict, right: dict
+) -> Iterator[dict]:
+    """Put every layer that may be timed into ``right`` by its provider; the rows of the others, as they come."""
+    expected = check.Expected(case, x, grad_y, device)
+    for provider in candidates:
+        found = row(case, "", provider.name, where)
+        checked = None
+        with records.noted(found, "build"):
+            layer = check.build(provider, case, device)
+            with records.noted(found, "check"):
+                checked = check.check(provider, layer, expected, x, grad_y)
+        if checked and not checked.complaint:
+            right[provider.name] = checked
+            continue
+        if checked:
+            tqdm.write(f"{case}: {provider.name} is wrong and is not timed: {checked.complaint}", file=sys.stderr)
+            found |= {"max_error": f"{checked.error:.2e}", "correct": "no"}
+        yield found
 
 
 def measure_case(
@@ -38,12 +62,12 @@ def measure_case(
     seconds: float,
     where: dict,
     machine: Machine | None = None,
-) -> list[dict]:
-    """Rows of one case: every provider's numbers checked first, then those that are right timed in turns."""
-    inputs = rotating_inputs(case, device)
+) -> Iterator[dict]:
+    """Rows of one case, as they come: every provider's numbers checked first, then those that are right timed in
+    turns. A provider that raises gets a row with its error, and the others go on."""
+    inputs, layers = rotating_inputs(case, device), {}
     x, grad_y = inputs[0]
-    layers, wrong = check.check_case(case, candidates, device, x, grad_y)
-    rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
+    yield from check_layers(case, candidates, device, x, grad_y, where, layers)
     copies = copy_calls(inputs)
     for mode in registry.MODES:
         runs = {name: (run, contextlib.nullcontext) for name, run in copies.items()}
@@ -55,23 +79,32 @@ def measure_case(
                 calls = [measure.training_step(layer, x, grad_y) for x, grad_y in inputs]
             runs[name] = (calls, checked.context)
         samples = timing.interleave(runs, rounds, seconds, device)
-        for name, times in samples.items():
+        for name, times in sampled(samples):
             budget = 2 * case.x_bytes if name in copies else case.budget_bytes(mode)
             found = row(case, mode, name, where) | time_columns(times, samples, budget)
-            if name in layers:
-                checked = layers[name]
-                if name in roofline.COUNTED:
-                    found |= roofline.columns(roofline.count(case, name, mode), machine, times.median)
-                if checked.error is not None:
-                    found |= {"max_error": f"{checked.error:.2e}", "correct": "yes"}
-                    if "published" in samples:
-                        found["speedup"] = f"{samples['published'].median / times.median:.2f}"
+            if name in layers and not times.error:
+                compared_columns(found, case, layers[name], samples, machine)
                 if mode == "step":
-                    with checked.context():
-                        kept = measure.kept_bytes(checked.layer, x)
-                    found |= {"kept_mb": f"{kept / 1e6:.3f}", "kept_x": f"{kept / case.x_bytes:.3f}"}
-            rows.append(found)
-    return rows
+                    with records.noted(found, "kept bytes"), layers[name].context():
+                        kept = measure.kept_bytes(layers[name].layer, x)
+                        timing.on(device).wait()  # what went wrong shows here, not in the next provider
+                        found |= {"kept_mb": f"{kept / 1e6:.3f}", "kept_x": f"{kept / case.x_bytes:.3f}"}
+            yield found
+
+
+def compared_columns(
+    found: dict, case: Case, checked: Checked, samples: dict[str, Samples], machine: Machine | None
+) -> None:
+    """Add what a timed row of a layer has beside its time: counts and predictions, its error, its speedup."""
+    name, mode = found["provider"], found["mode"]
+    median = samples[name].median
+    if name in roofline.COUNTED:
+        with records.noted(found, "count"):
+            found |= roofline.columns(roofline.count(case, name, mode), machine, median)
+    if checked.error is not None:
+        found |= {"max_error": f"{checked.error:.2e}", "correct": "yes"}
+        if "published" in samples and samples["published"].seconds:
+            found["speedup"] = f"{samples['published'].median / median:.2f}"
 
 
 def measure_passes(
@@ -82,26 +115,41 @@ def measure_passes(
     seconds: float,
     where: dict,
     machine: Machine | None = None,
-) -> list[dict]:
-    """Rows of the raw passes of every fused backend on the input of a case, if the case's layer comes out right."""
-    inputs = rotating_inputs(case, device)
+) -> Iterator[dict]:
+    """Rows of the raw passes of every fused backend on the input of a case, as they come, if the case's layer comes out
+    right. A backend or a pass that raises gets a row with its error."""
+    inputs, layers = rotating_inputs(case, device), {}
     x, grad_y = inputs[0]
     fused = [provider for provider in candidates if provider.name in check.FUSED]
-    right, wrong = check.check_case(case, fused, device, x, grad_y)
-    rows = [wrong_row(case, name, error, where) for name, error in wrong.items()]
-    for backend in right:
-        sets = [passes.calls(backend, case, x, grad_y) for x, grad_y in inputs]
-        raw, counts = sets[0], roofline.count_passes(case, backend)
+    yield from check_layers(case, fused, device, x, grad_y, where, layers)
+    for backend in layers:
+        failed = row(case, "pass", backend, where) | {"kind": "pass"}
+        with records.noted(failed, "passes"):
+            sets = [passes.calls(backend, case, x, grad_y) for x, grad_y in inputs]
+        if failed["error"]:
+            yield failed
+            continue
+        counts: dict[str, tuple] = {}
+        with records.noted(failed, "count"):
+            counts = roofline.count_passes(case, backend)
+        raw = sets[0]
         runs = copy_calls(inputs) | {name: [one[name].call for one in sets] for name in raw}
         contexts = {name: (calls, contextlib.nullcontext) for name, calls in runs.items()}
         samples = timing.interleave(contexts, rounds, seconds, device)
-        for name, times in samples.items():
+        for name, times in sampled(samples):
             budget = raw[name].bytes_moved if name in raw else 2 * case.x_bytes
-            found = row(case, "pass", backend, where) | {"kind": "pass", "name": name, "correct": "yes"}
-            if name in counts:
-                found |= roofline.columns(counts[name], machine, times.median)
-            rows.append(found | time_columns(times, samples, budget))
-    return rows
+            found = row(case, "pass", backend, where) | {"kind": "pass", "name": name}
+            found |= time_columns(times, samples, budget)
+            if not times.error:
+                found |= {"correct": "yes", "error": failed["error"] if name in raw else ""}
+                if name in counts:
+                    found |= roofline.columns(counts[name], machine, times.median)
+            yield found
+
+
+def sampled(samples: dict[str, Samples]) -> list[tuple[str, Samples]]:
+    """Those with samples or an error: where one ended the sampling, others have neither."""
+    return [(name, one) for name, one in samples.items() if one.seconds or one.error]
 
 
 def rotating_inputs(case: Case, device: str) -> list[tuple[Tensor, Tensor]]:
@@ -122,12 +170,16 @@ def row(case: Case, mode: str, provider: str, where: dict) -> dict:
     return dict.fromkeys(records.COLUMNS, "") | case.columns | {"mode": mode, "provider": provider} | where
 
 
-def wrong_row(case: Case, provider: str, error: float, where: dict) -> dict:
-    return row(case, "", provider, where) | {"max_error": f"{error:.2e}", "correct": "no"}
-
-
 def time_columns(times: Samples, samples: dict[str, Samples], budget: int) -> dict:
-    """The columns of a time: spread, bandwidth against the budget, in plain copies into a reused and a fresh buffer."""
+    """The columns of a time: spread, bandwidth against the budget, in plain copies into a reused and a fresh buffer; or
+    the error instead of one."""
+    if times.error:
+        return {"timed": times.timed, "error": f"time: {times.error}"}
+    in_copies = {
+        column: f"{times.median / samples[name].median:.2f}"
+        for column, name in (("copies", "copy"), ("clones", "clone"))
+        if samples[name].seconds
+    }
     low, high = times.quartiles
     return {
         "median_ms": f"{times.median * 1e3:.4f}",
@@ -138,19 +190,16 @@ def time_columns(times: Samples, samples: dict[str, Samples], budget: int) -> di
         "wall_ms": f"{statistics.median(times.wall) * 1e3:.4f}" if times.wall else "",
         "budget_mb": f"{budget / 1e6:.3f}",
         "gb_per_s": f"{budget / times.median / 1e9:.2f}",
-        "copies": f"{times.median / samples['copy'].median:.2f}",
-        "clones": f"{times.median / samples['clone'].median:.2f}",
+        **in_copies,
     }
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--family", choices=tuple(registry.FAMILIES), help="one family only (default: one after the other)"
-    )
+    parser.add_argument("--family", choices=tuple(registry.FAMILIES), help="one family only (default: both)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny inputs, few samples")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name holds every word of TEXT")
-    parser.add_argument("--minutes", type=float, default=20, help="begin no case after, families share it (default 20)")
+    parser.add_argument("--minutes", type=float, default=20, help="begin no case after (default 20)")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each provider (default 9)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="DIR", help="where the CSV files go")
     parser.add_argument("--passes", action="store_true", help="measure the raw passes instead of the layers")
@@ -163,55 +212,81 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="torch.compile of the published flow: in every case, in none, or (auto) on the GPU in every case and on "
         "the CPU in the main ones (Case.compiled_on_cpu)",
     )
+    parser.add_argument("--begin", default="", metavar="CASE", help="leave out the cases before this one")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="CASE:PROVIDER", help="leave a provider out of a case"
+    )
     return parser.parse_args(arguments)
 
 
-def chosen_cases(family: str, options: argparse.Namespace) -> list[Case]:
-    known = registry.FAMILIES[family]
-    found = known.quick_cases() if options.quick else known.cases()
+def chosen_cases(options: argparse.Namespace) -> list[Case]:
+    """The cases that are asked for, what matters most on the device first."""
+    found: list[Case] = []
+    for name, family in registry.FAMILIES.items():
+        if options.family in (None, name):
+            cases = family.quick_cases() if options.quick else family.cases()
+            cases = [case for case in cases if all(word in str(case) for word in options.filter.split())]
+            found += family.pass_cases(cases) if options.passes else cases
     if options.device == "cpu":
         found = [case for case in found if case.clips <= CPU_CLIPS]
-    found = [case for case in found if all(word in str(case) for word in options.filter.split())]
-    return known.pass_cases(found) if options.passes else found
+    return registry.by_worth(found, options.device)
 
 
-def run_family(family: str, cases: list[Case], minutes: float, options: argparse.Namespace) -> None:
-    """Measure cases of one family and write their rows, until time is up."""
-    path = records.path(options.results, family, options.passes)
-    where, start = measure.machine(options.device), time.perf_counter()
-    machine = roof.machine(where["device"], options.results, records.RESULTS)
-    found, measured = check.providers(options.device, family), measure_passes if options.passes else measure_case
+def providers_of(case: Case, options: argparse.Namespace) -> list[Provider]:
+    candidates = check.providers(options.device, case.family)
+    auto = options.device == "cuda" or case.compiled_on_cpu
+    if options.compile == "on" or (options.compile == "auto" and auto):
+        candidates += check.compiled(options.device)
+    candidates += check.alternatives(case, options.device)
+    return [one for one in candidates if f"{case}:{one.name}" not in options.without]
+
+
+def rows_of(case: Case, options: argparse.Namespace, where: dict, machine: Machine | None) -> Iterator[dict]:
+    """The rows of a case as they come; one with the error, if it is none of a provider's."""
     rounds, seconds = (2, 0.5) if options.quick else (options.rounds, 15)
-    bar, made = tqdm(cases, unit="case", dynamic_ncols=True), []
-    for i, case in enumerate(bar):
-        if time.perf_counter() - start > minutes * 60:
-            left = len(cases) - i
-            tqdm.write(f"time is up after {minutes:g} minutes: {left} cases left out", file=sys.stderr)
-            break
-        bar.set_description(str(case))
-        candidates = list(found)
-        auto = options.device == "cuda" or case.compiled_on_cpu
-        if options.compile == "on" or (options.compile == "auto" and auto):
-            candidates += check.compiled(options.device)
-        candidates += check.alternatives(case, options.device)
-        rows = measured(case, candidates, options.device, rounds, seconds, where, machine)
-        records.write(path, rows)
-        made += rows
-    print(*table.beside(made), f"wrote {path}", sep="\n")
+    measured = measure_passes if options.passes else measure_case
+    failed = row(case, "", "", where)
+    with records.noted(failed, "case"):
+        yield from measured(case, providers_of(case, options), options.device, rounds, seconds, where, machine)
+    if failed["error"]:
+        yield failed
+
+
+def again_without(case: Case, provider: str, minutes: float, arguments: list[str]) -> NoReturn:
+    """Go on in a new process, for nothing can run on the device in this one: with the same case, without a provider."""
+    further = ["--begin", str(case), "--without", f"{case}:{provider}", "--minutes", f"{minutes:.3f}"]
+    print(f"{provider} lost the device in {case}: going on in a new process", file=sys.stderr, flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *arguments, *further])
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments, start = sys.argv[1:] if arguments is None else arguments, time.perf_counter()
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    families = [options.family] if options.family else list(registry.FAMILIES)
-    chosen = {family: cases for family in families if (cases := chosen_cases(family, options))}
-    if not chosen:
+    cases = chosen_cases(options)
+    cases = cases[[str(case) for case in cases].index(options.begin) if options.begin else 0 :]
+    if not cases:
         print(f"no case matches --filter {options.filter!r}", file=sys.stderr)
         return 2
-    for family, cases in chosen.items():
-        run_family(family, cases, options.minutes / len(chosen), options)
-    return 0
+    where = measure.machine(options.device)
+    machine = roof.machine(where["device"], options.results, records.RESULTS)
+    bar, made = tqdm(cases, unit="case", dynamic_ncols=True), []
+    for i, case in enumerate(bar):
+        if time.perf_counter() - start > options.minutes * 60:
+            print(f"time is up after {options.minutes:g} minutes: {len(cases) - i} cases left out", file=sys.stderr)
+            break
+        bar.set_description(str(case))
+        path = records.path(options.results, case.family, options.passes)
+        for found in rows_of(case, options, where, machine):
+            records.write(path, [found])
+            made.append(found)
+            if found["error"] and timing.on(options.device).is_lost():
+                again_without(case, found["provider"], options.minutes - (time.perf_counter() - start) / 60, arguments)
+    failed, wrong = sum(bool(found["error"]) for found in made), len(records.select(made, correct="no"))
+    told = f"wrote {len(made)} rows to {options.results}: {failed} with an error, {wrong} with wrong numbers"
+    print(*table.beside(made), told, sep="\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,14 +32,20 @@ Context = Callable[[], contextlib.AbstractContextManager]
 
 @dataclass
 class Samples:
-    """Seconds per call, one entry a sample, how they were taken ("graph" or "calls") and the wall time in eager."""
+    """Seconds per call, one entry a sample, how they were taken ("graph" or "calls") and the wall time in eager.
+
+    error: what was raised, where a call raised; then there are no samples, and the median raises it as RuntimeError.
+    """
 
     seconds: list[float]
     timed: str = "calls"
     wall: list[float] = field(default_factory=list)
+    error: str = ""
 
     @property
     def median(self) -> float:
+        if self.error:
+            raise RuntimeError(self.error)
         return statistics.median(self.seconds)
 
     @property
@@ -91,6 +97,10 @@ class Processor:
     def release(self) -> None:
         """Give back the memory of what was prepared."""
 
+    def is_lost(self) -> bool:
+        """Whether nothing can run on the device any more in this process."""
+        return False
+
 
 class CudaGraphs(Processor):
     """A CUDA device: all calls captured in one graph, its replays timed by events."""
@@ -132,7 +142,16 @@ class CudaGraphs(Processor):
         torch.cuda.synchronize()
 
     def release(self) -> None:
-        torch.cuda.empty_cache()
+        if not self.is_lost():
+            torch.cuda.empty_cache()
+
+    def is_lost(self) -> bool:
+        """An illegal access, once it was reported, is the answer to every later call."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
 
 def on(device: str) -> Processor:
@@ -145,33 +164,56 @@ def interleave(
     """Samples of several runs taken in turns, so that drift of the machine meets all alike.
 
     ``runs`` maps a name to (call, context), context() being entered around its samples, or to several calls that do the
-    same on rotating inputs. No further round is begun once ``seconds`` have passed, but there is always one.
+    same on rotating inputs. No further round is begun once ``seconds`` have passed, but there is always one. A run that
+    raises is left out, its samples hold the error; one after which the device is lost ends the sampling.
     """
     processor, prepared, found = on(device), {}, {}
     for name, (calls, context) in runs.items():
         calls = [calls] if callable(calls) else list(calls)
         found[name] = Samples([], processor.timed)
-        with context():
-            try:
-                sample = processor.prepare(calls)
-            except RuntimeError as error:
-                if processor.timed == "calls":
-                    raise
-                tqdm.write(f"{name} cannot be captured in a graph, its wall time stands for it: {error}", sys.stderr)
-                found[name].timed, sample = "calls", lambda calls=calls: processor.wall(calls)
-        prepared[name] = sample, calls, context
+        with _failing(name, found[name]), context():
+            prepared[name] = _prepare(name, calls, processor, found[name]), calls, context
+        if found[name].error and processor.is_lost():
+            return found
     start = time.perf_counter()
     for done in range(rounds):
         if done and time.perf_counter() - start > seconds:
             break
-        for name, (sample, calls, context) in prepared.items():
-            with context():
+        for name, (sample, calls, context) in list(prepared.items()):
+            with _failing(name, found[name]), context():
                 found[name].seconds.append(sample())
                 if processor.samples_wall:
                     found[name].wall.append(processor.wall(calls))
+            if found[name].error:
+                del prepared[name]
+                if processor.is_lost():
+                    return found
     prepared.clear()
     processor.release()
     return found
+
+
+@contextlib.contextmanager
+def _failing(name: str, samples: Samples) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        samples.error = records.failure(error)
+        samples.seconds.clear()
+        samples.wall.clear()
+        tqdm.write(f"{name} cannot be timed: {samples.error}", sys.stderr)
+
+
+def _prepare(name: str, calls: list[Call], processor: Processor, samples: Samples) -> Callable[[], float]:
+    """What takes a sample: of a graph or, where the calls cannot be captured in one, their wall time."""
+    try:
+        return processor.prepare(calls)
+    except RuntimeError as error:
+        if processor.timed == "calls" or processor.is_lost():
+            raise
+        tqdm.write(f"{name} cannot be captured in a graph, its wall time stands for it: {error}", sys.stderr)
+    samples.timed = "calls"
+    return lambda: processor.wall(calls)
 
 
 def _seconds(run: Call) -> float:

@@ -1,5 +1,6 @@
 """The benchmarks: the baseline is the published flow, wrong numbers get no time, the demo's pieces do what they say."""
 
+import contextlib
 import csv
 from pathlib import Path
 
@@ -210,11 +211,177 @@ PLAIN = LayerCase("ExternalAttention", "9x6", 2, "fp32", "contiguous", (2, 9, 6)
 )
 def test_wrong_numbers_get_neither_time_nor_speedup(case, make, capsys):
     candidates = [*check.providers("cpu", case.family), check.Provider("wrong", lambda case: make())]
-    rows = run.measure_case(case, candidates, "cpu", rounds=1, seconds=0, where={})
+    rows = list(run.measure_case(case, candidates, "cpu", rounds=1, seconds=0, where={}))
     (row,) = (row for row in rows if row["provider"] == "wrong")
     assert row["correct"] == "no" and row["median_ms"] == "" and row["speedup"] == ""
     assert "wrong is wrong and is not timed" in capsys.readouterr().err
     assert {"published", "reference"} <= {row["provider"] for row in rows if row["correct"] == "yes"}
+
+
+class Raising(published.CinST):
+    """Raises at the chosen stage of a measurement: the first call in a mode checks numbers, the later ones do not."""
+
+    def __init__(self, stage: str):
+        super().__init__(3)
+        self.stage, self.calls = stage, {True: 0, False: 0}
+        if stage == "build":
+            raise ValueError("no such layer\nsecond line")
+
+    def flow(self, x):
+        self.calls[self.training] += 1
+        if self.stage == "check" or (self.stage == "time" and self.calls[self.training] > 1):
+            raise ValueError("no such layer\nsecond line")
+        return super().flow(x)
+
+
+@pytest.mark.parametrize("stage", ["build", "check", "time", "kept bytes", "count"])
+def test_a_provider_that_raises_gets_a_row_with_its_error_and_the_next_one_its_time(stage, monkeypatch):
+    name = "raising"
+    if stage == "count":
+        name = "cpu"  # one of those that are counted
+        monkeypatch.setattr(run.roofline, "count", lambda *_: {}["no such layer"])
+    if stage == "kept bytes":
+        kept_bytes = measure.kept_bytes
+        monkeypatch.setattr(
+            measure,
+            "kept_bytes",
+            lambda layer, x: layer.no_such_layer if type(layer) is Raising else kept_bytes(layer, x),
+        )
+    raising = check.Provider(name, lambda case: Raising(stage))
+    first, *others = check.providers("cpu", TINY.family)[:2]
+    rows = list(run.measure_case(TINY, [first, raising, *others], "cpu", rounds=2, seconds=60, where={}))
+    failed = [row for row in rows if row["error"]]
+    assert failed and {row["provider"] for row in failed} == {name} | (
+        {"published", "reference"} if stage == "count" else set()
+    )
+    message = {
+        "count": "KeyError: 'no such layer'",
+        "kept bytes": "AttributeError: 'Raising' object has no attribute 'no_such_layer'",
+    }.get(stage, "ValueError: no such layer")
+    assert all(row["error"] == f"{stage}: {message}" for row in failed)
+    timed = [row for row in rows if row["median_ms"]]
+    assert {row["provider"] for row in timed} >= {"copy", "clone", "published", *(one.name for one in others)}
+    assert (name in {row["provider"] for row in timed}) == (stage in ("kept bytes", "count"))
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """A run over small cases of both families; rows of a family's file."""
+
+    def rows(*arguments: str, family: str = FAMILIES[0], expected: int = 1) -> list[dict]:
+        status = run.main(["--quick", "--device", "cpu", "--compile", "off", "--results", str(tmp_path), *arguments])
+        path = records.path(tmp_path, family, "--passes" in arguments)
+        with path.open(newline="") as file:
+            found = list(csv.DictReader(file))
+        assert status == expected
+        return found
+
+    return rows
+
+
+def test_a_case_that_raises_gets_a_row_and_the_next_case_runs(run_of, monkeypatch):
+    make_input = UnitCase.make_input
+
+    def without_cinst(case, *arguments):
+        if case.name == "CinST":
+            raise MemoryError
+        return make_input(case, *arguments)
+
+    monkeypatch.setattr(UnitCase, "make_input", without_cinst)
+    rows = run_of("--filter", "16x14x14")
+    assert (rows[0]["name"], rows[0]["error"]) == ("CinST", "case: MemoryError: ")
+    assert {row["name"] for row in rows if row["median_ms"]} == set(NAMES) - {"CinST"}
+
+
+@pytest.mark.parametrize("broken", ["calls", "one pass", "count"])
+def test_passes_that_raise_get_a_row(broken, run_of, monkeypatch):
+    monkeypatch.setattr(check, "FUSED", ("reference",))
+    given = {"good": passes.RawPass(lambda: None, 8), "bad": passes.RawPass(lambda: {}["gone"], 8)}
+    given = given if broken == "one pass" else {"good": given["good"]}
+    monkeypatch.setattr(passes, "calls", lambda *_: {}["gone"] if broken == "calls" else given)
+    monkeypatch.setattr(run.roofline, "count_passes", lambda *_: {}["gone"] if broken == "count" else {})
+    rows = run_of("--passes", "--filter", "16x14x14")
+    told = {"calls": ("CinST", "passes: "), "one pass": ("bad", "time: "), "count": ("good", "count: ")}
+    name, stage = told[broken]
+    failed = [(row["name"], row["error"]) for row in rows if row["error"]]
+    assert failed == [(name, stage + "KeyError: 'gone'")]
+    assert ("good" in {row["name"] for row in rows if row["median_ms"]}) == (broken != "calls")
+
+
+def test_rows_are_written_as_they_come(run_of, monkeypatch):
+    written = []
+    monkeypatch.setattr(run, "measure_case", lambda *_: iter([run.row(TINY, "eval", "one", {}), written.append]))
+    with pytest.raises(AttributeError):  # what ends the run after the first row
+        run_of("--filter", "CinST-16x14x14")
+
+
+def test_a_lost_device_is_met_in_a_new_process_without_the_provider_that_lost_it(run_of, monkeypatch):
+    case = registry.FAMILIES[FAMILIES[0]].quick_cases()[0]
+    started = []
+
+    def execute(path, arguments):
+        started.append(arguments[arguments.index("benchmarks.run") + 1 :])
+        raise KeyboardInterrupt  # this process ends here
+
+    monkeypatch.setattr(run.os, "execv", execute)
+    monkeypatch.setattr(run.timing.Processor, "is_lost", lambda self: True)
+    raising = check.Provider("raising", lambda case: Raising("check"))
+    monkeypatch.setattr(check, "providers", lambda *_: [raising, check.Provider("late", lambda case: Raising("check"))])
+    with pytest.raises(KeyboardInterrupt):
+        run_of("--filter", "16x14x14")
+    options = run.parse(started[0])
+    assert (options.begin, options.without, options.quick) == (str(case), [f"{case}:raising"], True)
+    assert 0 < options.minutes <= 20
+    assert [one.name for one in run.providers_of(case, options)] == ["late"]
+    monkeypatch.setattr(run, "measure_case", lambda case, *_: iter([run.row(case, "eval", "x", {})]))
+    skipped = run_of(*started[0], "--begin", str(registry.FAMILIES[FAMILIES[0]].quick_cases()[3]), expected=0)
+    assert [row["name"] for row in skipped] == ["CinST", *registry.attention_in_attention.NAMES[3:]]
+
+
+def test_a_run_that_raises_in_a_later_sample_is_left_out():
+    calls = iter([None] * 3)
+    runs = {"bad": (lambda: next(calls), contextlib.nullcontext), "good": (lambda: None, contextlib.nullcontext)}
+    found = run.timing.interleave(runs, 5, 60, "cpu")
+    assert found["bad"].error == "StopIteration: " and found["bad"].seconds == [] and len(found["good"].seconds) == 5
+
+
+def test_sampling_ends_where_the_device_is_lost(monkeypatch):
+    monkeypatch.setattr(run.timing.Processor, "is_lost", lambda self: True)
+    calls = {name: (call, contextlib.nullcontext) for name, call in (("good", int), ("bad", lambda: {}[0]), ("c", int))}
+    found = run.timing.interleave(calls, 2, 60, "cpu")
+    assert found["bad"].error == "KeyError: 0" and "c" not in found and not found["good"].error
+    assert [name for name, _ in run.sampled(found)] == ["bad"]
+    with pytest.raises(RuntimeError, match="KeyError: 0"):
+        _ = found["bad"].median
+
+
+def test_products_are_exact_where_numbers_are_compared(monkeypatch):
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    seen, results = [], measure.results
+
+    def noting(*arguments):
+        seen.append([place.allow_tf32 for place in places])
+        return results(*arguments)
+
+    monkeypatch.setattr(measure, "results", noting)
+    before = [place.allow_tf32 for place in places]
+    list(run.measure_case(TINY, check.providers("cpu", TINY.family)[:2], "cpu", rounds=1, seconds=0, where={}))
+    assert len(seen) == 4 and all(found == [False, False] for found in seen)  # the truth twice, two providers
+    assert [place.allow_tf32 for place in places] == before
+
+
+@pytest.mark.parametrize("device, dtype", [("cuda", "bf16"), ("cpu", "fp32")])
+def test_what_matters_most_is_measured_first(device, dtype):
+    cases = run.chosen_cases(run.parse(["--device", device]))
+    first, units, layers = cases[:8], 4 * 2, len(PLACES)
+    assert {case.name for case in first} == {"CinST", "STinC"}
+    assert all((case.dtype, case.clips, case.layout) == (dtype, 8, "contiguous") for case in first)
+    assert {case.stage for case in cases[units : units + layers]} == set(PLACES)
+    main = units + layers + 3 * 4
+    assert all((case.dtype, case.layout) == (dtype, "contiguous") for case in cases[:main])
+    others = cases[main : 2 * main]
+    assert not {case.dtype for case in others} & {dtype} and {case.layout for case in others} == {"contiguous"}
+    assert [case.kind for case in cases[-len(SWEEP) :]] == ["sweep"] * len(SWEEP)
 
 
 def test_kept_bytes_counts_storages_once():

@@ -35,7 +35,7 @@ class TestInterleave:
         inputs = run.rotating_inputs(TINY, "cpu")
         assert len(inputs) == 2
         assert torch.equal(inputs[0][0], inputs[1][0]) and inputs[0][0].data_ptr() != inputs[1][0].data_ptr()
-        rows = run.measure_case(TINY, check.providers("cpu", TINY.family)[:1], "cpu", 1, 0, {})
+        rows = list(run.measure_case(TINY, check.providers("cpu", TINY.family)[:1], "cpu", 1, 0, {}))
         assert {row["provider"] for row in rows} == {"copy", "clone", "published"}
         assert all(float(row["wall_ms"]) > 0 and row["timed"] == "calls" for row in rows)
 
@@ -194,5 +194,5 @@ def test_what_is_printed_beside_a_time():
 def test_large_batches_are_for_a_gpu():
     for device, most in (("cpu", 8), ("cuda", 32)):
         options = run.parse(["--device", device])
-        assert max(case.clips for case in run.chosen_cases("attention_in_attention", options)) == most
+        assert max(case.clips for case in run.chosen_cases(options)) == most
     assert set(registry.main_clips("attention_in_attention").values()) == {8}

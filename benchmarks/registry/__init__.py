@@ -14,4 +14,24 @@ def main_clips(family: str) -> dict[tuple[str, str], int]:
     return found
 
 
-__all__ = ["DTYPES", "FAMILIES", "MODES", "Case", "main_clips"]
+#: The type of the main inputs.
+MAIN_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+MAIN_UNITS = ("CinST", "STinC")
+
+
+def by_worth(cases: list[Case], device: str) -> list[Case]:
+    """Cases in the order of what matters on a device: its main inputs (their type, contiguous, the main batch), then
+    those with one thing changed, the type first, and so on; the sweep last. Among equals the main units, then external
+    attention, then the other units."""
+    clips = {family: main_clips(family) for family in FAMILIES}
+
+    def key(case: Case) -> tuple:
+        batch = clips[case.family].get((case.name, case.stage), case.clips)
+        departures = case.dtype != MAIN_DTYPE[device], case.layout != "contiguous", case.clips != batch
+        group = 0 if case.name in MAIN_UNITS else 1 if case.family == "external_attention" else 2
+        return case.kind == "sweep", sum(departures), [not one for one in departures], group
+
+    return sorted(cases, key=key)
+
+
+__all__ = ["DTYPES", "FAMILIES", "MODES", "Case", "by_worth", "main_clips"]
