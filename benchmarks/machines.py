@@ -55,17 +55,25 @@ def _rates(half: float, single: float, double: float) -> dict[torch.dtype, float
     return {dtype: rate * 1e12 for dtype, rate in rates.items()}
 
 
-#: By a part of the name that torch gives the device.
+#: By a part of the name that torch gives the device. Rates are dense, half of the sparse figure where that is given.
 MACHINES = {
-    # nvidia.com/en-us/data-center/h200, SXM: 4.8 TB/s; dense (half of the sparse figure) 989 TFLOP/s in 16 bits, 67 in
-    # float32 and in float64 on tensor cores. L2: 60 MB, as its device properties have it.
+    # nvidia.com/en-us/data-center/h200, SXM: 4.8 TB/s; 989 TFLOP/s in 16 bits, 67 in float32 and in float64 on tensor
+    # cores. L2: 60 MB, as its device properties have it.
     "H200": Machine("H200", 4.8e12, _rates(989, 67, 67), 60 * 2**20),
+    # NVIDIA H100 datasheet (nvidia.com/en-us/data-center/h100). SXM5: 3.35 TB/s; 989, 67 and 67 TFLOP/s. PCIe: 2 TB/s;
+    # 756, 51 and 51. NVL: 3.9 TB/s; 835, 60 and 60. L2: 50 MB, H100 architecture whitepaper.
+    "H100 80GB HBM3": Machine("H100 SXM", 3.35e12, _rates(989, 67, 67), 50 * 2**20),
+    "H100 PCIe": Machine("H100 PCIe", 2.0e12, _rates(756, 51, 51), 50 * 2**20),
+    "H100 NVL": Machine("H100 NVL", 3.9e12, _rates(835, 60, 60), 50 * 2**20),
     # NVIDIA A100 datasheet (80GB SXM): 2,039 GB/s; 312, 19.5 and 19.5 TFLOP/s. L2: 40 MB, A100 architecture whitepaper.
     "A100": Machine("A100", 2.039e12, _rates(312, 19.5, 19.5), 40 * 2**20),
     # NVIDIA Blackwell architecture technical brief, HGX B200: 8 TB/s; dense 2,250, 80 and 40 TFLOP/s. L2: 126 MB, as
     # published by those who read its device properties.
     "B200": Machine("B200", 8.0e12, _rates(2250, 80, 40), 126 * 2**20),
 }
+
+#: Those for which times are predicted on paper: an H100 is an H200 with less bandwidth.
+SHOWN = {name: MACHINES[name] for name in ("H200", "A100", "B200")}
 
 
 def known(device_name: str) -> Machine | None:

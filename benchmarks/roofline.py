@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from . import counting, measure, passes, records, registry, table
 from .counting import Launch
-from .machines import EAGER_US, GRAPH_US, MACHINES, Machine
+from .machines import EAGER_US, GRAPH_US, SHOWN, Machine
 from .registry import Case
 
 PROVIDERS = ("cuda", "triton", "published")
@@ -41,7 +41,7 @@ TIMES = ("roof", "graph", "eager")
 COLUMNS = [
     *("kind", "family", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "part"),
     *("launches", "x_reads", "x_writes", "read_x", "written_x", "moved_mb", "gflop"),
-    *(f"{machine} {time} us" for machine in MACHINES for time in TIMES),
+    *(f"{machine} {time} us" for machine in SHOWN for time in TIMES),
 ]
 #: Where launches that belong to no pass are gathered.
 FRAMEWORK = "framework"
@@ -123,7 +123,7 @@ def row(case: Case, mode: str, provider: str, part: str, launches: list[Launch])
     found |= {"x_reads": reads, "x_writes": writes}
     found |= {"read_x": f"{read / case.x_bytes:.2f}", "written_x": f"{written / case.x_bytes:.2f}"}
     found |= {"moved_mb": f"{(read + written) / 1e6:.3f}", "gflop": f"{sum(one.flops for one in launches) / 1e9:.3f}"}
-    for name, machine in MACHINES.items():
+    for name, machine in SHOWN.items():
         for time, seconds in predict(launches, machine)._asdict().items():
             found[f"{name} {time} us"] = f"{seconds * 1e6:.1f}"
     return found
@@ -176,7 +176,7 @@ def lines(family: str, found: list[dict], parts: bool = False) -> list[str]:
     header = [*table.HEADER[family], *(["pass"] if parts else [])]
     for mode in registry.MODES:
         header += [f"{mode}: bytes, X, published → fused", "launches, published → cuda, triton"]
-        header += [f"{machine}, us" for machine in MACHINES]
+        header += [f"{machine}, us" for machine in SHOWN]
     made = [header, ["---"] * len(header)]
     for name, stage, part in dict.fromkeys((one["name"], one["stage"], one["part"]) for one in chosen):
         if part and not parts:
@@ -205,7 +205,7 @@ def cells(by_provider: dict[str, dict]) -> list[str]:
     fused = ", ".join(filter(None, map(launches, ("cuda", "triton"))))
     found.append(f"{launches('published')} → {fused}" if published else fused)
     one = by_provider.get("cuda")
-    for name in MACHINES:
+    for name in SHOWN:
         times = [float(one[f"{name} {time} us"]) for time in ("roof", "graph")] if one else []
         found.append(" / ".join(f"{time:.0f}" if time >= 10 else f"{time:.1f}" for time in times))
     return found

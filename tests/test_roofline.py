@@ -203,6 +203,9 @@ def test_predictions():
     machine = machines.known("NVIDIA H200")
     assert machine is machines.MACHINES["H200"] and machines.known("NVIDIA A100-SXM4-80GB").name == "A100"
     assert machines.known("cpu") is None
+    names = {"NVIDIA H100 80GB HBM3": "H100 SXM", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA H100 NVL": "H100 NVL"}
+    assert {name: machines.known(name).name for name in names} == names
+    assert machines.known("NVIDIA H100 80GB HBM3").bandwidth == 3.35e12
     one = counting.Launch("", "copy", 10**9, 10**9, 0, torch.float32, (), ())
     paper = roofline.predict([one, one], machine)
     assert paper.roof == pytest.approx(2 * 2e9 / (machines.ACHIEVED * 4.8e12))
