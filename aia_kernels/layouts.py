@@ -1,4 +1,5 @@
-"""Views of x as its layer sees it, and copies where its strides fit no kernel.
+"""Views of x as its layer sees it, and copies where its strides fit no kernel, or where it is a view of the negative of
+what is stored (torch.Tensor.is_neg).
 
 A function settles the layout of its input when it is called, and a registered operator once more when it runs: a traced
 program has other inputs than those that it was traced with, and tracers leave out a copy that was none.
@@ -16,11 +17,16 @@ from . import maps
 from .tracing import is_symbolic
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, contiguous and with their own values; those that are absent stay so."""
+    return [None if t is None else t.contiguous().resolve_neg() for t in tensors]
+
+
 def stored_as(grad_y: Tensor, x: Tensor) -> Tensor:
     """grad_y with the strides of x: gradients arrive expanded (from sum), without memory or in another layout."""
     without_memory = not torch.compiler.is_compiling() and grad_y._is_zerotensor()  # compilers have none
     same = grad_y.stride() == x.stride() and not without_memory
-    return grad_y if same else torch.empty_like(x).copy_(grad_y)
+    return grad_y.resolve_neg() if same else torch.empty_like(x).copy_(grad_y)
 
 
 def unviewed(y: Tensor) -> Tensor:
@@ -41,7 +47,7 @@ def as_input(y: Tensor, ndim: int) -> Tensor:
 def dense_clips(clips: Tensor) -> Tensor:
     """clips [B, T, C, H, W] themselves if they are stored in one of maps.ORDERS, else a copy that is."""
     if maps.storage_order(clips) is not None:
-        return clips
+        return clips.resolve_neg()
     copy = clips.clone()  # keeps the order of the axes, channels last too
     return copy if maps.storage_order(copy) is not None else clips.contiguous()
 
@@ -65,12 +71,13 @@ def as_maps(tokens: Tensor, x: Tensor) -> Tensor:
 
 def with_dense_maps(x: Tensor) -> Tensor:
     """x [B, C, H, W] itself if it is contiguous or channels_last, else a contiguous copy."""
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.resolve_neg() if dense else x.contiguous()
 
 
 def dense_tokens(x: Tensor) -> Tensor:
     """x [B, N, C] itself if it is stored densely, its features or (maps) its tokens contiguous, else a copy that is."""
-    return x if x.is_contiguous() or x.mT.is_contiguous() else x.mT.contiguous().mT
+    return x.resolve_neg() if x.is_contiguous() or x.mT.is_contiguous() else x.mT.contiguous().mT
 
 
 def with_rows(x: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ def with_rows(x: Tensor) -> Tensor:
     _, n, d = x.shape
     by_token = (d == 1 or x.stride(2) == 1) and (n == 1 or x.stride(1) >= d)
     by_feature = (n == 1 or x.stride(1) == 1) and (d == 1 or x.stride(2) >= n)
-    return x if by_token or by_feature else x.contiguous()
+    return x.resolve_neg() if by_token or by_feature else x.contiguous()
 
 
 def save(ctx: Any, x: Tensor, *kept: Tensor | None) -> None:

@@ -165,6 +165,23 @@ _COUNTING = {
 }
 
 
+def _resolving(op: torch._ops.OpOverload) -> None:
+    """Views of negatives (torch.Tensor.is_neg) are resolved in lists of tensors that may be absent too: the framework
+    resolves single tensors and whole lists alone, and a kernel would read the negatives."""
+
+    def resolved(value):
+        if isinstance(value, (list, tuple)):
+            return [resolved(entry) for entry in value]
+        return value.resolve_neg() if isinstance(value, Tensor) else value
+
+    _library.impl(op, lambda *arguments: op(*map(resolved, arguments)), "Negative")
+
+
+for _name, _schema in _PASS_SCHEMAS.items():
+    if "Tensor?[]" in _schema:
+        _resolving(getattr(getattr(torch.ops, NAMESPACE), _name).default)
+
+
 def callable_pass(name: str) -> Callable:
     """The registered operator of a pass."""
     return _COUNTING.get(name) or getattr(getattr(torch.ops, NAMESPACE), name).default

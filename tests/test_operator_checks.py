@@ -1,11 +1,14 @@
-"""What the raw operators refuse, as an exported program may call them: one table, for the CPU and for CUDA.
+"""What the raw operators refuse, as an exported program may call them: one table, for the CPU, CUDA and Triton.
 
-The checks of both are one source (csrc/register_common.h and beside it). Those of CUDA come before anything that needs
-a device, so the CUDA implementation is called here with CPU tensors: what passes its checks is refused for the device.
+The checks of the first two are one source (csrc/register_common.h and beside it); Triton's say the same
+(aia_kernels/triton/checks.py). Those of CUDA come before anything that needs a device, so the CUDA implementation is
+called here with CPU tensors: what passes its checks is refused for the device. Triton's come before a launch, which
+fails here with the same words.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -16,44 +19,32 @@ import torch
 from conftest import skip_unless_runnable
 from fuzz import sets, spoiled
 from pass_cases import in_order
+from raw_arguments import (
+    DIMS,
+    NO_DEVICE,
+    SPACETIME,
+    B,
+    C,
+    H,
+    M,
+    T,
+    W,
+    changed,
+    good,
+    launches_refused,
+    of,
+    places,
+    put,
+    to,
+    wide,
+)
 from torch import Tensor
 
-from aia_kernels import _extension, maps
+from aia_kernels import _extension, backends, maps
 
-B, T, C, H, W = 2, 3, 4, 5, 6
-CHANNEL, SPACETIME = (maps.packed_size((B, T, C, H, W), context) for context in (maps.CHANNEL, maps.SPACETIME))
-DIMS = [3, 5, 6]
-M = math.prod(DIMS)
-NO_DEVICE = "the first argument must be on a CUDA device"
-
-
-def good() -> dict[str, list]:
-    """Arguments that each operator takes, fresh and no two in one place."""
-    x = torch.randn
-    gate = torch.rand
-    index = torch.zeros(B, SPACETIME, dtype=torch.uint8)
-    weight, norm, one = x(1, 2, 3, 3, 3), gate(1, 4), torch.ones(1)
-    statistics, features = torch.tensor([[0.0, 1.0, 1 / (B * M)]]), (x(B, 2, SPACETIME), index, 3)
-    inner = gate(B, CHANNEL), 1, x(B, 2, CHANNEL), torch.zeros(B, CHANNEL, dtype=torch.uint8), 1
-    return {
-        "pool": [x(B, T, C, H, W), 3, gate(B, CHANNEL), 1],
-        "unpool": [x(B, T, C, H, W), gate(B, SPACETIME), *features, *inner],
-        "unpool_reduce": [x(B, T, C, H, W), *features, 1],
-        "recalibrate": [x(B, T, C, H, W), gate(B, SPACETIME), 3],
-        "recalibrate_reduce": [x(B, T, C, H, W), x(B, T, C, H, W), 3],
-        "temporal_shift": [x(B, T, C, H, W), 2, False],
-        "gate": [x(B, 2, M), [weight], [one], [one.clone()], [None], [None], [1e-5], [True], DIMS],
-        "gate_again": [x(B, 2, M), [weight], norm, DIMS],
-        "gate_backward_reduce": [x(B, M), x(B, M), norm, DIMS],
-        "gate_backward": [x(B, M), x(B, M), norm, x(1, 2), statistics, x(B, 2, M), [weight], DIMS],
-        "move_statistics_": [[x(5)], [gate(5)], [torch.tensor(0)], [0.5 * gate(5, 3)], 0.1],
-        "column_statistics": [x(2, 6, 8), torch.zeros(2, 6, dtype=torch.bool)],
-        "double_norm_": [x(2, 6, 8), x(2, 8), 4, 1e-9, torch.zeros(2, 6, dtype=torch.bool)],
-        "double_norm_backward_reduce": [x(2, 6, 8), gate(2, 6, 8), 4],
-        "double_norm_backward_": [x(2, 6, 8), gate(2, 6, 8), gate(2, 6, 2), x(2, 8), 4],
-        "residual_relu_": [x(2, 6, 8), x(2, 6, 8), x(8)],
-        "residual_relu_backward": [x(2, 6, 8), torch.zeros(12, dtype=torch.uint8)],
-    }
+#: Of Triton the framework's own operators, or part of a product (values, signed).
+NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward")
+REFUSED = (RuntimeError, ValueError)
 
 
 def implementation(key: str, name: str, arguments: list) -> Any:
@@ -73,35 +64,32 @@ def cuda(name: str, arguments: list) -> Any:
     return implementation("CUDA", name, arguments)
 
 
-@pytest.fixture(params=[cpu, cuda], ids=["cpu", "cuda"])
+def triton(name: str, arguments: list) -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if name in NOT_TRITON:
+        pytest.skip(f"{name} is no kernel of Triton's")
+    with launches_refused():
+        return getattr(backends.passes("triton"), name)(*arguments)
+
+
+@pytest.fixture(params=[cpu, cuda, triton], ids=lambda call: call.__name__)
 def call(request) -> Callable[[str, list], Any]:
     return request.param
 
 
 @pytest.mark.parametrize("name", good())
-def test_good_arguments_are_taken(name):
-    assert all(t.isfinite().all() for t in tensors_of(cpu(name, good()[name])))
-    with pytest.raises(RuntimeError, match=NO_DEVICE):
-        cuda(name, good()[name])
+def test_good_arguments_are_taken(call, name):
+    if call is cpu:
+        assert all(t.isfinite().all() for t in tensors_of(cpu(name, good()[name])))
+    else:
+        with pytest.raises(RuntimeError, match=NO_DEVICE):
+            call(name, good()[name])
 
 
 def tensors_of(values) -> list[Tensor]:
     if isinstance(values, (list, tuple)):
         return [t for value in values for t in tensors_of(value)]
     return [values] if isinstance(values, Tensor) else []
-
-
-def wide(axis: int) -> Callable[[Tensor], Tensor]:
-    """The same sizes, cut out of a tensor that is longer along an axis: fault 2's slice of channels is one."""
-    return lambda t: torch.cat((t, t), axis).narrow(axis, 0, t.shape[axis])
-
-
-def to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.to(dtype)
-
-
-def put(value) -> Callable[[Any], Any]:
-    return lambda _: value
 
 
 CONTEXT = r"must be 1 \(channel\) or 3 \(spacetime\)"
@@ -266,19 +254,9 @@ BAD = {
 }
 
 
-def changed(arguments: list, place: int | tuple[int, int], change: Callable) -> list:
-    """The arguments with one of them, or one entry of a list among them, changed."""
-    arguments = list(arguments)
-    if isinstance(place, int):
-        arguments[place] = change(arguments[place])
-    else:
-        arguments[place[0]] = changed(arguments[place[0]], place[1], change)
-    return arguments
-
-
 @pytest.mark.parametrize("name, place, change, words", BAD.values(), ids=BAD)
 def test_bad_arguments_are_refused(call, name, place, change, words):
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(REFUSED, match=words):
         call(name, changed(good()[name], place, change))
 
 
@@ -294,7 +272,7 @@ SHARED = {
 def test_what_is_written_shares_no_memory(call, name, written, other):
     arguments = good()[name]
     tensor = arguments[written] if isinstance(written, int) else arguments[written[0]][written[1]]
-    with pytest.raises(RuntimeError, match="is written, and must share no memory with"):
+    with pytest.raises(REFUSED, match="is written, and must share no memory with"):
         call(name, changed(arguments, other, put(tensor)))
 
 
@@ -302,8 +280,10 @@ def test_parts_that_overlap(call):
     """Not only the same tensor: the statistics lie inside the logits, the mass one element into the gradient."""
     room = torch.randn(2 * 6 * 8 + 8)
     logits, lse = room[8:].view(2, 6, 8), room[:16].view(2, 8)
-    with pytest.raises(RuntimeError, match="logits is written, and must share no memory with lse"):
+    with pytest.raises(REFUSED, match="logits is written, and must share no memory with lse"):
         call("double_norm_", [logits, lse, 4, 0.0, None])
+    if call is triton:
+        return
     running = torch.randn(9)
     with pytest.raises(RuntimeError, match="is written, and must share no memory with mean"):
         call(
@@ -320,22 +300,7 @@ def test_a_tensor_that_is_copied_when_written_is_apart():
     assert torch.equal(attention, before) and not torch.equal(grad, before)
 
 
-def places(arguments: list) -> list[int | tuple[int, int]]:
-    """Where the tensors are among arguments."""
-    found = []
-    for i, value in enumerate(arguments):
-        if isinstance(value, Tensor):
-            found.append(i)
-        elif isinstance(value, list):
-            found += [(i, j) for j, entry in enumerate(value) if isinstance(entry, Tensor)]
-    return found
-
-
 OPERANDS = [(name, place) for name, arguments in good().items() for place in places(arguments)]
-
-
-def of(arguments: list, place: int | tuple[int, int]) -> Tensor:
-    return arguments[place] if isinstance(place, int) else arguments[place[0]][place[1]]
 
 
 @pytest.mark.parametrize("name, place", OPERANDS)
@@ -343,24 +308,24 @@ def test_memory_of_every_operand(call, name, place):
     """Between the addresses of its type, and beyond the end of its storage, of which nothing or a part was kept."""
     r = random.Random(0)
     if of(good()[name], place).element_size() > 1:
-        with pytest.raises(RuntimeError, match="must begin at an address that is a multiple of its"):
+        with pytest.raises(REFUSED, match="must begin at an address that is a multiple of its"):
             call(name, changed(good()[name], place, lambda t: spoiled.misaligned(r, t)))
     for left in (0.0, 0.9):
         arguments = good()[name]
         storage = of(arguments, place).untyped_storage()
         storage.resize_(int(left * storage.nbytes()))
-        with pytest.raises(RuntimeError, match="must lie inside its storage of"):
+        with pytest.raises(REFUSED, match="must lie inside its storage of"):
             call(name, arguments)
 
 
 @pytest.mark.parametrize("name, place", OPERANDS)
 def test_types_and_sizes_of_every_operand(call, name, place):
     wrong = torch.complex64 if of(good()[name], place).is_floating_point() else torch.float32
-    with pytest.raises(RuntimeError, match="must"):
+    with pytest.raises(REFUSED, match="must"):
         call(name, changed(good()[name], place, to(wrong)))
     if name == "temporal_shift":
         return  # takes any sizes
-    with pytest.raises(RuntimeError, match="must"):
+    with pytest.raises(REFUSED, match="must"):
         call(name, changed(good()[name], place, lambda t: t.repeat(*[2] * max(1, t.ndim))))
 
 
@@ -373,6 +338,31 @@ def test_strides_of_axes_of_length_one_do_not_matter(call):
     else:
         with pytest.raises(RuntimeError, match=NO_DEVICE):
             call("recalibrate", [x, gate, 3])
+
+
+@pytest.mark.parametrize("name, place", OPERANDS)
+def test_negative_views_of_every_operand(name, place):
+    """A view of the negatives of what is stored: the framework resolves it on the CPU, or raises where it would be
+    written; Triton's passes refuse it."""
+    skip_unless_runnable("cpu", "cpu")
+    if not of(good()[name], place).is_floating_point():
+        return
+    operator = getattr(torch.ops.aia_kernels, name)
+    given = good()[name]
+    plain = changed(given, place, lambda t: t.clone().neg_())
+    negative = changed(given, place, lambda t: torch._neg_view(t.clone()))
+    copied = [copy.deepcopy(value) for value in plain]
+    alias = operator.default._schema.arguments[place if isinstance(place, int) else place[0]].alias_info
+    if alias is not None and alias.is_write:
+        with pytest.raises(RuntimeError):
+            operator(*negative)
+        return
+    expected, found = operator(*copied), operator(*negative)
+    for a, b in zip(tensors_of([found, negative]), tensors_of([expected, copied]), strict=True):
+        torch.testing.assert_close(a.resolve_neg(), b, rtol=0, atol=0, equal_nan=True)
+    if name not in NOT_TRITON:
+        with pytest.raises(ValueError, match="must hold its own values"):
+            triton(name, changed(good()[name], place, torch._neg_view))
 
 
 def test_no_samples_and_no_tokens(call):
@@ -393,19 +383,24 @@ def test_no_samples_and_no_tokens(call):
                     call(name, arguments)
 
 
-def test_both_backends_take_and_refuse_the_same():
-    """Over random argument sets the CUDA operators say word for word what the CPU's do."""
-    skip_unless_runnable("cpu", "cpu")
+@pytest.mark.parametrize("other", [cuda, triton], ids=["cuda", "triton"])
+def test_backends_take_and_refuse_the_same(other):
+    """Over random argument sets the CUDA operators and the Triton passes say word for word what the CPU's do."""
     for seed in range(1500):
         one = sets.Set(seed)
+        if other is triton and one.operator in NOT_TRITON:
+            continue
         said = []
-        for call in (cuda, cpu):
+        for call in (other, cpu):
             try:
                 call(one.operator, one.arguments)
                 said.append(NO_DEVICE)
-            except RuntimeError as error:
+            except REFUSED as error:
                 said.append(str(error))
-        assert said[0] == said[1], one
+        if "Expected a value of type" in said[1]:  # the framework's word, before that of an operator
+            assert said[0] != NO_DEVICE, one
+        else:
+            assert said[0] == said[1], one
 
 
 def unit() -> list:

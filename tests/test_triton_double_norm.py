@@ -429,9 +429,3 @@ def test_empty_attention(case):
     i = Inputs(case)
     for kept, empty in zip(i.attention, passes.empty_attention(i.x, case.width, case.group), strict=True):
         assert kept.shape == empty.shape and kept.dtype == empty.dtype
-
-
-def test_refuses_other_signs():
-    signs = passes.empty_signs(torch.empty(2, 5, 12, device=DEVICE))
-    with pytest.raises(ValueError, match="signs are"):
-        passes.signed(torch.empty(2, 12, 5, device=DEVICE).mT, signs)

@@ -80,13 +80,5 @@ def test_many_programs(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip((first, sums, *grads), (second, same, *others), strict=True))
 
 
-def test_refuses_strided_maps():
-    x = torch.randn(1, 2, 3, 4, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="gate has strides"):
-        passes.recalibrate(x, torch.randn(1, 2 * maps.packed_size(x.shape, 1), device=DEVICE)[:, ::2], maps.CHANNEL)
-    with pytest.raises(ValueError, match="grad_y"):
-        passes.recalibrate_reduce(x.transpose(3, 4), x, maps.CHANNEL)
-
-
 def test_map_order():
     assert [passes.map_order(order) for order in maps.ORDERS] == list(maps.ORDERS)

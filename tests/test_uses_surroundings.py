@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from conftest import skip_unless_runnable
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -23,6 +24,7 @@ from uses_layers import (
     every_device,
     every_layer,
     every_layer_without_dropout,
+    few_layers,
     layer,
     left_by,
     main_layers,
@@ -180,6 +182,29 @@ def test_plain_subclasses(name):
     y.backward(towards(y))
     found = {key: t if t is None else t.as_subclass(Tensor) for key, t in left_by(module, x, y).items()}
     assert_same_bits(found, plain_step(name))
+
+
+def negative_view(t: Tensor) -> Tensor:
+    """The same values as a view of their negatives, which a kernel must not take for its own."""
+    return torch._neg_view(t.neg())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@few_layers
+def test_negative_views(name, backend):
+    """x, the gradient and the parameters."""
+    skip_unless_runnable(backend, "cpu")
+    with aia_kernels.use_backend(backend):
+        expected = step(name)
+        module, x = layer(name), negative_view(batch(name)).requires_grad_()
+        for holder in module.modules():
+            for key, p in list(holder.named_parameters(recurse=False)):
+                setattr(holder, key, nn.Parameter(negative_view(p.detach())))
+        torch.manual_seed(2)
+        y = module(x)
+        y.backward(negative_view(towards(y)))
+        found = {key: t if t is None else t.resolve_neg() for key, t in left_by(module, x, y).items()}
+    assert_same_bits(found, expected)
 
 
 @every_layer

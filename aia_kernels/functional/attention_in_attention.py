@@ -14,7 +14,7 @@ The backend ``reference`` takes its own formula on all four. A DTensor is taken 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -106,8 +106,8 @@ def _through_passes(
         x.dtype != maps.accumulate_dtype(x.dtype)
         and any(p.dtype != gate.weight.dtype for gate in gates for p in (gate.norm or ())[:2] if p is not None),
     )
-    parameters = [p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None)))]
-    fixed = [p for gate in gates for p in _fixed(gate.norm)]
+    parameters = _resolved(p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None))))
+    fixed = _resolved(p for gate in gates for p in _fixed(gate.norm))
     clips, dtype = as_clips(x, num_segments), maps.accumulate_dtype(x.dtype)
     if passes is None:
         packed = operators.packed(parameters, fixed, plan.batch, dtype)
@@ -121,6 +121,11 @@ def _through_passes(
         return as_input(algorithm.evaluate(plan, clips, of_gates), x.ndim), [None] * len(gates)
     result = algorithm.forward(plan, clips, of_gates)
     return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
+
+
+def _resolved(parameters: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The parameters with their own values: the framework does not do it for what stands in a list."""
+    return [None if p is None else p.resolve_neg() for p in parameters]
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from .. import backends, reference, sharded
 from .. import external_attention as algorithm
 from ..autocast import autocast_dtype, no_autocast
 from ..external_attention import Plan
-from ..layouts import as_maps, as_tokens, with_dense_maps, with_rows
+from ..layouts import as_maps, as_tokens, contiguous, with_dense_maps, with_rows
 from ..operators import external_attention as operators
 from ..reference import Norm
 from ..running_statistics import update_running_statistics
@@ -163,7 +163,7 @@ def external_attention(
         if backend == "reference" or transformed:
             settings = group, eps, padding, keep, scale, process_group
             return reference.external_attention(x, key, value, bias, *settings)
-        x, key, value = with_rows(x), key.contiguous(), value.contiguous()
+        x, (key, value, bias) = with_rows(x), contiguous(key, value, bias)
         if is_traced():
             settings = group, eps, _group_name(process_group), scale
             return operators.external_attention_forward(x, key, value, bias, padding, keep, *settings, backend)[0]
@@ -224,7 +224,7 @@ def _block_through_passes(
     """y and the statistics [C, 3] by one of the roads 1, 3 and 4."""
     members = _group_name(norm.process_group if norm.training else None)
     fixed = None if norm.uses_batch else torch.stack((norm.running_mean, norm.running_var))
-    key, value = key.contiguous(), value.contiguous()
+    key, value = contiguous(key, value)
     if is_traced():
         settings = eps, norm.uses_batch, norm.eps, members, backend
         tokens, *_, statistics = operators.external_attention_block_forward(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends, ops
 from .. import external_attention as algorithm
 from ..external_attention import BatchNorm, Plan
-from ..layouts import dense_tokens, save, saved, stored_as, with_rows
+from ..layouts import contiguous, dense_tokens, save, saved, stored_as, with_rows
 from ..tracing import backward_is_followed, gradients
 
 _registered = getattr(torch.ops, ops.NAMESPACE)
@@ -26,10 +26,6 @@ def _passes(backend: str):
     return backends.passes(backend, "external_attention")
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def _typed(grads: Iterable[Tensor], inputs: Iterable[Tensor | None]) -> list[Tensor | None]:
     """Gradients of parameters, None for those that are absent, in their types."""
     return [None if p is None else g.to(p.dtype) for g, p in zip(grads, inputs, strict=True)]
@@ -40,11 +36,11 @@ def _normalize_plan(group, eps, shards, backend) -> Plan:
 
 
 def _normalize(logits, padding, *settings):
-    return algorithm.double_normalize_forward(_normalize_plan(*settings), logits, *_contiguous(padding))
+    return algorithm.double_normalize_forward(_normalize_plan(*settings), logits, *contiguous(padding))
 
 
 def _normalize_backward(grad, attention, mass, padding, *settings):
-    kept = _contiguous(attention, mass, padding)
+    kept = contiguous(attention, mass, padding)
     return algorithm.double_normalize_backward(_normalize_plan(*settings), grad, *kept)
 
 
@@ -70,13 +66,13 @@ def _attention_plan(group, eps, shards, scale, backend) -> Plan:
 
 
 def _attend(x, key, value, bias, padding, keep, *settings):
-    tensors = with_rows(x), *_contiguous(key, value, bias, padding, keep)
+    tensors = with_rows(x), *contiguous(key, value, bias, padding, keep)
     o, attention = algorithm.forward(_attention_plan(*settings), *tensors)
     return o, *attention
 
 
 def _attend_backward(grad, x, key, value, attention, second, padding, keep, *settings):
-    key, value, attention, second, padding, keep = _contiguous(key, value, attention, second, padding, keep)
+    key, value, attention, second, padding, keep = contiguous(key, value, attention, second, padding, keep)
     plan, kept = _attention_plan(*settings), (attention, second)
     return algorithm.backward(plan, with_rows(grad), with_rows(x), key, value, kept, padding, keep)
 
@@ -106,7 +102,7 @@ def _block_plan(key, eps, batch, norm_eps, members, backend) -> Plan:
 
 
 def _block(x, key, value, weight, bias, fixed, *settings):
-    tensors = dense_tokens(x), *_contiguous(key, value, weight, bias, fixed)
+    tensors = dense_tokens(x), *contiguous(key, value, weight, bias, fixed)
     result = algorithm.block_forward(_block_plan(key, *settings), *tensors)
     return result.y, *result.attention, result.signs, *result.batch, result.statistics
 
@@ -114,9 +110,9 @@ def _block(x, key, value, weight, bias, fixed, *settings):
 def _block_backward(
     grad_y, x, key, value, weight, attention, second, signs, mean, total, centred, statistics, *settings
 ):
-    x, kept = dense_tokens(x), _contiguous(attention, second, signs, mean, total, centred, statistics)
+    x, kept = dense_tokens(x), contiguous(attention, second, signs, mean, total, centred, statistics)
     attention, second, signs, *batch, statistics = kept
-    parameters = _contiguous(key, value, weight)
+    parameters = contiguous(key, value, weight)
     kept = (attention, second), signs, BatchNorm(*batch), statistics
     return algorithm.block_backward(_block_plan(key, *settings), stored_as(grad_y, x), x, *parameters, *kept)
 

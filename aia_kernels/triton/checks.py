@@ -1,126 +1,256 @@
-"""What the passes ask of their arguments before a launch: a kernel reads wherever it is told to, in silence."""
+"""What the passes check of their arguments before a launch: a kernel reads and writes wherever it is told to.
+
+The C++ operators check the same in the same order and say the same (csrc/register_common.h and beside it).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import maps
+from .columns import Attention, row_count
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_dense(name: str, x: Tensor) -> None:
-    """x is [B, T, C, H, W], not empty, and stored in an order of maps.ORDERS."""
-    if x.ndim != 5 or x.numel() == 0 or maps.storage_order(x) is None:
-        raise ValueError(
-            f"{name} is {tuple(x.shape)} with strides {x.stride()}; "
-            f"expected [B, T, C, H, W], not empty, stored densely in an order of {', '.join(maps.ORDERS)}"
-        )
-
-
-def check_like(name: str, given: Tensor, x: Tensor) -> None:
-    """given has the shape, type, device and storage order of x."""
-    if (
-        (given.shape, given.dtype, given.device) != (x.shape, x.dtype, x.device)
-        or maps.storage_order(given) is None
-        or maps.storage_order(given) != maps.storage_order(x)
-    ):
-        raise ValueError(
-            f"{name} is {given.dtype} {tuple(given.shape)} with strides {given.stride()} on {given.device}; "
-            f"expected {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}"
-        )
-
-
-def check_numbers(name: str, given: Tensor | None, sizes: Sequence[int], dtype: torch.dtype, of: Tensor) -> None:
-    """given is absent, or contiguous, of these sizes and this type, on the device of another tensor."""
-    if given is None:
+def check_operand(name: str, t: Tensor | None, first: Tensor) -> None:
+    """t is a tensor on the device of the first one, and its elements lie inside its storage, which may have been shrunk
+    since, as they are and at addresses that their type allows."""
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {t}")
+    if t.device != first.device:
+        raise ValueError(f"{name} must be on the device of the first argument, {first.device}, got {t.device}")
+    if not t.numel():
         return
-    found = tuple(given.shape), given.dtype, given.device
-    if found != (tuple(sizes), dtype, of.device):
+    itemsize, room = t.element_size(), t.untyped_storage().nbytes()
+    last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    if last >= room // itemsize:
         raise ValueError(
-            f"{name} is {given.dtype} {found[0]} on {given.device}; expected {dtype} {tuple(sizes)} on {of.device}"
+            f"{name} must lie inside its storage of {room} bytes, got {described(t)} from element "
+            f"{t.storage_offset()} on"
         )
-    if not given.is_contiguous():
-        raise ValueError(f"{name} has strides {given.stride()}; expected a contiguous tensor")
+    if t.is_neg():
+        raise ValueError(f"{name} must hold its own values, got a view of their negatives; call resolve_neg")
+    if t.data_ptr() % itemsize:
+        raise ValueError(f"{name} must begin at an address that is a multiple of its {itemsize} bytes per element")
 
 
-def check_context(name: str, context: int, absent: bool = False) -> None:
-    if context not in (maps.CHANNEL, maps.SPACETIME) and not (absent and context == maps.NONE):
-        raise ValueError(f"{name} is {context}; expected {maps.CHANNEL} (channel) or {maps.SPACETIME} (spacetime)")
+def check_sizes(name: str, t: Tensor | None, sizes: Sequence[int], dtype: torch.dtype, first: Tensor) -> None:
+    """An operand of these sizes and this type, with any strides."""
+    check_operand(name, t, first)
+    if tuple(t.shape) != tuple(sizes) or t.dtype != dtype:
+        raise ValueError(f"{name} must be {_name_of(dtype)} {list(sizes)}, got {described(t)}")
 
 
-def check_gate(name: str, gate: Tensor | None, context: int, x: Tensor) -> None:
-    """gate is the packed maps [B, M] of its context, or both are absent."""
-    check_context(f"the context of {name}", context, absent=gate is None)
-    if (gate is None) != (context == maps.NONE):
-        raise ValueError(f"{name} is absent, but its context is {context}; expected both or neither")
+def check_contiguous(name: str, t: Tensor | None, sizes: Sequence[int], dtype: torch.dtype, first: Tensor) -> None:
+    """An operand that is contiguous, of these sizes and this type."""
+    check_operand(name, t, first)
+    if tuple(t.shape) != tuple(sizes) or t.dtype != dtype or not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous {_name_of(dtype)} {list(sizes)}, got {described(t)}")
+
+
+def check_same(name: str, t: Tensor | None, other: Tensor, other_name: str) -> None:
+    """An operand that is stored as another one: its type, sizes, and the strides that matter."""
+    check_operand(name, t, other)
+    same = (t.shape, t.dtype) == (other.shape, other.dtype)
+    if same and t.numel():
+        same = all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), other.stride(), strict=True))
+    if not same:
+        raise ValueError(
+            f"{name} and {other_name} must agree in shape, strides and dtype, got {described(t)} and {described(other)}"
+        )
+
+
+def check_apart(name: str, written: Tensor, **others: Tensor | None) -> None:
+    """What is written, which is dense, shares no memory with other dense operands."""
+    if written.is_meta:  # without memory
+        return
+    begin = written.data_ptr()
+    for other_name, other in others.items():
+        if other is not None and begin < other.data_ptr() + other.nbytes and other.data_ptr() < begin + written.nbytes:
+            raise ValueError(f"{name} is written, and must share no memory with {other_name}")
+
+
+def check_floating(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {_name_of(t.dtype)}")
+
+
+def check_eps(eps: float) -> None:
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must not be negative, infinite or NaN, got {eps:g}")
+
+
+def check_activation(name: str, x: Tensor) -> None:
+    """x is [B, T, C, H, W], not empty, and stored in an order of maps.ORDERS."""
+    check_operand(name, x, x)
+    if x.ndim != 5:
+        raise ValueError(f"{name} must be [B, T, C, H, W], got {described(x)}")
+    if not x.numel():
+        raise ValueError(f"{name} must not be empty, got {described(x)}")
+    # Kernels count along an axis in 32 bits, with room for a block beyond its end.
+    if max(x.shape[1:]) >= 2**30:
+        raise ValueError(f"{name} must have axes shorter than 2^30, got {described(x)}")
+    check_floating(name, x)
+    if maps.storage_order(x) is None:
+        raise ValueError(f"{name} must be stored densely in an order of maps.ORDERS, got {described(x)}")
+
+
+def check_context(name: str, context: int) -> None:
+    if context not in (maps.CHANNEL, maps.SPACETIME):
+        raise ValueError(f"{name} must be 1 (channel) or 3 (spacetime), got {context}")
+
+
+def check_gate(name: str, gate: Tensor | None, context_name: str, context: int, x: Tensor) -> None:
+    """A gate [B, M] of a context for x."""
+    check_context(context_name, context)
+    sizes = x.shape[0], maps.packed_size(x.shape, context)
+    check_contiguous(name, gate, sizes, maps.accumulate_dtype(x.dtype), x)
+
+
+def check_optional_gate(name: str, gate: Tensor | None, context_name: str, context: int, x: Tensor) -> None:
+    """The same, or no gate and context 0."""
+    if gate is not None:
+        check_gate(name, gate, context_name, context, x)
+    elif context != maps.NONE:
+        raise ValueError(f"{context_name} must be 0, as there is no {name}, got {context}")
+
+
+def check_unpooled(prefix: str, grad: Tensor | None, argmax: Tensor | None, context: int, x: Tensor) -> None:
+    """A gradient [B, 2, M] of pooled features of a context and the index [B, M] of the maximum."""
+    check_context(f"{prefix}context", context)
     size = maps.packed_size(x.shape, context)
-    check_numbers(name, gate, (x.shape[0], size), maps.accumulate_dtype(x.dtype), x)
+    check_contiguous(f"{prefix}grad_pooled", grad, (x.shape[0], 2, size), maps.accumulate_dtype(x.dtype), x)
+    check_contiguous(f"{prefix}argmax", argmax, (x.shape[0], size), maps.index_dtype(x.shape, context), x)
 
 
-def check_unpooled(name: str, grad: Tensor | None, argmax: Tensor | None, context: int, x: Tensor) -> None:
-    """The gradient [B, 2, M] of pooled features of a context and the index [B, M] of the maximum, or none of them."""
+def check_optional_unpooled(prefix: str, grad: Tensor | None, argmax: Tensor | None, context: int, x: Tensor) -> None:
+    """The same, or neither and context 0."""
     if (grad is None) != (argmax is None):
-        raise ValueError(f"{name}grad_pooled and {name}argmax come together or not at all")
-    check_context(f"the context of {name}grad_pooled", context, absent=grad is None)
-    if (grad is None) != (context == maps.NONE):
-        raise ValueError(f"{name}grad_pooled is absent, but its context is {context}; expected both or neither")
+        raise ValueError(f"{prefix}grad_pooled and {prefix}argmax must come together")
     if grad is not None:
-        sizes = x.shape[0], maps.packed_size(x.shape, context)
-        check_numbers(f"{name}grad_pooled", grad, (sizes[0], 2, sizes[1]), maps.accumulate_dtype(x.dtype), x)
-        check_numbers(f"{name}argmax", argmax, sizes, maps.index_dtype(x.shape, context), x)
+        check_unpooled(prefix, grad, argmax, context, x)
+    elif context != maps.NONE:
+        raise ValueError(f"{prefix}context must be 0, as there is no {prefix}grad_pooled, got {context}")
 
 
 def check_packed(name: str, packed: Tensor, dims: Sequence[int], features: int = 0) -> int:
-    """packed is [B, M], or [B, 2, M] for features, of the one or three maps whose lengths dims hold; returns how many
-    maps there are."""
+    """packed is [B, M], or [B, 2, M] for features, of the one or three maps whose lengths dims hold, and not empty;
+    returns how many maps there are."""
+    check_operand(name, packed, packed)
     n = len(dims) // 3
-    if n not in (1, 3) or len(dims) != 3 * n or min(dims) < 1:
-        raise ValueError(f"dims are {list(dims)}; expected three positive lengths for each of 1 or 3 maps")
-    size = sum(dims[i] * dims[i + 1] * dims[i + 2] for i in range(0, 3 * n, 3))
+    if n not in (1, 3) or len(dims) != 3 * n:
+        raise ValueError(f"dims must hold three lengths for each of 1 or 3 maps, got {len(dims)} numbers")
     if packed.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} is {packed.dtype}; expected float32 or float64, as packed maps are")
-    lead = packed.shape[:1] if packed.ndim else (0,)
-    check_numbers(name, packed, (*lead, *((features,) if features else ()), size), packed.dtype, packed)
+        raise ValueError(f"{name} must be float32 or float64, as packed maps are, got {_name_of(packed.dtype)}")
+    if packed.ndim != (3 if features else 2) or not packed.shape[0]:
+        raise ValueError(
+            f"{name} must be a packed {'[B, 2, M]' if features else '[B, M]'} with B > 0, got {described(packed)}"
+        )
+    size = sum(math.prod(dims[i : i + 3]) for i in range(0, 3 * n, 3))
+    if min(dims) < 1 or size >= 2**63:
+        raise ValueError(f"dims must be positive lengths of maps of fewer than 2^63 elements, got {list(dims)}")
+    if size != packed.shape[-1]:
+        raise ValueError(f"dims must make up the {packed.shape[-1]} elements of {name}, got {list(dims)}")
+    check_contiguous(name, packed, (packed.shape[0], *([features] if features else []), size), packed.dtype, packed)
     return n
 
 
-def check_columns(name: str, logits: Tensor, group: int = 1) -> None:
-    """logits [B, N, M] are contiguous, and the group divides their columns."""
-    if logits.ndim != 3 or not logits.is_contiguous() or logits.shape[2] < 1:
-        raise ValueError(
-            f"{name} is {tuple(logits.shape)} with strides {logits.stride()}; expected contiguous [B, N, M]"
-        )
-    if group < 1 or logits.shape[2] % group:
-        raise ValueError(f"group is {group}; expected a divisor of the {logits.shape[2]} columns of {name}")
+def check_weights(weight: Sequence[Tensor], n: int, first: Tensor) -> None:
+    """The weights of n gates, each [1, 2, 3, 3, 3] with any strides."""
+    if len(weight) != n:
+        raise ValueError(f"weight must hold a tensor for each of {n} maps, got {len(weight)}")
+    for w in weight:
+        check_operand("weight", w, first)
+        check_floating("weight", w)
+        if w.shape != (1, 2, 3, 3, 3):
+            raise ValueError(f"each weight must be [1, 2, 3, 3, 3], got {described(w)}")
 
 
-def check_padding(padding: Tensor | None, logits: Tensor) -> None:
-    check_numbers("padding", padding, logits.shape[:2], torch.bool, logits)
+def check_norms(
+    n: int, numbers: dict[str, Sequence[Tensor | None]], eps: Sequence[float], batch: Sequence[bool], first: Tensor
+) -> None:
+    """What n gates are normalised by: lists of n numbers, which may be absent, and of n eps and flags."""
+    for name, entries in (("eps", eps), ("batch", batch)):
+        _check_entries(name, entries, n)
+    for i in range(n):
+        check_eps(eps[i])
+        for name, entries in numbers.items():
+            _check_entries(name, entries, n)
+            if (number := entries[i]) is None:
+                continue
+            check_operand(name, number, first)
+            check_floating(name, number)
+            if number.numel() != 1:
+                raise ValueError(f"{name} must hold one number for each map, got {described(number)}")
 
 
-def check_tokens(name: str, tokens: Tensor, sizes: Sequence[int], of: Tensor) -> None:
-    """tokens are [B, N, d] of these sizes, in the type and on the device of another tensor; with any strides."""
-    if (tuple(tokens.shape), tokens.dtype, tokens.device) != (tuple(sizes), of.dtype, of.device):
-        raise ValueError(
-            f"{name} is {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}; "
-            f"expected {of.dtype} {tuple(sizes)} on {of.device}"
-        )
+def _check_entries(name: str, entries: Sequence, n: int) -> None:
+    if len(entries) != n:
+        raise ValueError(f"{name} must hold an entry for each of {n} maps, got {len(entries)}")
 
 
-def check_memory(name: str, memory: Tensor, of: Tensor) -> None:
-    if memory.ndim != 3 or (memory.dtype, memory.device) != (of.dtype, of.device):
-        raise ValueError(
-            f"{name} is {memory.dtype} {tuple(memory.shape)} on {memory.device}; "
-            f"expected three axes, {of.dtype}, on {of.device}"
-        )
+def check_logits(name: str, logits: Tensor, group: int, padding: Tensor | None = None) -> None:
+    """Logits [B, N, M], their attention or its gradient, contiguous, the M columns in groups; padding is [B, N]."""
+    check_operand(name, logits, logits)
+    if logits.ndim != 3 or not logits.is_contiguous() or not logits.shape[2]:
+        raise ValueError(f"{name} must be contiguous [B, N, M] with M > 0, got {described(logits)}")
+    check_group(name, group, logits.shape[2])
+    check_floating(name, logits)
+    if padding is not None:
+        check_contiguous("padding", padding, logits.shape[:2], torch.bool, logits)
 
 
-def check_kept(attention: tuple[Tensor, Tensor], heads: int, width: int, keep: Tensor | None) -> None:
-    """The kept logits [B, N, heads * width], and dropout's mask of the same sizes or None."""
-    logits = attention[0]
-    check_columns("the attention", logits)
-    if logits.shape[2] != heads * width:
-        raise ValueError(f"the attention has {logits.shape[2]} columns; expected {heads} heads of {width}")
-    check_numbers("keep", keep, logits.shape, torch.uint8, logits)
+def check_group(name: str, group: int, columns: int) -> None:
+    if group < 1 or columns % group:
+        raise ValueError(f"group must divide the {columns} columns of {name}, got {group}")
+
+
+def check_tokens(name: str, tokens: Tensor) -> None:
+    """Tokens [B, N, d] with any strides."""
+    check_operand(name, tokens, tokens)
+    if tokens.ndim != 3:
+        raise ValueError(f"{name} must be [B, N, d], got {described(tokens)}")
+    check_floating(name, tokens)
+
+
+def check_memory(name: str, memory: Tensor, like: Tensor) -> None:
+    """A memory of heads, [H, M', k] or [H, v, M'], in the type of another tensor, with any strides; not empty."""
+    check_operand(name, memory, like)
+    if memory.ndim != 3 or not memory.numel() or memory.dtype != like.dtype:
+        raise ValueError(f"{name} must be {_name_of(like.dtype)} with three axes, not empty, got {described(memory)}")
+
+
+def check_attention(attention: Attention, group: int, eps: float, padding: Tensor | None) -> None:
+    """What is kept of the attention (columns.py): the logits [B, N, M], M columns in groups, and the rows."""
+    logits, rows = attention
+    check_logits("the attention", logits, group, padding)
+    b, n, m = logits.shape
+    check_contiguous("rows", rows, (b, row_count(n, m, group)), maps.accumulate_dtype(logits.dtype), logits)
+    check_eps(eps)
+
+
+def check_heads(logits: Tensor, heads: int, width: int, group: int) -> None:
+    """The columns of logits are those of heads, so many each, in groups."""
+    if heads < 1 or logits.shape[2] != heads * width:
+        raise ValueError(f"the attention must have {heads} x {width} columns, got {described(logits)}")
+    check_group("a head", group, width)
+
+
+def check_keep(keep: Tensor | None, logits: Tensor) -> None:
+    """Dropout's mask, if there is one."""
+    if keep is not None:
+        check_contiguous("keep", keep, logits.shape, torch.uint8, logits)
+
+
+def described(t: Tensor) -> str:
+    """What came, for a message."""
+    return f"{_name_of(t.dtype)} {list(t.shape)} with strides {list(t.stride())}"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -22,6 +22,9 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 
+#: What is kept of the attention: logits [B, N, M] and rows [B, row_count] (products.py).
+Attention = tuple[Tensor, Tensor]
+
 #: Columns of the widest tile: wider ones leave a tile of tl.dot too few tokens, or too many elements to a thread.
 WIDEST = 128
 
@@ -78,6 +81,11 @@ def pieces(c):
 def spans(c):
     """Spans of a head."""
     return -(-(c.width // c.group) // (c.block // c.room))
+
+
+def row_count(n: int, m: int, group: int) -> int:
+    """Numbers kept with the logits [N, M] of a sample: lse and, for groups in pieces, r and norm by token and group."""
+    return m + (2 * n * (m // group) if pieces.fn(columns(1, m, group)) > 1 else 0)
 
 
 @triton.constexpr_function

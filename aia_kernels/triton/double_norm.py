@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
-from .checks import check_columns, check_numbers, check_padding
+from .checks import check_apart, check_contiguous, check_eps, check_logits, check_same
 from .columns import (
     INTERPRETED,
     Columns,
@@ -252,8 +252,7 @@ def backward_kernel(
 
 def column_statistics(logits: Tensor, padding: Tensor | None) -> Tensor:
     """[B, 2, M]: of each column of logits [B, N, M] the maximum over tokens and the sum of exp(logit - maximum)."""
-    check_columns("logits", logits)
-    check_padding(padding, logits)
+    check_logits("logits", logits, 1, padding)
     _, n, m = logits.shape
     c = columns(1, m, 1)
     bt, blocks = token_blocks(logits, n, c)
@@ -264,10 +263,11 @@ def column_statistics(logits: Tensor, padding: Tensor | None) -> Tensor:
 
 def double_norm_(logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Tensor:
     """Overwrites logits [B, N, M] by A and returns mass [B, N, M / group], given lse [B, M]."""
-    check_columns("logits", logits, group)
-    check_padding(padding, logits)
+    check_logits("logits", logits, group, padding)
     b, n, m = logits.shape
-    check_numbers("lse", lse, (b, m), maps.accumulate_dtype(logits.dtype), logits)
+    check_contiguous("lse", lse, (b, m), maps.accumulate_dtype(logits.dtype), logits)
+    check_eps(eps)
+    check_apart("logits", logits, lse=lse, padding=padding)
     c = columns(1, m, group)
     mass = lse.new_empty((b, n, m // group))
     bt, blocks = token_blocks(logits, n, c)
@@ -277,18 +277,19 @@ def double_norm_(logits: Tensor, lse: Tensor, group: int, eps: float, padding: T
 
 def double_norm_backward_reduce(grad: Tensor, attention: Tensor, group: int) -> Tensor:
     """D [B, M]: the sums over tokens of Q = A * (grad - the sum of grad * A over a token's group)."""
-    check_columns("grad", grad, group)
-    check_numbers("attention", attention, grad.shape, grad.dtype, grad)
+    check_logits("grad", grad, group)
+    check_same("attention", attention, grad, "grad")
     return backward_reduce(grad, attention, None, columns(1, grad.shape[2], group), 0.0, None)
 
 
 def double_norm_backward_(grad: Tensor, attention: Tensor, mass: Tensor, reduced: Tensor, group: int) -> None:
     """Overwrites grad [B, N, M] by the gradient of the logits, Q - A * mass * D."""
-    check_columns("grad", grad, group)
-    check_numbers("attention", attention, grad.shape, grad.dtype, grad)
+    check_logits("grad", grad, group)
+    check_same("attention", attention, grad, "grad")
     b, n, m = grad.shape
-    check_numbers("mass", mass, (b, n, m // group), maps.accumulate_dtype(grad.dtype), grad)
-    check_numbers("reduced", reduced, (b, m), maps.accumulate_dtype(grad.dtype), grad)
+    check_contiguous("mass", mass, (b, n, m // group), maps.accumulate_dtype(grad.dtype), grad)
+    check_contiguous("reduced", reduced, (b, m), maps.accumulate_dtype(grad.dtype), grad)
+    check_apart("grad", grad, attention=attention, mass=mass, reduced=reduced)
     c = columns(1, m, group)
     bt, blocks = token_blocks(grad, n, c)
     start(backward_kernel, grad, n, c, blocks, grad, attention, mass, reduced, BT=bt)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .checks import check_numbers, check_packed
+from .checks import check_contiguous, check_norms, check_packed, check_same, check_weights
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -298,8 +298,10 @@ def gate(
     dims: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gates [B, M] with their norm [n, 4] and statistics [n, 3]: as in ops.py."""
+    n = check_packed("pooled", pooled, dims, features=2)
+    check_weights(weight, n, pooled)
+    check_norms(n, {"scale": scale, "shift": shift, "mean": mean, "var": var}, eps, batch, pooled)
     z, partial = _conv(pooled, weight, dims)
-    n = len(weight)
     norm, statistics = pooled.new_empty((n, 4)), pooled.new_empty((n, 3))
     given, programs = _given(pooled, scale, shift, mean, var, batch), partial.shape[1]
     constants = {"EPS": tuple(eps), "OWN": tuple(batch), "BLOCK": triton.next_power_of_2(programs)}
@@ -310,8 +312,9 @@ def gate(
 
 def gate_again(pooled: Tensor, weight: Sequence[Tensor], norm: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Gates [B, M] from norm [n, 4], and their z."""
-    check_packed("pooled", pooled, dims, features=2)
-    _check_norm(norm, pooled, dims)
+    n = check_packed("pooled", pooled, dims, features=2)
+    check_weights(weight, n, pooled)
+    check_contiguous("norm", norm, (n, 4), pooled.dtype, pooled)
     z, _ = _conv(pooled, weight, dims)
     found = torch.empty_like(z)
     _start(activate_kernel, z, dims, FLAT, z, norm, found)
@@ -320,9 +323,7 @@ def gate_again(pooled: Tensor, weight: Sequence[Tensor], norm: Tensor, dims: Seq
 
 def gate_backward_reduce(grad_gate: Tensor, z: Tensor, norm: Tensor, dims: Sequence[int]) -> Tensor:
     """[n, 2]: sums over batch and map of du and of du * xhat."""
-    check_packed("z", z, dims)
-    check_numbers("grad_gate", grad_gate, z.shape, z.dtype, z)
-    _check_norm(norm, z, dims)
+    _check_gradient(grad_gate, z, norm, dims)
     partial = _partial(z, dims, FLAT, 2)
     _start(backward_reduce_kernel, z, dims, FLAT, grad_gate, z, norm, partial)
     return partial.sum(1)
@@ -339,13 +340,12 @@ def gate_backward(
     dims: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Gradients of pooled [B, 2, M] and of each weight, through sigmoid, norm and convolution, and the sums."""
-    n = check_packed("z", z, dims)
-    check_numbers("grad_gate", grad_gate, z.shape, z.dtype, z)
-    _check_norm(norm, z, dims)
-    check_numbers("sums", sums, (n, 2), z.dtype, z)
-    check_numbers("statistics", statistics, (n, 3), z.dtype, z)
-    check_numbers("pooled", pooled, (z.shape[0], 2, z.shape[1]), z.dtype, z)
-    _check_weights(weight, z, n)
+    n = _check_gradient(grad_gate, z, norm, dims)
+    if sums is not None:
+        check_contiguous("sums", sums, (n, 2), z.dtype, z)
+    check_contiguous("statistics", statistics, (n, 3), z.dtype, z)
+    check_contiguous("pooled", pooled, (z.shape[0], 2, z.shape[1]), z.dtype, z)
+    check_weights(weight, n, z)
     if sums is None:
         sums = gate_backward_reduce(grad_gate, z, norm, dims)
     grad_z, grad_pooled = torch.empty_like(z), torch.empty_like(pooled)
@@ -357,19 +357,16 @@ def gate_backward(
     return grad_pooled, grad_weight, sums.to(weight[0].dtype)
 
 
-def _check_norm(norm: Tensor, packed: Tensor, dims: Sequence[int]) -> None:
-    check_numbers("norm", norm, (len(dims) // 3, 4), packed.dtype, packed)
-
-
-def _check_weights(weight: Sequence[Tensor], packed: Tensor, n: int) -> None:
-    found = [(tuple(w.shape), w.device) for w in weight]
-    if found != [((1, 2, 3, 3, 3), packed.device)] * n:
-        raise ValueError(f"weight is {found}; expected {n} of [1, 2, 3, 3, 3] on {packed.device}")
+def _check_gradient(grad_gate: Tensor, z: Tensor, norm: Tensor, dims: Sequence[int]) -> int:
+    """How many maps there are."""
+    n = check_packed("z", z, dims)
+    check_same("grad_gate", grad_gate, z, "z")
+    check_contiguous("norm", norm, (n, 4), z.dtype, z)
+    return n
 
 
 def _conv(pooled: Tensor, weight: Sequence[Tensor], dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """z [B, M], and the count, mean and squared deviations of each program's part [n, P, 3]."""
-    _check_weights(weight, pooled, check_packed("pooled", pooled, dims, features=2))
     z = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
     partial = _partial(z, dims, TAPPED, 3)
     _start(conv_kernel, z, dims, TAPPED, pooled, _arranged(weight, z), z, partial)
@@ -396,7 +393,7 @@ def _given(
             if number is None and read:
                 default = torch.arange(2, dtype=pooled.dtype, device=pooled.device) if default is None else default
                 number = default[absent : absent + 1]
-            flat.append(number if read else unread)
+            flat.append(number.reshape(1) if read else unread)
     return torch.cat(flat).to(pooled.dtype)
 
 

@@ -8,9 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import maps
-from .checks import check_kept, check_memory, check_padding, check_tokens
+from .checks import (
+    check_attention,
+    check_contiguous,
+    check_eps,
+    check_heads,
+    check_keep,
+    check_logits,
+    check_memory,
+    check_sizes,
+    check_tokens,
+)
 from .columns import (
     LEAST,
+    Attention,
     Columns,
     as_bytes,
     attention_tile,
@@ -21,6 +32,7 @@ from .columns import (
     load_tile,
     pieces,
     place,
+    row_count,
     spans,
     store_column_sums,
     store_statistics,
@@ -28,7 +40,7 @@ from .columns import (
     tokens_at,
 )
 from .double_norm import backward_reduce, join_statistics, normaliser
-from .products import Attention, accumulated, load_features, start, tile_count
+from .products import accumulated, load_features, start, tile_count
 
 #: Features of one step of a product over features: 128 bytes, a line of memory.
 STEP = {2: 64, 4: 32, 8: 16}
@@ -167,11 +179,13 @@ def attention_gradient_kernel(
 
 def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """L = x key^T [B, N, M] and its column statistics [B, 2, M]. Reads 1 |X|, writes M / d |X|."""
+    check_tokens("x", x)
     check_memory("key", key, x)
     heads, width, k = key.shape
-    b, n = x.shape[:2]
-    check_tokens("x", x, (b, n, heads * k), key)
-    check_padding(padding, x)
+    b, n, _ = x.shape
+    check_sizes("x", x, (b, n, heads * k), x.dtype, x)
+    if padding is not None:
+        check_contiguous("padding", padding, (b, n), torch.bool, x)
     c = columns(heads, width, 1)
     bt = _tokens(x, c, heads * spans.fn(c))
     blocks = triton.cdiv(n, bt)
@@ -186,10 +200,13 @@ def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tens
 def normalise(logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Attention:
     """The attention: the logits and lse. For groups in pieces, r and norm are made here. Reads M / d |X| then, else
     nothing."""
+    check_logits("logits", logits, group, padding)
     m = logits.shape[2]
+    check_contiguous("lse", lse, (logits.shape[0], m), maps.accumulate_dtype(logits.dtype), logits)
+    check_eps(eps)
     c = columns(1, m, group)
     if pieces.fn(c) == 1:
-        return logits, lse.contiguous()
+        return logits, lse
     _, rows = empty_attention(logits, m, group)
     rows[:, :m] = lse
     normaliser(logits, rows, c, eps, padding)
@@ -199,9 +216,8 @@ def normalise(logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tens
 def empty_attention(x: Tensor, columns_: int, group: int) -> Attention:
     """Uninitialised tensors like the attention of x [B, N, d]."""
     b, n, _ = x.shape
-    in_pieces = pieces.fn(columns(1, columns_, group)) > 1
-    size = columns_ + (2 * n * (columns_ // group) if in_pieces else 0)
-    return x.new_empty((b, n, columns_)), x.new_empty((b, size), dtype=maps.accumulate_dtype(x.dtype))
+    rows = x.new_empty((b, row_count(n, columns_, group)), dtype=maps.accumulate_dtype(x.dtype))
+    return x.new_empty((b, n, columns_)), rows
 
 
 def attention_gradient(
@@ -221,13 +237,19 @@ def attention_gradient(
 
     dA = keep * scale * (grad V) + (A - origin) inner + constant. Reads (1 + M / d) |X|, writes M / d |X|.
     """
-    check_memory("value", value, grad)
-    heads, v, width = value.shape
-    check_kept(attention, heads, width, keep)
+    check_attention(attention, group, eps, padding)
     logits, rows = attention
-    b, n, _ = logits.shape
-    check_tokens("grad", grad, (b, n, heads * v), logits)
-    check_padding(padding, logits)
+    check_memory("value", value, logits)
+    heads, v, width = value.shape
+    check_heads(logits, heads, width, group)
+    check_keep(keep, logits)
+    b, n, m = logits.shape
+    check_sizes("grad", grad, (b, n, heads * v), logits.dtype, logits)
+    if len({origin is None, inner is None, constant is None}) > 1:
+        raise ValueError("origin, inner and constant must come together or not at all")
+    if inner is not None:
+        for name, t, sizes in (("origin", origin, (m,)), ("inner", inner, (m, m)), ("constant", constant, (m,))):
+            check_contiguous(name, t, sizes, rows.dtype, logits)
     c = columns(heads, width, group)
     bt = _tokens(grad, c, heads * tile_count(c))
     blocks = triton.cdiv(n, bt)

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
-from .checks import check_context, check_dense, check_gate, check_unpooled
+from .checks import (
+    check_activation,
+    check_context,
+    check_gate,
+    check_optional_gate,
+    check_optional_unpooled,
+    check_unpooled,
+)
 from .recalibrate import product_sum
 from .tiles import (
     X,
@@ -189,9 +196,9 @@ def pool(x: Tensor, context: int, gate: Tensor | None, gate_context: int) -> tup
 
     Reads x once, or once for each axis where T x W outgrows a tile.
     """
-    check_dense("x", x)
+    check_activation("x", x)
     check_context("context", context)
-    check_gate("gate", gate, gate_context, x)
+    check_optional_gate("gate", gate, "gate_context", gate_context, x)
     size = maps.packed_size(x.shape, context)
     pooled = x.new_empty((x.shape[0], 2, size), dtype=maps.accumulate_dtype(x.dtype))
     argmax = x.new_empty((x.shape[0], size), dtype=maps.index_dtype(x.shape, context))
@@ -220,11 +227,11 @@ def unpool(
     inner_context: int,
 ) -> Tensor:
     """grad_x = grad_y * G(gate) + G(inner_gate) * U(grad_pooled, argmax) + U(inner_grad_pooled, inner_argmax)."""
-    check_dense("grad_y", grad_y)
-    check_gate("gate", gate, context, grad_y)
+    check_activation("grad_y", grad_y)
+    check_gate("gate", gate, "context", context, grad_y)
     check_unpooled("", grad_pooled, argmax, context, grad_y)
-    check_gate("inner_gate", inner_gate, inner_gate_context, grad_y)
-    check_unpooled("inner_", inner_grad_pooled, inner_argmax, inner_context, grad_y)
+    check_optional_gate("inner_gate", inner_gate, "inner_gate_context", inner_gate_context, grad_y)
+    check_optional_unpooled("inner_", inner_grad_pooled, inner_argmax, inner_context, grad_y)
     grad_x = torch.empty_like(grad_y)
     tiles.launch(
         unpool_kernel,
@@ -248,7 +255,7 @@ def unpool(
 
 def unpool_reduce(x: Tensor, grad_pooled: Tensor, argmax: Tensor, context: int, gate_context: int) -> Tensor:
     """Gradients [B, M] of the gates that multiplied x in pool: sums of x * U(grad_pooled, argmax). Reads x once."""
-    check_dense("x", x)
-    check_context("gate_context", gate_context)
+    check_activation("x", x)
     check_unpooled("", grad_pooled, argmax, context, x)
+    check_context("gate_context", gate_context)
     return product_sum(x, grad_pooled, argmax, context, gate_context)

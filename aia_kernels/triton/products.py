@@ -38,8 +38,6 @@ from .columns import (
 )
 from .residual import extent
 
-Attention = tuple[Tensor, Tensor]
-
 #: Elements of an accumulator to a thread, by bytes of an element: many on tensor cores, few where a thread multiplies
 #: alone and holds the operands in registers too.
 EACH = {2: 64, 4: 16, 8: 16}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
-from .checks import check_context, check_dense, check_gate, check_like
+from .checks import check_activation, check_context, check_gate, check_same
 from .tiles import (
     X,
     block_of,
@@ -96,8 +96,8 @@ def product_sum_over_kernel(
 
 def recalibrate(x: Tensor, gate: Tensor, context: int) -> Tensor:
     """y = x * G(gate), stored as x."""
-    check_dense("x", x)
-    check_gate("gate", gate, context, x)
+    check_activation("x", x)
+    check_gate("gate", gate, "context", context, x)
     y = torch.empty_like(x)
     tiles.launch(recalibrate_kernel, x, tiles.elementwise(x), x, gate, y, CONTEXT=context)
     return y
@@ -105,9 +105,9 @@ def recalibrate(x: Tensor, gate: Tensor, context: int) -> Tensor:
 
 def recalibrate_reduce(grad_y: Tensor, x: Tensor, context: int) -> Tensor:
     """Gradients [B, M] of the gates of recalibrate: sums of grad_y * x over what a map lacks, by the number of maps."""
-    check_dense("x", x)
+    check_activation("x", x)
+    check_same("grad_y", grad_y, x, "x")
     check_context("context", context)
-    check_like("grad_y", grad_y, x)
     return product_sum(x, grad_y, None, maps.NONE, context)
 
 

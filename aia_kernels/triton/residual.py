@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
+from .checks import check_contiguous, check_tokens
 from .columns import INTERPRETED, PROGRAMS, is_wide
 
 #: A tile: elements along the contiguous axis, and of the other one.
@@ -25,10 +26,15 @@ def by_feature(t: Tensor) -> bool:
     return t.shape[1] > 1 and t.shape[2] > 1 and t.stride(2) != 1
 
 
+def signs_shape(o: Tensor) -> tuple[int, int, int]:
+    """The shape of the signs of o [B, N, C]."""
+    b, n, c = o.shape
+    return (b, c, (n + 7) // 8) if by_feature(o) else (b, n, (c + 7) // 8)
+
+
 def empty_signs(o: Tensor) -> Tensor:
     """Uninitialised signs of o [B, N, C]."""
-    b, n, c = o.shape
-    return o.new_empty((b, c, (n + 7) // 8) if by_feature(o) else (b, n, (c + 7) // 8), dtype=torch.uint8)
+    return o.new_empty(signs_shape(o), dtype=torch.uint8)
 
 
 @triton.jit
@@ -133,9 +139,9 @@ def signed_kernel(
 
 def signed(grad_y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     """g = grad_y where the sign is set, 0 elsewhere, and its sums [C]. Reads 1 |X|, writes 1 |X|."""
+    check_tokens("grad_y", grad_y)
     b, n, c = grad_y.shape
-    if signs.shape != (expected := empty_signs(grad_y.to("meta")).shape):
-        raise ValueError(f"signs are {tuple(signs.shape)}; expected {tuple(expected)}: grad_y is not stored as o was")
+    check_contiguous("signs", signs, signs_shape(grad_y), torch.uint8, grad_y)
     grad = torch.empty_like(grad_y)
     if grad.stride() != grad_y.stride():
         grad_y = grad.copy_(grad_y)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import maps
 from . import tiles
-from .checks import check_dense
+from .checks import check_activation
 
 #: Elements of a program, 16 to a thread.
 BLOCK = 1 << 20 if triton.knobs.runtime.interpret else 2048
@@ -57,10 +57,10 @@ def temporal_shift_kernel(
 
 def temporal_shift(x: Tensor, fold: int, reverse: bool) -> Tensor:
     """The shift of x [B, T, C, H, W], stored as x (ops.py)."""
-    check_dense("x", x)
+    check_activation("x", x)
     _, t, c, h, w = x.shape
     if not 0 <= fold <= c // 2:
-        raise ValueError(f"fold is {fold}; expected 0 to half of the {c} channels")
+        raise ValueError(f"fold must be between 0 and half of the {c} channels, got {fold}")
     order, frame = maps.storage_order(x), c * h * w
     stride_t = {"TCHW": frame, "THWC": frame, "CTHW": h * w}[order]
     # Elements that the channels before a fold's end take, and after how many the channels begin anew.

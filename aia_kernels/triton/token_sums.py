@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_kept, check_padding, check_tokens
+from .checks import check_attention, check_contiguous, check_heads, check_keep, check_sizes, check_tokens
 from .columns import (
     COLUMNS,
     INTERPRETED,
     LEAST,
     PROGRAMS,
+    Attention,
     Columns,
     as_bytes,
     attention_tile,
@@ -22,7 +23,7 @@ from .columns import (
     spans,
     tokens_at,
 )
-from .products import Attention, accumulated, factor_tile, most_features, start, tile_count
+from .products import accumulated, factor_tile, most_features, start, tile_count
 
 #: Tokens of one step of a product over tokens.
 TOKENS = {2: 64, 4: 16, 8: 16}
@@ -206,10 +207,16 @@ def value_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """grad^T A or grad^T (A - origin) [H, v, M'], and if needed the sums [H * v] of grad over batch and tokens. Reads
     (1 + M / d) |X|."""
-    width = attention[0].shape[2] // heads
-    check_kept(attention, heads, width, keep)
-    check_tokens("grad", grad, (*attention[0].shape[:2], grad.shape[2]), attention[0])
-    check_padding(padding, grad)
+    check_attention(attention, group, eps, padding)
+    logits, rows = attention
+    b, n, m = logits.shape
+    width = m // heads if heads > 0 else 0
+    check_heads(logits, heads, width, group)
+    check_keep(keep, logits)
+    if origin is not None:
+        check_contiguous("origin", origin, (m,), rows.dtype, logits)
+    check_tokens("grad", grad)
+    check_sizes("grad", grad, (b, n, max(1, grad.shape[2] // heads) * heads), logits.dtype, logits)
     c = columns(heads, width, group)
     return token_sums(grad, attention, None, None, keep, origin, padding, c, eps, scale, needs_sums, by_column=False)
 
@@ -217,6 +224,7 @@ def value_gradient(
 def moments(attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of A over all tokens, rounded, [M], and the sums of A' [M] and A'^T A' [M, M], A' = A - that mean. Reads
     2 M / d |X|."""
+    check_attention(attention, group, eps, padding)
     logits, rows = attention
     b, n, m = logits.shape
     c = columns(1, m, group)

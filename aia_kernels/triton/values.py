@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_kept, check_memory, check_padding, check_tokens
+from .checks import check_attention, check_contiguous, check_heads, check_keep, check_memory, check_sizes
 from .columns import (
+    Attention,
     Columns,
     as_bytes,
     column_count,
@@ -20,7 +21,7 @@ from .columns import (
     token_block,
     tokens_at,
 )
-from .products import Attention, accumulated, factor_tile, load_features, most_features, start
+from .products import accumulated, factor_tile, load_features, most_features, start
 from .residual import by_feature, empty_signs, store_signs
 from .token_sums import token_sums
 
@@ -116,13 +117,18 @@ def values(
 ) -> tuple[Tensor, Tensor | None]:
     """o = A V^T + bias [B, N, H * v], features contiguous, and None; with a residual, relu of the sum, stored as the
     residual, and its signs. Reads M / d |X| (+ 1 |X|), writes 1 |X|."""
-    check_memory("value", value, attention[0])
+    check_attention(attention, group, eps, padding)
+    logits, rows = attention
+    check_memory("value", value, logits)
     heads, v, width = value.shape
-    check_kept(attention, heads, width, keep)
-    b, n, _ = attention[0].shape
-    check_padding(padding, attention[0])
+    check_heads(logits, heads, width, group)
+    check_keep(keep, logits)
+    b, n, _ = logits.shape
+    if bias is not None:
+        check_sizes("bias", bias, (heads * v,), rows.dtype, logits)
+        bias = bias.contiguous()
     if residual is not None:
-        check_tokens("residual", residual, (b, n, heads * v), value)
+        check_sizes("residual", residual, (b, n, heads * v), logits.dtype, logits)
     if residual is None:
         o, signs = value.new_empty((b, n, heads * v)), None
     else:
@@ -150,14 +156,18 @@ def logits_gradient(
 
     Reads (2 + 4 M / d) |X|, writes 1 |X|: dL is made twice. It asks nothing of groups, so tiles cut them anywhere.
     """
-    check_memory("key", key, x)
+    check_attention(attention, group, eps, padding)
+    logits, rows = attention
+    check_memory("key", key, logits)
     heads, width, k = key.shape
-    check_kept(attention, heads, width, None)
-    check_tokens("grad_attention", grad_attention, attention[0].shape, x)
-    check_tokens("x", x, (*attention[0].shape[:2], heads * k), key)
-    check_padding(padding, x)
+    check_heads(logits, heads, width, group)
+    check_contiguous("grad_attention", grad_attention, logits.shape, logits.dtype, logits)
+    b, n, m = logits.shape
+    check_contiguous("reduced", reduced, (b, m), rows.dtype, logits)
+    check_sizes("x", x, (b, n, heads * k), logits.dtype, logits)
+    if residual_grad is not None:
+        check_sizes("residual_grad", residual_grad, x.shape, logits.dtype, logits)
     c = columns(heads, width, 1)
-    reduced = reduced.contiguous()
     grad_key, _ = token_sums(
         x, attention, grad_attention, reduced, None, None, padding, c, eps, 1.0, needs_sums=False, by_column=True
     )
