@@ -13,6 +13,9 @@ A backend may have the passes of one family and not yet those of the other; then
 
 The choice is, first that speaks: use_backend (a context, for this thread or task), set_backend (the process), the
 variable AIA_KERNELS_BACKEND, "auto". A backend named explicitly runs or raises with the reason; only "auto" chooses.
+
+A layer asks for the choice once, when it is called, and its backward keeps to that, in whichever thread it runs.
+Activation checkpointing calls the layer again, in backward(): see use_backend.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +68,11 @@ AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _process_choice = os.environ.get("AIA_KERNELS_BACKEND") or "auto"
 _choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("aia_kernels_backend", default=None)
 
+#: Autograd computes the gradients of CUDA tensors in threads of its own, which do not have the context of the caller of
+#: backward(). But what the caller has stashed under this key they have: (its thread, its choice). In the thread that
+#: stashed it the context counts, as several tasks may take turns there.
+_STASH = "aia_kernels.backend"
+
 
 def _check_name(name: str) -> None:
     if name not in (*NAMES, "auto"):
@@ -79,18 +88,41 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend inside a with block, for this thread or task only."""
+    """Choose the backend inside a with block, for this thread or task only.
+
+    It reaches what a backward() inside the block calls, in every thread of autograd. Activation checkpointing calls a
+    layer again in backward(). Outside the block the layer then gets another backend, which torch.utils.checkpoint
+    refuses ("a different number of tensors was saved") or, where it is reentrant, does not notice: call backward()
+    inside the block too, or have the block in the function that is checkpointed.
+    """
     _check_name(name)
+    mine, around = threading.get_ident(), _stashed()
     token = _choice.set(name)
+    _stash((mine, name))
     try:
         yield
     finally:
         _choice.reset(token)
+        # Not what this thread itself had stashed before: blocks of its tasks need not end in turn.
+        _stash(around if around[0] != mine else (mine, _choice.get()))
+
+
+def _stash(choice: tuple[int, str | None]) -> None:
+    torch._C._stash_obj_in_tls(_STASH, choice)
+
+
+def _stashed() -> tuple[int, str | None]:
+    if torch._C._is_key_in_tls(_STASH):
+        return torch._C._get_obj_in_tls(_STASH)
+    return threading.get_ident(), None
 
 
 def chosen_backend() -> str:
     """The name in force: one of NAMES or "auto"."""
-    name = _choice.get() or _process_choice
+    thread, name = _stashed()
+    if thread == threading.get_ident():
+        name = _choice.get()
+    name = name or _process_choice
     _check_name(name)
     return name
 
