@@ -35,7 +35,10 @@ import aia_kernels
 
 ROOT = Path(__file__).parent.parent
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-COMPILED = {"cpu": "cpu", "cuda": "triton"}
+#: The compiled backends of each device, and each backend with its device: what whole layers are tested on.
+COMPILED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+COMPILED_ON = [(b, d) for d in DEVICES for b in COMPILED[d]]
+BACKENDS_ON = [(b, d) for d in DEVICES for b in ("reference", *COMPILED[d])]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,24 +75,20 @@ def _chosen(request, family: str = "attention_in_attention") -> Iterator[tuple[s
         yield backend, device
 
 
-@pytest.fixture(params=[(b, d) for d in DEVICES for b in ("reference", COMPILED[d])], ids="-".join)
+@pytest.fixture(params=BACKENDS_ON, ids="-".join)
 def backend_on(request) -> Iterator[tuple[str, str]]:
     """Each backend that is fast enough for many cases, with its device, chosen for the duration of the test."""
     yield from _chosen(request)
 
 
-@pytest.fixture(params=[(COMPILED[d], d) for d in DEVICES], ids="-".join)
+@pytest.fixture(params=COMPILED_ON, ids="-".join)
 def compiled_on(request) -> Iterator[tuple[str, str]]:
     """The same without the reference."""
     yield from _chosen(request)
 
 
 #: For tests that compile for seconds. Of plain PyTorch, which torch is tested with, a few small cases hold the same.
-_TRACED = [
-    pytest.param((b, d), marks=pytest.mark.sweep if b == "reference" else ())
-    for d in DEVICES
-    for b in ("reference", COMPILED[d])
-]
+_TRACED = [pytest.param((b, d), marks=pytest.mark.sweep if b == "reference" else ()) for b, d in BACKENDS_ON]
 
 
 @pytest.fixture(params=_TRACED, ids="-".join)
@@ -104,13 +103,13 @@ def external_traced_on(request) -> Iterator[tuple[str, str]]:
     yield from _chosen(request, "external_attention")
 
 
-@pytest.fixture(params=[(b, d) for d in DEVICES for b in ("reference", COMPILED[d])], ids="-".join)
+@pytest.fixture(params=BACKENDS_ON, ids="-".join)
 def external_on(request) -> Iterator[tuple[str, str]]:
     """backend_on for external attention."""
     yield from _chosen(request, "external_attention")
 
 
-@pytest.fixture(params=[(COMPILED[d], d) for d in DEVICES], ids="-".join)
+@pytest.fixture(params=COMPILED_ON, ids="-".join)
 def external_compiled_on(request) -> Iterator[tuple[str, str]]:
     """compiled_on for external attention."""
     yield from _chosen(request, "external_attention")

@@ -28,10 +28,12 @@ class Device:
     """The operators on the GPU, for CPU tensors."""
 
     def __getattr__(self, name: str):
+        operator = getattr(torch.ops.aia_kernels, name).default
+
         def call(*arguments):
             moved = on("cuda", arguments)
-            results = getattr(torch.ops.aia_kernels, name)(*moved)
-            if results is None:  # moved in place
+            results = operator(*moved)
+            if operator._schema.is_mutable:
                 for tensor, after in zip(tensors_of(arguments), tensors_of(moved), strict=True):
                     tensor.copy_(after)
             return on("cpu", results)

@@ -20,6 +20,8 @@ import aia_kernels
 from aia_kernels import backends, maps
 from aia_kernels.reference import UNITS
 
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+
 plain = PlainPasses()
 
 UNIT_NAMES = ("C", "ST", "CinST", "STinC")

@@ -1,13 +1,18 @@
-"""External attention's CUDA passes on the host emulator: the tables of the CPU's tests, and cases of their own."""
+"""External attention's CUDA passes: the tables of the CPU's tests, and cases of their own.
+
+The kernels run on the host emulator, and on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
+import cuda_passes
 import pytest
 import test_double_norm_passes as double_norm
 import test_residual_passes as residual
 import torch
-from cuda_passes import same_in_any_order
 from plain_double_norm import PlainDoubleNorm
+
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 plain = PlainDoubleNorm()
 
@@ -39,6 +44,11 @@ FEATURES = small(residual.CASES) | {
 }
 
 
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.sanitizer)])
+def passes(request, monkeypatch):
+    return cuda_passes.chosen(request, monkeypatch)
+
+
 @pytest.fixture(params=TOKENS.values(), ids=TOKENS)
 def tokens(request) -> double_norm.Case:
     return request.param
@@ -49,52 +59,52 @@ def features(request) -> residual.Case:
     return request.param
 
 
-def test_column_statistics(emulator, tokens):
-    double_norm.test_column_statistics(emulator, plain, tokens)
+def test_column_statistics(passes, tokens):
+    double_norm.test_column_statistics(passes, plain, tokens)
 
 
 @pytest.mark.parametrize("eps", double_norm.EPS.values(), ids=double_norm.EPS)
-def test_double_norm(emulator, tokens, eps):
-    double_norm.test_double_norm(emulator, plain, tokens, eps)
+def test_double_norm(passes, tokens, eps):
+    double_norm.test_double_norm(passes, plain, tokens, eps)
 
 
-def test_double_norm_backward(emulator, tokens):
-    double_norm.test_double_norm_backward(emulator, plain, tokens)
+def test_double_norm_backward(passes, tokens):
+    double_norm.test_double_norm_backward(passes, plain, tokens)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-9])
 @pytest.mark.parametrize("group", [64, 33, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_extreme_logits(emulator, dtype, group, eps):
-    double_norm.test_extreme_logits(emulator, plain, dtype, group, eps)
+def test_extreme_logits(passes, dtype, group, eps):
+    double_norm.test_extreme_logits(passes, plain, dtype, group, eps)
 
 
 @pytest.mark.parametrize("group", [64, 33])
-def test_not_finite(emulator, group):
-    double_norm.test_not_finite(emulator, plain, group)
+def test_not_finite(passes, group):
+    double_norm.test_not_finite(passes, plain, group)
 
 
-def test_padding(emulator):
-    double_norm.test_padding_holds_anything(emulator)
-    double_norm.test_nothing_but_padding(emulator)
+def test_padding(passes):
+    double_norm.test_padding_holds_anything(passes)
+    double_norm.test_nothing_but_padding(passes)
 
 
-def test_a_row_is_its_own(emulator):
-    double_norm.test_a_row_is_its_own(emulator)
+def test_a_row_is_its_own(passes):
+    double_norm.test_a_row_is_its_own(passes)
 
 
 @pytest.mark.parametrize("shifted", [True, False], ids=["shift", "no shift"])
-def test_residual_relu(emulator, features, shifted):
-    residual.test_residual_relu(emulator, plain, features, shifted)
+def test_residual_relu(passes, features, shifted):
+    residual.test_residual_relu(passes, plain, features, shifted)
 
 
-def test_residual_relu_backward(emulator, features):
-    residual.test_residual_relu_backward(emulator, plain, features)
+def test_residual_relu_backward(passes, features):
+    residual.test_residual_relu_backward(passes, plain, features)
 
 
 @pytest.mark.parametrize("by_maps", [False, True], ids=["tokens", "maps"])
-def test_residual_not_finite(emulator, by_maps):
-    residual.test_not_finite(emulator, by_maps)
+def test_residual_not_finite(passes, by_maps):
+    residual.test_not_finite(passes, by_maps)
 
 
 def test_blocks_and_threads_may_run_in_any_order(emulator):
@@ -115,4 +125,4 @@ def test_blocks_and_threads_may_run_in_any_order(emulator):
             results += [signs, *emulator.residual_relu_backward(grad_y, signs)]
         return results
 
-    same_in_any_order(emulator, everything)
+    cuda_passes.same_in_any_order(emulator, everything)

@@ -19,10 +19,11 @@ def assert_same_bits(first, second):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["stage 3", "stage 5"])
 @pytest.mark.parametrize("name", UNITS)
-def test_same_bits_twice(name, dtype, compiled_on):
+def test_same_bits_twice(name, shape, dtype, compiled_on):
     backend, device = compiled_on
-    shape = SHAPES["stage 5"]
+    shape = SHAPES[shape]
     module = randomise(getattr(aia_kernels, name)(shape.t)).to(device, dtype)
     x, grad_y = (make_input(shape, dtype, seed=seed, device=device) for seed in (0, 1))
     assert_same_bits(*(testing.run(module, x, grad_y, backend) for _ in range(2)))

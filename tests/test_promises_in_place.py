@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import COMPILED, DEVICES, skip_unless_runnable
+from conftest import COMPILED_ON, skip_unless_runnable
 
 import aia_kernels
 from aia_kernels.testing import randomise
@@ -21,14 +21,14 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend, device", COMPILED_ON)
 @pytest.mark.parametrize("name", LAYERS)
-def test_in_place_after_the_layer(name, device, grad):
+def test_in_place_after_the_layer(name, backend, device, grad):
     make, shape, family = LAYERS[name]
-    skip_unless_runnable(COMPILED[device], device, family)
+    skip_unless_runnable(backend, device, family)
     layer = randomise(make()).double().to(device)
     x = torch.randn(shape, dtype=torch.float64).to(device).requires_grad_(grad)
-    with aia_kernels.use_backend(COMPILED[device]), torch.set_grad_enabled(grad):
+    with aia_kernels.use_backend(backend), torch.set_grad_enabled(grad):
         expected, found = layer(x).relu(), layer(x).relu_()
         assert torch.equal(found, expected)
         if grad:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pass_cases
 import pytest
 import torch
-from conftest import COMPILED, DEVICES, skip_unless_runnable
+from conftest import BACKENDS_ON, COMPILED_ON, skip_unless_runnable
 from pass_cases import Case, activation, in_order
 from torch.func import grad, vmap
 
@@ -48,9 +48,9 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.cpu().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-@pytest.fixture(params=[(b, d) for d in DEVICES for b in ("reference", COMPILED[d])], ids="-".join)
+@pytest.fixture(params=BACKENDS_ON, ids="-".join)
 def shift_on(request):
-    """The reference and the compiled backend of each device, chosen for the duration of the test."""
+    """The reference and the compiled backends of each device, chosen for the duration of the test."""
     backend, device = request.param
     skip_unless_runnable(backend, device, FAMILY)
     with aia_kernels.use_backend(backend):
@@ -181,7 +181,7 @@ def test_compiled(layout, shift_on):
         assert torch.equal(found, expected(2 * y, 2, reverse=True))
 
 
-@pytest.mark.parametrize("backend, device", [(COMPILED[d], d) for d in DEVICES])
+@pytest.mark.parametrize("backend, device", COMPILED_ON)
 def test_operator(backend, device):
     skip_unless_runnable(backend, device, FAMILY)
     x = make_input(SHAPE, torch.float32, device=device).unflatten(0, (-1, SHAPE.t)).requires_grad_()
