@@ -162,7 +162,7 @@ def decided(grad_y: Tensor, block: published.ExternalAttention2d, x: Tensor) -> 
     """
     with torch.no_grad():
         before = copy.deepcopy(block).double().train().before_relu(x.double()).abs()
-    return grad_y.masked_fill(before < 1e-4 * before.max(), 0.0)
+    return grad_y.clone().masked_fill_(before < 1e-4 * before.max(), 0.0)  # in place: it stays stored as it is
 
 
 def _case(place: str, dtype: str, layout: str) -> LayerCase:
