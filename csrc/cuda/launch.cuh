@@ -1,7 +1,10 @@
-// What every kernel needs from its platform: the CUDA toolkit, or the host emulator of the tests.
+// What every kernel needs from its platform: the CUDA toolkit, or the host emulator of the tests, which has launches of
+// its own, or those below where it rehearses with a stand-in for the CUDA runtime.
 #pragma once
 
-#if defined(AIA_EMULATOR)
+#if defined(AIA_REHEARSAL)
+#include "rehearsal.h"
+#elif defined(AIA_EMULATOR)
 #include "emulator.h"
 #else
 #include <cooperative_groups.h>
@@ -65,13 +68,25 @@ __device__ __forceinline__ T* cluster_shared(T* mine, int rank) {
 #endif
 }
 
+// A kernel as the runtime is told of it.
+template <class... Parameters>
+const void* function_of(void (*kernel)(Parameters...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+}  // namespace aia::cuda
+#endif
+
+#if !defined(AIA_EMULATOR) || defined(AIA_REHEARSAL)
+namespace aia::cuda {
+
 // Queues a kernel on a stream; returns the error code of the launch.
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
            std::type_identity_t<Parameters>... parameters) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, addresses, 0,
+  return cudaLaunchKernel(function_of(kernel), static_cast<unsigned>(blocks), threads, addresses, 0,
                           static_cast<cudaStream_t>(stream));
 }
 
@@ -93,7 +108,7 @@ int answer_of_device(const Key& key, Ask&& ask) {
 // How many blocks of a kernel the current device holds at once, at least 1.
 template <class... Parameters>
 int blocks_together(void (*kernel)(Parameters...), int threads) {
-  const void* const function = reinterpret_cast<const void*>(kernel);
+  const void* const function = function_of(kernel);
   return answer_of_device(std::make_tuple(function, threads), [&](int device) {
     int each = 0, multiprocessors = 0;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, threads, 0);
@@ -117,8 +132,8 @@ int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, 
                     std::type_identity_t<Parameters>... parameters) {
   if (blocks > INT32_MAX) return cudaErrorCooperativeLaunchTooLarge;
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads,
-                                     addresses, 0, static_cast<cudaStream_t>(stream));
+  return cudaLaunchCooperativeKernel(function_of(kernel), static_cast<unsigned>(blocks), threads, addresses, 0,
+                                     static_cast<cudaStream_t>(stream));
 }
 
 // A launch in clusters as the runtime takes it; refers to itself.
@@ -150,7 +165,7 @@ struct ClusterLaunch {
 // 0 where it has no clusters or these do not fit.
 template <class... Parameters>
 int clusters_together(void (*kernel)(Parameters...), int cluster, int threads, int shared_bytes) {
-  const void* const function = reinterpret_cast<const void*>(kernel);
+  const void* const function = function_of(kernel);
   return answer_of_device(std::make_tuple(function, cluster, threads, shared_bytes), [&](int device) {
     int has_clusters = 0, most_bytes = 0, count = 0;
     cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
@@ -167,7 +182,7 @@ template <class... Parameters>
 int launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes,
                     void* stream, std::type_identity_t<Parameters>... parameters) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const void* const function = reinterpret_cast<const void*>(kernel);
+  const void* const function = function_of(kernel);
   if (const int error = ClusterLaunch::allow(function, shared_bytes)) return error;
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
   const ClusterLaunch launch(blocks, cluster, threads, shared_bytes, stream);
