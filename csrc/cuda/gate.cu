@@ -13,7 +13,7 @@
 namespace aia::cuda {
 namespace {
 
-constexpr int kPositions = 256, kStaged = 768;  // a thread has a position
+constexpr int kStaged = kForwardRoom.staged;
 
 // The moments of numbers added one by one, relative to the first of them.
 template <class A>
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
     }
   }
   __syncthreads();
-  for_each_vector<V>(borders, batch, block_count(maps), [&](int64_t k, int e) {
+  for_each_vector<V>(borders, batch, maps.blocks(), [&](int64_t k, int e) {
     Vector<A, V> values = load_vector<V>(gate + k);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -174,15 +174,15 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     if (std::none_of(gates, gates + dims.n, [](const GateParameters& g) { return g.batch; })) {
-      const Maps maps = cut(dims, kPositions, kStaged, kGateBlocks);
-      return launch(known_gate_kernel<A>, block_count(maps), kGateThreads, stream, maps, of_maps,
+      const Maps maps = cut(dims, kForwardRoom, kGateBlocks);
+      return launch(known_gate_kernel<A>, maps.blocks(), kGateThreads, stream, maps, of_maps,
                     static_cast<const A*>(pooled), nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm),
                     static_cast<A*>(statistics));
     }
     return with_width<A>(dims, {gate}, [&](auto width) {
       const auto kernel = gate_kernel<A, width.value>;
-      const Maps maps = cut(dims, kPositions, kStaged, most_together(kernel));
-      return launch_together(kernel, block_count(maps), kGateThreads, stream, maps, borders_of(dims), dims.B, of_maps,
+      const Maps maps = cut(dims, kForwardRoom, most_together(kernel));
+      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, borders_of(dims), dims.B, of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
                              static_cast<A*>(statistics), workspace);
     });
@@ -191,10 +191,10 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
 
 int gate_again(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, const void* norm,
                void* gate, void* z, void* stream) {
-  const Maps maps = cut(dims, kPositions, kStaged, kGateBlocks);
+  const Maps maps = cut(dims, kForwardRoom, kGateBlocks);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    return launch(known_gate_kernel<A>, block_count(maps), kGateThreads, stream, maps, gates_of(gates, dims.n),
+    return launch(known_gate_kernel<A>, maps.blocks(), kGateThreads, stream, maps, gates_of(gates, dims.n),
                   static_cast<const A*>(pooled), static_cast<const A*>(norm), static_cast<A*>(gate), static_cast<A*>(z),
                   nullptr, nullptr);
   });

@@ -13,7 +13,7 @@
 namespace aia::cuda {
 namespace {
 
-constexpr int kPositions = 128, kStaged = 512;  // two threads have a position, one for each feature
+constexpr int kStaged = kBackwardRoom.staged;
 
 // Sums of N numbers.
 template <class A, int N>
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   using Raw = Vector<A, 2>;  // of the gradient of the gate, and z
   AIA_SHARED(A, staged, 2 * kStaged);
   AIA_SHARED(Taps, shared, kGateThreads / 2);
-  const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2, blocks = block_count(maps);
+  const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2, blocks = maps.blocks();
   const Map& map = maps.at[m];
   const int64_t packed = maps.packed;
   const Norm<A> bn = load_norm(norm, m);
@@ -196,8 +196,8 @@ int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* g
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     const auto run = [&](auto kernel) {
-      const Maps maps = cut(dims, kPositions, kStaged, most_together(kernel));
-      return launch_together(kernel, block_count(maps), kGateThreads, stream, maps, borders_of(dims), dims.B,
+      const Maps maps = cut(dims, kBackwardRoom, most_together(kernel));
+      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, borders_of(dims), dims.B,
                              gates_of(gates, dims.n), gates_of(grads, dims.n), static_cast<const A*>(grad_gate),
                              static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<const A*>(sums),
                              grad_affine, static_cast<const A*>(statistics), static_cast<const A*>(pooled),

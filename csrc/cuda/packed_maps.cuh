@@ -1,5 +1,5 @@
-// What the gate passes share: packed maps shared out among the blocks of a launch, marched through or read straight on,
-// and the parameters of their gates.
+// What the gate passes share: packed maps marched through, as shares.h has cut them, or read straight on, and the
+// parameters of their gates.
 //
 // The convolutions march along the outermost axis: a block holds a tile of one plane with its frame of neighbours in
 // shared memory, and each thread adds what its position sees of that plane to the results of three planes. So an
@@ -11,35 +11,12 @@
 #include <cmath>
 
 #include "../common/norm.h"
-#include "passes.h"
+#include "shares.h"
 #include "vector.cuh"
 
 namespace aia::cuda {
 
 constexpr int kGateThreads = 256;
-
-// One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of rows times columns of the planes,
-// of `slabs` neighbouring units; a unit is a chunk of `length` planes of one clip.
-struct Map {
-  int d0, d1, d2;
-  int start;  // in a packed clip
-  int length, chunks;
-  int rows, columns, slabs;
-  int tiles_down, tiles_across;
-  int64_t units, items;
-  int first_block, blocks;
-
-  __device__ __forceinline__ int plane_size() const { return d1 * d2; }
-};
-
-struct Maps {
-  int n, packed;
-  Map at[3];
-
-  __device__ __forceinline__ int of_block(int block) const {
-    return (n > 1 && block >= at[1].first_block) + (n > 2 && block >= at[2].first_block);
-  }
-};
 
 // What a thread knows of the position [y, x] in a slab of the item that it computes.
 struct Own {
@@ -144,51 +121,6 @@ struct Exponential {
     return std::exp(value);
   }
 };
-
-inline int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
-
-// Cuts every map into items, and shares the blocks of a launch, at most so many, out among the maps.
-inline Maps cut(const PackedDims& dims, int positions, int staged, int most) {
-  constexpr int kColumns = 32, kLongest = 32, kShortest = 4;
-  Maps maps{dims.n, static_cast<int>(dims.packed()), {}};
-  int64_t items = 0;
-  for (int m = 0; m < dims.n; ++m) {
-    Map& map = maps.at[m];
-    map.d0 = static_cast<int>(dims.dims[m][0]);
-    map.d1 = static_cast<int>(dims.dims[m][1]);
-    map.d2 = static_cast<int>(dims.dims[m][2]);
-    map.start = static_cast<int>(dims.offset(m));
-    map.columns = even(map.d2, kColumns);
-    map.rows = even(map.d1, std::min(positions / map.columns, staged / (map.columns + 2) - 2));
-    map.tiles_down = ceil_div(map.d1, map.rows);
-    map.tiles_across = ceil_div(map.d2, map.columns);
-    const int64_t tiles = static_cast<int64_t>(map.tiles_down) * map.tiles_across;
-    // Long chunks read few planes twice, short ones make work for every multiprocessor.
-    map.length = std::min(map.d0, kLongest);
-    while (map.length > kShortest && dims.B * tiles * ceil_div(map.d0, map.length) < most)
-      map.length = ceil_div(map.length, 2);
-    map.length = even(map.d0, map.length);
-    map.chunks = ceil_div(map.d0, map.length);
-    map.units = dims.B * map.chunks;
-    const int fit = std::min(positions / (map.rows * map.columns), staged / ((map.rows + 2) * (map.columns + 2)));
-    map.slabs = static_cast<int>(std::clamp<int64_t>(map.units * tiles / most, 1, fit));
-    map.items = (map.units + map.slabs - 1) / map.slabs * tiles;
-    items += map.items;
-  }
-  int blocks = 0;
-  for (int m = 0; m < dims.n; ++m) {
-    Map& map = maps.at[m];
-    const double share = static_cast<double>(map.items) / static_cast<double>(items);
-    map.first_block = blocks;
-    map.blocks = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(share * (most - 2)), 1, map.items));
-    blocks += map.blocks;
-  }
-  return maps;
-}
-
-AIA_HOST_DEVICE int block_count(const Maps& maps) {
-  return maps.at[maps.n - 1].first_block + maps.at[maps.n - 1].blocks;
-}
 
 inline Borders borders_of(const PackedDims& dims) {
   const int packed = static_cast<int>(dims.packed());

@@ -7,6 +7,8 @@
 
 namespace aia::cuda {
 
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
 struct Split {
   int64_t length;  // rows of a chunk
   int chunks;

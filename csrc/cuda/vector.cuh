@@ -7,6 +7,7 @@
 #include "../common/packed.h"
 #include "../common/scalar.h"
 #include "launch.cuh"
+#include "split.h"
 
 namespace aia::cuda {
 
@@ -61,8 +62,6 @@ struct Divisor {
     return quotient;
   }
 };
-
-inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Calls body with a value of the storage type.
 template <class Body>

@@ -12,6 +12,7 @@
 #include "../../csrc/cuda/evaluate.h"
 #include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/residual.h"
+#include "../../csrc/cuda/shares.h"
 #include "emulator.h"
 #include "together.h"
 
@@ -159,6 +160,13 @@ PYBIND11_MODULE(aia_emulator, m) {
                     parameter_of(grad_affine), statistics.data(), pooled.data(), grad_pooled.mutable_data(), workspace,
                     nullptr);
     });
+  });
+  m.def("shares", [](int64_t batch, std::vector<int64_t> dims, bool backward, int blocks) {
+    const Maps maps = cut(dims_of(batch, dims), backward ? kBackwardRoom : kForwardRoom, blocks);
+    std::vector<std::array<int64_t, 3>> found;
+    for (const Map* map = maps.at; map < maps.at + maps.n; ++map)
+      found.push_back({map->items, map->length, map->blocks});
+    return found;
   });
   m.def("move_statistics_",
         [](int scalar, std::vector<int64_t> channels, double momentum, std::vector<Number> mean,
