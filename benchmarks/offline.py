@@ -41,11 +41,13 @@ class Launch:
 
 @dataclass
 class MachineCode:
-    """Registers of a thread, its bytes of local memory, the bytes of shared memory, and instruction counts by name."""
+    """Registers of a thread, its bytes of local memory, the bytes of shared memory, divisions and roots in float32 that
+    are not rounded to the nearest, and instruction counts by name."""
 
     registers: int
     local: int
     shared: int
+    approximate: int
     instructions: dict[str, int]
 
     def count(self, *names: str, wide: bool | None = None) -> int:
@@ -98,9 +100,13 @@ def x_passes(x: Tensor) -> None:
 
 
 def parameters(launch: Launch) -> list[str]:
-    """The arguments that the compiled kernel takes: None and 1 are part of its code, as constants are."""
-    pairs = zip(launch.kernel.arg_names, launch.arguments, strict=False)
-    return [name for name, value in pairs if isinstance(value, Tensor) or (value is not None and value != 1)]
+    """The arguments that the compiled kernel takes: None and 1 are part of its code, as constants are, unless it is not
+    to look at them (tiles.launched)."""
+    return [
+        parameter.name
+        for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False)
+        if isinstance(value, Tensor) or (value is not None and (value != 1 or parameter.do_not_specialize))
+    ]
 
 
 def compiled(launch: Launch, capability: int):
@@ -116,7 +122,7 @@ def compiled(launch: Launch, capability: int):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not launch.kernel.params[i].do_not_specialize:
                 attributes[(i,)] = ALIGNED
     source = ASTSource(
         fn=launch.kernel,
@@ -145,7 +151,8 @@ def machine_code(launch: Launch, capability: int) -> MachineCode:
     instructions: dict[str, int] = {}
     for name in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE):
         instructions[name] = instructions.get(name, 0) + 1
-    return MachineCode(registers, stack + local, kernel.metadata.shared, instructions)
+    approximate = len(re.findall(r"\b(?:div|sqrt|rsqrt|rcp)\.(?:approx|full)", kernel.asm["ptx"]))
+    return MachineCode(registers, stack + local, kernel.metadata.shared, approximate, instructions)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -18,9 +18,11 @@ bytes, because the planes of a frame are not neighbours there.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,12 @@ def test_no_spills(compiled):
     assert [row for row in compiled.rows if row["shared"] > 72 * 1024] == []
 
 
+def test_norms_are_rounded_to_the_nearest(compiled):
+    """As the interpreter and torch round them; a GPU's own division and root are approximations."""
+    norms = [row["approximate"] for row in compiled.rows if row["kernel"] == "norm_kernel"]
+    assert norms and not any(norms)
+
+
 def test_wide_accesses(compiled):
     for case, (*_, capabilities) in compiled.cases.items():
         assert {row["capability"] for row in compiled.rows if row["case"] == case} == set(capabilities), case
@@ -109,6 +117,23 @@ def test_wide_accesses(compiled):
             assert row["narrow_stores"] == 0, row
         if not row["reads_maps"]:
             assert row["narrow_loads"] == 0, row
+
+
+def test_counts_do_not_compile_a_kernel_again():
+    """Not for 1, and not for multiples of 16: batches of any size share what was compiled."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from aia_kernels import triton
+
+    counts, kernels = {"batch", "programs", "blocks"}, {}
+    for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."):
+        found = vars(importlib.import_module(module.name))
+        kernels |= {name: kernel for name, kernel in found.items() if name.endswith("_kernel")}
+    assert {"conv_kernel", "pool_kernel", "features_kernel", "moments_kernel"} <= kernels.keys()
+    for name, kernel in kernels.items():
+        holder = kernel.kwargs if isinstance(kernel, InterpretedFunction) else vars(kernel)
+        told = holder["do_not_specialize"]
+        assert counts & set(kernel.arg_names) <= set(told or ()), name
 
 
 def main(table: str) -> None:

@@ -99,7 +99,7 @@ def span_product(
     return total
 
 
-@triton.jit
+@tiles.launched
 def column_statistics_kernel(
     logits_ptr, padding_ptr, partial_ptr, n, C: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -112,7 +112,7 @@ def column_statistics_kernel(
     store_statistics(partial_ptr, b, block, n, logits.to(partial_ptr.dtype.element_ty), m, exists, shown, C)
 
 
-@triton.jit
+@tiles.launched
 def join_statistics_kernel(partial_ptr, statistics_ptr, blocks, M: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr):
     """Statistics [B, 2, M] from those of blocks of tokens, partial [B, blocks, 2, M]."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
@@ -135,7 +135,7 @@ def join_statistics_kernel(partial_ptr, statistics_ptr, blocks, M: tl.constexpr,
     tl.store(statistics_ptr + M, total, mask=m < M)
 
 
-@triton.jit
+@tiles.launched
 def double_norm_kernel(
     logits_ptr,
     lse_ptr,
@@ -168,7 +168,7 @@ def double_norm_kernel(
         tl.store(mass_ptr + at, mass, mask=first)
 
 
-@triton.jit
+@tiles.launched
 def normaliser_kernel(
     logits_ptr,
     rows_ptr,
@@ -192,7 +192,7 @@ def normaliser_kernel(
     tl.store(at + token_rows(n, C), norm_of(total, r, EPS), mask=inside[:, None])
 
 
-@triton.jit
+@tiles.launched
 def backward_reduce_kernel(
     grad_ptr,
     attention_ptr,
@@ -228,7 +228,7 @@ def backward_reduce_kernel(
             tl.store(grad_ptr + at, q.to(grad_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
 
 
-@triton.jit
+@tiles.launched
 def backward_kernel(
     grad_ptr, attention_ptr, mass_ptr, reduced_ptr, n, C: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr
 ):

@@ -112,11 +112,11 @@ def activate(xhat, norm_ptr, m):
 def join_moments(count, mean, squares):
     """Count, mean and sum of squared deviations of the union of samples (of none, mean and squares are 0)."""
     total = tl.sum(count, 0)
-    joined = tl.sum(count * mean, 0) / tl.maximum(total, 1)
+    joined = tiles.quotient(tl.sum(count * mean, 0), tl.maximum(total, 1))
     return total, joined, tl.sum(squares + count * (mean - joined) * (mean - joined), 0)
 
 
-@triton.jit
+@tiles.launched
 def conv_kernel(
     pooled_ptr, weight_ptr, z_ptr, partial_ptr, batch, DIMS: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -151,7 +151,7 @@ def chosen(values, i):
     return values[i]
 
 
-@triton.jit
+@tiles.launched
 def norm_kernel(
     partial_ptr,
     given_ptr,
@@ -173,14 +173,14 @@ def norm_kernel(
         squares = tl.load(at + 2, mask=valid, other=0)
         count, mean, squares = join_moments(count, mean, squares)
         if chosen(OWN, m):
-            var = squares / count
-            share = 1 / count
+            var = tiles.quotient(squares, count)
+            share = tiles.quotient(1.0, count)
         else:
             mean = tl.load(given_ptr + 4 * m + 2)
             var = tl.load(given_ptr + 4 * m + 3)
             share = count * 0
         tl.store(norm_ptr + 4 * m, mean)
-        tl.store(norm_ptr + 4 * m + 1, 1 / tl.sqrt(var + chosen(EPS, m)))
+        tl.store(norm_ptr + 4 * m + 1, tiles.quotient(1.0, tiles.root(var + chosen(EPS, m))))
         tl.store(norm_ptr + 4 * m + 2, tl.load(given_ptr + 4 * m))
         tl.store(norm_ptr + 4 * m + 3, tl.load(given_ptr + 4 * m + 1))
         tl.store(statistics_ptr + 3 * m, mean)
@@ -188,7 +188,7 @@ def norm_kernel(
         tl.store(statistics_ptr + 3 * m + 2, share)
 
 
-@triton.jit
+@tiles.launched
 def activate_kernel(z_ptr, norm_ptr, gate_ptr, batch, DIMS: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
     """gate = sigmoid(weight * xhat + bias)."""
     m = tl.program_id(1)
@@ -199,7 +199,7 @@ def activate_kernel(z_ptr, norm_ptr, gate_ptr, batch, DIMS: tl.constexpr, M: tl.
         tl.store(gate_ptr + at, activate(xhat, norm_ptr, m), mask=exists)
 
 
-@triton.jit
+@tiles.launched
 def backward_reduce_kernel(
     grad_gate_ptr, z_ptr, norm_ptr, partial_ptr, batch, DIMS: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -220,7 +220,7 @@ def backward_reduce_kernel(
     tl.store(partial_ptr + 1, tl.sum(sum_du_xhat, 0))
 
 
-@triton.jit
+@tiles.launched
 def grad_z_kernel(
     grad_gate_ptr,
     z_ptr,
@@ -251,7 +251,7 @@ def grad_z_kernel(
         tl.store(grad_z_ptr + at, scale * (du - mean_du - corrected), mask=exists)
 
 
-@triton.jit
+@tiles.launched
 def conv_backward_kernel(
     grad_z_ptr,
     pooled_ptr,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import maps
+from . import tiles
 from .checks import (
     check_attention,
     check_contiguous,
@@ -80,7 +81,7 @@ def column_product(
     return result
 
 
-@triton.jit
+@tiles.launched
 def logits_kernel(
     x_ptr,
     key_ptr,
@@ -112,7 +113,7 @@ def logits_kernel(
     store_statistics(partial_ptr, b, block, n, logits.to(ACC), m, exists, shown, C)
 
 
-@triton.jit
+@tiles.launched
 def attention_gradient_kernel(
     grad_ptr,
     logits_ptr,

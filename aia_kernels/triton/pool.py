@@ -111,7 +111,7 @@ def accumulate(best, index, total, a, key, position):
     return tl.maximum(best, key), index, total + a
 
 
-@triton.jit
+@tiles.launched
 def pool_kernel(
     x_ptr,
     gate_ptr,
@@ -139,7 +139,7 @@ def pool_kernel(
     store_features(pooled_ptr, argmax_ptr, b, coordinates(origin, TILE), best, index, total, TILE, CONTEXT, 2)
 
 
-@triton.jit
+@tiles.launched
 def pool_over_kernel(
     x_ptr,
     gate_ptr,
@@ -163,7 +163,7 @@ def pool_over_kernel(
     store_features(pooled_ptr, argmax_ptr, b, coordinates(origin, TILE), best, index, total, TILE, CONTEXT, AXIS)
 
 
-@triton.jit
+@tiles.launched
 def unpool_kernel(
     grad_y_ptr,
     gate_ptr,

@@ -26,7 +26,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@tiles.launched
 def recalibrate_kernel(x_ptr, gate_ptr, y_ptr, TILE: tl.constexpr, CONTEXT: tl.constexpr):
     """y = x * G(gate). Reads 1 |X|, writes 1 |X|."""
     b, origin = locate(TILE)
@@ -55,7 +55,7 @@ def store_sum(out_ptr, b, at, p, TILE: tl.constexpr, CONTEXT: tl.constexpr, AXIS
     tl.store(out_ptr + offsets(at, TILE, AXIS), total, mask=inside(at, TILE, AXIS))
 
 
-@triton.jit
+@tiles.launched
 def product_sum_kernel(
     x_ptr, factor_ptr, argmax_ptr, out_ptr, TILE: tl.constexpr, FACTOR: tl.constexpr, CONTEXT: tl.constexpr
 ):
@@ -73,7 +73,7 @@ def product_sum_kernel(
     store_sum(out_ptr, b, coordinates(origin, TILE), total, TILE, CONTEXT, 2)
 
 
-@triton.jit
+@tiles.launched
 def product_sum_over_kernel(
     x_ptr,
     factor_ptr,

@@ -100,7 +100,7 @@ def load_signs(
     return bits & 1 == 1
 
 
-@triton.jit
+@tiles.launched
 def signed_kernel(
     grad_y_ptr,
     signs_ptr,

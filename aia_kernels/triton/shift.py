@@ -15,7 +15,7 @@ from .checks import check_activation
 BLOCK = 1 << 20 if triton.knobs.runtime.interpret else 2048
 
 
-@triton.jit
+@tiles.launched
 def temporal_shift_kernel(
     x_ptr,
     y_ptr,

@@ -99,6 +99,12 @@ def elementwise(x: Tensor) -> Tile:
     return tile(x, whole="T") or tile(x)
 
 
+#: Of a function that is launched. Counts are not looked at when it is compiled: a kernel for one is that for all, for 1
+#: and for multiples of 16 too, and a network with batches of several sizes compiles once. The number of tokens n is no
+#: count: that it is a multiple of 16 lets the compiler read 16 bytes at once where tokens are contiguous.
+launched = triton.jit(do_not_specialize=("batch", "programs", "blocks"))
+
+
 def launch(kernel, x: Tensor, tile: Tile, *args, most_warps: int = 8, registers: int = 128, **constants) -> None:
     """Run one program for each tile of x.
 
@@ -124,6 +130,18 @@ def start(kernel, x: Tensor, grid: tuple[int, ...], *args, **constants) -> None:
         return
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         kernel[grid](*args, **constants)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded once, b a tensor: what stands for it in float32 is off by two roundings on a GPU."""
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def root(a):
+    """The square root, rounded once, for the same reason."""
+    return tl.sqrt(a) if a.dtype == tl.float64 else tl.sqrt_rn(a)
 
 
 # Compile-time functions must not call ordinary ones: Triton hashes what they refer to. Axes are 0 to 3 in T, C, H, W,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from .checks import check_attention, check_contiguous, check_heads, check_keep, check_sizes, check_tokens
 from .columns import (
     COLUMNS,
@@ -32,7 +33,7 @@ TOKENS = {2: 64, 4: 16, 8: 16}
 SUMMED = 1 << 16 if INTERPRETED else 128
 
 
-@triton.jit
+@tiles.launched
 def token_sum_kernel(
     x_ptr,
     logits_ptr,
@@ -106,7 +107,7 @@ def token_sum_kernel(
         tl.store(sums_ptr, sums, mask=f < tl.where(tile == 0, F, 0))
 
 
-@triton.jit
+@tiles.launched
 def attention_sums_kernel(
     logits_ptr,
     rows_ptr,
@@ -139,7 +140,7 @@ def attention_sums_kernel(
     tl.store(sums_ptr + program.to(tl.int64) * M + m, sums, mask=exists)
 
 
-@triton.jit
+@tiles.launched
 def moments_kernel(
     logits_ptr,
     rows_ptr,

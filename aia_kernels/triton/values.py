@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from .checks import check_attention, check_contiguous, check_heads, check_keep, check_memory, check_sizes
 from .columns import (
     Attention,
@@ -29,7 +30,7 @@ from .token_sums import token_sums
 CUT = {2: 64, 4: 32, 8: 32}
 
 
-@triton.jit
+@tiles.launched
 def features_kernel(
     logits_ptr,
     rows_ptr,
