@@ -45,6 +45,7 @@ def assert_equal_steps(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # nothing that it traces is cached
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", UNITS)
 def test_full_graph_with_dynamic_batch(name, train, traced_on):
@@ -182,6 +183,7 @@ def test_opcheck_of_the_passes(backend, context):
         )
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # nothing that it traces is cached
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "dropout"])
 def test_full_graph_of_external_attention(form, train, external_traced_on):

@@ -13,7 +13,6 @@ The backend ``reference`` takes its own formula on all four. A DTensor is taken 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,6 +58,13 @@ def STinC2(x: Tensor, c: Gate, t: Gate, h: Gate, w: Gate, num_segments: int = 8)
     return attention_in_attention(x, "STinC2", (c, t, h, w), num_segments)
 
 
+#: By unit, the gates in the order in which it computes them, in which a norm that serves several of them moves.
+_ORDERS = {
+    unit.name: [i for c in (unit.inner, unit.outer) if c for i in range(len(unit.letters))[unit.rows(c)]]
+    for unit in UNITS.values()
+}
+
+
 def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segments: int = 8) -> Tensor:
     """Apply a unit of arXiv 2204.09303: y = x * G_outer(x * G_inner(x)).
 
@@ -87,7 +93,7 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
         passes = None if is_traced() else backends.passes(backend)
         y, statistics = _through_passes(dense, described, gates, num_segments, backend, passes)
         move = passes and passes.move_statistics_
-    order = _order(described)
+    order = _ORDERS[unit]
     update_running_statistics([gates[i].norm for i in order], [statistics[i] for i in order], move)
     return y
 
@@ -126,13 +132,6 @@ def _through_passes(
 def _resolved(parameters: Iterable[Tensor | None]) -> list[Tensor | None]:
     """The parameters with their own values: the framework does not do it for what stands in a list."""
     return [None if p is None else p.resolve_neg() for p in parameters]
-
-
-@functools.cache
-def _order(unit: Unit) -> list[int]:
-    """The gates in the order in which the unit computes them, in which a norm that serves several of them moves."""
-    gates = range(len(unit.letters))
-    return [i for context in (unit.inner, unit.outer) if context for i in gates[unit.rows(context)]]
 
 
 def _fixed(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
