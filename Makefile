@@ -3,6 +3,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 FORCE_CUDA ?= auto
+CUDA_VENV := build/cuda-venv
+CUDA_TORCH ?= torch==2.14.1
+CUDA_PYTHON ?= $(CUDA_VENV)/bin/python
 INSTALLED := $(VENV)/installed$(if $(filter 1,$(FORCE_CUDA)),-with-cuda)
 # A file runs in one worker, which makes what its tests share once.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
@@ -11,22 +14,26 @@ CHECKED := $(addprefix tests/test_,$(addsuffix .py,golden passes double_norm_pas
   attention_in_attention external_attention external_attention_modules external_attention_parameters convert \
   external_attention_submodules convert_look_alikes promises_bad_input promises_checkpoint promises_determinism \
   promises_dispatch promises_func promises_in_place promises_memory))
-CPP := $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CPP := $(shell find csrc tests/emulator tests/rehearsal -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-all fuzz lint demo bench gpu clean
+.PHONY: help install check test test-all fuzz rehearse-cuda lint demo bench gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED)  ## make .venv and build (PYTHON=python3.12, TORCH=torch==2.13.0, FORCE_CUDA=1)
 	@$(BIN)/python -m aia_kernels
 
 # Debian splits ensurepip from Python; pip alone can fill an environment too.
+define make-environment
+$(PYTHON) -m venv $(1) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(1) && \
+  $(PYTHON) -m pip --python $(1)/bin/python install pip; }
+endef
+
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
-	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(call make-environment,$(VENV))
 
 $(INSTALLED): setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "setuptools>=65" wheel ninja
@@ -46,6 +53,13 @@ test-all: lint  ## the tests and their sweeps, with CUDA compiled where nvcc is
 
 fuzz: $(INSTALLED)  ## argument sets to the CPU operators, under sanitizers at every level (N=100000, ONLY=seed)
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(if $(ONLY),--only $(ONLY),--sets $(or $(N),10000)) $(ARGS)
+
+rehearse-cuda: $(CUDA_PYTHON)  ## the tests for a GPU without one, 5 GB of torch (CUDA_PYTHON=python that has torch for CUDA)
+	PYTHONPATH=tests $(CUDA_PYTHON) -m rehearsal $(ARGS)
+
+$(CUDA_VENV)/bin/python:
+	$(call make-environment,$(CUDA_VENV))
+	$@ -m pip install $(CUDA_TORCH) numpy pytest pytest-xdist hypothesis ninja
 
 lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
 	$(BIN)/ruff check .

@@ -1,0 +1,39 @@
+"""python -m rehearsal [pytest's arguments]: build, run every test that needs a GPU on the cuda backend, report.
+
+From the project's root, with a torch that is built for CUDA and PYTHONPATH=tests; make rehearse-cuda does it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from . import faults
+from .build import ROOT, build
+
+REPORT = """
+What passed here proves, with real CUDA tensors of torch and an H100's limits:
+  - operators are registered, find torch's current stream, and make the device of their tensors the current one;
+  - kernels get the right arguments, write nowhere else, leave no memory behind and wait for nothing;
+  - grids, blocks, cooperative grids, clusters and shared memory are what an H100 takes, if a kernel needs no more than
+    64 registers and no shared memory beside the dynamic kind;
+  - layers compute what they should on it, from Python to the kernel, in eager and in captured graphs that are replayed.
+It does not prove:
+  - that nvcc compiles the kernels (tests/test_cuda_offline.py), or what of its registers and shared memory they need;
+  - anything of the driver and of the hardware: real parallel blocks and warps, memory order, rounding of intrinsics;
+  - real CUDA graphs, real streams at the same time, several processes, pinned memory; speed;
+  - Triton's kernels, and what Inductor makes with them: they were not run;
+  - grids of the real size: gates have 12 blocks here, and clusters blocks of 64 threads.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    build(faults.write())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "rehearsal.plugin"]
+    status = subprocess.run([*command, *(arguments or ["-n", "auto", "--dist", "loadfile"])], cwd=ROOT).returncode
+    print(REPORT)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
