@@ -38,13 +38,18 @@ class Provider:
     allowance: float = 2.0
 
 
+def on_backend(backend: str) -> Provider:
+    """This package's layers on one of its backends."""
+    return Provider(backend, lambda case: case.fused(), partial(aia_kernels.use_backend, backend))
+
+
 def providers(device: str, family: str) -> list[Provider]:
     """The published flow, the reference and every fused backend that can run a family on the device."""
     reasons = aia_kernels.available_backends(family)
     found = [Provider("published", lambda case: case.published(), allowance=COARSE)]
     for backend in BACKENDS[device]:
         if reasons[backend] is None:
-            found.append(Provider(backend, lambda case: case.fused(), partial(aia_kernels.use_backend, backend)))
+            found.append(on_backend(backend))
     return found
 
 
@@ -97,7 +102,7 @@ class Expected:
     """What a case must give: the reference in float64, and what the reference in the case's own type misses of it."""
 
     def __init__(self, case: Case, x: Tensor, grad_y: Tensor, device: str):
-        reference = Provider("reference", lambda case: case.fused(), partial(aia_kernels.use_backend, "reference"))
+        reference = on_backend("reference")
         layer = build(reference, case, device)
         with exact_products(), reference.context():
             rounded = measure.results(layer, x, grad_y)
