@@ -74,7 +74,7 @@ bench: $(INSTALLED)  ## microbenchmarks: rows and plots in benchmarks/results
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.roofline --results benchmarks/results --page benchmarks/NOTES.md
 
-gpu:  ## on a GPU without a network: build, test, sanitize, bench (RESULTS=dir PART=check REHEARSE=1)
+gpu:  ## on a GPU without a network: PART=smoke (2 min), check, bench, network, compile (RESULTS=dir REHEARSE=1)
 	PYTHON=$(PYTHON) PART=$(PART) PACK=$(PACK) FILTER="$(FILTER)" REHEARSE=$(REHEARSE) .ci/gpu $(RESULTS)
 
 clean:  ## remove what the build made, and .venv

@@ -16,7 +16,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / ".ci" / "gpu"
-PARTS = ("check", "bench", "compile")
+PARTS = ("smoke", "check", "bench", "network", "compile")
 #: Ten minutes, less what it takes to begin and end.
 CALL = 590
 
@@ -40,7 +40,18 @@ def steps(**environment: str) -> list[tuple[list[str], str, int, list[str]]]:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_ends_within_a_call(part):
-    assert sum(limit for parts, _, limit, _ in steps(PART=part) if part in parts) <= CALL
+    total = sum(limit for parts, _, limit, _ in steps(PART=part) if part in parts)
+    assert total <= (120 if part == "smoke" else CALL)
+    for _, name, limit, command in steps(PART=part):
+        if "--seconds" in command and name != "network":
+            assert int(command[command.index("--seconds") + 1]) < limit, name
+        if "--minutes" in command:
+            assert 60 * float(command[command.index("--minutes") + 1]) <= limit - 20, name
+
+
+def test_the_roof_is_measured_and_the_cache_filled_before_the_first_row():
+    names = [name for _, name, *_ in steps(PART="bench")]
+    assert names[:4] == ["build", "roof", "warm", "layers"]
 
 
 def test_every_part_builds_and_the_rehearsal_has_the_steps_of_the_run():
@@ -86,6 +97,7 @@ def test_a_rehearsal_says_so_everywhere_and_packs_few_files(stub, tmp_path):
     summary = (results / "gpu-summary.txt").read_text()
     assert summary.startswith("REHEARSAL on the CPU: no number here is a GPU's\n")
     lines = [line for line in summary.splitlines() if " pass " in line or " FAIL " in line]
+    assert "REHEARSAL on the CPU" in lines[0] and "ran -m benchmarks.summary" in summary
     assert len(lines) == len(logs) and all(line.startswith("REHEARSAL on the CPU: ") for line in lines)
     assert [line.split()[4] for line in lines if "FAIL (3)" in line] == ["roof"]
     assert sorted(path.name for path in pack.iterdir()) == ["gpu-results.tar.gz", "gpu-summary.txt"]
