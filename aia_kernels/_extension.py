@@ -34,13 +34,15 @@ class Cuda(NamedTuple):
 
     stream: where torch's current stream was found, or None. runtime: the CUDA that the library was built with, and
     driver: the newest that the driver knows, as (major, minor), None without a driver. architectures: those whose
-    kernels the library holds, as TORCH_CUDA_ARCH_LIST writes them.
+    kernels the library holds, as TORCH_CUDA_ARCH_LIST writes them. gate_blocks: the most blocks that wait for one
+    another, by AIA_KERNELS_GATE_BLOCKS, or 0 if that cannot be.
     """
 
     stream: str | None
     runtime: tuple[int, int]
     driver: tuple[int, int] | None
     architectures: tuple[str, ...]
+    gate_blocks: int
 
     def __str__(self) -> str:
         stream = f"found in {self.stream}" if self.stream else f"not found in torch {torch.__version__}"
@@ -75,6 +77,8 @@ class Cuda(NamedTuple):
                 f"the driver knows CUDA {_dotted(self.driver)}, and the library was built with {_dotted(self.runtime)};"
                 " update the driver, or reinstall aia_kernels with the toolkit of that version"
             )
+        if self.gate_blocks == 0:
+            return "AIA_KERNELS_GATE_BLOCKS must be a number from 3 on: a launch has a block for each of three maps"
         return None
 
 
@@ -89,8 +93,12 @@ def _text(name: str) -> str | None:
     return None if found is None else found.decode()
 
 
+def _number(name: str) -> int:
+    return getattr(ctypes.CDLL(str(LIBRARY)), f"aia_kernels_{name}")()
+
+
 def _version(name: str) -> tuple[int, int] | None:
-    number = getattr(ctypes.CDLL(str(LIBRARY)), f"aia_kernels_cuda_{name}")()
+    number = _number(f"cuda_{name}")
     return (number // 1000, number % 1000 // 10) if number else None
 
 
@@ -112,7 +120,7 @@ def has_cuda() -> bool:
 def cuda() -> Cuda:
     """What the CUDA part found; the library must hold it."""
     architectures = tuple(_text("cuda_architectures").replace(";", " ").replace(",", " ").split())
-    return Cuda(_text("stream"), _version("runtime"), _version("driver"), architectures)
+    return Cuda(_text("stream"), _version("runtime"), _version("driver"), architectures, _number("gate_blocks"))
 
 
 @functools.cache

@@ -28,11 +28,11 @@ using aia::Scalar;
 using aia::scalar_of;
 using aia::Unpooled;
 using aia::unpooled_of;
+using aia::cuda::GateWorkspace;
 using aia::cuda::kLimit;
 using aia::cuda::Launch;
 using aia::cuda::Shape;
 using aia::cuda::shape_of_unit;
-using aia::cuda::workspace_of;
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
@@ -102,8 +102,6 @@ const PackedDims& within_limit(const PackedDims& d) {
   return d;
 }
 
-double* doubles(Tensor& workspace) { return static_cast<double*>(workspace.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor> weight, Numbers scale, Numbers shift,
                                         Numbers mean, Numbers var, std::vector<double> eps, std::vector<bool> batch,
                                         std::vector<int64_t> dims) {
@@ -114,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
   Tensor gate = torch::stable::new_empty(pooled, {d.B, d.packed()});
   Tensor norm = torch::stable::new_empty(pooled, {d.n, 4});
   Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
-  Tensor workspace = workspace_of(pooled, aia::cuda::kMomentPartials);
+  const GateWorkspace workspace(pooled, aia::cuda::kMomentPartials);
   launch.check(aia::cuda::gate(d, scalar_of(pooled, "pooled"), gates.data(), pooled.const_data_ptr(),
                                gate.mutable_data_ptr(), norm.mutable_data_ptr(), statistics.mutable_data_ptr(),
-                               doubles(workspace), launch.stream()));
+                               workspace, launch.stream()));
   return {gate, norm, statistics};
 }
 
@@ -139,9 +137,9 @@ Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tens
   const PackedDims d = within_limit(aia::dims_of_gradient(grad_gate, z, norm, dims));
   const Launch launch(z);
   Tensor sums = torch::stable::new_empty(z, {d.n, 2});
-  Tensor workspace = workspace_of(z, aia::cuda::kNormPartials);
+  const GateWorkspace workspace(z, aia::cuda::kNormPartials);
   launch.check(aia::cuda::gate_backward_reduce(d, scalar_of(z, "z"), grad_gate.const_data_ptr(), z.const_data_ptr(),
-                                               norm.const_data_ptr(), sums.mutable_data_ptr(), doubles(workspace),
+                                               norm.const_data_ptr(), sums.mutable_data_ptr(), workspace,
                                                launch.stream()));
   return sums;
 }
@@ -158,12 +156,12 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
   std::vector<Tensor> grad_weight;
   for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
   const Gates grads = aia::weights_of(grad_weight, d.n, z);
-  Tensor workspace = workspace_of(z, aia::cuda::kWeightPartials);
-  launch.check(aia::cuda::gate_backward(
-      d, scalar_of(z, "z"), gates.data(), grads.data(), grad_gate.const_data_ptr(), z.const_data_ptr(),
-      norm.const_data_ptr(), sums ? sums->const_data_ptr() : nullptr, aia::parameter_of(grad_affine, z, "grad_affine"),
-      statistics.const_data_ptr(), pooled.const_data_ptr(), grad_pooled.mutable_data_ptr(), doubles(workspace),
-      launch.stream()));
+  const GateWorkspace workspace(z, aia::cuda::kWeightPartials);
+  launch.check(
+      aia::cuda::gate_backward(d, scalar_of(z, "z"), gates.data(), grads.data(), grad_gate.const_data_ptr(),
+                               z.const_data_ptr(), norm.const_data_ptr(), sums ? sums->const_data_ptr() : nullptr,
+                               aia::parameter_of(grad_affine, z, "grad_affine"), statistics.const_data_ptr(),
+                               pooled.const_data_ptr(), grad_pooled.mutable_data_ptr(), workspace, launch.stream()));
   return {grad_pooled, grad_weight, grad_affine};
 }
 

@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+
 #include "cuda/passes.h"
 #include "register_attention_in_attention.h"
 
@@ -13,6 +15,9 @@ namespace aia::cuda {
 using StreamOf = int32_t (*)(int32_t device, void** stream);
 // Null where this torch has none: it is looked up, as the library must load beside a torch without CUDA too.
 StreamOf stream_of_device();
+// The most blocks that wait for one another, by the variable AIA_KERNELS_GATE_BLOCKS: for a device that is shared, or
+// compute-sanitizer, for which they are slow. 0 where that is no number from kFewestGateBlocks on.
+int most_gate_blocks();
 
 // Kernels count within one clip in 32 bits.
 constexpr int64_t kLimit = int64_t{1} << 30;
@@ -53,9 +58,18 @@ inline Shape shape_of_unit(const Activation& a, const char* name) {
   return shape_of(a, name);
 }
 
-// Room for the sums of each block of a gate pass.
-inline Tensor workspace_of(const Tensor& like, int per_block) {
-  return torch::stable::new_empty(like, {kGateBlocks, per_block}, ScalarType::Double);
-}
+// The workspace of a gate pass on the current device.
+class GateWorkspace {
+ public:
+  GateWorkspace(const Tensor& like, int per_block) : blocks_(std::min(gate_blocks_together(), most_gate_blocks())) {
+    AIA_CHECK(blocks_ > 0, "AIA_KERNELS_GATE_BLOCKS must be a number from ", kFewestGateBlocks, " on");
+    room_ = torch::stable::new_empty(like, {blocks_, per_block}, ScalarType::Double);
+  }
+  operator Workspace() const { return {static_cast<double*>(room_.mutable_data_ptr()), blocks_}; }
+
+ private:
+  int blocks_;
+  Tensor room_;
+};
 
 }  // namespace aia::cuda

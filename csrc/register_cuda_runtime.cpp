@@ -1,6 +1,8 @@
-// What the CUDA operators find where they run: torch's current stream, and which CUDA there is. The library can be
-// asked for it before anything is launched.
+// What the CUDA operators find where they run: torch's current stream, which CUDA there is, and how many blocks they
+// may have wait for one another. The library can be asked for it before anything is launched.
 #include <dlfcn.h>
+
+#include <cstdlib>
 
 #include "register_cuda.h"
 
@@ -40,12 +42,23 @@ const Found& found() {
 
 StreamOf stream_of_device() { return found().stream_of; }
 
+int most_gate_blocks() {
+  const char* const text = std::getenv("AIA_KERNELS_GATE_BLOCKS");
+  if (text == nullptr || *text == 0) return kGateBlocks;
+  char* end = nullptr;
+  const long blocks = std::strtol(text, &end, 10);
+  return *end != 0 || blocks < kFewestGateBlocks ? 0 : static_cast<int>(std::min<long>(blocks, kGateBlocks));
+}
+
 }  // namespace aia::cuda
 
 #define AIA_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Where torch's current stream was found, or null. Torch must have been imported before the first call.
 AIA_EXPORT const char* aia_kernels_stream() { return aia::cuda::found().where; }
+
+// See most_gate_blocks.
+AIA_EXPORT int aia_kernels_gate_blocks() { return aia::cuda::most_gate_blocks(); }
 
 // The CUDA that the library was built with, and the newest that the driver knows (0 without one), as
 // 1000 * major + 10 * minor.

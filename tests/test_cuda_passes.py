@@ -124,6 +124,15 @@ def test_gate(passes, gate):
         test_passes.test_gate_backward(passes, plain, gate, given)
 
 
+@pytest.mark.usefixtures("on_the_cpu")
+def test_gates_of_fewer_blocks(emulator, monkeypatch, gate):
+    """One for each map, as few as a launch may be told to have."""
+    monkeypatch.setattr(emulator, "blocks", 3)
+    test_passes.test_gate(emulator, plain, gate, "all")
+    test_passes.test_gate_backward_reduce(emulator, plain, gate)
+    test_passes.test_gate_backward(emulator, plain, gate, False)
+
+
 def test_gate_moments_far_from_zero(passes):
     """The variance of numbers whose mean is 2000 times their spread: no cancellation of squares."""
     pooled = torch.zeros(3, 2, 5 * 6 * 7)

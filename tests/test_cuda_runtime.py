@@ -3,6 +3,7 @@ driver, and the devices that its kernels are for."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import aia_kernels
 from aia_kernels import _extension
 from aia_kernels._extension import Cuda
 
-FOUND = Cuda("libtorch_cuda.so", (13, 0), (13, 1), ("9.0",))
+FOUND = Cuda("libtorch_cuda.so", (13, 0), (13, 1), ("9.0",), 528)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,7 @@ def test_devices_that_the_kernels_are_for(architectures, runs, fails):
         ({"driver": (12, 8)}, r"the driver knows CUDA 12\.8, and the library was built with 13\.0; update the driver"),
         # Of one major version each driver runs what all toolkits build.
         ({"runtime": (13, 2)}, None),
+        ({"gate_blocks": 0}, "AIA_KERNELS_GATE_BLOCKS must be a number from 3 on"),
         ({}, None),
     ],
 )
@@ -64,38 +66,56 @@ def test_a_device_without_kernels_is_named(monkeypatch):
     assert _extension.cuda_reason.__wrapped__() is None
 
 
-LOOKS_UP = """
+ASKS = """
 import ctypes, os, sys
 import torch
 for library in sys.argv[2:]:
     ctypes.CDLL(library, os.RTLD_LOCAL)
-looked_up = ctypes.CDLL(sys.argv[1]).aia_kernels_stream
-looked_up.restype = ctypes.c_char_p
-print(looked_up())
+library = ctypes.CDLL(sys.argv[1])
+library.aia_kernels_stream.restype = ctypes.c_char_p
+print(library.aia_kernels_stream(), library.aia_kernels_gate_blocks())
 """
 
 
-def test_the_stream_is_found_in_a_library_that_shows_it_to_nobody(tmp_path):
-    """Torch loads libtorch_cuda.so for itself alone. A library of that name, loaded so, stands for it here."""
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """asked(*libraries, blocks=): the stream and the blocks that the CUDA part finds beside other libraries. Its file
+    register_cuda_runtime.cpp is compiled alone, with a CUDA runtime that does nothing."""
     if shutil.which("g++") is None or torch.version.cuda:
         pytest.skip("for g++ beside a torch without CUDA")
-    (tmp_path / "torch.cpp").write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }')
+    folder = tmp_path_factory.mktemp("runtime")
     versions = ("cudaRuntimeGetVersion", "cudaDriverGetVersion")
-    (tmp_path / "cuda.cpp").write_text("".join(f'extern "C" int {name}(int*) {{ return 1; }}' for name in versions))
-    torch_cuda, library = tmp_path / "libtorch_cuda.so", tmp_path / "library.so"
+    (folder / "cuda.cpp").write_text("".join(f'extern "C" int {name}(int*) {{ return 1; }}' for name in versions))
+    sources = ROOT / "csrc" / "register_cuda_runtime.cpp", folder / "cuda.cpp"
+    library = shared_library(folder / "library.so", *sources)
+
+    def ask(*others: Path, blocks: str = "") -> list[str]:
+        command = [sys.executable, "-c", ASKS, library, *others]
+        environment = os.environ | {"AIA_KERNELS_GATE_BLOCKS": blocks}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
+
+    return ask
+
+
+def shared_library(library: Path, *arguments) -> Path:
     build = ["g++", "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    build += ["-isystem", Path(torch.__file__).parent / "include"]
-    of_torch = [tmp_path / "torch.cpp", "-Wl,-soname,libtorch_cuda.so", "-o", torch_cuda]
-    of_library = [ROOT / "csrc" / "register_cuda_runtime.cpp", tmp_path / "cuda.cpp", "-o", library]
-    for command in (of_torch, of_library):
-        subprocess.run(build + command, check=True)
+    include = Path(torch.__file__).parent / "include"
+    subprocess.run([*build, "-isystem", include, *arguments, "-o", library], check=True)
+    return library
 
-    def found(*others: Path) -> str:
-        command = [sys.executable, "-c", LOOKS_UP, library, *others]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert found() == "None"
-    assert found(torch_cuda) == "b'libtorch_cuda.so'"
+def test_the_stream_is_found_in_a_library_that_shows_it_to_nobody(asked, tmp_path):
+    """Torch loads libtorch_cuda.so for itself alone. A library of that name, loaded so, stands for it here."""
+    source = tmp_path / "torch.cpp"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }')
+    torch_cuda = shared_library(tmp_path / "libtorch_cuda.so", source, "-Wl,-soname,libtorch_cuda.so")
+    assert asked()[0] == "None"
+    assert asked(torch_cuda)[0] == "b'libtorch_cuda.so'"
+
+
+@pytest.mark.parametrize("given, found", [("", 528), ("16", 16), ("9999", 528), ("2", 0), ("-4", 0), ("16 blocks", 0)])
+def test_the_most_blocks_that_wait_for_one_another(asked, given, found):
+    assert int(asked(blocks=given)[1]) == found
 
 
 def test_reason_and_operators_agree_under_a_torch_with_cuda():

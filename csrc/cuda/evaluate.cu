@@ -217,7 +217,7 @@ int evaluate_in_groups(const Shape& shape, const void* x, const UnitGates& unit,
       if (error != 0) return error;
       // No statistics are the batch's, so nothing meets in a workspace.
       return gate(dims_of(group, context), scalar, gates, place(at.pooled), to, place(at.norm), place(at.statistics),
-                  nullptr, stream);
+                  {}, stream);
     };
     Gate guide{nullptr, kNone};
     if (unit.inner != kNone) {

@@ -5,7 +5,7 @@
 //   gate_again  reads 2, writes 2        the gates and z
 //
 // Where the statistics of the batch stand between two halves of a pass, its blocks wait for one another: the launch
-// holds no more than run at once. That spares a launch and, where maps are small, finds z in the L2 cache.
+// holds one for each multiprocessor. That spares a launch and, where maps are small, finds z in the L2 cache.
 #include "../common/moments.h"
 #include "packed_maps.cuh"
 #include "partials.cuh"
@@ -168,8 +168,10 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 
 }  // namespace
 
+int gate_blocks_together() { return std::clamp(multiprocessors(), kFewestGateBlocks, kGateBlocks); }
+
 int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
-         void* statistics, double* workspace, void* stream) {
+         void* statistics, Workspace workspace, void* stream) {
   const Gates of_maps = gates_of(gates, dims.n);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
@@ -181,10 +183,10 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
     }
     return with_width<A>(dims, {gate}, [&](auto width) {
       const auto kernel = gate_kernel<A, width.value>;
-      const Maps maps = cut(dims, kForwardRoom, most_together(kernel));
+      const Maps maps = cut(dims, kForwardRoom, workspace.blocks);
       return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, borders_of(dims), dims.B, of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
-                             static_cast<A*>(statistics), workspace);
+                             static_cast<A*>(statistics), workspace.data);
     });
   });
 }

@@ -176,32 +176,32 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 }  // namespace
 
 int gate_backward_reduce(const PackedDims& dims, Scalar scalar, const void* grad_gate, const void* z, const void* norm,
-                         void* sums, double* workspace, void* stream) {
+                         void* sums, Workspace workspace, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
       const auto kernel = backward_reduce_kernel<A, width.value>;
       const int64_t items = dims.B * ceil_div(dims.packed(), kGateThreads * width.value);
-      const int blocks = static_cast<int>(std::min<int64_t>(items, most_together(kernel)));
+      const int blocks = static_cast<int>(std::min<int64_t>(items, workspace.blocks));
       return launch_together(kernel, blocks, kGateThreads, stream, borders_of(dims), dims.B, dims.n,
                              static_cast<const A*>(grad_gate), static_cast<const A*>(z), static_cast<const A*>(norm),
-                             static_cast<A*>(sums), blocks, workspace);
+                             static_cast<A*>(sums), blocks, workspace.data);
     });
   });
 }
 
 int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const GateParameters* grads,
                   const void* grad_gate, const void* z, const void* norm, const void* sums, Parameter grad_affine,
-                  const void* statistics, const void* pooled, void* grad_pooled, double* workspace, void* stream) {
+                  const void* statistics, const void* pooled, void* grad_pooled, Workspace workspace, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     const auto run = [&](auto kernel) {
-      const Maps maps = cut(dims, kBackwardRoom, most_together(kernel));
+      const Maps maps = cut(dims, kBackwardRoom, workspace.blocks);
       return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, borders_of(dims), dims.B,
                              gates_of(gates, dims.n), gates_of(grads, dims.n), static_cast<const A*>(grad_gate),
                              static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<const A*>(sums),
                              grad_affine, static_cast<const A*>(statistics), static_cast<const A*>(pooled),
-                             static_cast<A*>(grad_pooled), workspace);
+                             static_cast<A*>(grad_pooled), workspace.data);
     };
     if (sums) return run(backward_kernel<A, 1, false>);
     return with_width<A>(dims, {grad_gate, z}, [&](auto width) { return run(backward_kernel<A, width.value, true>); });

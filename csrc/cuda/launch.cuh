@@ -105,15 +105,12 @@ int answer_of_device(const Key& key, Ask&& ask) {
   return answers[{device, key}] = answer;
 }
 
-// How many blocks of a kernel the current device holds at once, at least 1.
-template <class... Parameters>
-int blocks_together(void (*kernel)(Parameters...), int threads) {
-  const void* const function = function_of(kernel);
-  return answer_of_device(std::make_tuple(function, threads), [&](int device) {
-    int each = 0, multiprocessors = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, threads, 0);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    return each * multiprocessors > 0 ? each * multiprocessors : 1;
+// The multiprocessors of the current device.
+inline int multiprocessors() {
+  return answer_of_device(0, [](int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
   });
 }
 

@@ -148,10 +148,4 @@ inline Gates gates_of(const GateParameters* gates, int n) {
   return copied;
 }
 
-// At most so many blocks of a kernel whose blocks wait for one another: three, for that many maps, fit any device.
-template <class Kernel>
-int most_together(Kernel kernel) {
-  return std::clamp(blocks_together(kernel, kGateThreads), 3, kGateBlocks);
-}
-
 }  // namespace aia::cuda

@@ -30,21 +30,30 @@ constexpr int kMultiprocessors = 3;
 #else
 constexpr int kMultiprocessors = 132;  // of an H200
 #endif
-// A gate pass has at most so many blocks, which meet in a workspace of so many doubles for each.
-constexpr int kGateBlocks = 4 * kMultiprocessors;
+// A gate pass has at most so many blocks. Where they wait for one another, for sums over the batch, they are at most
+// one for each multiprocessor of the current device: if they were all that it holds, they could not begin before
+// everything else there has ended.
+constexpr int kGateBlocks = 4 * kMultiprocessors, kFewestGateBlocks = 3;
+int gate_blocks_together();
+
+// Where such blocks meet: so many doubles for each, and at most so many blocks, one for each map at least.
 constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = kNormPartials + 54;
+struct Workspace {
+  double* data;
+  int blocks;
+};
 
 // The gate passes, on maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip. gates and grads
 // have an entry for each map; of grads only the weight counts, which is written. sums may be null.
 int gate(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
-         void* statistics, double* workspace, void* stream);
+         void* statistics, Workspace, void* stream);
 int gate_again(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, const void* norm, void* gate,
                void* z, void* stream);
 int gate_backward_reduce(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm, void* sums,
-                         double* workspace, void* stream);
+                         Workspace, void* stream);
 int gate_backward(const PackedDims&, Scalar, const GateParameters* gates, const GateParameters* grads,
                   const void* grad_gate, const void* z, const void* norm, const void* sums, Parameter grad_affine,
-                  const void* statistics, const void* pooled, void* grad_pooled, double* workspace, void* stream);
+                  const void* statistics, const void* pooled, void* grad_pooled, Workspace, void* stream);
 
 // Running statistics of some BNs, new ones of a scalar (float32 or float64), and their numbers of batches.
 struct Running {

@@ -98,10 +98,12 @@ def _poison(tensor: Tensor) -> Tensor:
 class Emulator:
     """The passes of the CUDA backend, with the signatures of aia_kernels/ops.py, for CPU tensors.
 
-    misaligned: the kernels get their arrays between vectors.
+    misaligned: the kernels get their arrays between vectors. blocks: of a gate pass that wait for one another, six at
+    most.
     """
 
     misaligned = False
+    blocks = 6
 
     def __init__(self, library: Path):
         # The C++ library too: exceptions cannot be thrown where the sanitizer did not find it.
@@ -205,7 +207,7 @@ class Emulator:
         n = len(weight)
         gate = _poison(pooled.new_empty((pooled.shape[0], pooled.shape[2])))
         norm, statistics = _poison(pooled.new_empty((n, 4))), _poison(pooled.new_empty((n, 3)))
-        arguments = [pooled, _weights(weight), _norms(scale, shift, mean, var), list(eps), list(batch)]
+        arguments = [self.blocks, pooled, _weights(weight), _norms(scale, shift, mean, var), list(eps), list(batch)]
         self._launch_gate("gate", dims, pooled, arguments, [gate, norm, statistics])
         return gate, norm, statistics
 
@@ -217,13 +219,13 @@ class Emulator:
 
     def gate_backward_reduce(self, grad_gate, z, norm, dims):
         sums = _poison(norm.new_empty((norm.shape[0], 2)))
-        self._launch_gate("gate_backward_reduce", dims, z, [grad_gate, z, norm], [sums])
+        self._launch_gate("gate_backward_reduce", dims, z, [self.blocks, grad_gate, z, norm], [sums])
         return sums
 
     def gate_backward(self, grad_gate, z, norm, sums, statistics, pooled, weight, dims):
         grad_pooled, grad_weight = _poison(torch.empty_like(pooled)), [_poison(torch.empty_like(w)) for w in weight]
         grad_affine = _poison(weight[0].new_empty((norm.shape[0], 2)))
-        leading = z.shape[0], list(dims), _SCALARS.index(z.dtype)
+        leading = z.shape[0], list(dims), _SCALARS.index(z.dtype), self.blocks
         arrays = map(_array, (grad_gate, z, norm, sums, statistics, pooled))
         outputs = _weights(grad_weight), _number(grad_affine), _array(grad_pooled)
         *_, weights, (affine, _), after = self.call("gate_backward", *leading, *arrays, _weights(weight), *outputs)[1]

@@ -94,8 +94,9 @@ std::unique_ptr<double[]> doubles_of_nan(int64_t count) {
 
 // Runs a gate pass with a workspace.
 template <class Pass>
-void with_workspace(int per_block, Pass&& pass) {
-  pass(doubles_of_nan(int64_t{kGateBlocks} * per_block).get());
+void with_workspace(int blocks, int per_block, Pass&& pass) {
+  const auto room = doubles_of_nan(int64_t{blocks} * per_block);
+  pass(Workspace{room.get(), blocks});
 }
 
 }  // namespace
@@ -130,11 +131,11 @@ PYBIND11_MODULE(aia_emulator, m) {
     temporal_shift(shape_of(sizes, order, scalar), x.data(), fold, reverse, y.mutable_data(), nullptr);
   });
 
-  m.def("gate", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array pooled, Weights weight,
+  m.def("gate", [](int64_t batch, std::vector<int64_t> dims, int scalar, int blocks, py::array pooled, Weights weight,
                    std::vector<std::array<Number, 4>> norms, std::vector<double> eps, std::vector<bool> own,
                    py::array gate, py::array norm, py::array statistics) {
     const auto gates = gates_of(weight, norms, eps, own);
-    with_workspace(kMomentPartials, [&](double* workspace) {
+    with_workspace(blocks, kMomentPartials, [&](Workspace workspace) {
       aia::cuda::gate(dims_of(batch, dims), static_cast<Scalar>(scalar), gates.data(), pooled.data(),
                       gate.mutable_data(), norm.mutable_data(), statistics.mutable_data(), workspace, nullptr);
     });
@@ -144,17 +145,17 @@ PYBIND11_MODULE(aia_emulator, m) {
     gate_again(dims_of(batch, dims), static_cast<Scalar>(scalar), parameters_of(weight).data(), pooled.data(),
                norm.data(), gate.mutable_data(), z.mutable_data(), nullptr);
   });
-  m.def("gate_backward_reduce", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate,
-                                   py::array z, py::array norm, py::array sums) {
-    with_workspace(kNormPartials, [&](double* workspace) {
+  m.def("gate_backward_reduce", [](int64_t batch, std::vector<int64_t> dims, int scalar, int blocks,
+                                   py::array grad_gate, py::array z, py::array norm, py::array sums) {
+    with_workspace(blocks, kNormPartials, [&](Workspace workspace) {
       gate_backward_reduce(dims_of(batch, dims), static_cast<Scalar>(scalar), grad_gate.data(), z.data(), norm.data(),
                            sums.mutable_data(), workspace, nullptr);
     });
   });
-  m.def("gate_backward", [](int64_t batch, std::vector<int64_t> dims, int scalar, py::array grad_gate, py::array z,
-                            py::array norm, Array sums, py::array statistics, py::array pooled, Weights weight,
-                            Weights grad_weight, Number grad_affine, py::array grad_pooled) {
-    with_workspace(kWeightPartials, [&](double* workspace) {
+  m.def("gate_backward", [](int64_t batch, std::vector<int64_t> dims, int scalar, int blocks, py::array grad_gate,
+                            py::array z, py::array norm, Array sums, py::array statistics, py::array pooled,
+                            Weights weight, Weights grad_weight, Number grad_affine, py::array grad_pooled) {
+    with_workspace(blocks, kWeightPartials, [&](Workspace workspace) {
       gate_backward(dims_of(batch, dims), static_cast<Scalar>(scalar), parameters_of(weight).data(),
                     parameters_of(grad_weight).data(), grad_gate.data(), z.data(), norm.data(), data(sums),
                     parameter_of(grad_affine), statistics.data(), pooled.data(), grad_pooled.mutable_data(), workspace,
