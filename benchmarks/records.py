@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from . import watch
+
 COLUMNS = [
     *("kind", "name", "stage", "clips", "dtype", "layout", "mode", "provider", "median_ms", "q25_ms", "q75_ms"),
     *("samples", "budget_mb", "gb_per_s", "copies", "clones", "speedup", "kept_mb", "kept_x", "max_error", "correct"),
@@ -34,7 +36,8 @@ def failure(error: BaseException) -> str:
 def noted(row: dict, stage: str) -> Iterator[None]:
     """What is raised inside goes into the column ``error`` of a row, with the stage at which it was, and no further."""
     try:
-        yield
+        with watch.running(row["provider"], stage):
+            yield
     except Exception as error:
         row["error"] = f"{stage}: {failure(error)}"
         tqdm.write(f"{' '.join(str(row.get(c, '')) for c in KEY)}: {row['error']}", file=sys.stderr)

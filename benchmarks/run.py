@@ -14,6 +14,7 @@ import contextlib
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import check, measure, passes, records, registry, roof, roofline, table, timing
+from . import check, measure, passes, records, registry, roof, roofline, table, timing, watch
 from .check import Checked, Provider
 from .machines import Machine
 from .registry import Case
@@ -135,7 +136,8 @@ def measure_passes(
         raw = sets[0]
         runs = copy_calls(inputs) | {name: [one[name].call for one in sets] for name in raw}
         contexts = {name: (calls, contextlib.nullcontext) for name, calls in runs.items()}
-        samples = timing.interleave(contexts, rounds, seconds, device)
+        with watch.running(backend, "time"):
+            samples = timing.interleave(contexts, rounds, seconds, device)
         for name, times in sampled(samples):
             budget = raw[name].bytes_moved if name in raw else 2 * case.x_bytes
             found = row(case, "pass", backend, where) | {"kind": "pass", "name": name}
@@ -212,6 +214,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="torch.compile of the published flow: in every case, in none, or (auto) on the GPU in every case and on "
         "the CPU in the main ones (Case.compiled_on_cpu)",
     )
+    parser.add_argument(
+        "--patience", type=float, default=60, metavar="S", help="on a GPU leave what takes longer (default 60)"
+    )
     parser.add_argument("--begin", default="", metavar="CASE", help="leave out the cases before this one")
     parser.add_argument(
         "--without", action="append", default=[], metavar="CASE:PROVIDER", help="leave a provider out of a case"
@@ -272,17 +277,29 @@ def main(arguments: list[str] | None = None) -> int:
     where = measure.machine(options.device)
     machine = roof.machine(where["device"], options.results, records.RESULTS)
     bar, made = tqdm(cases, unit="case", dynamic_ncols=True), []
+
+    def note(case: Case, found: dict, is_lost: Callable[[], bool]) -> None:
+        """Write a row; if the device is lost with it, go on in a new process."""
+        records.write(records.path(options.results, case.family, options.passes), [found])
+        made.append(found)
+        if found["error"] and is_lost():
+            left = options.minutes - (time.perf_counter() - start) / 60
+            again_without(case, found["provider"], left, arguments)
+
     for i, case in enumerate(bar):
         if time.perf_counter() - start > options.minutes * 60:
             print(f"time is up after {options.minutes:g} minutes: {len(cases) - i} cases left out", file=sys.stderr)
             break
         bar.set_description(str(case))
-        path = records.path(options.results, case.family, options.passes)
+
+        def late(provider: str, stage: str, case: Case = case) -> None:
+            error = f"{stage}: did not end in {options.patience:g} s"
+            note(case, row(case, "", provider, where) | {"error": error}, lambda: True)
+
+        watched = watch.start(options.patience, late) if options.device == "cuda" else threading.Event()
         for found in rows_of(case, options, where, machine):
-            records.write(path, [found])
-            made.append(found)
-            if found["error"] and timing.on(options.device).is_lost():
-                again_without(case, found["provider"], options.minutes - (time.perf_counter() - start) / 60, arguments)
+            note(case, found, timing.on(options.device).is_lost)
+        watched.set()
     failed, wrong = sum(bool(found["error"]) for found in made), len(records.select(made, correct="no"))
     told = f"wrote {len(made)} rows to {options.results}: {failed} with an error, {wrong} with wrong numbers"
     print(*table.beside(made), told, sep="\n")

@@ -18,7 +18,7 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from . import records
+from . import records, watch
 
 #: How long a sample lasts at least.
 SAMPLE = 0.02
@@ -196,7 +196,8 @@ def interleave(
 @contextlib.contextmanager
 def _failing(name: str, samples: Samples) -> Iterator[None]:
     try:
-        yield
+        with watch.running(name, "time"):
+            yield
     except Exception as error:
         samples.error = records.failure(error)
         samples.seconds.clear()

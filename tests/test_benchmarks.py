@@ -2,6 +2,9 @@
 
 import contextlib
 import csv
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -336,6 +339,38 @@ def test_a_lost_device_is_met_in_a_new_process_without_the_provider_that_lost_it
     monkeypatch.setattr(run, "measure_case", lambda case, *_: iter([run.row(case, "eval", "x", {})]))
     skipped = run_of(*started[0], "--begin", str(registry.FAMILIES[FAMILIES[0]].quick_cases()[3]), expected=0)
     assert [row["name"] for row in skipped] == ["CinST", *registry.attention_in_attention.NAMES[3:]]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--passes",)], ids=["layers", "passes"])
+def test_a_provider_that_never_ends_is_told_and_left(arguments, run_of, monkeypatch):
+    """Here in the process itself: what would start another one ends the waiting."""
+    case, started = registry.FAMILIES[FAMILIES[0]].quick_cases()[0], []
+
+    def execute(path, arguments):
+        started.append(arguments)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    monkeypatch.setattr(run.os, "execv", execute)
+    monkeypatch.setattr(run.timing, "on", lambda device: run.timing.Processor())
+    monkeypatch.setattr(run.measure, "machine", lambda device: {"device": "NVIDIA H200"})
+    monkeypatch.setattr(check, "FUSED", ("hanging",))
+    hanging = check.Provider("hanging", lambda case: case.published())
+    monkeypatch.setattr(check, "providers", lambda *_: [hanging])
+    monkeypatch.setattr(run, "rotating_inputs", lambda case, device: [(case.make_input(), case.make_input())])
+    monkeypatch.setattr(check.Expected, "__init__", lambda self, case, x, grad_y, device: None)
+    monkeypatch.setattr(check, "build", lambda provider, case, device: provider.build(case))
+    right = check.Checked(nn.Identity(), contextlib.nullcontext, 0.0)
+    monkeypatch.setattr(check, "check", lambda *_: right if arguments else time.sleep(60))
+    hung = {"pool": passes.RawPass(lambda: time.sleep(60), 8)}
+    monkeypatch.setattr(passes, "calls", lambda *_: hung)
+    monkeypatch.setattr(run.roofline, "count_passes", lambda *_: {})
+    with pytest.raises(KeyboardInterrupt):
+        run_of("--device", "cuda", "--patience", "0.5", "--filter", "CinST-16x14x14", *arguments)
+    options = run.parse(started[0][started[0].index("benchmarks.run") + 1 :])
+    assert options.without == [f"{case}:hanging"]
+    with records.path(options.results, case.family, bool(arguments)).open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["provider"], row["error"]) == ("hanging", f"{'time' if arguments else 'check'}: did not end in 0.5 s")
 
 
 def test_a_run_that_raises_in_a_later_sample_is_left_out():
