@@ -42,7 +42,8 @@ def _version(package: str) -> str:
 
 def _device() -> str:
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} (compute {'.'.join(map(str, torch.cuda.get_device_capability()))})"
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return ", ".join(f"{device.name} (compute {device.major}.{device.minor})" for device in found)
     return f"CPU, {torch.get_num_threads()} threads; torch sees no CUDA device"
 
 

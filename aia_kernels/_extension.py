@@ -124,11 +124,13 @@ def cuda() -> Cuda:
 
 
 @functools.cache
-def cuda_reason() -> str | None:
-    """None when the CUDA kernels can run with this torch, driver and device, else why not."""
+def cuda_reason(index: int | None = None) -> str | None:
+    """None when the CUDA kernels can run with this torch, driver and device, or any device without an index, else why
+    not."""
     if (reason := without_cuda() or cuda().reason()) is not None:
         return reason
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    devices = [i for i in range(torch.cuda.device_count()) if index in (None, i)]
+    capabilities = [torch.cuda.get_device_capability(i) for i in devices]
     if capabilities and not any(map(cuda().holds, capabilities)):
         listed = ", ".join(sorted(set(map(_dotted, capabilities))))
         return (

@@ -168,8 +168,11 @@ def _compiled_reason(dispatch_key: str, family: str, reason: str | None) -> str 
 
 
 @functools.cache
-def why_not(name: str, device_type: str, dtype: torch.dtype, family: str = _FIRST) -> str | None:
-    """None if backend ``name`` can run a family of FAMILIES on tensors of this kind, else why not in one sentence."""
+def why_not(name: str, device: torch.device | str, dtype: torch.dtype, family: str = _FIRST) -> str | None:
+    """None if backend ``name`` can run a family of FAMILIES on tensors of this kind, else why not in one sentence.
+
+    device: "cuda" stands for any of several CUDA devices, one with an index for itself.
+    """
     if name == "reference":
         return None
     if dtype not in DTYPES:
@@ -177,14 +180,15 @@ def why_not(name: str, device_type: str, dtype: torch.dtype, family: str = _FIRS
     needed = "cpu" if name == "cpu" else "cuda"
     if name == "triton" and _interpreted():
         needed = "cpu"
-    if device_type != needed:
+    device = torch.device(device)
+    if device.type != needed:
         hint = " unless TRITON_INTERPRET=1 is set" if name == "triton" and needed == "cuda" else ""
-        return f"the {name} backend runs on {needed} tensors{hint}, and these are on {device_type}"
+        return f"the {name} backend runs on {needed} tensors{hint}, and these are on {device.type}"
     if name == "triton":
         return _triton_missing(family)
     if name == "cpu":
         return _compiled_reason("CPU", family, _extension.load())
-    return _compiled_reason("CUDA", family, _extension.cuda_reason())
+    return _compiled_reason("CUDA", family, _extension.cuda_reason(device.index))
 
 
 def available_backends(family: str = _FIRST) -> dict[str, str | None]:
@@ -202,29 +206,32 @@ def available_backends(family: str = _FIRST) -> dict[str, str | None]:
     return reasons
 
 
-def _auto_order(device_type: str, dtype: torch.dtype, family: str) -> tuple[str, ...]:
-    if device_type == "cuda" and torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+def _auto_order(device: torch.device, dtype: torch.dtype, family: str) -> tuple[str, ...]:
+    if device.type == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device)
         if order := choices.measured_order(name, family, str(dtype).removeprefix("torch.")):
             return order
-    return AUTO.get(device_type, ())
+    return AUTO.get(device.type, ())
 
 
 @functools.cache
-def _resolve(choice: str, device_type: str, dtype: torch.dtype, family: str = _FIRST) -> str:
+def _resolve(choice: str, device: torch.device, dtype: torch.dtype, family: str = _FIRST) -> str:
     if choice != "auto":
-        if (reason := why_not(choice, device_type, dtype, family)) is not None:
+        if (reason := why_not(choice, device, dtype, family)) is not None:
             raise RuntimeError(f"backend {choice!r} was asked for, but {reason}")
         return choice
     # The interpreter is for tests: it is never chosen, only asked for.
-    candidates = [name for name in _auto_order(device_type, dtype, family) if not (name == "triton" and _interpreted())]
-    return next((name for name in candidates if why_not(name, device_type, dtype, family) is None), "reference")
+    candidates = [name for name in _auto_order(device, dtype, family) if not (name == "triton" and _interpreted())]
+    return next((name for name in candidates if why_not(name, device, dtype, family) is None), "reference")
 
 
-def select(device_type: str, dtype: torch.dtype, family: str = _FIRST) -> str:
-    """The backend that runs a family on tensors of this kind. Under torch.compile it is settled when the call is
-    traced."""
-    return _resolve(chosen_backend(), device_type, dtype, family)
+def select(device: torch.device | str, dtype: torch.dtype, family: str = _FIRST) -> str:
+    """The backend that runs a family on tensors of this kind; "cuda" is the current device. Under torch.compile it is
+    settled when the call is traced."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _resolve(chosen_backend(), device, dtype, family)
 
 
 # What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.

@@ -63,7 +63,9 @@ def test_a_device_without_kernels_is_named(monkeypatch):
     reason = _extension.cuda_reason.__wrapped__()
     assert "kernels for 9.0, and the device is of 7.5, 8.0" in reason and "TORCH_CUDA_ARCH_LIST=7.5" in reason
     of_devices[1] = (9, 0)
-    assert _extension.cuda_reason.__wrapped__() is None
+    # One of several devices is enough to have the backend, and each is asked for itself before it computes.
+    assert [_extension.cuda_reason.__wrapped__(index) for index in (None, 1)] == [None, None]
+    assert "the device is of 7.5" in _extension.cuda_reason.__wrapped__(0)
 
 
 ASKS = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from conftest import skip_unless_runnable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia_kernels
-from aia_kernels import Norm, backends, functional, ops
+from aia_kernels import Norm, _extension, backends, choices, functional, ops
 
 X = torch.randn(4, 3, 4, 5)
 
@@ -126,6 +127,26 @@ def test_use_backend_is_for_this_thread_and_set_backend_for_all(monkeypatch):
     thread.start()
     thread.join()
     assert seen == ["auto", "reference"]
+
+
+def test_devices_are_chosen_for_one_by_one(monkeypatch):
+    """Two GPUs of which the first has no kernels in the library, and of which only the second was measured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    current = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ("old", "new")[device.index])
+    monkeypatch.setattr(choices, "measured_order", lambda name, *_: ("cuda",) if name == "new" else None)
+    monkeypatch.setattr(_extension, "cuda_reason", lambda index=None: "it has no kernels" if index == 0 else None)
+    for name, answer in (("_triton_missing", None), ("_missing_passes", ()), ("_interpreted", False)):
+        monkeypatch.setattr(backends, name, lambda *_, answer=answer: answer)
+    for name in ("why_not", "_resolve"):
+        monkeypatch.setattr(backends, name, functools.cache(getattr(backends, name).__wrapped__))
+    for device, expected in enumerate(("triton", "cuda")):
+        current.append(device)
+        assert backends.select("cuda", torch.float32) == backends.select(f"cuda:{device}", torch.float32) == expected
+    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for, but it has no kernels"):
+        backends.select("cuda:0", torch.float32)
+    assert backends.available_backends()["cuda"] is None
 
 
 def test_environment_variable():

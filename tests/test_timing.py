@@ -163,16 +163,16 @@ class TestChoices:
         monkeypatch.setattr(table, "TABLE", path)
         monkeypatch.setattr(table, "read", lambda read=table.read: read(path))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
         monkeypatch.setattr(backends, "why_not", lambda *_: None)
         monkeypatch.setattr(backends, "_interpreted", lambda: False)
         for cached in (table.measured_order, backends._resolve):
             cached.cache_clear()
         try:
-            family = "attention_in_attention"
-            assert backends._resolve("auto", "cuda", torch.bfloat16, family) == "cuda"
-            assert backends._resolve("auto", "cuda", torch.float32, family) == backends.AUTO["cuda"][0]
-            assert backends._resolve("auto", "cuda", torch.bfloat16, "external_attention") == backends.AUTO["cuda"][0]
+            family, device = "attention_in_attention", torch.device("cuda", 0)
+            assert backends._resolve("auto", device, torch.bfloat16, family) == "cuda"
+            assert backends._resolve("auto", device, torch.float32, family) == backends.AUTO["cuda"][0]
+            assert backends._resolve("auto", device, torch.bfloat16, "external_attention") == backends.AUTO["cuda"][0]
         finally:
             for cached in (table.measured_order, backends._resolve):
                 cached.cache_clear()

@@ -84,7 +84,7 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
         return _empty(x, gates)
     dense = with_dense_clips(x, num_segments)
-    backend = backends.select(x.device.type, x.dtype)
+    backend = backends.select(x.device, x.dtype)
     move = None
     if backend == "reference" or needs_reference():
         y, statistics = reference(as_clips(dense, num_segments), described, gates)

@@ -242,7 +242,7 @@ def _block_through_passes(
 
 def _road(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
     """The backend, and whether the call needs the reference whatever it is."""
-    return backends.select(x.device.type, dtype, FAMILY), needs_reference()
+    return backends.select(x.device, dtype, FAMILY), needs_reference()
 
 
 def _draw(sizes: tuple[int, ...], probability: float, device: torch.device) -> Tensor:

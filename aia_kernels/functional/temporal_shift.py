@@ -36,7 +36,7 @@ def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tenso
         return x.clone()
     fold = x.shape[1] // fold_div
     x = with_dense_clips(x, num_segments)
-    backend = backends.select(x.device.type, x.dtype, FAMILY)
+    backend = backends.select(x.device, x.dtype, FAMILY)
     if backend == "reference" or needs_reference():
         clips = as_clips(x, num_segments)
         with no_autocast(x):  # which has a word on concatenation
