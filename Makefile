@@ -14,7 +14,7 @@ CHECKED := $(addprefix tests/test_,$(addsuffix .py,golden passes double_norm_pas
   attention_in_attention external_attention external_attention_modules external_attention_parameters convert \
   external_attention_submodules convert_look_alikes promises_bad_input promises_checkpoint promises_determinism \
   promises_dispatch promises_func promises_in_place promises_memory))
-CPP := $(shell find csrc tests/emulator tests/rehearsal -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -57,7 +57,9 @@ Tensor evaluate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numb
 
   const Launch launch(x);
   Tensor y = aia::new_like(x);
-  if (const int cluster = aia::cuda::cluster_size(s, unit.inner, unit.outer)) {
+  int cluster = 0;
+  launch.check(aia::cuda::cluster_size(s, unit.inner, unit.outer, &cluster));
+  if (cluster > 0) {
     launch.check(
         aia::cuda::evaluate_in_clusters(s, x.const_data_ptr(), unit, y.mutable_data_ptr(), cluster, launch.stream()));
     return y;

@@ -160,23 +160,24 @@ struct Room {
 
 }  // namespace
 
-int cluster_size(const Shape& shape, int inner, int outer) {
+int cluster_size(const Shape& shape, int inner, int outer, int* best) {
+  *best = 0;
   return with_scalar(shape.scalar, [&](auto type) {
     using T = decltype(type);
     constexpr int kWide = 16 / sizeof(T);
-    int best = 0;
     int64_t least = INT64_MAX;
     for (int cluster : kClusters) {
       if (!may_fit<T>(shape, cluster)) continue;
       const auto plan = cluster_plan<T>(shape, inner, outer, cluster);
       if (!results_fit(plan)) continue;
-      const int together = clusters_together(evaluate_kernel<T, kWide>, cluster, kClusterThreads, plan.bytes);
+      const auto [error, together] = clusters_together(evaluate_kernel<T, kWide>, cluster, kClusterThreads, plan.bytes);
+      if (error) return error;
       if (together == 0) continue;
       // A block takes as long as it has channels, and there are as many rounds of them as clips do not fit at once.
       const int64_t duration = int64_t{ceil_div(shape.B, together)} * plan.share;
-      if (duration < least) least = duration, best = cluster;
+      if (duration < least) least = duration, *best = cluster;
     }
-    return best;
+    return 0;
   });
 }
 

@@ -13,8 +13,9 @@ struct UnitGates {
   const GateParameters *inner_gates, *outer_gates;
 };
 
-// How many blocks of a cluster keep a clip on chip on the current device; 0 where no number does.
-int cluster_size(const Shape&, int inner, int outer);
+// Writes how many blocks of a cluster keep a clip on chip on the current device; 0 where no number does. Returns the
+// error code of the device when it is asked.
+int cluster_size(const Shape&, int inner, int outer, int* cluster);
 
 // In clusters of so many blocks, a number that fits.
 int evaluate_in_clusters(const Shape&, const void* x, const UnitGates&, void* y, int cluster, void* stream);

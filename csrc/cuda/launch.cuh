@@ -90,38 +90,41 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* str
                           static_cast<cudaStream_t>(stream));
 }
 
-// Calls `ask(device)` once for a key and the current device. Synchronises nothing, so a stream may be under capture.
+// What a device says when it is asked, or the error with which it does not.
+struct Answer {
+  int error, value;
+};
+
+// Calls `ask(device)` once for a key and the current device, and again after an error. Synchronises nothing, so a
+// stream may be under capture.
 template <class Key, class Ask>
-int answer_of_device(const Key& key, Ask&& ask) {
+Answer answer_of_device(const Key& key, Ask&& ask) {
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (const int error = cudaGetDevice(&device)) return {error, 0};
   static std::mutex mutex;
   static std::map<std::tuple<int, Key>, int> answers;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = answers.find({device, key});
-  if (found != answers.end()) return found->second;
-  const int answer = ask(device);
-  cudaGetLastError();  // a question that fails has an answer, and leaves no error to the next launch
-  return answers[{device, key}] = answer;
+  if (found != answers.end()) return {cudaSuccess, found->second};
+  const Answer answer = ask(device);
+  cudaGetLastError();  // it was told here, and is not left to the next launch
+  if (answer.error == cudaSuccess) answers[{device, key}] = answer.value;
+  return answer;
 }
 
-// The multiprocessors of the current device.
-inline int multiprocessors() {
-  return answer_of_device(0, [](int device) {
-    int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
+// An attribute of the current device.
+inline Answer attribute_of_device(cudaDeviceAttr attribute) {
+  return answer_of_device(attribute, [&](int device) {
+    int value = 0;
+    const int error = cudaDeviceGetAttribute(&value, attribute, device);
+    return Answer{error, value};
   });
 }
 
-// The size of the current device's last cache.
-inline int cache_bytes() {
-  return answer_of_device(0, [](int device) {
-    int bytes = 0;
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
-    return bytes;
-  });
-}
+// The multiprocessors of the current device, and the size of its last cache; 0 where it does not say, after which a
+// launch there has an error of its own.
+inline int multiprocessors() { return attribute_of_device(cudaDevAttrMultiProcessorCount).value; }
+inline int cache_bytes() { return attribute_of_device(cudaDevAttrL2CacheSize).value; }
 
 // Queues a kernel whose blocks all run at once and may wait for one another; an error where they do not fit.
 template <class... Parameters>
@@ -159,18 +162,21 @@ struct ClusterLaunch {
 };
 
 // How many clusters of so many blocks, each with so many bytes of AIA_DYNAMIC_SHARED, the current device holds at once;
-// 0 where it has no clusters or these do not fit.
+// 0 where it has no clusters or these do not fit. Any other reason is an error.
 template <class... Parameters>
-int clusters_together(void (*kernel)(Parameters...), int cluster, int threads, int shared_bytes) {
+Answer clusters_together(void (*kernel)(Parameters...), int cluster, int threads, int shared_bytes) {
+  const Answer has_clusters = attribute_of_device(cudaDevAttrClusterLaunch);
+  if (has_clusters.error || !has_clusters.value) return has_clusters;
+  const Answer most_bytes = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (most_bytes.error || shared_bytes > most_bytes.value) return {most_bytes.error, 0};
   const void* const function = function_of(kernel);
-  return answer_of_device(std::make_tuple(function, cluster, threads, shared_bytes), [&](int device) {
-    int has_clusters = 0, most_bytes = 0, count = 0;
-    cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
-    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (!has_clusters || shared_bytes > most_bytes) return 0;
+  return answer_of_device(std::make_tuple(function, cluster, threads, shared_bytes), [&](int) {
+    if (const int error = ClusterLaunch::allow(function, shared_bytes)) return Answer{error, 0};
     const ClusterLaunch launch(cluster, cluster, threads, shared_bytes, nullptr);
-    if (ClusterLaunch::allow(function, shared_bytes) != cudaSuccess) return 0;
-    return cudaOccupancyMaxActiveClusters(&count, function, &launch.config) == cudaSuccess ? count : 0;
+    int count = 0;
+    const int error = cudaOccupancyMaxActiveClusters(&count, function, &launch.config);
+    // Not every device with clusters has them of 16 blocks.
+    return error == cudaErrorInvalidClusterSize ? Answer{cudaSuccess, 0} : Answer{error, count};
   });
 }
 

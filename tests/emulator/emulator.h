@@ -30,16 +30,20 @@ int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, 
 // Of no device: small, so that small inputs outgrow it.
 inline int cache_bytes() { return 16 << 10; }
 
+struct Answer {
+  int error, value;
+};
+
 // As on an H200.
 template <class... Parameters>
-int clusters_together(void (*)(Parameters...), int cluster, int, int shared_bytes) {
-  return cluster <= 16 && shared_bytes <= 227 << 10 ? 1 : 0;
+Answer clusters_together(void (*)(Parameters...), int cluster, int, int shared_bytes) {
+  return {0, cluster <= 16 && shared_bytes <= 227 << 10 ? 1 : 0};
 }
 
 template <class... Parameters>
 int launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
                     std::type_identity_t<Parameters>... parameters) {
-  if (blocks % cluster != 0 || clusters_together(kernel, cluster, threads, shared_bytes) == 0)
+  if (blocks % cluster != 0 || clusters_together(kernel, cluster, threads, shared_bytes).value == 0)
     throw std::runtime_error("these clusters do not fit");
   const std::function<void()> call = [&] { kernel(parameters...); };
   const int64_t clusters = blocks / cluster;

@@ -222,7 +222,9 @@ PYBIND11_MODULE(aia_emulator, m) {
   });
 
   m.def("cluster_size", [](Sizes sizes, int order, int scalar, int inner, int outer) {
-    return cluster_size(shape_of(sizes, order, scalar), inner, outer);
+    int cluster = 0;
+    cluster_size(shape_of(sizes, order, scalar), inner, outer, &cluster);
+    return cluster;
   });
   m.def("evaluate",
         [](Sizes sizes, int order, int scalar, py::array x, Weights weight, std::vector<std::array<Number, 4>> norms,
