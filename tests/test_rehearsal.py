@@ -10,6 +10,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import external_cases
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT
 from external_cases import SIZES
 from rehearsal import faults
+from rehearsal.build import FULL_SIZE, LIBRARY
 from torch import Tensor, nn
 
 import aia_kernels
@@ -161,18 +163,46 @@ def test_clusters(name):
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+#: Inputs of ResNet's stages: 8 clips of 8 frames.
+STAGES = (Shape(8, 8, 64, 56, 56), Shape(8, 8, 128, 28, 28), Shape(8, 8, 256, 14, 14), Shape(8, 8, 512, 7, 7))
+
+
+@pytest.mark.skipif("AIA_REHEARSAL_RECORD" not in os.environ, reason="test_full_size runs it")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", STAGES, ids=lambda shape: f"{shape.c}x{shape.h}x{shape.w}")
+@pytest.mark.parametrize("name", UNITS)
+def test_launches_of_full_size(name, shape, dtype, layout):
+    """Nothing runs: the plugin fails a test where an H100 would refuse a launch."""
+    module = randomise(getattr(aia_kernels, name)(shape.t)).to("cuda", dtype)
+    x = make_input(shape, dtype, layout).cuda()
+    with aia_kernels.use_backend("cuda"):
+        step(module, x, torch.empty_like(x))
+    assert {launch.ran for launch in rehearsal.launches()} == {False}
+
+
+def outcome_of(library: Path, test: str, **environment: str) -> subprocess.CompletedProcess:
+    """Tests of this file, as pytest's -k takes them, with a library in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "rehearsal.plugin", __file__]
+    environment |= {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["AIA_REHEARSAL_LIBRARY"] = str(library)
+    return subprocess.run(
+        [*command, "-k", test], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+@rehearsed
+def test_full_size():
+    """The launches of networks' sizes, by kernels with a GPU's numbers of blocks and threads."""
+    result = outcome_of(FULL_SIZE, "test_launches_of_full_size", AIA_REHEARSAL_RECORD="1")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
 @rehearsed
 @pytest.mark.parametrize("name", faults.FAULTS)
 def test_fault_is_seen(name):
     fault = faults.FAULTS[name]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "rehearsal.plugin", __file__]
-    library = str(faults.folder_of(name) / rehearsal.LIBRARY)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {
-        "AIA_REHEARSAL_LIBRARY": library
-    }
-    result = subprocess.run(
-        [*command, "-k", fault.test], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    result = outcome_of(faults.folder_of(name) / LIBRARY, fault.test)
     assert result.returncode == 1 and fault.words in result.stdout, result.stdout + result.stderr
 
 

@@ -12,6 +12,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,3 +100,15 @@ def waiting() -> int:
 def stream_number(stream) -> int:
     """The number by which launches call a stream of torch."""
     return _runtime.rehearsal_stream_number(stream.cuda_stream)
+
+
+_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+#: What streams may still call.
+_queued: list = []
+
+
+def queue(stream, work: Callable[[], None]) -> None:
+    """Have a stream of torch do some work of the host's, or the graph that it captures."""
+    _queued.append(_WORK(lambda _: work()))
+    error = _runtime.cudaLaunchHostFunc(ctypes.c_void_p(stream.cuda_stream), _queued[-1], None)
+    assert error == 0, f"the runtime refuses work with error {error}"

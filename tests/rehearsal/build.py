@@ -16,6 +16,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OUT = ROOT / "build" / "rehearsal"
 RUNTIME, DRIVER, LIBRARY = "libcudart.so.13", "libcuda.so.1", "_C.so"
+#: The library with the numbers of blocks and threads of a GPU.
+FULL_SIZE = OUT / "full_size" / LIBRARY
 CXX = "g++ -std=c++20 -g1 -fPIC -fvisibility=hidden -w"
 
 
@@ -90,8 +92,14 @@ class Ninja:
         self.link(name, objects, f'-ldl -Wl,-soname,{name} -Wl,--version-script="{script}"', script.name)
         self._lines.append(f"build {script.name}: phony")
 
-    def library(self, csrc: Path = ROOT / "csrc", out: str = LIBRARY, only: tuple[str, ...] = ()) -> None:
-        """The library from a copy of csrc. only: names of sources to compile; others are as they are in csrc."""
+    def library(
+        self, csrc: Path = ROOT / "csrc", out: str = LIBRARY, only: tuple[str, ...] = (), small: bool = True
+    ) -> None:
+        """The library from a copy of csrc. only: names of sources to compile; others are as they are in csrc.
+
+        small: with the emulator's numbers of blocks and threads, else with those of a GPU.
+        """
+        constants = "-DAIA_EMULATOR" if small else ""
         folder = Path(out).parent
         objects = []
         for source in (
@@ -103,9 +111,9 @@ class Ninja:
                 objects.append(f"{source.name}.o")
                 continue
             if source.suffix == ".cu":
-                flags = f'-O1 -DAIA_EMULATOR -DAIA_REHEARSAL -I"{HERE}" {self._toolkit}'
-            else:  # with the emulator's constants, by which the kernels are compiled too
-                flags = f'-O1 -DAIA_EMULATOR -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "{self._torch}/include"'
+                flags = f'-O1 {constants} -DAIA_REHEARSAL -I"{HERE}" {self._toolkit}'
+            else:
+                flags = f'-O1 {constants} -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "{self._torch}/include"'
             objects.append(self.compile(source, str(folder / f"{source.name}.o"), flags))
         flags = f'-Wl,-z,defs "-L{self._torch}/lib" -ltorch_cpu {RUNTIME}'
         self.link(out, objects, flags, RUNTIME)
@@ -118,7 +126,7 @@ class Ninja:
 
 
 def build(faults: dict[str, tuple[Path, tuple[str, ...]]]) -> None:
-    """Bring the stand-ins, the library and a library for each fault up to date.
+    """Bring the stand-ins, the library, that of full size and one for each fault up to date.
 
     faults: by name, the changed copy of csrc and the sources that its change concerns.
     """
@@ -127,6 +135,7 @@ def build(faults: dict[str, tuple[Path, tuple[str, ...]]]) -> None:
     ninja.stand_in(RUNTIME, [HERE / f"{name}.cpp" for name in ("device", "memory", "streams", "launches")])
     ninja.stand_in(DRIVER, [HERE / "driver.cpp"])
     ninja.library()
+    ninja.library(out="full_size/" + LIBRARY, small=False)
     for name, (csrc, only) in faults.items():
         ninja.library(csrc, f"faults/{name}/{LIBRARY}", only)
     ninja.run()

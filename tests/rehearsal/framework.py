@@ -1,6 +1,7 @@
 """Torch's own operators on the tensors of a rehearsal: the CPU does their work on the same memory.
 
-They replace torch's kernels for the dispatch key CUDA, so that autograd, custom operators and C++ meet them too.
+They replace torch's kernels for the dispatch key CUDA, so that autograd, custom operators and C++ meet them too. While
+a graph is captured they wait in it, as kernels do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+import rehearsal
 
 #: Operators that only make tensors, or ask about them: torch's own are right.
 _OWN = {"empty", "empty_strided", "record_stream", "_pin_memory", "is_pinned", "set_", "resize_", "_resize_output_"}
@@ -38,48 +41,75 @@ def _is_cuda(value: Any) -> bool:
 
 
 class _Call:
-    """A call of an operator with CUDA tensors in it, moved to the CPU and back."""
+    """A call of an operator with CUDA tensors in it: done by the CPU, or kept in the graph that is captured."""
 
-    def __init__(self, values: list):
+    def __init__(self, operator: Callable, args: tuple, kwargs: dict):
+        self._operator = operator
+        values, self._spec = tree_flatten((args, kwargs))
         found = [v.device for v in values if isinstance(v, Tensor) and v.is_cuda] + [v for v in values if _is_cuda(v)]
-        self.device = found[0] if found else torch.device("cuda", torch.cuda.current_device())
-        self._aliases: dict[int, tuple[Tensor, Tensor]] = {}
-        for device in {self.device, *found}:
-            torch.cuda.current_stream(device).synchronize()
+        self._device = found[0] if found else torch.device("cuda", torch.cuda.current_device())
+        self._devices = {self._device, *found}
+        self._originals: dict[int, tuple[Tensor, Tensor]] = {}
+        self._values = [self._moved(value) for value in values]
 
-    def moved(self, value: Any) -> Any:
+    def _moved(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_cuda:
             alias = on_host(value)
-            self._aliases[id(alias)] = value, alias  # which keeps the number its own
+            self._originals[id(alias)] = value, alias  # which keeps the number its own
             return alias
         if isinstance(value, torch.Generator):
             return None
         return torch.device("cpu") if _is_cuda(value) else value
 
-    def back(self, value: Any) -> Any:
+    def _result(self, values: list) -> Any:
+        args, kwargs = tree_unflatten(values, self._spec)
+        return self._operator(*args, **kwargs)
+
+    def _made(self, like: Tensor) -> Tensor:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device)
+
+    def _back(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if id(value) in self._aliases:
-            return self._aliases[id(value)][0]
-        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device)
+        if id(value) in self._originals:
+            return self._originals[id(value)][0]
+        made = self._made(value)
         on_host(made).copy_(value)
         return made
 
-    def resize_outputs(self) -> None:
-        """Sizes that the operator gave to an out= argument."""
-        for value, alias in self._aliases.values():
-            if alias.shape != value.shape:
-                on_host(value.resize_(alias.shape)).copy_(alias)
+    def now(self) -> Any:
+        for device in self._devices:
+            torch.cuda.current_stream(device).synchronize()
+        result = self._result(self._values)
+        for original, alias in self._originals.values():
+            if alias.shape != original.shape:  # an out= that the operator sized
+                on_host(original.resize_(alias.shape)).copy_(alias)
+        return tree_map(self._back, result)
+
+    def captured(self) -> Any:
+        """Queue the work; what it returns is sized by a trial on copies."""
+        copies = [value.clone() if id(value) in self._originals else value for value in self._values]
+        aliases = {id(copy): alias for copy, alias in zip(copies, self._values, strict=True)}
+        trial, spec = tree_flatten(self._result(copies))
+        made = [self._made(t) if isinstance(t, Tensor) and id(t) not in aliases else None for t in trial]
+        targets = [None if new is None else on_host(new) for new in made]
+
+        def work() -> None:
+            for target, value in zip(targets, tree_flatten(self._result(self._values))[0], strict=True):
+                if target is not None:
+                    target.copy_(value)
+
+        rehearsal.queue(torch.cuda.current_stream(self._device), work)
+        return tree_unflatten(
+            [self._back(aliases.get(id(t), t)) if new is None else new for t, new in zip(trial, made, strict=True)],
+            spec,
+        )
 
 
 def _on_cpu(operator: Callable) -> Callable:
     def run(*args, **kwargs):
-        values, spec = tree_flatten((args, kwargs))
-        call = _Call(values)
-        moved_args, moved_kwargs = tree_unflatten([call.moved(value) for value in values], spec)
-        result = operator(*moved_args, **moved_kwargs)
-        call.resize_outputs()
-        return tree_map(call.back, result)
+        call = _Call(operator, args, kwargs)
+        return call.captured() if torch.cuda.is_current_stream_capturing() else call.now()
 
     return run
 
