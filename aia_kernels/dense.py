@@ -12,7 +12,7 @@ kept what they returned; there products are written into tensors made here (out=
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 from . import maps, ops
 
 Attention = tuple[Tensor, Tensor]
+
+#: Columns of a matrix up to which a product takes it as it lies.
+FEW = 15
 
 
 class Dense:
@@ -80,7 +83,7 @@ class Dense:
         attention: Attention,
         keep: Tensor | None,
         scale: float,
-        heads: int,
+        shape: Sequence[int],
         origin: Tensor | None,
         group: int,
         eps: float,
@@ -89,7 +92,7 @@ class Dense:
     ) -> tuple[Tensor, Tensor | None]:
         a = _dropped(attention[0], keep, scale) if origin is None else attention[0] - origin
         sums = grad.sum((0, 1), dtype=maps.accumulate_dtype(grad.dtype)) if needs_sums else None
-        return _over_tokens(grad, a, heads), sums
+        return _over_tokens(grad, a, shape), sums
 
     def attention_gradient(
         self,
@@ -131,11 +134,12 @@ class Dense:
     ) -> tuple[Tensor | None, Tensor]:
         grad_logits = grad_attention
         self.double_norm_backward_(grad_logits, *attention, reduced, group)
-        grad_key = _over_tokens(grad_logits, x, key.shape[0])
+        grad_key = _over_tokens(grad_logits, x, key.shape)
         if not needs_x:
             return None, grad_key
-        if key.shape[0] > 1:
-            return torch.empty_like(x).copy_(_by_heads(grad_logits, key)), grad_key
+        if key.shape[2] < x.shape[2]:
+            grad_x = _by_heads(grad_logits, key)
+            return grad_x if x.is_contiguous() else torch.empty_like(x).copy_(grad_x), grad_key
         return _times(grad_logits, key[0], by_feature=_by_feature(x), added_to=residual_grad), grad_key
 
     def empty_attention(self, x: Tensor, columns: int, group: int) -> Attention:
@@ -197,7 +201,9 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
     if added_to is None and by_feature:
         return _bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
     if added_to is None and _one_matrix(t):
-        narrow = matrix.shape[1] < matrix.shape[0]  # then rows that are contiguous win a fifth, for a small copy
+        # Rows that are contiguous win up to a fifth where the matrix is narrow, for a small copy. For very few columns
+        # a library has other kernels, which take it as it lies.
+        narrow = FEW < matrix.shape[1] < matrix.shape[0]
         return _mm(t.flatten(0, 1), matrix.contiguous() if narrow else matrix).view(b, n, -1)
     if added_to is None:
         return _bmm(t, matrix.expand(b, -1, -1))
@@ -208,24 +214,34 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
     return added_to
 
 
+def _rows(t: Tensor, p: int) -> Tensor:
+    """t [B, N, H * p] as [B, N * H, p]: what one matrix does to every head it does to rows of one product."""
+    return t if t.shape[2] == p else t.reshape(t.shape[0], -1, p)
+
+
 def _by_heads(t: Tensor, matrices: Tensor) -> Tensor:
-    """Each head's features of t [B, N, H * p] times its matrix of [H, p, q]: [B, N, H * q], contiguous."""
+    """Each head's features of t [B, N, H * p] times its matrix of [H, p, q], or that of all, [1, p, q]: [B, N, H * q],
+    contiguous."""
     heads, p, q = matrices.shape
-    if heads == 1:
-        return _times(t, matrices[0])
     b, n, _ = t.shape
+    if heads == 1:
+        return _times(_rows(t, p), matrices[0]).view(b, n, -1)
     rows, out = t.reshape(b * n, heads * p), t.new_empty((b * n, heads * q))
     for h in range(heads):
         torch.mm(rows[:, h * p : (h + 1) * p], matrices[h], out=out[:, h * q : (h + 1) * q])
     return out.view(b, n, heads * q)
 
 
-def _over_tokens(s: Tensor, t: Tensor, heads: int) -> Tensor:
-    """For each head the product s^T t over all tokens of s [B, N, H * p] and t [B, N, H * q]: [H, p, q]."""
-    p, q, dtype = s.shape[2] // heads, t.shape[2] // heads, maps.accumulate_dtype(s.dtype)
+def _over_tokens(s: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
+    """For each head the product s^T t over all tokens of s [B, N, H * p] and t [B, N, H * q]: [H, p, q]; or their sum,
+    [1, p, q], as the shape says."""
+    heads, p, q = shape
+    dtype = maps.accumulate_dtype(s.dtype)
+    if heads == 1:
+        s, t = _rows(s, p), _rows(t, q)
     if heads == 1 and p > q and not _by_feature(s):
         # Rows of the longer side are contiguous: the product runs faster along them.
-        return _over_tokens(t, s, 1).mT.contiguous()
+        return _over_tokens(t, s, (1, q, p)).mT.contiguous()
     # bfloat16 has the range of the wider type, and the framework's product rounds its sum once, as it does a gradient.
     narrow = s.dtype == t.dtype == torch.bfloat16
     factor = torch.bfloat16 if narrow else dtype

@@ -31,7 +31,8 @@ The passes
 ----------
 Each backend has them as attributes (backends.passes). B samples of N tokens; x, grad, o and g are [B, N, d] views whose
 features are contiguous or, made of maps [B, C, H, W], whose tokens are. key is [H, M', k] and value [H, v, M']: H heads
-split the features, and the columns of logits and A are the M = H * M' of all heads, head by head. x, key, value, o and
+split the features, and the columns of logits and A are the M = H * M' of all heads, head by head. A memory that all
+heads share has a first axis of length one. x, key, value, o and
 grad have the type of the product; whatever is only M-, d- or M x M-sized is in maps.accumulate_dtype. padding [B, N] is
 boolean or None: padding tokens hold zeros in x and grad, weigh nothing and get A = 0. keep [B, N, M] is uint8 or None,
 and with ``scale``, A * keep * scale takes the place of A in the value product and its transposes. The attention is a
@@ -49,15 +50,15 @@ of ``empty_attention`` and its signs those of ``empty_signs``.
         the residual, and signs, one bit per element of o that says where the sum is positive or NaN.
     signed(grad_y, signs) -> (g, sums [d])
         g = grad_y where the sign is set, else 0, and its sums over batch and tokens. grad_y is stored as o.
-    value_gradient(grad, attention, keep, scale, heads, origin [M] | None, group, eps, padding, needs_sums)
-        -> (grad_value [H, v, M'], sums [H * v] | None)
-        grad^T A, or with an origin (without keep) grad^T (A - origin), and where they are needed the sums of grad over
-        batch and tokens, in maps.accumulate_dtype.
+    value_gradient(grad, attention, keep, scale, shape, origin [M] | None, group, eps, padding, needs_sums)
+        -> (grad_value, sums [H * v] | None)
+        For a value of this shape, grad^T A, or with an origin (without keep) grad^T (A - origin), and where they are
+        needed the sums of grad over batch and tokens, in maps.accumulate_dtype.
     attention_gradient(grad, attention, value, keep, scale, origin [M] | None, inner [M, M] | None,
                        constant [M] | None, group, eps, padding) -> (grad_attention, reduced [B, M])
         dA = keep * scale * (grad V) + (A - origin) inner + constant, and D. The three come together or not.
     logits_gradient(grad_attention, attention, reduced, x, key, residual_grad | None, group, eps, padding, needs_x)
-        -> (grad_x | None, grad_key [H, M', k])
+        -> (grad_x | None, grad_key)
         dL key (+ residual_grad, which is stored as x and may be overwritten), stored as torch.empty_like(x), and
         dL^T x in maps.accumulate_dtype. May overwrite grad_attention, but never the attention.
     empty_attention(x, columns, group), empty_signs(o)
@@ -184,7 +185,7 @@ def backward(
         x, grad = (a.masked_fill(padding.unsqueeze(-1), 0.0) for a in (x, grad))
     passes, settings = plan.passes, (plan.group, plan.eps, padding)
     grad_value, grad_bias = passes.value_gradient(
-        grad, attention, keep, plan.scale, value.shape[0], None, *settings, needs_bias
+        grad, attention, keep, plan.scale, value.shape, None, *settings, needs_bias
     )
     without_norm = None, None, None
     grad_attention, reduced = passes.attention_gradient(
@@ -245,7 +246,7 @@ def block_backward(
     factor, rstd = _factor(plan, weight, var)
     g, sums = passes.signed(grad_y, signs)
     origin, off = batch.mean if plan.batch else (None, None)
-    product = passes.value_gradient(g, attention, None, 1.0, 1, origin, *settings, False)[0][0]
+    product = passes.value_gradient(g, attention, None, 1.0, (1, *v.shape), origin, *settings, False)[0][0]
     centre = v @ off if plan.batch else mean
     grad_weight = rstd * ((v * product).sum(1) - centre * sums)
     inner = constant = None

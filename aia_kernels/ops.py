@@ -404,14 +404,15 @@ def _(grad, attention, mass, padding, group, eps, shards, backend):
 
 @_fake("external_attention_forward")
 def _(x, key, value, bias, padding, keep, group, eps, shards, scale, backend):
-    o = x.new_empty((*x.shape[:2], value.shape[0] * value.shape[1]))
-    return o, *_external_passes(backend).empty_attention(x, key.shape[0] * key.shape[1], group)
+    heads = x.shape[2] // key.shape[2]
+    o = x.new_empty((*x.shape[:2], heads * value.shape[1]))
+    return o, *_external_passes(backend).empty_attention(x, heads * key.shape[1], group)
 
 
 @_fake("external_attention_backward")
 def _(grad, x, key, value, attention, second, padding, keep, group, eps, shards, scale, backend):
     dtype = maps.accumulate_dtype(x.dtype)
-    shapes = key.shape, value.shape, (value.shape[0] * value.shape[1],)
+    shapes = key.shape, value.shape, grad.shape[2:]
     grads = (x.new_empty(shape, dtype=dtype) for shape in shapes)
     return torch.empty_like(with_rows(x)), *grads
 

@@ -163,17 +163,15 @@ class Named:
 #: Floating-point operations of the products of Triton's fused passes (external_attention.py has their signatures), that
 #: no operator tells: twice the tokens of the batch times the elements of the matrices that each of them meets.
 PRODUCTS: dict[str, Callable[..., int]] = {
-    "logits": lambda x, key, *_: 2 * _tokens(x) * key.numel(),
+    "logits": lambda x, key, *_: 2 * _tokens(x) * x.shape[2] * key.shape[1],
     "moments": lambda attention, *_: 2 * _tokens(attention[0]) * attention[0].shape[2] ** 2,
-    "values": lambda attention, value, *_: 2 * _tokens(attention[0]) * value.numel(),
-    "value_gradient": lambda grad, attention, keep, scale, heads, *_: (
-        2 * _tokens(grad) * grad.shape[2] * attention[0].shape[2] // heads
-    ),
+    "values": lambda attention, value, *_: 2 * _tokens(attention[0]) * attention[0].shape[2] * value.shape[1],
+    "value_gradient": lambda grad, attention, keep, scale, shape, *_: 2 * _tokens(grad) * grad.shape[2] * shape[2],
     "attention_gradient": lambda grad, attention, value, keep, scale, origin, inner, *_: (
-        2 * _tokens(grad) * (value.numel() + (0 if inner is None else inner.numel()))
+        2 * _tokens(grad) * (grad.shape[2] * value.shape[2] + (0 if inner is None else inner.numel()))
     ),
     "logits_gradient": lambda grad, attention, reduced, x, key, *rest: (
-        2 * _tokens(x) * key.numel() * (1 + bool(rest[-1]))
+        2 * _tokens(x) * x.shape[2] * key.shape[1] * (1 + bool(rest[-1]))
     ),
 }
 

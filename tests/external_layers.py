@@ -33,7 +33,7 @@ LAYERS = {
     "block, one pixel": Layer(lambda: ExternalAttention2d(5, k=3), (4, 5, 1, 1)),
     "block, one row": Layer(lambda: ExternalAttention2d(5, k=3), (2, 5, 1, 9)),
     "multi-head": Layer(lambda: MultiHeadExternalAttention(6, num_heads=2), (2, 13, 6)),
-    "multi-head, one head": Layer(lambda: MultiHeadExternalAttention(3, num_heads=1), (2, 9, 3)),
+    "multi-head, folded": Layer(lambda: MultiHeadExternalAttention(3, num_heads=1), (2, 33, 3)),
 }
 MAIN = ("plain", "block", "multi-head")
 #: With one slot, or one token, the attention map is constant but for eps. Gradients through it cancel to nothing, and

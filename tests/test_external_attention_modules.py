@@ -13,6 +13,7 @@ from agreement import EXACT, assert_same, assert_within_budget
 from conftest import skip_unless_runnable
 from external_layers import CONSTANT, LAYERS, LOW, MAIN, UNSEEN, inputs, layer, see_calls, step
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from aia_kernels import ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention, testing
 
@@ -33,7 +34,7 @@ class TestStoredVectors:
         assert len(GOLDEN) == 4
         assert {path.name.split("_")[1] for path in GOLDEN} == set(self.MAKE)
 
-    @pytest.mark.parametrize("road", ["folded", "published"])
+    @pytest.mark.parametrize("road", ["folded", "by heads", "published"])
     @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
     @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
     def test_golden(self, path, channels_last, road, backend_on):
@@ -46,6 +47,10 @@ class TestStoredVectors:
         module = self.MAKE[path.name.split("_")[1]](x).double().train("_train" in path.stem)
         module.load_state_dict({name[6:]: a for name, a in arrays.items() if name.startswith("state.")}, strict=True)
         module.to(device)
+        if isinstance(module, MultiHeadExternalAttention):
+            module._folding_pays = lambda *_: road == "folded"
+        elif road == "by heads":
+            pytest.skip("a form of several heads")
         found = step(see_calls(module) if road == "published" else module, x, arrays["grad_y"].to(device))
         expected = {}
         for name, value in arrays.items():
@@ -69,6 +74,20 @@ class TestFolding:
         assert_same(found, expected)
         if x.ndim == 4:
             assert all(found[key].is_contiguous(memory_format=form) for key in ("y", "grad x"))
+
+    @pytest.mark.parametrize("tokens", [1, 16, 64, 577])
+    @pytest.mark.parametrize("dim, heads", [(12, 1), (64, 1), (64, 2), (128, 2), (128, 4), (96, 3)])
+    def test_the_form_with_fewer_products_is_taken(self, dim, heads, tokens, backend_on):
+        module, x = MultiHeadExternalAttention(dim, heads).eval(), torch.randn(2, tokens, dim)
+        module, x = module.to(backend_on[1]), x.to(backend_on[1])
+        flops = {}
+        for form in ("chosen", "folded", "by heads"):
+            if form != "chosen":
+                module._folding_pays = lambda *_, form=form: form == "folded"
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                module(x)
+            flops[form] = counter.get_total_flops()
+        assert flops["chosen"] == min(flops.values())
 
     @pytest.mark.parametrize("dtype", LOW, ids=str)
     @pytest.mark.parametrize("name", [name for name in LAYERS if name not in CONSTANT])
@@ -130,7 +149,7 @@ class TestFolding:
         for key, value in found.items():
             assert value is None or torch.equal(value, expected[key]), key
 
-    @pytest.mark.parametrize("name", ["plain", "block, many slots", "multi-head, one head"])
+    @pytest.mark.parametrize("name", ["plain", "block, many slots", "multi-head, folded"])
     def test_derivatives(self, name, backend_on):
         """First and second, in x and every parameter but the biases that have none."""
         if name == "block, many slots":

@@ -253,7 +253,7 @@ def test_values(case):
 
 def test_value_gradient(case):
     i = Inputs(case)
-    arguments = i.grad, i.attention, i.keep, i.scale, case.heads, i.origin, *i.settings, i.padding
+    arguments = i.grad, i.attention, i.keep, i.scale, i.value.shape, i.origin, *i.settings, i.padding
     got, sums = passes.value_gradient(*arguments, True)
     factors = i.shifted() if case.block else (i.dropped(i.a), i.dropped(i.a_error))
     want, error = i.product(*(i.by_head(t).mT for t in factors), i.by_head(i.grad), case.b * case.n)
@@ -323,7 +323,7 @@ def everything(i: Inputs) -> list[Tensor]:
     c, settings = i.case, (*i.settings, i.padding)
     o, signs = passes.values(i.attention, i.value, i.bias, i.keep, i.scale, i.residual, *settings)
     results = [*passes.logits(i.x, i.key, i.padding), o]
-    results += passes.value_gradient(i.grad, i.attention, i.keep, i.scale, c.heads, i.origin, *settings, True)
+    results += passes.value_gradient(i.grad, i.attention, i.keep, i.scale, i.value.shape, i.origin, *settings, True)
     terms = i.origin, i.inner, i.constant
     grad, reduced = passes.attention_gradient(i.grad, i.attention, i.value, i.keep, i.scale, *terms, *settings)
     results += grad.clone(), reduced
@@ -403,7 +403,7 @@ def test_no_token():
     assert (statistics[:, 0] == -torch.inf).all() and (statistics[:, 1] == 0).all()
     attention = passes.normalise(logits, i.attention[1], *i.settings, None)
     o, _ = passes.values(attention, i.value, i.bias, None, 1.0, None, *i.settings, None)
-    grad_value, sums = passes.value_gradient(grad, attention, None, 1.0, 1, None, *i.settings, None, True)
+    grad_value, sums = passes.value_gradient(grad, attention, None, 1.0, i.value.shape, None, *i.settings, None, True)
     grad_a, reduced = passes.attention_gradient(
         grad, attention, i.value, None, 1.0, None, None, None, *i.settings, None
     )

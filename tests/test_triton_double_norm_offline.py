@@ -171,7 +171,7 @@ def main(table: str, *names: str) -> None:
         if case.block:
             passes.moments(attention, *settings)
             passes.signed(grad, signs)
-        passes.value_gradient(grad, attention, keep, 1.25, case.heads, origin, *settings, True)
+        passes.value_gradient(grad, attention, keep, 1.25, value.shape, origin, *settings, True)
         through_norm = origin, inner, constant
         grad_a, reduced = passes.attention_gradient(grad, attention, value, keep, 1.25, *through_norm, *settings)
         passes.logits_gradient(grad_a, attention, reduced, x, key, residual, *settings, True)

@@ -120,6 +120,7 @@ LAYERS = {
     "ExternalAttention2d, channels_last": Layer(_block, MAPS, channels_last),
     "ExternalAttention2d, part": Layer(_block, MAPS, part),
     "MultiHead": Layer(_multi_head, TOKENS),
+    "MultiHead, folded": Layer(lambda: aia_kernels.MultiHeadExternalAttention(3, num_heads=1), (2, 33, 3)),
     "MultiHead, transposed": Layer(_multi_head, TOKENS, transposed),
     "MultiHead, dropout": Layer(lambda: _multi_head(0.4), TOKENS, draws=True),
     "Token": Layer(_token, TOKENS),

@@ -146,7 +146,7 @@ def external_attention(
     padding = _checked_padding(padding_mask, x, (b, n))
     _check_process_group(process_group)
     dtype = autocast_dtype(x) or x.dtype
-    x, key, value = x.to(dtype), _by_head(memory_key, heads).to(dtype), _by_head(memory_value, heads).to(dtype)
+    x, key, value = x.to(dtype), _stacked(memory_key).to(dtype), _stacked(memory_value).to(dtype)
     bias = None if value_bias is None else value_bias.to(dtype).expand(heads, -1).flatten()
     if key_bias is not None and key_bias.requires_grad:
         # An empty sum is 0 whatever stands in the bias, and so is its gradient.
@@ -267,8 +267,9 @@ def _group_name(process_group: Any) -> str:
     return "" if process_group is None else process_group.group_name
 
 
-def _by_head(memory: Tensor, heads: int) -> Tensor:
-    return memory.expand(heads, -1, -1) if memory.ndim == 2 else memory
+def _stacked(memory: Tensor) -> Tensor:
+    """A memory of each head, or, first axis of length one, that of all."""
+    return memory.unsqueeze(0) if memory.ndim == 2 else memory
 
 
 def _nothing(y: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -39,12 +39,14 @@ def external_attention(
     scale: float = 1.0,
     process_group: Any = None,
 ) -> Tensor:
-    """o [B, N, H * v] of x [B, N, H * k], key [H, M, k], value [H, v, M] and bias [H * v] or None.
+    """o [B, N, H * v] of x [B, N, H * k], key [H, M, k], value [H, v, M] and bias [H * v] or None; a key or value whose
+    first axis has length one is that of all heads.
 
     keep [B, N, H * M], 0 or 1, and scale are dropout's: A * keep * scale takes the place of A in the value product. o
     is 0 at padding tokens [B, N]. The rest as in double_normalize.
     """
-    heads = key.shape[0]
+    heads = x.shape[2] // key.shape[2]
+    key, value = key.expand(heads, -1, -1), value.expand(heads, -1, -1)
     if padding is not None:
         x = x.masked_fill(padding.unsqueeze(-1), 0.0)
     logits = torch.einsum("bnhk,hmk->bnhm", x.unflatten(-1, (heads, -1)), key).flatten(2)

@@ -219,7 +219,8 @@ def check_tokens(name: str, tokens: Tensor) -> None:
 
 
 def check_memory(name: str, memory: Tensor, like: Tensor) -> None:
-    """A memory of heads, [H, M', k] or [H, v, M'], in the type of another tensor, with any strides; not empty."""
+    """A memory of heads, [H, M', k] or [H, v, M'], or of all, first axis of length one, in the type of another tensor,
+    with any strides; not empty."""
     check_operand(name, memory, like)
     if memory.ndim != 3 or not memory.numel() or memory.dtype != like.dtype:
         raise ValueError(f"{name} must be {_name_of(like.dtype)} with three axes, not empty, got {described(memory)}")
@@ -232,6 +233,11 @@ def check_attention(attention: Attention, group: int, eps: float, padding: Tenso
     b, n, m = logits.shape
     check_contiguous("rows", rows, (b, row_count(n, m, group)), maps.accumulate_dtype(logits.dtype), logits)
     check_eps(eps)
+
+
+def heads_of(memories: int, columns: int, width: int) -> int:
+    """The heads of so many columns or features that memories of a width serve: one each, or one memory all of them."""
+    return columns // width if memories == 1 else memories
 
 
 def check_heads(logits: Tensor, heads: int, width: int, group: int) -> None:

@@ -19,6 +19,7 @@ from .checks import (
     check_memory,
     check_sizes,
     check_tokens,
+    heads_of,
 )
 from .columns import (
     LEAST,
@@ -182,8 +183,9 @@ def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tens
     """L = x key^T [B, N, M] and its column statistics [B, 2, M]. Reads 1 |X|, writes M / d |X|."""
     check_tokens("x", x)
     check_memory("key", key, x)
-    heads, width, k = key.shape
-    b, n, _ = x.shape
+    memories, width, k = key.shape
+    b, n, features = x.shape
+    heads = heads_of(memories, features, k)
     check_sizes("x", x, (b, n, heads * k), x.dtype, x)
     if padding is not None:
         check_contiguous("padding", padding, (b, n), torch.bool, x)
@@ -192,7 +194,7 @@ def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tens
     blocks = triton.cdiv(n, bt)
     out = x.new_empty((b, n, heads * width))
     partial = x.new_empty((b, blocks, 2, heads * width), dtype=maps.accumulate_dtype(x.dtype))
-    arguments = x, key.contiguous(), as_bytes(padding), out, partial, n, *x.stride()
+    arguments = x, key.expand(heads, -1, -1).contiguous(), as_bytes(padding), out, partial, n, *x.stride()
     constants = {"C": c, "F": k, "BT": bt, "STEP": _step(x, k)}
     start(logits_kernel, (out, x), b * blocks * heads * spans.fn(c), *arguments, **constants)
     return out, join_statistics(partial)
@@ -241,7 +243,8 @@ def attention_gradient(
     check_attention(attention, group, eps, padding)
     logits, rows = attention
     check_memory("value", value, logits)
-    heads, v, width = value.shape
+    memories, v, width = value.shape
+    heads = heads_of(memories, logits.shape[2], width)
     check_heads(logits, heads, width, group)
     check_keep(keep, logits)
     b, n, m = logits.shape
@@ -259,7 +262,7 @@ def attention_gradient(
         inner = inner.to(logits.dtype).contiguous()
     in_pieces = pieces.fn(c) > 1
     partial = None if in_pieces else rows.new_empty((b, blocks, heads * width))
-    arguments = grad, logits, rows, rows.stride(0), value.contiguous(), keep
+    arguments = grad, logits, rows, rows.stride(0), value.expand(heads, -1, -1).contiguous(), keep
     arguments += origin, inner, constant, as_bytes(padding)
     constants = {"C": c, "F": v, "EPS": eps, "SCALE": scale, "BT": bt, "STEP": _step(grad, v)}
     start(

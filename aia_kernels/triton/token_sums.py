@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .checks import check_attention, check_contiguous, check_heads, check_keep, check_sizes, check_tokens
+from .checks import check_attention, check_contiguous, check_heads, check_keep, check_sizes, heads_of
 from .columns import (
     COLUMNS,
     INTERPRETED,
@@ -199,27 +201,32 @@ def value_gradient(
     attention: Attention,
     keep: Tensor | None,
     scale: float,
-    heads: int,
+    shape: Sequence[int],
     origin: Tensor | None,
     group: int,
     eps: float,
     padding: Tensor | None,
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """grad^T A or grad^T (A - origin) [H, v, M'], and if needed the sums [H * v] of grad over batch and tokens. Reads
-    (1 + M / d) |X|."""
+    """grad^T A or grad^T (A - origin) for a value of a shape [H, v, M'], or [1, v, M'] for all heads, and if needed the
+    sums [H * v] of grad over batch and tokens. Reads (1 + M / d) |X|."""
     check_attention(attention, group, eps, padding)
     logits, rows = attention
     b, n, m = logits.shape
-    width = m // heads if heads > 0 else 0
+    memories, v, width = shape
+    if min(shape) < 1:
+        raise ValueError(f"shape must be that of a value, got {list(shape)}")
+    heads = heads_of(memories, m, width)
     check_heads(logits, heads, width, group)
     check_keep(keep, logits)
     if origin is not None:
         check_contiguous("origin", origin, (m,), rows.dtype, logits)
-    check_tokens("grad", grad)
-    check_sizes("grad", grad, (b, n, max(1, grad.shape[2] // heads) * heads), logits.dtype, logits)
+    check_sizes("grad", grad, (b, n, heads * v), logits.dtype, logits)
     c = columns(heads, width, group)
-    return token_sums(grad, attention, None, None, keep, origin, padding, c, eps, scale, needs_sums, by_column=False)
+    gradient, sums = token_sums(
+        grad, attention, None, None, keep, origin, padding, c, eps, scale, needs_sums, by_column=False
+    )
+    return gradient.sum_to_size(shape), sums
 
 
 def moments(attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .checks import check_attention, check_contiguous, check_heads, check_keep, check_memory, check_sizes
+from .checks import check_attention, check_contiguous, check_heads, check_keep, check_memory, check_sizes, heads_of
 from .columns import (
     Attention,
     Columns,
@@ -121,7 +121,8 @@ def values(
     check_attention(attention, group, eps, padding)
     logits, rows = attention
     check_memory("value", value, logits)
-    heads, v, width = value.shape
+    memories, v, width = value.shape
+    heads = heads_of(memories, logits.shape[2], width)
     check_heads(logits, heads, width, group)
     check_keep(keep, logits)
     b, n, _ = logits.shape
@@ -160,7 +161,8 @@ def logits_gradient(
     check_attention(attention, group, eps, padding)
     logits, rows = attention
     check_memory("key", key, logits)
-    heads, width, k = key.shape
+    memories, width, k = key.shape
+    heads = heads_of(memories, logits.shape[2], width)
     check_heads(logits, heads, width, group)
     check_contiguous("grad_attention", grad_attention, logits.shape, logits.dtype, logits)
     b, n, m = logits.shape
@@ -172,6 +174,7 @@ def logits_gradient(
     grad_key, _ = token_sums(
         x, attention, grad_attention, reduced, None, None, padding, c, eps, 1.0, needs_sums=False, by_column=True
     )
+    grad_key = grad_key.sum_to_size(key.shape)
     if not needs_x:
         return None, grad_key
     grad_x = torch.empty_like(x)
@@ -204,7 +207,7 @@ def _features(
     bf = most_features(o, f)
     parts = triton.cdiv(f, bf)
     bt = token_block(b, n, c.heads * parts, min(128, accumulated(o, 4) // max(bf, c.block)))
-    inputs = grad, reduced, keep, weight.contiguous(), bias, residual, as_bytes(padding)
+    inputs = grad, reduced, keep, weight.expand(c.heads, -1, -1).contiguous(), bias, residual, as_bytes(padding)
     residual_strides = (0, 0, 0) if residual is None else residual.stride()
     constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "BT": bt, "BF": bf, "BY_FEATURE": by_feature(o)}
     start(

@@ -46,7 +46,11 @@ def calls(backend: str, case: LayerCase, x: Tensor, grad_y: Tensor) -> dict[str,
         "logits": (lambda: passes.logits(tokens, key, None), 1, 1),
         "logits + normalise": (attend, 1, 3),
         "values": (lambda: passes.values(attention, value, shift, None, 1.0, residual, *settings), 1 + block, 1),
-        "value_gradient": (lambda: passes.value_gradient(grad, attention, None, 1.0, 1, origin, *settings, True), 1, 1),
+        "value_gradient": (
+            lambda: passes.value_gradient(grad, attention, None, 1.0, value.shape, origin, *settings, True),
+            1,
+            1,
+        ),
         "attention_gradient": (gradient, 1, 2),
         "attention_gradient + logits_gradient": (back, 3, 4),
     }
