@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..autocast import autocast_dtype, no_autocast
 from ..functional.common import check_integer
 from ..functional.external_attention import double_normalize, external_attention, external_attention_block
+from ..sharded import is_distributed
 from ..tracing import is_traced
 from .submodules import can_be_read, is_pointwise, must_be_called, norm_of
 
@@ -186,13 +187,14 @@ class MultiHeadExternalAttention(nn.Module):
             folded      N * 2 heads k dim, and once k w dim for each of both matrices
             by heads    N * 2 (dim w + w k)
 
-        Measured on two CPUs, the faster form is that of fewer multiplications, in eval and for a step. Tokens are not
-        counted while a program is traced, which holds for any number of them. What does not fit is folded, and refused.
+        On a CPU the form of fewer multiplications was the faster one, in eval and for a step. Tokens are not
+        counted while a program is traced, which holds for any number of them. DTensors are folded, as torch's linear
+        takes no shards of uneven sizes; and what does not fit, which is then refused.
         """
         width, dim = trans_dims.shape
-        if getattr(x, "ndim", 0) != 3 or x.shape[2] != dim or not x.numel() or x.device != trans_dims.device:
+        if is_distributed(x) or getattr(x, "ndim", 0) != 3 or x.shape[2] != dim or not x.numel():
             return True
-        if x.dtype != trans_dims.dtype and autocast_dtype(x) is None:
+        if x.device != trans_dims.device or (x.dtype != trans_dims.dtype and autocast_dtype(x) is None):
             return True
         folded, by_heads = self.num_heads * self.k * dim, width * (dim + self.k)
         once = 0.0 if is_traced() else self.k * width * dim / (x.shape[0] * x.shape[1])
