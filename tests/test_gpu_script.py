@@ -41,7 +41,7 @@ def steps(**environment: str) -> list[tuple[list[str], str, int, list[str]]]:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_ends_within_a_call(part):
     total = sum(limit for parts, _, limit, _ in steps(PART=part) if part in parts)
-    assert total <= (120 if part == "smoke" else CALL)
+    assert total <= (160 if part == "smoke" else CALL)
     for _, name, limit, command in steps(PART=part):
         if "--seconds" in command and name != "network":
             assert int(command[command.index("--seconds") + 1]) < limit, name
