@@ -104,6 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.sanitize and options.device == "cuda" and shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on the PATH: it is part of the CUDA toolkit")
         return 2
+    if options.sanitize:
+        # A tool runs blocks many times slower, and those of a gate wait for one another.
+        os.environ.setdefault("AIA_KERNELS_GATE_BLOCKS", "8")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("")
     status = within(options.seconds, command(options, path))

@@ -24,7 +24,7 @@ import aia_kernels
 from aia_kernels.models import AIAResNet
 from aia_kernels.models.resnet import TEMPORAL, UNITS
 
-from . import clip, measure, records, timing
+from . import check, clip, measure, records, timing
 from .published import attention_in_attention, temporal_shift
 
 FORMS = ("plain", "published", "fused")
@@ -98,6 +98,7 @@ def distance(found: Tensor, truth: Tensor) -> float:
 
 
 @torch.no_grad()
+@check.exact_products()
 def output_errors(
     networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module]
 ) -> tuple[dict, dict[str, Tensor]]:
@@ -113,6 +114,7 @@ def output_errors(
     return {WHOLE: {form: distance(wrap(networks[form])(images), logits) for form in forms}} | errors, inputs
 
 
+@check.exact_products()
 def gradient_errors(
     networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module]
 ) -> dict[str, float]:
