@@ -5,6 +5,7 @@ import csv
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -341,8 +342,16 @@ def test_a_lost_device_is_met_in_a_new_process_without_the_provider_that_lost_it
     assert [row["name"] for row in skipped] == ["CinST", *registry.attention_in_attention.NAMES[3:]]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in its background with the interrupt ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("arguments", [(), ("--passes",)], ids=["layers", "passes"])
-def test_a_provider_that_never_ends_is_told_and_left(arguments, run_of, monkeypatch):
+def test_a_provider_that_never_ends_is_told_and_left(arguments, run_of, monkeypatch, interruptible):
     """Here in the process itself: what would start another one ends the waiting."""
     case, started = registry.FAMILIES[FAMILIES[0]].quick_cases()[0], []
 
