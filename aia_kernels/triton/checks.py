@@ -247,6 +247,20 @@ def check_heads(logits: Tensor, heads: int, width: int, group: int) -> None:
     check_group("a head", group, width)
 
 
+def check_attended(
+    attention: Attention, name: str, memory: Tensor, columns: int, group: int, eps: float, padding: Tensor | None
+) -> int:
+    """The attention, and a memory that meets it, whose axis ``columns`` holds a head's columns; returns how many heads
+    there are."""
+    check_attention(attention, group, eps, padding)
+    logits, _ = attention
+    check_memory(name, memory, logits)
+    width = memory.shape[columns]
+    heads = heads_of(memory.shape[0], logits.shape[2], width)
+    check_heads(logits, heads, width, group)
+    return heads
+
+
 def check_keep(keep: Tensor | None, logits: Tensor) -> None:
     """Dropout's mask, if there is one."""
     if keep is not None:

@@ -10,10 +10,9 @@ from torch import Tensor
 from .. import maps
 from . import tiles
 from .checks import (
-    check_attention,
+    check_attended,
     check_contiguous,
     check_eps,
-    check_heads,
     check_keep,
     check_logits,
     check_memory,
@@ -240,12 +239,9 @@ def attention_gradient(
 
     dA = keep * scale * (grad V) + (A - origin) inner + constant. Reads (1 + M / d) |X|, writes M / d |X|.
     """
-    check_attention(attention, group, eps, padding)
+    heads = check_attended(attention, "value", value, 2, group, eps, padding)
     logits, rows = attention
-    check_memory("value", value, logits)
-    memories, v, width = value.shape
-    heads = heads_of(memories, logits.shape[2], width)
-    check_heads(logits, heads, width, group)
+    _, v, width = value.shape
     check_keep(keep, logits)
     b, n, m = logits.shape
     check_sizes("grad", grad, (b, n, heads * v), logits.dtype, logits)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .checks import check_attention, check_contiguous, check_heads, check_keep, check_memory, check_sizes, heads_of
+from .checks import check_attended, check_contiguous, check_keep, check_sizes
 from .columns import (
     Attention,
     Columns,
@@ -118,12 +118,9 @@ def values(
 ) -> tuple[Tensor, Tensor | None]:
     """o = A V^T + bias [B, N, H * v], features contiguous, and None; with a residual, relu of the sum, stored as the
     residual, and its signs. Reads M / d |X| (+ 1 |X|), writes 1 |X|."""
-    check_attention(attention, group, eps, padding)
+    heads = check_attended(attention, "value", value, 2, group, eps, padding)
     logits, rows = attention
-    check_memory("value", value, logits)
-    memories, v, width = value.shape
-    heads = heads_of(memories, logits.shape[2], width)
-    check_heads(logits, heads, width, group)
+    _, v, width = value.shape
     check_keep(keep, logits)
     b, n, _ = logits.shape
     if bias is not None:
@@ -158,12 +155,9 @@ def logits_gradient(
 
     Reads (2 + 4 M / d) |X|, writes 1 |X|: dL is made twice. It asks nothing of groups, so tiles cut them anywhere.
     """
-    check_attention(attention, group, eps, padding)
+    heads = check_attended(attention, "key", key, 1, group, eps, padding)
     logits, rows = attention
-    check_memory("key", key, logits)
-    memories, width, k = key.shape
-    heads = heads_of(memories, logits.shape[2], width)
-    check_heads(logits, heads, width, group)
+    _, width, k = key.shape
     check_contiguous("grad_attention", grad_attention, logits.shape, logits.dtype, logits)
     b, n, m = logits.shape
     check_contiguous("reduced", reduced, (b, m), rows.dtype, logits)

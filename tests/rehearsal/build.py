@@ -92,7 +92,7 @@ class Ninja:
         self.link(name, objects, f'-ldl -Wl,-soname,{name} -Wl,--version-script="{script}"', script.name)
         self._lines.append(f"build {script.name}: phony")
 
-    def library(
+    def add_library(
         self, csrc: Path = ROOT / "csrc", out: str = LIBRARY, only: tuple[str, ...] = (), small: bool = True
     ) -> None:
         """The library from a copy of csrc. only: names of sources to compile; others are as they are in csrc.
@@ -134,8 +134,8 @@ def build(faults: dict[str, tuple[Path, tuple[str, ...]]]) -> None:
     ninja = Ninja(torch_folder())
     ninja.stand_in(RUNTIME, [HERE / f"{name}.cpp" for name in ("device", "memory", "streams", "launches")])
     ninja.stand_in(DRIVER, [HERE / "driver.cpp"])
-    ninja.library()
-    ninja.library(out="full_size/" + LIBRARY, small=False)
+    ninja.add_library()
+    ninja.add_library(out="full_size/" + LIBRARY, small=False)
     for name, (csrc, only) in faults.items():
-        ninja.library(csrc, f"faults/{name}/{LIBRARY}", only)
+        ninja.add_library(csrc, f"faults/{name}/{LIBRARY}", only)
     ninja.run()
