@@ -8,12 +8,12 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_PYTHON ?= $(CUDA_VENV)/bin/python
 INSTALLED := $(VENV)/installed$(if $(filter 1,$(FORCE_CUDA)),-with-cuda)
 # A file runs in one worker, which makes what its tests share once.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # Every layer, pass and promise on the CPU, and nothing that compiles or interprets for long.
-CHECKED := $(addprefix tests/test_,$(addsuffix .py,golden passes double_norm_passes residual_passes cpu_tiles shift build \
+CHECKED := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,golden passes double_norm_passes residual_passes cpu_tiles shift build \
   attention_in_attention external_attention external_attention_modules external_attention_parameters convert \
   external_attention_submodules convert_look_alikes promises_bad_input promises_checkpoint promises_determinism \
-  promises_dispatch promises_func promises_in_place promises_memory))
+  promises_dispatch promises_func promises_in_place promises_memory)))
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
@@ -72,7 +72,7 @@ demo: $(INSTALLED)  ## every layer and a ResNet-50 on a real video, fused beside
 bench: $(INSTALLED)  ## microbenchmarks: rows and plots in benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.plot
-	$(BIN)/python -m benchmarks.roofline --results benchmarks/results --page benchmarks/NOTES.md
+	$(BIN)/python -m benchmarks.offline.roofline --results benchmarks/results --page docs/benchmarks.md
 
 gpu:  ## on a GPU without a network: PART=smoke (2 min), check, bench, network, compile (RESULTS=dir REHEARSE=1)
 	PYTHON=$(PYTHON) PART=$(PART) PACK=$(PACK) FILTER="$(FILTER)" REHEARSE=$(REHEARSE) .ci/gpu $(RESULTS)

@@ -91,7 +91,7 @@ def run_ninja(torch, nvcc, without_cuda):
         lines.extend([f"build {objects[-1]}: {rule} {os.path.relpath(source, BUILD)}", f"  flags = {flags}"])
 
     compile("cxx", info, REGISTER_FLAGS)
-    for source in sorted(s for s in ROOT.glob("csrc/register_*.cpp") if nvcc or "register_cuda" not in s.stem):
+    for source in sorted(s for s in ROOT.glob("csrc/register/*.cpp") if nvcc or not s.stem.startswith("cuda_")):
         compile("cxx", source, f'{REGISTER_FLAGS} -isystem "{torch}/include"')
     for level, march in CPU_LEVELS.items():  # base first: the linker keeps the first copy of a shared inline function
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):

@@ -11,7 +11,7 @@ aia_kernels.functional. In the papers' networks: aia_kernels.models.
 """
 
 from . import functional, models
-from .attention_in_attention import AttentionInAttentionFunction
+from .algorithms.attention_in_attention import AttentionInAttentionFunction
 from .backends import available_backends, set_backend, use_backend
 from .convert import convert, to_reference
 from .modules import (

@@ -12,7 +12,8 @@ import sys
 
 import torch
 
-from . import __version__, _extension, backends, modules, testing
+from . import __version__, backends, modules, testing
+from .backends import extension
 from .reference import UNITS
 
 SEGMENTS = 4
@@ -73,8 +74,8 @@ def main() -> int:
     except ValueError as error:
         healthy = False
         print(f"backend in force: none: {error}")
-    if _extension.has_cuda():
-        print(f"CUDA part: {_extension.cuda()}")
+    if extension.has_cuda():
+        print(f"CUDA part: {extension.cuda()}")
     for family in LAYERS:
         print(f"{family}:")
         for name, reason in backends.available_backends(family).items():

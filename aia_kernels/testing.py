@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, maps
+from . import backends
+from .common.dtypes import accumulate_dtype
 
 LAYOUTS = ("contiguous", "channels_last", "5d", "channels_last_3d")
 
@@ -129,7 +130,7 @@ def compare(module: nn.Module, x: Tensor, grad_y: Tensor, backend: str, low: nn.
     excesses = []
     for name, result in found.items():
         scale = exact[name].abs().max().item()
-        roundings = torch.finfo(result.dtype).eps + 4 * torch.finfo(maps.accumulate_dtype(x.dtype)).eps
+        roundings = torch.finfo(result.dtype).eps + 4 * torch.finfo(accumulate_dtype(x.dtype)).eps
         band = roundings * (scale or 1.0) + 8 * moved[name]
         budget = 2 * scaled * own[name] + band
         excesses.append(Excess(name, _distance(result, exact[name]), budget))
@@ -156,7 +157,7 @@ def _own_errors(low: nn.Module, x: Tensor, grad_y: Tensor, seed: int) -> dict[st
 def _perturbed(double: nn.Module, x: Tensor, grad_y: Tensor, seed: int) -> dict[str, Tensor]:
     """Results of the reference with parameters and grad_y off by about one rounding of the accumulation type."""
     generator = torch.Generator().manual_seed(seed)
-    eps = torch.finfo(maps.accumulate_dtype(x.dtype)).eps
+    eps = torch.finfo(accumulate_dtype(x.dtype)).eps
 
     def off(tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)

@@ -52,7 +52,7 @@ def command(options: argparse.Namespace, path: Path) -> list[str]:
         "--told",
         str(path),
     ]
-    pytest += [str(TESTS / f"test_{name}.py") for name in names]
+    pytest += [str(path) for name in names for path in TESTS.glob(f"*/test_{name}.py")]
     if options.sanitize:
         pytest += ["-m", "sanitizer", "--first-of-each", "10"]
         pytest += ["-k", WORDS] if options.device == "cuda" else []

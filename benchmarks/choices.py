@@ -1,8 +1,8 @@
 """What ``auto`` takes on a GPU, decided by measured rows: python -m benchmarks.choices
 
 Reads the rows of layers that benchmarks.run wrote and, for each device, family and type, writes the fused backends in
-the order of their time to the table that the package reads (aia_kernels/choices.csv). The time of a backend is the
-geometric mean over cases and modes of its time by the best one's in the same case; a case in which one of them is
+the order of their time to the table that the package reads (aia_kernels/backends/choices.csv). The time of a backend is
+the geometric mean over cases and modes of its time by the best one's in the same case; a case in which one of them is
 missing or wrong decides nothing. ``worst`` says what the order costs where another one would be best: the largest such
 ratio of the chosen backend. As long as it stays near 1 there is nothing to gain from choosing by size.
 """
@@ -15,9 +15,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from aia_kernels import choices
+from aia_kernels.backends import choices
 
-from . import check, records, registry
+from . import providers, records, registry
 
 #: The types of rows as torch calls them.
 TYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in registry.DTYPES.items()}
@@ -30,7 +30,7 @@ def decide(family: str, rows: list[dict]) -> list[dict]:
     for dtype, called in TYPES.items():
         cases: dict[tuple, dict[str, float]] = {}
         for row in records.select(rows, dtype=dtype, kind="unit") + records.select(rows, dtype=dtype, kind="layer"):
-            if row["provider"] in check.FUSED and row["provider"] != "cpu" and row["correct"] == "yes":
+            if row["provider"] in providers.FUSED and row["provider"] != "cpu" and row["correct"] == "yes":
                 cases.setdefault(tuple(row[c] for c in CASE), {})[row["provider"]] = float(row["median_ms"])
         backends = {name for times in cases.values() for name in times}
         whole = [times for times in cases.values() if set(times) == backends]

@@ -24,7 +24,7 @@ import aia_kernels
 from aia_kernels.models import AIAResNet
 from aia_kernels.models.resnet import TEMPORAL, UNITS
 
-from . import check, clip, measure, records, timing
+from . import clip, measure, providers, records, timing
 from .published import attention_in_attention, temporal_shift
 
 FORMS = ("plain", "published", "fused")
@@ -98,7 +98,7 @@ def distance(found: Tensor, truth: Tensor) -> float:
 
 
 @torch.no_grad()
-@check.exact_products()
+@providers.exact_products()
 def output_errors(
     networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module]
 ) -> tuple[dict, dict[str, Tensor]]:
@@ -114,7 +114,7 @@ def output_errors(
     return {WHOLE: {form: distance(wrap(networks[form])(images), logits) for form in forms}} | errors, inputs
 
 
-@check.exact_products()
+@providers.exact_products()
 def gradient_errors(
     networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module]
 ) -> dict[str, float]:
@@ -231,7 +231,7 @@ def _report(
     autocast: bool = False,
 ) -> tuple[dict, bool]:
     n, _, h, w = images.shape
-    backend = aia_kernels.backends.select(images.device.type, torch.float32)
+    backend = aia_kernels.backends.select(images.device.type, torch.float32, "attention_in_attention")
     about = f"{temporal}, {n} frames of {h}x{w}, {precision_of(autocast)}; fused: {backend}"
     print(f"{name_of(layers)} with {unit} in every block, {about}.\n")
     found, right = measure_network(images, unit, temporal, segments, layers, rounds, seconds, stages, autocast)
@@ -257,7 +257,10 @@ def name_of(layers: tuple[int, ...]) -> str:
 def rows(found: dict[str, dict], right: bool, images: Tensor, name: str, segments: int, autocast: bool) -> list[dict]:
     """The rows of the CSV: one for each part, mode and form; the form fused goes by the name of its backend."""
     device = images.device.type
-    where, backend = measure.machine(device), aia_kernels.backends.select(device, torch.float32)
+    where, backend = (
+        measure.machine(device),
+        aia_kernels.backends.select(device, torch.float32, "attention_in_attention"),
+    )
     layout = "contiguous" if images.is_contiguous() else "channels_last"
     made = []
     for part, cells in found.items():

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import check, measure, passes, records, registry, roof, roofline, table, timing, watch
-from .check import Checked, Provider
-from .machines import Machine
+from . import bandwidth, measure, passes, providers, records, registry, table, timing, watch
+from .gpus import Machine
+from .offline import roofline
+from .providers import Checked, Provider
 from .registry import Case
 from .timing import Samples
 
@@ -38,14 +39,14 @@ def check_layers(
     case: Case, candidates: Iterable[Provider], device: str, x: Tensor, grad_y: Tensor, where: dict, right: dict
 ) -> Iterator[dict]:
     """Put every layer that may be timed into ``right`` by its provider; the rows of the others, as they come."""
-    expected = check.Expected(case, x, grad_y, device)
+    expected = providers.Expected(case, x, grad_y, device)
     for provider in candidates:
         found = row(case, "", provider.name, where)
         checked = None
         with records.noted(found, "build"):
-            layer = check.build(provider, case, device)
+            layer = providers.build(provider, case, device)
             with records.noted(found, "check"):
-                checked = check.check(provider, layer, expected, x, grad_y)
+                checked = providers.check(provider, layer, expected, x, grad_y)
         if checked and not checked.complaint:
             right[provider.name] = checked
             continue
@@ -121,7 +122,7 @@ def measure_passes(
     right. A backend or a pass that raises gets a row with its error."""
     inputs, layers = rotating_inputs(case, device), {}
     x, grad_y = inputs[0]
-    fused = [provider for provider in candidates if provider.name in check.FUSED]
+    fused = [provider for provider in candidates if provider.name in providers.FUSED]
     yield from check_layers(case, fused, device, x, grad_y, where, layers)
     for backend in layers:
         failed = row(case, "pass", backend, where) | {"kind": "pass"}
@@ -238,11 +239,11 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def providers_of(case: Case, options: argparse.Namespace) -> list[Provider]:
-    candidates = check.providers(options.device, case.family)
+    candidates = providers.of_family(options.device, case.family)
     auto = options.device == "cuda" or case.compiled_on_cpu
     if options.compile == "on" or (options.compile == "auto" and auto):
-        candidates += check.compiled(options.device)
-    candidates += check.alternatives(case, options.device)
+        candidates += providers.compiled(options.device)
+    candidates += providers.alternatives(case, options.device)
     return [one for one in candidates if f"{case}:{one.name}" not in options.without]
 
 
@@ -275,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no case matches --filter {options.filter!r}", file=sys.stderr)
         return 2
     where = measure.machine(options.device)
-    machine = roof.machine(where["device"], options.results, records.RESULTS)
+    machine = bandwidth.machine(where["device"], options.results, records.RESULTS)
     bar, made = tqdm(cases, unit="case", dynamic_ncols=True), []
 
     def note(case: Case, found: dict, is_lost: Callable[[], bool]) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import aia_kernels
 from aia_kernels import testing
 
-from . import check, passes, records, timing
+from . import passes, providers, records, timing
 from .registry.attention_in_attention import NAMES, UnitCase
 from .registry.external_attention import LayerCase
 
@@ -99,7 +99,7 @@ def cells(subject: Subject, device: str) -> dict[str, Callable[[], None]]:
 
 
 def right(module: nn.Module, x: Tensor, grad_y: Tensor, backend: str) -> None:
-    with check.exact_products():
+    with providers.exact_products():
         worst = testing.compare(module, x, grad_y, backend)[0]
     assert worst.ratio <= 1, f"{worst.name} is off by {worst.error:.1e}, at most {worst.budget:.1e} expected"
 

@@ -12,7 +12,7 @@ import csv
 import sys
 from pathlib import Path
 
-from . import check, checks, records, registry, roof, smoke, told
+from . import bandwidth, checks, providers, records, registry, smoke, told
 from .records import KEY
 
 PARTS = ("smoke", "check", "bench", "network", "compile")
@@ -50,7 +50,7 @@ def of_rows(title: str, path: Path) -> list[str]:
     """The rows of this package's backends, and whatever went wrong."""
     rows = newest(path)
     wrong = [f"  {row['error'] or 'wrong, error ' + row['max_error']}: {named(row)}" for row in rows if is_wrong(row)]
-    measured = [row for row in rows if row["median_ms"] and row["provider"] in check.FUSED]
+    measured = [row for row in rows if row["median_ms"] and row["provider"] in providers.FUSED]
     others = len(rows) - len(wrong) - len(measured)
     head = f"{title}: {len(measured)} rows, {len(wrong)} went wrong, {others} of others; on {rows[-1]['device']}"
     return ["", head, *wrong, *([HEADER, *map(line, measured)] if measured else [])]
@@ -78,7 +78,7 @@ def of_bench(results: Path) -> list[str]:
     lines = []
     if (path := results / "roof.csv").is_file():
         with path.open(newline="") as opened:
-            best = roof.best(list(csv.DictReader(opened)))
+            best = bandwidth.best(list(csv.DictReader(opened)))
         lines = ["", *(f"roof, {name}: {row['tb_per_s']} TB/s on {row['device']}" for name, row in best.items())]
     for family in registry.FAMILIES:
         for passes, title in ((False, "layers"), (True, "passes")):

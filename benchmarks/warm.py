@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, measure, passes, records, registry, run, timing
+from . import measure, passes, providers, records, registry, run, timing
 from .registry import Case
 
 WHAT = ("step", "eval", "passes")
@@ -29,14 +29,14 @@ def tasks(options: argparse.Namespace) -> list[tuple[Case, str]]:
 
 def do(case: Case, what: str, device: str) -> None:
     """Have Triton compile what a case needs for it."""
-    triton = check.on_backend("triton")
+    triton = providers.on_backend("triton")
     x = case.make_input(device)
     grad_y = case.gradient(x)
     if what == "passes":
         for one in passes.calls("triton", case, x, grad_y).values():
             one.call()
     else:
-        layer = check.build(triton, case, device)
+        layer = providers.build(triton, case, device)
         call = measure.evaluation(layer, x) if what == "eval" else measure.training_step(layer, x, grad_y)
         with triton.context():
             call()

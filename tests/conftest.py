@@ -47,7 +47,19 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(max(len(os.sched_getaffinity(0)), 2), 8)
 
 
+#: Files that compile or start processes for long. They begin first: no worker is left alone with one at the end.
+LONG = (
+    *("test_fuzz", "test_cuda_offline", "test_passes", "test_cuda_passes", "test_uses_distributed"),
+    *("test_triton_double_norm_offline", "test_triton_offline", "test_promises_compile", "test_promises_distributed"),
+    *("test_models_resnet", "test_promises_imports", "test_uses_compile", "test_models_external_attention"),
+    *("test_onnx", "test_external_attention_promises", "test_triton_double_norm", "test_shift", "test_benchmarks"),
+    *("test_example_distributed", "test_checks", "test_cuda_runtime", "test_uses_surroundings", "test_roofline"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
     if " " in torch.__file__:  # Inductor's command lines are cut at spaces
         for item in items:
             if "inductor" in item.name:
@@ -122,9 +134,9 @@ LEVELS = ("in force", "v4", "v3", "base")
 @contextlib.contextmanager
 def at_level(level: str) -> Iterator[None]:
     """The C++ passes at one of LEVELS, in this process; skipped where the processor does not have it."""
-    from aia_kernels import _extension
+    from aia_kernels.backends import extension
 
-    choose = ctypes.CDLL(str(_extension.LIBRARY)).aia_kernels_cpu_level
+    choose = ctypes.CDLL(str(extension.LIBRARY)).aia_kernels_cpu_level
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
     if level != "in force" and (reason := choose(level.encode())) is not None:
         pytest.skip(reason.decode())
@@ -146,10 +158,10 @@ def nvcc() -> str:
 @pytest.fixture(scope="session")
 def cuda_binaries(tmp_path_factory) -> list[Path]:
     """Machine code of csrc/cuda for sm_90: the library, if it holds CUDA, or the smaller sources, compiled here."""
-    from aia_kernels import _extension
+    from aia_kernels.backends import extension
 
-    if _extension.has_cuda():
-        return [_extension.LIBRARY]
+    if extension.has_cuda():
+        return [extension.LIBRARY]
     folder, binaries = tmp_path_factory.mktemp("cuda"), []
     for name in ("recalibrate", "double_norm", "residual"):
         binaries.append(folder / f"{name}.cubin")

@@ -16,7 +16,8 @@ import torch
 from plain_passes import PlainPasses
 from torch import Tensor
 
-from aia_kernels import maps
+from aia_kernels.common import maps
+from aia_kernels.common.dtypes import accumulate_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -78,13 +79,13 @@ def gate_of(x: Tensor, context: int) -> Tensor | None:
     if context == maps.NONE:
         return None
     shape = (x.shape[0], maps.packed_size(x.shape, context))
-    return torch.rand(shape, dtype=maps.accumulate_dtype(x.dtype)).to(x.device)
+    return torch.rand(shape, dtype=accumulate_dtype(x.dtype)).to(x.device)
 
 
 def features_of(x: Tensor, context: int, plain: PlainPasses) -> tuple[Tensor, Tensor]:
     """A gradient of pooled features and an argmax that points anywhere."""
     shape = (x.shape[0], maps.packed_size(x.shape, context))
-    grad = torch.randn(shape[0], 2, shape[1], dtype=maps.accumulate_dtype(x.dtype)).to(x.device)
+    grad = torch.randn(shape[0], 2, shape[1], dtype=accumulate_dtype(x.dtype)).to(x.device)
     noise = stored(torch.randn(x.shape, dtype=torch.float64), Case(tuple(x.shape), maps.storage_order(x)))
     _, argmax = plain.pool(noise.cpu(), context, None, maps.NONE)
     return grad, argmax.to(x.device)
@@ -120,7 +121,7 @@ def terms(x: Tensor, context: int) -> int:
 
 def agrees(got: Tensor, want: Tensor, magnitudes: Tensor, n: int) -> None:
     """Assert the error bound of a sum of n products (see the head of this file)."""
-    bound = (n + 8) * epsilon(maps.accumulate_dtype(got.dtype)) * magnitudes + epsilon(got.dtype) * want.abs()
+    bound = (n + 8) * epsilon(accumulate_dtype(got.dtype)) * magnitudes + epsilon(got.dtype) * want.abs()
     error = (got.cpu().double() - want).abs()
     assert (error <= bound).all(), f"error up to {(error / bound).nan_to_num(math.inf).max():.3g} times its bound"
 

@@ -1,6 +1,6 @@
 """External attention's passes in plain PyTorch: the oracle that every backend's passes are held against.
 
-Each method computes its schema in aia_kernels/ops.py line by line, with whole tensors and no regard for speed.
+Each method computes its schema in aia_kernels/schemas.py line by line, with whole tensors and no regard for speed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aia_kernels import maps
+from aia_kernels.common.dtypes import accumulate_dtype
 
 
 class PlainDoubleNorm:
@@ -76,4 +76,4 @@ def _in_storage(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t.to(maps.accumulate_dtype(t.dtype))
+    return t.to(accumulate_dtype(t.dtype))

@@ -1,6 +1,6 @@
 """The passes in plain PyTorch: the oracle that every backend's passes are held against.
 
-Each method computes its schema in aia_kernels/ops.py line by line, with whole tensors and no regard for speed. The
+Each method computes its schema in aia_kernels/schemas.py line by line, with whole tensors and no regard for speed. The
 maps are packed in any order, so one oracle serves every backend: ``PlainPasses("THWC")`` packs channels-last whatever
 the storage of x, ``PlainPasses()`` follows the storage of x.
 """
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aia_kernels import maps
-from aia_kernels.running_statistics import move_statistics_
+from aia_kernels.common import maps
+from aia_kernels.common.dtypes import accumulate_dtype
+from aia_kernels.common.running_statistics import move_statistics_
 
 _AXIS = {"T": 1, "C": 2, "H": 3, "W": 4}
 
@@ -72,7 +73,7 @@ class PlainPasses:
         return _pack([product.sum(axis) / len(axes) for axis in axes], context, self._order_of(x))
 
     def pool(self, x: Tensor, context: int, gate: Tensor | None, gate_context: int) -> tuple[Tensor, Tensor]:
-        a = x.to(maps.accumulate_dtype(x.dtype))
+        a = x.to(accumulate_dtype(x.dtype))
         if gate is not None:
             a = a * self.field(gate, x, gate_context)
         order = self._order_of(x)
@@ -179,5 +180,5 @@ class PlainPasses:
         return torch.empty_like(x).copy_(x * self.field(gate, x, context))
 
     def recalibrate_reduce(self, grad_y: Tensor, x: Tensor, context: int) -> Tensor:
-        dtype = maps.accumulate_dtype(x.dtype)
+        dtype = accumulate_dtype(x.dtype)
         return self._reduce(grad_y.to(dtype) * x.to(dtype), x, context)

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from aia_kernels import maps
+from aia_kernels.common import maps
 
 B, T, C, H, W = 2, 3, 4, 5, 6
 CHANNEL, SPACETIME = (maps.packed_size((B, T, C, H, W), context) for context in (maps.CHANNEL, maps.SPACETIME))

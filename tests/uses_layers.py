@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import aia_kernels
 from aia_kernels import backends, functional, testing
 from aia_kernels.testing import Shape
 
-if backends.select("cpu", torch.float32) == "reference":
+if backends.select("cpu", torch.float32, "attention_in_attention") == "reference":
     pytest.skip("the layers are plain PyTorch here, which torch is tested with", allow_module_level=True)
 
 #: Float64 sums in another order. Values are of order one to a hundred, and sums have at most a few thousand terms:
@@ -176,6 +177,25 @@ def towards(y: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(y.shape[::-1], generator=generator, dtype=torch.float64)
     return grad.to(y.dtype).to(y.device).permute(*reversed(range(y.ndim)))
+
+
+def in_new_threads(*calls: Callable[[], None]) -> None:
+    """Each call in a thread, all at once, with as many threads of OpenMP as this one has.
+
+    Products of the framework may split their sums by it, and a new thread has the number that the environment says,
+    whatever torch.set_num_threads said here.
+    """
+    count = torch.get_num_threads()
+
+    def work(call: Callable[[], None]) -> None:
+        torch.set_num_threads(count)
+        call()
+
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def left_by(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:

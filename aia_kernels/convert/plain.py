@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .. import modules
-from ..functional.clips import check_clips
+from ..functional.checks import check_clips
 from ..modules.external_attention import EPS
 from ..reference.shift import temporal_shift
 from .behaviour import overridden

@@ -19,17 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import attention_in_attention as algorithm
-from .. import backends, maps, sharded
-from ..autocast import autocast_dtype
-from ..layouts import as_clips, as_input, with_dense_clips
+from .. import backends
+from ..algorithms import attention_in_attention as algorithm
+from ..common import maps
+from ..common.autocast import autocast_dtype
+from ..common.dtypes import accumulate_dtype
+from ..common.layouts import as_clips, as_input, with_dense_clips
+from ..common.tracing import is_traced, needs_reference
 from ..operators import attention_in_attention as operators
 from ..reference import UNITS, Gate, Norm, Unit
 from ..reference import attention_in_attention as reference
-from ..running_statistics import update_running_statistics
-from ..tracing import is_traced, needs_reference
-from .clips import check_clips
+from . import sharded
+from .checks import check_clips
+from .running_statistics import update_running_statistics
 
+FAMILY = "attention_in_attention"
 WEIGHT_SHAPE = (1, 2, 3, 3, 3)
 
 
@@ -84,13 +88,13 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
         return _empty(x, gates)
     dense = with_dense_clips(x, num_segments)
-    backend = backends.select(x.device, x.dtype)
+    backend = backends.select(x.device, x.dtype, FAMILY)
     move = None
     if backend == "reference" or needs_reference():
         y, statistics = reference(as_clips(dense, num_segments), described, gates)
         y, statistics = as_input(y, x.ndim), statistics.split(1)
     else:
-        passes = None if is_traced() else backends.passes(backend)
+        passes = None if is_traced() else backends.passes(backend, FAMILY)
         y, statistics = _through_passes(dense, described, gates, num_segments, backend, passes)
         move = passes and passes.move_statistics_
     order = _ORDERS[unit]
@@ -109,12 +113,12 @@ def _through_passes(
         tuple(gate.norm is not None and gate.norm.uses_batch for gate in gates),
         tuple(0.0 if gate.norm is None else gate.norm.eps for gate in gates),
         tuple(map(_group_name, gates)),
-        x.dtype != maps.accumulate_dtype(x.dtype)
+        x.dtype != accumulate_dtype(x.dtype)
         and any(p.dtype != gate.weight.dtype for gate in gates for p in (gate.norm or ())[:2] if p is not None),
     )
     parameters = _resolved(p for gate in gates for p in (gate.weight, *(gate.norm[:2] if gate.norm else (None, None))))
     fixed = _resolved(p for gate in gates for p in _fixed(gate.norm))
-    clips, dtype = as_clips(x, num_segments), maps.accumulate_dtype(x.dtype)
+    clips, dtype = as_clips(x, num_segments), accumulate_dtype(x.dtype)
     if passes is None:
         packed = operators.packed(parameters, fixed, plan.batch, dtype)
         settings = unit.name, backend, plan.batch, plan.eps, plan.groups, operators.index_dtype(clips, unit.name)
@@ -177,7 +181,7 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
         # Under autocast parameters stay in float32 and activations come in either type.
         expected = (torch.float32,) if x.dtype in (torch.float32, autocast) else (x.dtype,)
     # A network in half precision may keep its norms in float32, as torch's batch norm takes them.
-    of_norm_expected = (*expected, maps.accumulate_dtype(x.dtype))
+    of_norm_expected = (*expected, accumulate_dtype(x.dtype))
     length = maps.lengths(_clip_sizes(x, num_segments))
     for letter, (weight, norm) in zip(unit.letters, gates, strict=True):
         if not isinstance(weight, Tensor):

@@ -5,7 +5,7 @@ The roads of a call that has something to compute are those of the first family:
 1. where the call is recorded (torch.compile, torch.export, make_fx, selective checkpointing): the registered operators
    (operators/external_attention.py);
 2. under a functorch transform (torch.func.grad, vmap), forward-mode differentiation or torch.jit.trace: the reference;
-3. where gradients are wanted: the autograd Functions of external_attention.py;
+3. where gradients are wanted: the autograd Functions of algorithms/external_attention.py;
 4. otherwise: the passes, keeping nothing.
 
 The backend ``reference`` takes its own formula on all four. A DTensor is taken shard by shard (sharded.py).
@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference, sharded
-from .. import external_attention as algorithm
-from ..autocast import autocast_dtype, no_autocast
-from ..external_attention import Plan
-from ..layouts import as_maps, as_tokens, contiguous, with_dense_maps, with_rows
+from .. import backends, reference
+from ..algorithms import external_attention as algorithm
+from ..algorithms.external_attention import Plan
+from ..common.autocast import autocast_dtype, no_autocast
+from ..common.layouts import as_maps, as_tokens, contiguous, with_dense_maps, with_rows
+from ..common.tracing import is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
-from ..running_statistics import update_running_statistics
-from ..tracing import is_traced, needs_reference
-from .common import check_integer, check_number, check_tensor
+from . import sharded
+from .checks import check_integer, check_number, check_tensor
+from .running_statistics import update_running_statistics
 
 FAMILY = "external_attention"
 

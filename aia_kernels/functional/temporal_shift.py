@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, sharded
-from ..autocast import no_autocast
-from ..layouts import as_clips, as_input, stored_as, with_dense_clips
+from .. import backends
+from ..algorithms.temporal_shift import TemporalShiftFunction
+from ..common.autocast import no_autocast
+from ..common.layouts import as_clips, as_input, stored_as, with_dense_clips
+from ..common.tracing import is_traced, needs_reference
 from ..operators.temporal_shift import temporal_shift_by
 from ..reference import temporal_shift as reference
-from ..temporal_shift import TemporalShiftFunction
-from ..tracing import is_traced, needs_reference
-from .clips import check_clips
-from .common import check_integer
+from . import sharded
+from .checks import check_clips, check_integer
 
 FAMILY = "temporal_shift"
 

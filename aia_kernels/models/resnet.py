@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..functional.common import check_integer
+from ..functional.checks import check_integer
 from ..modules import ST, C, CinST, STinC, TemporalShift
 
 #: Units of each kind of bottleneck, in the order of its attributes: eft, or eft1 and eft2.

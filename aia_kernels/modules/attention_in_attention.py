@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
-from ..functional.clips import check_clips
-from ..layouts import as_clips, as_input
+from ..common.layouts import as_clips, as_input
+from ..functional.checks import check_clips
 from ..reference import UNITS, Gate, Unit, compose
 from .submodules import can_be_read, is_gate_convolution, must_be_called, norm_of
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..autocast import autocast_dtype, no_autocast
-from ..functional.common import check_integer
+from ..common.autocast import autocast_dtype, no_autocast
+from ..common.tracing import is_traced
+from ..functional.checks import check_integer
 from ..functional.external_attention import double_normalize, external_attention, external_attention_block
-from ..sharded import is_distributed
-from ..tracing import is_traced
+from ..functional.sharded import is_distributed
 from .submodules import can_be_read, is_pointwise, must_be_called, norm_of
 
 #: What EANet and EAMLP add to the sum over slots.

@@ -9,8 +9,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..functional.sharded import is_distributed
 from ..reference import Norm
-from ..sharded import is_distributed
 
 _PLAIN_FORWARDS = (
     nn.Conv1d.forward,

@@ -1,4 +1,9 @@
-"""The whole unit as two registered operators. Schemas and fakes: ops.py."""
+"""The whole unit as two registered operators.
+
+Arguments and results are those of forward and backward in algorithms/attention_in_attention.py. What is kept of an
+absent inner context is empty. fixed is None where every gate uses the batch's statistics. index is the type in which
+indices are kept, by default the smallest that holds them.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import attention_in_attention as algorithm
-from .. import backends, maps, ops
-from ..layouts import dense_clips, save, saved, stored_as
+from .. import backends
+from ..algorithms import attention_in_attention as algorithm
+from ..algorithms.double_backward import backward_is_followed, gradients
+from ..common import maps
+from ..common.dtypes import accumulate_dtype
+from ..common.layouts import dense_clips, save, saved, stored_as
 from ..reference import UNITS
-from ..tracing import backward_is_followed, gradients
+from ..schemas import packed_like
+from .registration import differentiate, register
 
-unit_forward = getattr(torch.ops, ops.NAMESPACE).unit_forward.default
-unit_backward = getattr(torch.ops, ops.NAMESPACE).unit_backward.default
+_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor affine, Tensor? fixed, str unit, str backend, bool[] batch, "
+    "float[] eps, str[] groups, ScalarType? index=None) -> "
+    "(Tensor y, Tensor inner_pooled, Tensor inner_argmax, Tensor inner_norm, "
+    "Tensor outer_pooled, Tensor outer_argmax, Tensor outer_norm, Tensor statistics)"
+)
+_BACKWARD = (
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor inner_pooled, Tensor inner_argmax, "
+    "Tensor inner_norm, Tensor outer_pooled, Tensor outer_argmax, Tensor outer_norm, Tensor statistics, str unit, "
+    "str backend, bool[] batch, float[] eps, str[] groups) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_affine)"
+)
 
 
 def packed(
@@ -49,7 +67,9 @@ def index_dtype(clips: Tensor, unit: str) -> torch.dtype | None:
 
 
 def _plan(unit, backend, batch, eps, groups) -> algorithm.Plan:
-    return algorithm.Plan(UNITS[unit], backends.passes(backend), tuple(batch), tuple(eps), tuple(groups))
+    return algorithm.Plan(
+        UNITS[unit], backends.passes(backend, "attention_in_attention"), tuple(batch), tuple(eps), tuple(groups)
+    )
 
 
 def _forward(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=None):
@@ -84,6 +104,26 @@ def _backward(grad_y, x, weight, *rest):
     return grad_x, torch.cat(grad_weight), torch.cat([torch.cat(pair)[None] for pair in grad_affine])
 
 
+def _fake_kept(x: Tensor, context: int, index: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.uint8 if context == maps.NONE else index or maps.index_dtype(x.shape, context)
+    norm = x.new_empty((context, 4), dtype=accumulate_dtype(x.dtype))
+    return packed_like(x, context, 2), packed_like(x, context, dtype=index), norm
+
+
+def fake_forward(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=None):
+    """What unit_forward returns, without values."""
+    described, n = UNITS[unit], len(batch)
+    statistics = x.new_empty((n, 3), dtype=accumulate_dtype(x.dtype))
+    kept = *_fake_kept(x, described.inner, index), *_fake_kept(x, described.outer, index)
+    return torch.empty_like(dense_clips(x)), *kept, statistics
+
+
+def _fake_backward(grad_y, x, weight, *kept_and_settings):
+    n, dtype = weight.shape[0], accumulate_dtype(x.dtype)
+    grad_weight, grad_affine = x.new_empty(weight.shape, dtype=dtype), x.new_empty((n, 2), dtype=dtype)
+    return torch.empty_like(dense_clips(x)), grad_weight, grad_affine
+
+
 def _setup(ctx, inputs, output):
     x, weight, affine, _fixed, *settings = inputs
     ctx.settings = settings[:5]
@@ -110,11 +150,6 @@ def _autograd(ctx, grad_y: Tensor | None, *_):
     return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("a compiled unit has first derivatives only; take second ones in eager mode")
-
-
-ops.implement("unit_forward", _forward)
-ops.implement("unit_backward", _backward)
-torch.library.register_autograd(f"{ops.NAMESPACE}::unit_forward", _autograd, setup_context=_setup)
-torch.library.register_autograd(f"{ops.NAMESPACE}::unit_backward", _no_second_derivative)
+unit_forward = register("unit_forward", _FORWARD, _forward, fake_forward)
+unit_backward = register("unit_backward", _BACKWARD, _backward, _fake_backward)
+differentiate("unit_forward", _setup, _autograd, "unit_backward")

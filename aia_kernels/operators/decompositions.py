@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..layouts import stored_as
+from .. import reference
+from ..common.layouts import stored_as
 from ..reference import UNITS, Gate, Norm
+from . import attention_in_attention, external_attention, temporal_shift
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
@@ -19,7 +20,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     reach core ATen, add these to torch's own: ``table = torch.export.default_decompositions()``, then
     ``table.update(aia_kernels.decompositions())``. Operators that exchange statistics with a process group stay.
     """
-    return {getattr(getattr(torch.ops, ops.NAMESPACE), name).default: function for name, function in _TABLE.items()}
+    return dict(_TABLE)
 
 
 def _unit(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=None):
@@ -31,14 +32,14 @@ def _unit(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=Non
         gates.append(Gate(weight[i : i + 1], Norm(*affine[i].split(1), mean, var, training=own, eps=eps[i])))
     y, statistics = reference.attention_in_attention(x, UNITS[unit], gates)
     settings = unit, backend, batch, eps, groups, index
-    _y, *kept, _statistics = ops.FAKES["unit_forward"](x, weight, affine, fixed, *settings)
+    _y, *kept, _statistics = attention_in_attention.fake_forward(x, weight, affine, fixed, *settings)
     return stored_as(y, x), *kept, statistics
 
 
 def _double_normalize(logits, padding, group, eps, shards, backend):
     if shards:
         return NotImplemented
-    _attention, mass = ops.FAKES["double_normalize_forward"](logits, padding, group, eps, shards, backend)
+    _attention, mass = external_attention.fake_normalize(logits, padding, group, eps, shards, backend)
     return stored_as(reference.double_normalize(logits, group, eps, padding), logits), mass
 
 
@@ -46,7 +47,7 @@ def _external_attention(x, key, value, bias, padding, keep, group, eps, shards, 
     if shards:
         return NotImplemented
     settings = padding, keep, group, eps, shards, scale, backend
-    _o, *kept = ops.FAKES["external_attention_forward"](x, key, value, bias, *settings)
+    _o, *kept = external_attention.fake_attend(x, key, value, bias, *settings)
     o = reference.external_attention(x, key, value, bias, group, eps, padding, keep, scale)
     return o.contiguous(), *kept
 
@@ -55,9 +56,7 @@ def _external_attention_block(x, key, value, weight, bias, fixed, eps, batch, no
     if members:
         return NotImplemented
     settings = eps, batch, norm_eps, members, backend
-    _y, *kept, _statistics = ops.FAKES["external_attention_block_forward"](
-        x, key, value, weight, bias, fixed, *settings
-    )
+    _y, *kept, _statistics = external_attention.fake_block(x, key, value, weight, bias, fixed, *settings)
     mean, var = (None, None) if batch else fixed.unbind(0)
     norm = Norm(weight, bias, mean, var, training=batch, eps=norm_eps)
     y, statistics = reference.external_attention_block(x, key, value, norm, eps)
@@ -71,9 +70,9 @@ def _temporal_shift(x: Tensor, fold: int, reverse: bool, backend: str) -> Tensor
 # What a forward keeps for its backward comes from the fake implementation: uninitialised, and removed as unused, as
 # the gradients of the decomposed program are those of ATen.
 _TABLE = {
-    "unit_forward": _unit,
-    "double_normalize_forward": _double_normalize,
-    "external_attention_forward": _external_attention,
-    "external_attention_block_forward": _external_attention_block,
-    "temporal_shift_by": _temporal_shift,
+    attention_in_attention.unit_forward: _unit,
+    external_attention.double_normalize_forward: _double_normalize,
+    external_attention.external_attention_forward: _external_attention,
+    external_attention.external_attention_block_forward: _external_attention_block,
+    temporal_shift.temporal_shift_by: _temporal_shift,
 }

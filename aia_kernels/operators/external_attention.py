@@ -1,25 +1,43 @@
-"""External attention's layers as registered operators. Schemas and fakes: ops.py."""
+"""External attention's layers as registered operators.
+
+Arguments and results are those of the functions of the same name in algorithms/external_attention.py; tokens and maps
+are [B, N, d] as there. What is kept of the attention is the backend's pair, and what is kept of a batch is empty under
+fixed statistics. shards and members name process groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .. import backends, ops
-from .. import external_attention as algorithm
-from ..external_attention import BatchNorm, Plan
-from ..layouts import contiguous, dense_tokens, save, saved, stored_as, with_rows
-from ..tracing import backward_is_followed, gradients
+from .. import backends
+from ..algorithms import external_attention as algorithm
+from ..algorithms.double_backward import backward_is_followed, gradients
+from ..algorithms.external_attention import BatchNorm, Plan
+from ..common.dtypes import accumulate_dtype
+from ..common.layouts import contiguous, dense_tokens, save, saved, stored_as, with_rows
+from .registration import differentiate, register
 
-_registered = getattr(torch.ops, ops.NAMESPACE)
-double_normalize_forward = _registered.double_normalize_forward.default
-double_normalize_backward = _registered.double_normalize_backward.default
-external_attention_forward = _registered.external_attention_forward.default
-external_attention_backward = _registered.external_attention_backward.default
-external_attention_block_forward = _registered.external_attention_block_forward.default
-external_attention_block_backward = _registered.external_attention_block_backward.default
+_SCHEMAS = {
+    "double_normalize_forward": "(Tensor logits, Tensor? padding, int group, float eps, str shards, str backend) -> "
+    "(Tensor attention, Tensor mass)",
+    "double_normalize_backward": "(Tensor grad, Tensor attention, Tensor mass, Tensor? padding, int group, float eps, "
+    "str shards, str backend) -> Tensor",
+    "external_attention_forward": "(Tensor x, Tensor key, Tensor value, Tensor? bias, Tensor? padding, Tensor? keep, "
+    "int group, float eps, str shards, float scale, str backend) -> (Tensor o, Tensor attention, Tensor second)",
+    "external_attention_backward": "(Tensor grad, Tensor x, Tensor key, Tensor value, Tensor attention, Tensor second, "
+    "Tensor? padding, Tensor? keep, int group, float eps, str shards, float scale, str backend) -> "
+    "(Tensor grad_x, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    "external_attention_block_forward": "(Tensor x, Tensor key, Tensor value, Tensor? weight, Tensor? bias, "
+    "Tensor? fixed, float eps, bool batch, float norm_eps, str members, str backend) -> (Tensor y, Tensor attention, "
+    "Tensor second, Tensor signs, Tensor mean, Tensor total, Tensor centred, Tensor statistics)",
+    "external_attention_block_backward": "(Tensor grad_y, Tensor x, Tensor key, Tensor value, Tensor? weight, "
+    "Tensor attention, Tensor second, Tensor signs, Tensor mean, Tensor total, Tensor centred, Tensor statistics, "
+    "float eps, bool batch, float norm_eps, str members, str backend) -> "
+    "(Tensor grad_x, Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
+}
 
 
 def _passes(backend: str):
@@ -42,6 +60,17 @@ def _normalize(logits, padding, *settings):
 def _normalize_backward(grad, attention, mass, padding, *settings):
     kept = contiguous(attention, mass, padding)
     return algorithm.double_normalize_backward(_normalize_plan(*settings), grad, *kept)
+
+
+def fake_normalize(logits, padding, group, eps, shards, backend):
+    """What double_normalize_forward returns, without values."""
+    b, n, m = logits.shape
+    mass = logits.new_empty((b, n, m // group), dtype=accumulate_dtype(logits.dtype))
+    return logits.new_empty(logits.shape), mass
+
+
+def _fake_normalize_backward(grad, attention, mass, padding, group, eps, shards, backend):
+    return torch.empty_like(attention)
 
 
 def _normalize_setup(ctx, inputs, output):
@@ -75,6 +104,20 @@ def _attend_backward(grad, x, key, value, attention, second, padding, keep, *set
     key, value, attention, second, padding, keep = contiguous(key, value, attention, second, padding, keep)
     plan, kept = _attention_plan(*settings), (attention, second)
     return algorithm.backward(plan, with_rows(grad), with_rows(x), key, value, kept, padding, keep)
+
+
+def fake_attend(x, key, value, bias, padding, keep, group, eps, shards, scale, backend):
+    """What external_attention_forward returns, without values."""
+    heads = x.shape[2] // key.shape[2]
+    o = x.new_empty((*x.shape[:2], heads * value.shape[1]))
+    return o, *_passes(backend).empty_attention(x, heads * key.shape[1], group)
+
+
+def _fake_attend_backward(grad, x, key, value, *kept_and_settings):
+    dtype = accumulate_dtype(x.dtype)
+    shapes = key.shape, value.shape, grad.shape[2:]
+    grads = (x.new_empty(shape, dtype=dtype) for shape in shapes)
+    return torch.empty_like(with_rows(x)), *grads
 
 
 def _attend_setup(ctx, inputs, output):
@@ -117,6 +160,20 @@ def _block_backward(
     return algorithm.block_backward(_block_plan(key, *settings), stored_as(grad_y, x), x, *parameters, *kept)
 
 
+def fake_block(x, key, value, weight, bias, fixed, eps, batch, norm_eps, members, backend):
+    """What external_attention_block_forward returns, without values."""
+    passes, (m, c) = _passes(backend), key.shape
+    wide = x.new_empty((), dtype=accumulate_dtype(x.dtype))
+    kept = (wide.new_empty(shape) for shape in (((2, m), (m,), (m, m)) if batch else ((0,),) * 3))
+    attention, y = passes.empty_attention(x, m, m), torch.empty_like(dense_tokens(x))
+    return y, *attention, passes.empty_signs(y), *kept, wide.new_empty((c, 3))
+
+
+def _fake_block_backward(grad_y, x, key, value, weight, *kept_and_settings):
+    wide, c = x.new_empty((), dtype=accumulate_dtype(x.dtype)), x.shape[2]
+    return torch.empty_like(dense_tokens(x)), *(wide.new_empty(shape) for shape in (key.shape, value.shape, (c,), (c,)))
+
+
 def _block_setup(ctx, inputs, output):
     *tensors, _fixed = inputs[:6]
     ctx.settings = inputs[6:]
@@ -140,16 +197,31 @@ def _block_autograd(ctx, grad_y: Tensor | None, *_):
     return grad_x, *_typed(grads, parameters), *(None,) * 6
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("a compiled layer has first derivatives only; take second ones in eager mode")
+def _register(name: str, functions: Sequence[Callable]) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """The operators of a layer, forward and backward. functions: the implementation and fake of each, then the set-up
+    and gradient of autograd."""
+    forward, fake, backward, fake_backward, setup, gradient = functions
+    names = f"{name}_forward", f"{name}_backward"
+    operators = (
+        register(names[0], _SCHEMAS[names[0]], forward, fake),
+        register(names[1], _SCHEMAS[names[1]], backward, fake_backward),
+    )
+    differentiate(names[0], setup, gradient, names[1])
+    return operators
 
 
-for _name, _forward, _backward, _setup, _autograd in (
-    ("double_normalize", _normalize, _normalize_backward, _normalize_setup, _normalize_autograd),
-    ("external_attention", _attend, _attend_backward, _attend_setup, _attend_autograd),
-    ("external_attention_block", _block, _block_backward, _block_setup, _block_autograd),
-):
-    ops.implement(f"{_name}_forward", _forward)
-    ops.implement(f"{_name}_backward", _backward)
-    torch.library.register_autograd(f"{ops.NAMESPACE}::{_name}_forward", _autograd, setup_context=_setup)
-    torch.library.register_autograd(f"{ops.NAMESPACE}::{_name}_backward", _no_second_derivative)
+double_normalize_forward, double_normalize_backward = _register(
+    "double_normalize",
+    (
+        *(_normalize, fake_normalize, _normalize_backward, _fake_normalize_backward),
+        *(_normalize_setup, _normalize_autograd),
+    ),
+)
+external_attention_forward, external_attention_backward = _register(
+    "external_attention",
+    (_attend, fake_attend, _attend_backward, _fake_attend_backward, _attend_setup, _attend_autograd),
+)
+external_attention_block_forward, external_attention_block_backward = _register(
+    "external_attention_block",
+    (_block, fake_block, _block_backward, _fake_block_backward, _block_setup, _block_autograd),
+)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..maps import CHANNEL, NONE, POOLED_AXES, SPACETIME
+from ..common.maps import CHANNEL, NONE, POOLED_AXES, SPACETIME
 from .gate import Gate
 from .gate import gate as compute_gate
 from .pool import pool

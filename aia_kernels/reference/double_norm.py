@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import accumulate_dtype
+from ..common.dtypes import accumulate_dtype
 from .all_reduce import all_reduce
 
 
@@ -35,7 +35,7 @@ def double_normalize(
 
     The M columns are consecutive groups of ``group`` slots. padding [..., N] is True at tokens that take no part: they
     weigh nothing and their A is 0. process_group: its members hold the tokens in shards. Computed in
-    maps.accumulate_dtype and returned in the type of the logits. Without eps, A is a softmax of log P over the slots,
+    accumulate_dtype and returned in the type of the logits. Without eps, A is a softmax of log P over the slots,
     which is right where P itself underflows; published code divides 0 by 0 there.
     """
     x = logits.to(accumulate_dtype(logits.dtype))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import accumulate_dtype
+from ..common.dtypes import accumulate_dtype
 from .all_reduce import all_reduce
 from .double_norm import double_normalize
 from .norm import Norm

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..maps import accumulate_dtype
+from ..common.dtypes import accumulate_dtype
 from .all_reduce import all_reduce
 from .norm import Norm
 
@@ -33,7 +33,7 @@ def batch_statistics(z: Tensor, process_group: Any = None) -> tuple[Tensor, Tens
 def gate(pooled: Tensor, parameters: Gate) -> tuple[Tensor, Tensor]:
     """g = sigmoid(BN(conv3d(P))) of pooled features P [B, 2, i, j, k]; returns g [B, i, j, k] and statistics [3].
 
-    The convolution is 2 -> 1, 3x3x3, padding 1, no bias. BN computes in maps.accumulate_dtype, as torch's does. The
+    The convolution is 2 -> 1, 3x3x3, padding 1, no bias. BN computes in accumulate_dtype, as torch's does. The
     statistics are the mean and biased variance that BN used and the share of one element in them, 1 / count, or 0 where
     they are not the batch's (0, 1 and 0 without BN). Updating the running ones is the caller's business.
     """

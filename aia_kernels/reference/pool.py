@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..maps import GATE_AXES
+from ..common.maps import GATE_AXES
 
 _AXIS = {"T": 1, "C": 2, "H": 3, "W": 4}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..maps import GATE_AXES
+from ..common.maps import GATE_AXES
 
 _AXIS = {"T": 1, "C": 2, "H": 3, "W": 4}
 

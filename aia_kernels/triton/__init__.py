@@ -1,11 +1,11 @@
 """Triton backend, for CUDA devices and for the Triton interpreter: the passes of attention in attention
-(aia_kernels.ops), and of external attention the elementary ones (ops.DOUBLE_NORM_PASSES) and the fused ones
+(aia_kernels.schemas), and of external attention the elementary ones (schemas.DOUBLE_NORM_PASSES) and the fused ones
 (aia_kernels.external_attention).
 
 Maps keep the storage order of x with the pooled letter struck out.
 """
 
-from ..running_statistics import move_statistics_
+from ..common.running_statistics import move_statistics_
 from .double_norm import column_statistics, double_norm_, double_norm_backward_, double_norm_backward_reduce
 from .gate import gate, gate_again, gate_backward, gate_backward_reduce
 from .logits import attention_gradient, empty_attention, logits, normalise

@@ -1,6 +1,6 @@
 """What the passes check of their arguments before a launch: a kernel reads and writes wherever it is told to.
 
-The C++ operators check the same in the same order and say the same (csrc/register_common.h and beside it).
+The C++ operators check the same in the same order and say the same (csrc/register/checks.h and beside it).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import maps
+from ..common import maps
+from ..common.dtypes import accumulate_dtype
 from .columns import Attention, row_count
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -109,7 +110,7 @@ def check_gate(name: str, gate: Tensor | None, context_name: str, context: int, 
     """A gate [B, M] of a context for x."""
     check_context(context_name, context)
     sizes = x.shape[0], maps.packed_size(x.shape, context)
-    check_contiguous(name, gate, sizes, maps.accumulate_dtype(x.dtype), x)
+    check_contiguous(name, gate, sizes, accumulate_dtype(x.dtype), x)
 
 
 def check_optional_gate(name: str, gate: Tensor | None, context_name: str, context: int, x: Tensor) -> None:
@@ -124,7 +125,7 @@ def check_unpooled(prefix: str, grad: Tensor | None, argmax: Tensor | None, cont
     """A gradient [B, 2, M] of pooled features of a context and the index [B, M] of the maximum."""
     check_context(f"{prefix}context", context)
     size = maps.packed_size(x.shape, context)
-    check_contiguous(f"{prefix}grad_pooled", grad, (x.shape[0], 2, size), maps.accumulate_dtype(x.dtype), x)
+    check_contiguous(f"{prefix}grad_pooled", grad, (x.shape[0], 2, size), accumulate_dtype(x.dtype), x)
     check_contiguous(f"{prefix}argmax", argmax, (x.shape[0], size), maps.index_dtype(x.shape, context), x)
 
 
@@ -231,7 +232,7 @@ def check_attention(attention: Attention, group: int, eps: float, padding: Tenso
     logits, rows = attention
     check_logits("the attention", logits, group, padding)
     b, n, m = logits.shape
-    check_contiguous("rows", rows, (b, row_count(n, m, group)), maps.accumulate_dtype(logits.dtype), logits)
+    check_contiguous("rows", rows, (b, row_count(n, m, group)), accumulate_dtype(logits.dtype), logits)
     check_eps(eps)
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import maps
+from ..common.dtypes import accumulate_dtype
 from . import tiles
 from .checks import check_apart, check_contiguous, check_eps, check_logits, check_same
 from .columns import (
@@ -256,7 +256,7 @@ def column_statistics(logits: Tensor, padding: Tensor | None) -> Tensor:
     _, n, m = logits.shape
     c = columns(1, m, 1)
     bt, blocks = token_blocks(logits, n, c)
-    partial = logits.new_empty((logits.shape[0], blocks, 2, m), dtype=maps.accumulate_dtype(logits.dtype))
+    partial = logits.new_empty((logits.shape[0], blocks, 2, m), dtype=accumulate_dtype(logits.dtype))
     start(column_statistics_kernel, logits, n, c, blocks, logits, as_bytes(padding), partial, BT=bt)
     return join_statistics(partial)
 
@@ -265,7 +265,7 @@ def double_norm_(logits: Tensor, lse: Tensor, group: int, eps: float, padding: T
     """Overwrites logits [B, N, M] by A and returns mass [B, N, M / group], given lse [B, M]."""
     check_logits("logits", logits, group, padding)
     b, n, m = logits.shape
-    check_contiguous("lse", lse, (b, m), maps.accumulate_dtype(logits.dtype), logits)
+    check_contiguous("lse", lse, (b, m), accumulate_dtype(logits.dtype), logits)
     check_eps(eps)
     check_apart("logits", logits, lse=lse, padding=padding)
     c = columns(1, m, group)
@@ -287,8 +287,8 @@ def double_norm_backward_(grad: Tensor, attention: Tensor, mass: Tensor, reduced
     check_logits("grad", grad, group)
     check_same("attention", attention, grad, "grad")
     b, n, m = grad.shape
-    check_contiguous("mass", mass, (b, n, m // group), maps.accumulate_dtype(grad.dtype), grad)
-    check_contiguous("reduced", reduced, (b, m), maps.accumulate_dtype(grad.dtype), grad)
+    check_contiguous("mass", mass, (b, n, m // group), accumulate_dtype(grad.dtype), grad)
+    check_contiguous("reduced", reduced, (b, m), accumulate_dtype(grad.dtype), grad)
     check_apart("grad", grad, attention=attention, mass=mass, reduced=reduced)
     c = columns(1, m, group)
     bt, blocks = token_blocks(grad, n, c)
@@ -301,7 +301,7 @@ def backward_reduce(
     """D [B, M] of a stored A, or with rows of the A of logits; then Q overwrites grad."""
     b, n, m = grad.shape
     bt, blocks = token_blocks(grad, n, c)
-    partial = grad.new_empty((b, blocks, m), dtype=maps.accumulate_dtype(grad.dtype))
+    partial = grad.new_empty((b, blocks, m), dtype=accumulate_dtype(grad.dtype))
     arguments = grad, attention, rows, 0 if rows is None else rows.stride(0), as_bytes(padding), partial
     start(backward_reduce_kernel, grad, n, c, blocks, *arguments, EPS=eps, BT=bt)
     return partial.sum(1)

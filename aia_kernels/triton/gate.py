@@ -162,7 +162,7 @@ def norm_kernel(
     OWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What each map is normalised by, norm [n, 4] and statistics [n, 3] as in ops.py, from partial [n, P, 3] and
+    """What each map is normalised by, norm [n, 4] and statistics [n, 3] as in schemas.py, from partial [n, P, 3] and
     given [n, 4], scale, shift, mean and variance. OWN: whether a map uses the statistics of the batch."""
     i = tl.arange(0, BLOCK)
     valid = i < programs
@@ -297,7 +297,7 @@ def gate(
     batch: Sequence[bool],
     dims: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates [B, M] with their norm [n, 4] and statistics [n, 3]: as in ops.py."""
+    """Gates [B, M] with their norm [n, 4] and statistics [n, 3]: as in schemas.py."""
     n = check_packed("pooled", pooled, dims, features=2)
     check_weights(weight, n, pooled)
     check_norms(n, {"scale": scale, "shift": shift, "mean": mean, "var": var}, eps, batch, pooled)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import maps
+from ..common.dtypes import accumulate_dtype
 from . import tiles
 from .checks import (
     check_attended,
@@ -192,7 +192,7 @@ def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tens
     bt = _tokens(x, c, heads * spans.fn(c))
     blocks = triton.cdiv(n, bt)
     out = x.new_empty((b, n, heads * width))
-    partial = x.new_empty((b, blocks, 2, heads * width), dtype=maps.accumulate_dtype(x.dtype))
+    partial = x.new_empty((b, blocks, 2, heads * width), dtype=accumulate_dtype(x.dtype))
     arguments = x, key.expand(heads, -1, -1).contiguous(), as_bytes(padding), out, partial, n, *x.stride()
     constants = {"C": c, "F": k, "BT": bt, "STEP": _step(x, k)}
     start(logits_kernel, (out, x), b * blocks * heads * spans.fn(c), *arguments, **constants)
@@ -204,7 +204,7 @@ def normalise(logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tens
     nothing."""
     check_logits("logits", logits, group, padding)
     m = logits.shape[2]
-    check_contiguous("lse", lse, (logits.shape[0], m), maps.accumulate_dtype(logits.dtype), logits)
+    check_contiguous("lse", lse, (logits.shape[0], m), accumulate_dtype(logits.dtype), logits)
     check_eps(eps)
     c = columns(1, m, group)
     if pieces.fn(c) == 1:
@@ -218,7 +218,7 @@ def normalise(logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tens
 def empty_attention(x: Tensor, columns_: int, group: int) -> Attention:
     """Uninitialised tensors like the attention of x [B, N, d]."""
     b, n, _ = x.shape
-    rows = x.new_empty((b, row_count(n, columns_, group)), dtype=maps.accumulate_dtype(x.dtype))
+    rows = x.new_empty((b, row_count(n, columns_, group)), dtype=accumulate_dtype(x.dtype))
     return x.new_empty((b, n, columns_)), rows
 
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import maps
+from ..common import maps
+from ..common.dtypes import accumulate_dtype
 from . import tiles
 from .checks import (
     check_activation,
@@ -200,7 +201,7 @@ def pool(x: Tensor, context: int, gate: Tensor | None, gate_context: int) -> tup
     check_context("context", context)
     check_optional_gate("gate", gate, "gate_context", gate_context, x)
     size = maps.packed_size(x.shape, context)
-    pooled = x.new_empty((x.shape[0], 2, size), dtype=maps.accumulate_dtype(x.dtype))
+    pooled = x.new_empty((x.shape[0], 2, size), dtype=accumulate_dtype(x.dtype))
     argmax = x.new_empty((x.shape[0], size), dtype=maps.index_dtype(x.shape, context))
     arguments = (x, gate, pooled, argmax)
     constants = {"CONTEXT": context, "GATE": gate_context, "STAGES": 2 if gate_context else 3}

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import maps
+from ..common import maps
+from ..common.dtypes import accumulate_dtype
 from . import tiles
 from .checks import check_activation, check_context, check_gate, check_same
 from .tiles import (
@@ -117,7 +118,7 @@ def product_sum(x: Tensor, factor: Tensor, argmax: Tensor | None, factor_context
     F is a tensor like x (factor_context NONE) or U(factor, argmax) of a context. Reads each x-sized tensor once, or
     once for each axis where T x W outgrows a tile.
     """
-    out = x.new_empty((x.shape[0], maps.packed_size(x.shape, context)), dtype=maps.accumulate_dtype(x.dtype))
+    out = x.new_empty((x.shape[0], maps.packed_size(x.shape, context)), dtype=accumulate_dtype(x.dtype))
     arguments = (x, factor, argmax, out)
     # U takes more registers than a second tensor: 16 warps, or the compiler spills.
     constants = {"FACTOR": factor_context, "CONTEXT": context, "most_warps": 16 if factor_context else 8}

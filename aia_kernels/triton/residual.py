@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import maps
+from ..common.dtypes import accumulate_dtype
 from . import tiles
 from .checks import check_contiguous, check_tokens
 from .columns import INTERPRETED, PROGRAMS, is_wide
@@ -150,7 +150,7 @@ def signed(grad_y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     bf = min(bf, max(triton.next_power_of_2(c), 8))
     parts = triton.cdiv(c, bf)
     programs = min(b * triton.cdiv(n, bt), triton.cdiv(4 * PROGRAMS, parts))
-    partial = grad_y.new_empty((programs, c), dtype=maps.accumulate_dtype(grad_y.dtype))
+    partial = grad_y.new_empty((programs, c), dtype=accumulate_dtype(grad_y.dtype))
     wide = is_wide(extent(grad_y))
     arguments = grad_y, signs, grad, partial, b, n, *grad_y.stride()
     constants = {"F": c, "BT": bt, "BF": bf, "BY_FEATURE": across, "WIDE": wide}

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import maps
+from ..common import maps
 from . import tiles
 from .checks import check_activation
 
@@ -56,7 +56,7 @@ def temporal_shift_kernel(
 
 
 def temporal_shift(x: Tensor, fold: int, reverse: bool) -> Tensor:
-    """The shift of x [B, T, C, H, W], stored as x (ops.py)."""
+    """The shift of x [B, T, C, H, W], stored as x (schemas.py)."""
     check_activation("x", x)
     _, t, c, h, w = x.shape
     if not 0 <= fold <= c // 2:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import maps
+from ..common import maps
 
 #: Elements of a tile, 16 to a thread: the widest kernel (pool) keeps five values for each. Kernels that walk along an
 #: axis have the next two tiles in flight in shared memory, so two programs on an SM ask for over 48 KiB at a time.

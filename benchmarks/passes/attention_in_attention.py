@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aia_kernels import backends, maps
-from aia_kernels.layouts import as_clips
+from aia_kernels import backends
+from aia_kernels.common import maps
+from aia_kernels.common.dtypes import accumulate_dtype
+from aia_kernels.common.layouts import as_clips
 
 from ..registry.attention_in_attention import UnitCase
 from .raw import RawPass
 
 CONTEXTS = {"channel": maps.CHANNEL, "spacetime": maps.SPACETIME}
 
-#: x-sized reads and writes, as beside each schema in aia_kernels/ops.py; the gate passes touch maps alone.
+#: x-sized reads and writes, as beside each schema in aia_kernels/schemas.py; the gate passes touch maps alone.
 TRAFFIC = {
     "pool": (1, 0),
     "unpool": (1, 1),
@@ -32,10 +34,10 @@ def calls(backend: str, case: UnitCase, x: Tensor, grad_y: Tensor) -> dict[str, 
 
     x and grad_y are [B * T, C, H, W] or [B, C, T, H, W], stored alike.
     """
-    passes = backends.passes(backend)
+    passes = backends.passes(backend, "attention_in_attention")
     x, grad_y = as_clips(x, case.segments), as_clips(grad_y, case.segments)
     order = passes.map_order(maps.storage_order(x))
-    sizes, like = x.shape, {"device": x.device, "dtype": maps.accumulate_dtype(x.dtype)}
+    sizes, like = x.shape, {"device": x.device, "dtype": accumulate_dtype(x.dtype)}
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aia_kernels import backends, maps
-from aia_kernels.layouts import as_tokens
+from aia_kernels import backends
+from aia_kernels.common.dtypes import accumulate_dtype
+from aia_kernels.common.layouts import as_tokens
 
 from ..registry.external_attention import LayerCase
 from .raw import RawPass
@@ -22,7 +23,7 @@ def calls(backend: str, case: LayerCase, x: Tensor, grad_y: Tensor) -> dict[str,
     tokens, grad = (as_tokens(x), as_tokens(grad_y)) if block else (x, grad_y)
     columns, group = case.slots
     settings = group, 1e-9, None
-    width, like = tokens.shape[2], {"device": x.device, "dtype": maps.accumulate_dtype(x.dtype)}
+    width, like = tokens.shape[2], {"device": x.device, "dtype": accumulate_dtype(x.dtype)}
     generator = torch.Generator().manual_seed(2)
     key = (torch.randn(1, columns, width, generator=generator) / width**0.5).to(x)
     value = (torch.randn(1, width, columns, generator=generator) / columns**0.5).to(x)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import aia_kernels
 
 from ..published import external_attention as published
-from ..self_attention import SelfAttention
+from ..published.self_attention import SelfAttention
 from .case import DTYPES, Case
 
 

@@ -1,5 +1,5 @@
 // The vocabulary of the passes that the compiled backends share: plain types and sizes, no torch header
-// (aia_kernels/maps.py has the geometry).
+// (aia_kernels/common/maps.py has the geometry).
 #pragma once
 
 #include <cstdint>

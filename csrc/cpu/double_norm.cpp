@@ -1,4 +1,4 @@
-// The double normalisation of external attention on the CPU. See aia_kernels/ops.py for what each pass computes.
+// The double normalisation of external attention on the CPU. See aia_kernels/schemas.py for what each pass computes.
 //
 // Lanes are columns. The reductions over tokens take a block of columns at a time and a few tokens that stay in the L1
 // cache: column_statistics finds their maximum first, then their exponentials. What is done to the groups of a token is

@@ -1,5 +1,5 @@
 // The gate passes on the CPU: 3x3x3 convolution 2 -> 1, batch normalisation and sigmoid on packed maps, and their
-// transposes. See aia_kernels/ops.py for what each computes.
+// transposes. See aia_kernels/schemas.py for what each computes.
 //
 // A row is the innermost axis of a map, the lanes run along it (channels, in spacetime maps). The convolution along
 // the row is done last: first, for each of its three taps, the sum over the other two axes, S_k[c] = sum w[.., k] P[c];

@@ -1,4 +1,4 @@
-// pool and its transposes on the CPU. See aia_kernels/ops.py for what each computes.
+// pool and its transposes on the CPU. See aia_kernels/schemas.py for what each computes.
 #include "fields.h"
 #include "reduce.h"
 

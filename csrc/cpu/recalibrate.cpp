@@ -1,4 +1,4 @@
-// recalibrate and its reduction on the CPU. See aia_kernels/ops.py for what each computes.
+// recalibrate and its reduction on the CPU. See aia_kernels/schemas.py for what each computes.
 #include "fields.h"
 #include "reduce.h"
 

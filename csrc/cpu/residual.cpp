@@ -1,4 +1,4 @@
-// The end of the external attention block on the CPU. See aia_kernels/ops.py for what each pass computes.
+// The end of the external attention block on the CPU. See aia_kernels/schemas.py for what each pass computes.
 //
 // Both passes walk the storage vector by vector, whatever its rows are: the signs follow it. Where vectors lie within
 // one row, its shift and its sums are whole vectors too; where a row ends in one, they are gathered lane by lane.

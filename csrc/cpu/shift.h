@@ -11,7 +11,7 @@ namespace aia::cpu {
 inline int64_t shift_units(const Volume& x) { return x.B * x.T * (channels_side_by_side(x) ? x.H : channel_blocks(x)); }
 
 // The first fold channels of y [B, T, C, H, W] come `step` frames from their own (1 or -1), the next fold from as far
-// on the other side, and the rest from their own; 0 where there is no such frame. See aia_kernels/ops.py.
+// on the other side, and the rest from their own; 0 where there is no such frame. See aia_kernels/schemas.py.
 inline void temporal_shift(const Volume& x, int64_t itemsize, const char* data, int64_t fold, int64_t step, char* y,
                            int64_t begin, int64_t end) {
   const int64_t positions = x.H * x.W, ends[] = {fold, 2 * fold, x.C}, steps[] = {step, -step, 0};

@@ -1,5 +1,5 @@
-// evaluate: a whole unit with fixed statistics (aia_kernels/ops.py has the equation), so that clips need not wait for
-// one another.
+// evaluate: a whole unit with fixed statistics (aia_kernels/schemas.py has the equation), so that clips need not wait
+// for one another.
 //
 //   in clusters   reads 1 |X|, writes 1 |X|, one launch            a clip stays in the shared memory of a cluster
 //   in groups     reads 2 |X|, with an inner context 3, writes 1   but for the first from the L2 cache, which holds a

@@ -1,4 +1,4 @@
-// The transpose of the gate passes (gate.cu; aia_kernels/ops.py has the equations), all maps of a context in one
+// The transpose of the gate passes (gate.cu; aia_kernels/schemas.py has the equations), all maps of a context in one
 // launch.
 //
 //   gate_backward_reduce  reads 2 maps            the gradients of the norm's shift and scale

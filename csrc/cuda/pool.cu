@@ -1,4 +1,4 @@
-// pool and its transposes (aia_kernels/ops.py has the equations).
+// pool and its transposes (aia_kernels/schemas.py has the equations).
 //
 //   pool           reads 1 |X|   maximum, its first index, and mean of x * G over the axes of a context
 //   unpool_reduce  reads 1 |X|   sum of x * U over the axes of a context, over its number of maps

@@ -1,4 +1,4 @@
-// recalibrate and its transpose (aia_kernels/ops.py has the equations).
+// recalibrate and its transpose (aia_kernels/schemas.py has the equations).
 //
 //   recalibrate         reads 1 |X|, writes 1 |X|   x * G
 //   recalibrate_reduce  reads 2 |X|                 sum of grad_y * x over the axes of a context, over its number of

@@ -1,4 +1,4 @@
-// The end of external attention's block (aia_kernels/ops.py has the equations).
+// The end of external attention's block (aia_kernels/schemas.py has the equations).
 //
 //   residual_relu_          reads 2 |X|, writes 1 |X|   relu(z + shift + x), and its signs
 //   residual_relu_backward  reads 1 |X|, writes 1 |X|   the gradient where the sign is set, and its sums per feature

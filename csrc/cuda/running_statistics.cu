@@ -1,4 +1,4 @@
-// move_statistics_ (aia_kernels/ops.py): a block for each BN.
+// move_statistics_ (aia_kernels/schemas.py): a block for each BN.
 #include "../common/norm.h"
 #include "launch.cuh"
 #include "passes.h"

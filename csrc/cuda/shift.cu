@@ -1,5 +1,5 @@
-// The temporal shift (aia_kernels/ops.py has its definition): a copy whose source lies a frame ahead, a frame behind or
-// in place, by channel. Bits move, whatever they stand for.
+// The temporal shift (aia_kernels/schemas.py has its definition): a copy whose source lies a frame ahead, a frame
+// behind or in place, by channel. Bits move, whatever they stand for.
 //
 //   temporal_shift   reads 1 |X|, writes 1 |X|
 #include "passes.h"

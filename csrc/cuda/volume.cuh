@@ -1,5 +1,5 @@
 // Geometry of one clip, and the two fields that maps spread over it: gates G and unpooled gradients U
-// (aia_kernels/ops.py).
+// (aia_kernels/schemas.py).
 #pragma once
 
 #include "passes.h"

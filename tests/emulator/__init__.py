@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aia_kernels import maps
+from aia_kernels.common import maps
+from aia_kernels.common.dtypes import accumulate_dtype
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent.parent
@@ -96,7 +97,7 @@ def _poison(tensor: Tensor) -> Tensor:
 
 
 class Emulator:
-    """The passes of the CUDA backend, with the signatures of aia_kernels/ops.py, for CPU tensors.
+    """The passes of the CUDA backend, with the signatures of aia_kernels/schemas.py, for CPU tensors.
 
     misaligned: the kernels get their arrays between vectors. blocks: of a gate pass that wait for one another, six at
     most.
@@ -171,7 +172,7 @@ class Emulator:
 
     def pool(self, x, context, gate, gate_context):
         batch, packed = x.shape[0], maps.packed_size(x.shape, context)
-        pooled = _poison(torch.empty((batch, 2, packed), dtype=maps.accumulate_dtype(x.dtype)))
+        pooled = _poison(torch.empty((batch, 2, packed), dtype=accumulate_dtype(x.dtype)))
         argmax = _poison(torch.empty((batch, packed), dtype=maps.index_dtype(x.shape, context)))
         self._launch("pool", x, (x, context, gate, gate_context), [pooled, argmax])
         return pooled, argmax
@@ -183,7 +184,7 @@ class Emulator:
 
     def unpool_reduce(self, x, grad_pooled, argmax, context, gate_context):
         shape = x.shape[0], maps.packed_size(x.shape, gate_context)
-        grad_gate = _poison(torch.empty(shape, dtype=maps.accumulate_dtype(x.dtype)))
+        grad_gate = _poison(torch.empty(shape, dtype=accumulate_dtype(x.dtype)))
         self._launch("unpool_reduce", x, (x, grad_pooled, argmax, context, gate_context), [grad_gate])
         return grad_gate
 
@@ -194,7 +195,7 @@ class Emulator:
 
     def recalibrate_reduce(self, grad_y, x, context):
         shape = x.shape[0], maps.packed_size(x.shape, context)
-        grad_gate = _poison(torch.empty(shape, dtype=maps.accumulate_dtype(x.dtype)))
+        grad_gate = _poison(torch.empty(shape, dtype=accumulate_dtype(x.dtype)))
         self._launch("recalibrate_reduce", x, (grad_y, x, context), [grad_gate])
         return grad_gate
 
@@ -265,7 +266,7 @@ class Emulator:
 
     def column_statistics(self, logits, padding):
         b, _, m = logits.shape
-        statistics = _poison(logits.new_empty((b, 2, m), dtype=maps.accumulate_dtype(logits.dtype)))
+        statistics = _poison(logits.new_empty((b, 2, m), dtype=accumulate_dtype(logits.dtype)))
         self._launch_tokens("column_statistics", logits, 1, [logits, padding], [statistics])
         return statistics
 
@@ -277,7 +278,7 @@ class Emulator:
 
     def double_norm_backward_reduce(self, grad, attention, group):
         b, _, m = grad.shape
-        reduced = _poison(grad.new_empty((b, m), dtype=maps.accumulate_dtype(grad.dtype)))
+        reduced = _poison(grad.new_empty((b, m), dtype=accumulate_dtype(grad.dtype)))
         self._launch_tokens("double_norm_backward_reduce", grad, group, [grad, attention], [reduced])
         return reduced
 
@@ -297,7 +298,7 @@ class Emulator:
 
     def residual_relu_backward(self, grad_y, signs):
         grad = _poison(torch.empty_like(grad_y))
-        sums = _poison(grad_y.new_empty(grad_y.shape[2], dtype=maps.accumulate_dtype(grad_y.dtype)))
+        sums = _poison(grad_y.new_empty(grad_y.shape[2], dtype=accumulate_dtype(grad_y.dtype)))
         self._launch_features("residual_relu_backward", grad_y, [grad_y, signs], [grad, sums])
         return grad, sums
 

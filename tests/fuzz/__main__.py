@@ -8,7 +8,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from aia_kernels import _extension
+from aia_kernels.backends import extension
 
 from . import sanitized
 from .sets import Set
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--only", type=int, help="the set of one seed, on the library as it is installed")
     options = parser.parse_args()
-    if (reason := _extension.load()) is not None:
+    if (reason := extension.load()) is not None:
         sys.exit(reason)
     if options.only is not None:
         one = Set(options.only)
@@ -28,7 +28,7 @@ def main() -> int:
         print(one.run() or "gives the right values")
         return 0
 
-    choose = ctypes.CDLL(str(_extension.LIBRARY)).aia_kernels_cpu_level
+    choose = ctypes.CDLL(str(extension.LIBRARY)).aia_kernels_cpu_level
     choose.restype = ctypes.c_char_p
     here = [level for level in sanitized.MARCH if choose(level.encode()) is None]
     jobs = []

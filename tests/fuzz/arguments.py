@@ -19,7 +19,8 @@ from plain_double_norm import PlainDoubleNorm
 from plain_passes import PlainPasses
 from torch import Tensor
 
-from aia_kernels import maps
+from aia_kernels.common import maps
+from aia_kernels.common.dtypes import accumulate_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CONTEXTS = (maps.CHANNEL, maps.SPACETIME)
@@ -44,7 +45,7 @@ def within(got: Tensor, want: Tensor, error: Tensor | float) -> None:
 
 def sums_within(got: Tensor, want: Tensor, magnitudes: Tensor, n: int) -> None:
     """Assert the bound of a sum of n products."""
-    within(got, want, (n + 8) * epsilon(maps.accumulate_dtype(got.dtype)) * magnitudes)
+    within(got, want, (n + 8) * epsilon(accumulate_dtype(got.dtype)) * magnitudes)
 
 
 def placed(r: random.Random, t: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def gate_for(r: random.Random, x: Tensor, context: int) -> Tensor | None:
     if not context:
         return None
     shape = x.shape[0], maps.packed_size(x.shape, context)
-    return placed(r, torch.rand(shape, dtype=maps.accumulate_dtype(x.dtype)))
+    return placed(r, torch.rand(shape, dtype=accumulate_dtype(x.dtype)))
 
 
 def features_for(r: random.Random, x: Tensor, context: int) -> list[Tensor | None]:
@@ -95,7 +96,7 @@ def features_for(r: random.Random, x: Tensor, context: int) -> list[Tensor | Non
     if not context:
         return [None, None]
     packed = maps.packed_size(x.shape, context)
-    grad = numbers(r, (x.shape[0], 2, packed), maps.accumulate_dtype(x.dtype))
+    grad = numbers(r, (x.shape[0], 2, packed), accumulate_dtype(x.dtype))
     _, argmax = plain.pool(torch.randn(x.shape), context, None, maps.NONE)
     return [grad, placed(r, argmax)]
 
@@ -368,7 +369,7 @@ class Columns:
         self.r, self.group, groups = r, r.choice((1, 2, 5, 7, 16, 18, 32, 33, 48, 64, 128, 300)), r.choice((1, 1, 2, 3))
         self.b, self.n = r.choice((0, 1, 1, 2, 3)), r.choice((0, 1, 2, 9, 33, 70))
         self.m, self.dtype = self.group * groups, r.choice(FLOATS)
-        self.wide = maps.accumulate_dtype(self.dtype)
+        self.wide = accumulate_dtype(self.dtype)
 
     def tokens(self) -> Tensor:
         return placed(self.r, (self.r.choice((0.1, 1, 4)) * torch.randn(self.b, self.n, self.m)).to(self.dtype))
@@ -473,7 +474,7 @@ def draw_residual(r) -> tuple[Tensor, Callable[[], Tensor]]:
 
 def draw_residual_relu(r):
     z, another = draw_residual(r)
-    shift = torch.randint(-8, 9, (z.shape[2],)).to(maps.accumulate_dtype(z.dtype))
+    shift = torch.randint(-8, 9, (z.shape[2],)).to(accumulate_dtype(z.dtype))
     return [z, another(), None if r.random() < 0.3 else placed(r, shift)]
 
 

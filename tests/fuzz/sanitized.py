@@ -77,7 +77,7 @@ def build(kind: str, levels: Sequence[str] = ("base",), csrc: Path = ROOT / "csr
         objects.append(f"{name}.o")
         lines.append(f"build {objects[-1]}: cxx {os.path.relpath(source, folder)}\n  flags = {flags}")
 
-    for source in sorted(csrc.glob("register_cpu*.cpp" if levels else "register_cpu_temporal_shift.cpp")):
+    for source in sorted(csrc.glob("register/cpu_*.cpp" if levels else "register/cpu_temporal_shift.cpp")):
         compile(source, source.stem, f'-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "{torch}/include"')
     for level in levels:
         for source in sorted(csrc.glob("cpu/*.cpp")):

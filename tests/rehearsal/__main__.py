@@ -19,7 +19,7 @@ What passed here proves, with real CUDA tensors of torch and an H100's limits:
     kernel needs no more than 64 registers and no shared memory beside the dynamic kind;
   - layers compute what they should on it, from Python to the kernel, in eager and in captured graphs that are replayed.
 It does not prove:
-  - that nvcc compiles the kernels (tests/test_cuda_offline.py), or what of its registers and shared memory they need;
+  - that nvcc compiles the kernels, or what of its registers and shared memory they need (test_cuda_offline.py);
   - anything of the driver and of the hardware: real parallel blocks and warps, memory order, rounding of intrinsics;
   - real CUDA graphs, real streams at the same time, several processes, pinned memory; speed;
   - Triton's kernels, and what Inductor makes with them: they were not run;

@@ -104,7 +104,7 @@ class Ninja:
         objects = []
         for source in (
             HERE / "build_info.cpp",
-            *sorted(csrc.glob("register_cuda*.cpp")),
+            *sorted(csrc.glob("register/cuda_*.cpp")),
             *sorted(csrc.glob("cuda/*.cu")),
         ):
             if only and source.name not in only:

@@ -1,4 +1,4 @@
-"""Faults that a rehearsal must see: a change in csrc each, and the test of tests/test_rehearsal.py that then fails."""
+"""Faults that a rehearsal must see: a change in csrc each, and the test of test_rehearsal.py that then fails."""
 
 from __future__ import annotations
 
@@ -29,31 +29,32 @@ class Fault(NamedTuple):
         return text.replace(self.right, self.wrong)
 
 
-_REGISTER, _GATE, _EVALUATE = ("register_cuda.cpp",), ("gate.cu",), ("evaluate.cu",)
+_REGISTER, _GATE, _EVALUATE = ("cuda_attention_in_attention.cpp",), ("gate.cu",), ("evaluate.cu",)
 
 FAULTS = {
     "launch on the default stream": Fault(
-        *("register_cuda.h", "stream_of(x.get_device_index(), &stream_)", "0", _REGISTER),
+        *("register/cuda.h", "stream_of(x.get_device_index(), &stream_)", "0", _REGISTER),
         *("test_where and CinST and side", "launches on another stream or device"),
     ),
     "device guard of another device": Fault(
-        *("register_cuda.h", "guard_(device_of(x))", "guard_(0)", _REGISTER),
+        *("register/cuda.h", "guard_(device_of(x))", "guard_(0)", _REGISTER),
         *("test_where and CinST and current", "the stream is of device 1"),
     ),
     "arguments in another order": Fault(
-        "register_cuda.cpp",
+        "register/cuda_attention_in_attention.cpp",
         "norm.const_data_ptr(), gate.mutable_data_ptr(), z.mutable_data_ptr(),",
         "norm.const_data_ptr(), z.mutable_data_ptr(), gate.mutable_data_ptr(),",
         *(_REGISTER, "test_where and CinST and default", "not those of the reference"),
     ),
     "output that is too short": Fault(
-        "register_cuda.cpp",
+        "register/cuda_attention_in_attention.cpp",
         "new_empty(x, {a.B, a.packed(context)}, index_type(a, context))",
         "new_empty(x, {a.B, a.packed(context) - 1}, index_type(a, context))",
         *(_REGISTER, "test_guards", "allocated ones was written"),
     ),
     "tensor that is kept": Fault(
-        *("register_cuda.cpp", "Tensor y = new_like(x);", "Tensor y = new_like(x);\n  new Tensor(y);", _REGISTER),
+        "register/cuda_attention_in_attention.cpp",
+        *("Tensor y = new_like(x);", "Tensor y = new_like(x);\n  new Tensor(y);", _REGISTER),
         *("test_memory and CinST", "bytes more after"),
     ),
     "wait for the device": Fault(

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import rehearsal
-from aia_kernels import _extension
+from aia_kernels.backends import extension
 from rehearsal import framework
 
 framework.install()
 torch.cuda.init()  # the allocator obeys from then on
-_extension.LIBRARY = rehearsal.LIBRARY_FILE
+extension.LIBRARY = rehearsal.LIBRARY_FILE
 
 #: Launches of the library's kernels, and of torch's, which did not run.
 ran: Counter[str] = Counter()

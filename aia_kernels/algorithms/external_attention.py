@@ -1,0 +1,444 @@
+"""External attention, forward and backward, written once in terms of fused passes.
+
+Forward (double_norm: the mathematics stands in reference/double_norm.py and schemas.py):
+
+    L = x K^T                  P = exp(L - lse)       A = P / mass, mass = eps + sum of P over a group of columns
+    o = A V^T + bias           or, for the block, y = relu(A V1^T + shift + x) with BN folded into V1 and shift
+
+Backward, with dA the gradient of A (with respect to o: dA = do V):
+
+    Q = A * (dA - sum over the group of dA * A)       D = column sums of Q          dL = Q - A * mass * D
+    dx = dL K                  dK = dL^T x            dV = do^T A
+
+BN of the block, z = A V^T, over the n tokens of the batch, needs the moments of A alone: mean(z) = V mean(A) and
+var(z) = diag(V Cov(A) V^T). They are taken of A' = A - origin, the origin being mean(A) as far as it could be rounded:
+where the mean of a column dwarfs its spread, a difference of second moments of A itself has lost the digits. As dz sums
+to zero over the batch, A' serves in backward too. With g = dy where y > 0, G = g^T A' [C, M] and
+zhat = V (A' - mean(A')) * rstd:
+
+    dbeta = sum g              dgamma = sum g * zhat = rstd * rowsum(V * (G - dbeta mean(A')^T))
+    dz = factor * (g - dbeta / n - zhat * dgamma / n), factor = gamma * rstd
+    dV = dz^T A' = factor * (G - dbeta / n (sum A')^T - rstd * dgamma / n * V T),  T = sum (A' - mean(A')) A'^T
+    dA = dz V = g V1 + (A' - mean(A')) K1 - 1 (factor * dbeta / n)^T V
+    K1 = -V^T diag(factor * rstd * dgamma / n) V
+
+so z and dz are never formed: x-sized are only x, y, dy, g and dx, and every product over tokens is one of C x M or
+M x M. mean(A') is what rounding left of zero, and counts where g has a mean. Where members share the statistics, origin
+and mean(A') are of all their tokens, sum A' and T of a member's own. Under fixed statistics dz is factor * g, which
+does not sum to zero: G is that of A, and zhat rstd * (z - mean).
+
+The passes
+----------
+Each backend has them as attributes (backends.passes). B samples of N tokens; x, grad, o and g are [B, N, d] views whose
+features are contiguous or, made of maps [B, C, H, W], whose tokens are. key is [H, M', k] and value [H, v, M']: H heads
+split the features, and the columns of logits and A are the M = H * M' of all heads, head by head. A memory that all
+heads share has a first axis of length one. x, key, value, o and
+grad have the type of the product; whatever is only M-, d- or M x M-sized is in accumulate_dtype. padding [B, N] is
+boolean or None: padding tokens hold zeros in x and grad, weigh nothing and get A = 0. keep [B, N, M] is uint8 or None,
+and with ``scale``, A * keep * scale takes the place of A in the value product and its transposes. The attention is a
+pair of tensors, and the logits and the gradient of A are whatever the backend likes; its pair has the shapes and types
+of ``empty_attention`` and its signs those of ``empty_signs``.
+
+    logits(x, key, padding) -> (logits, statistics [B, 2, M])
+        statistics as schemas.column_statistics.
+    normalise(logits, lse [B, M], group, eps, padding) -> attention
+        May overwrite the logits. lse is -inf where a sample has no token.
+    moments(attention, group, eps, padding) -> (origin [M], sums [M], second [M, M])
+        The mean of A over all tokens of the batch, rounded, and the sums of A' and A'^T A' with A' = A - origin.
+    values(attention, value, bias [H * v] | None, keep, scale, residual | None, group, eps, padding) -> (o, signs)
+        o = A V^T + bias, features contiguous, and signs None; or, H = 1, o = relu(A V^T + bias + residual), stored as
+        the residual, and signs, one bit per element of o that says where the sum is positive or NaN.
+    signed(grad_y, signs) -> (g, sums [d])
+        g = grad_y where the sign is set, else 0, and its sums over batch and tokens. grad_y is stored as o.
+    value_gradient(grad, attention, keep, scale, shape, origin [M] | None, group, eps, padding, needs_sums)
+        -> (grad_value, sums [H * v] | None)
+        For a value of this shape, grad^T A, or with an origin (without keep) grad^T (A - origin), and where they are
+        needed the sums of grad over batch and tokens, in accumulate_dtype.
+    attention_gradient(grad, attention, value, keep, scale, origin [M] | None, inner [M, M] | None,
+                       constant [M] | None, group, eps, padding) -> (grad_attention, reduced [B, M])
+        dA = keep * scale * (grad V) + (A - origin) inner + constant, and D. The three come together or not.
+    logits_gradient(grad_attention, attention, reduced, x, key, residual_grad | None, group, eps, padding, needs_x)
+        -> (grad_x | None, grad_key)
+        dL key (+ residual_grad, which is stored as x and may be overwritten), stored as torch.empty_like(x), and
+        dL^T x in accumulate_dtype. May overwrite grad_attention, but never the attention.
+    empty_attention(x, columns, group), empty_signs(o)
+        Uninitialised tensors of the shapes and types of the attention and of the signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.autocast import without_autocast
+from ..common.dtypes import accumulate_dtype
+from ..common.layouts import as_maps, as_tokens, save, saved, stored_as, unviewed, with_rows
+from ..common.process_groups import gather, resolve
+from ..reference import Norm
+from ..reference import double_normalize as reference_double_normalize
+from ..reference import external_attention as reference
+from ..reference import external_attention_block as reference_block
+from .double_backward import backward_is_followed, gradients
+
+
+class Plan(NamedTuple):
+    """What is constant about a call.
+
+    passes: see above. group, eps: of the double normalisation. shards: the name of the process group whose members hold
+    the tokens, or "". scale: dropout's. batch, norm_eps, members: of the block's BN, whether it uses the statistics of
+    the batch, what it adds to the variance, and the name of the process group that shares them, or "".
+    """
+
+    passes: Any
+    group: int
+    eps: float
+    shards: str = ""
+    scale: float = 1.0
+    batch: bool = False
+    norm_eps: float = 0.0
+    members: str = ""
+
+
+Attention = tuple[Tensor, Tensor]
+
+
+class BatchNorm(NamedTuple):
+    """What the block keeps of its batch; empty under fixed statistics.
+
+    mean [2, M]: the origin, and the mean of A' over the batch of the statistics. total [M] and centred [M, M]: the sum
+    of A' and T over the tokens of the local batch.
+    """
+
+    mean: Tensor
+    total: Tensor
+    centred: Tensor
+
+
+class BlockForward(NamedTuple):
+    """Result of block_forward: y, what is kept, and statistics [C, 3]: the mean and biased variance that normalised z
+    and the share of one token in them, one over the tokens of the batch, or 0 for fixed ones."""
+
+    y: Tensor
+    attention: Attention
+    signs: Tensor
+    batch: BatchNorm
+    statistics: Tensor
+
+
+def log_sum_exp(statistics: Tensor, shards: str) -> Tensor:
+    """lse [B, M] of column statistics [B, 2, M], over the members of a process group if one is named."""
+    maximum, total = statistics.unbind(1)
+    if shards:
+        maxima, totals = gather(statistics, shards).unbind(2)
+        maximum = maxima.amax(0)
+        # A member without a token has maximum -inf and must add nothing, not NaN.
+        total = torch.where(totals > 0, totals * (maxima - maximum).exp(), 0.0).sum(0)
+    return maximum + total.log()
+
+
+def attend(plan: Plan, x: Tensor, key: Tensor, padding: Tensor | None) -> Attention:
+    """The attention of x, in the form of the backend."""
+    logits, statistics = plan.passes.logits(x, key, padding)
+    return plan.passes.normalise(logits, log_sum_exp(statistics, plan.shards), plan.group, plan.eps, padding)
+
+
+@without_autocast
+def forward(
+    plan: Plan,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, Attention]:
+    """o [B, N, H * v] and what is kept, for x [B, N, H * k], key [H, M', k], value [H, v, M'] and bias [H * v]."""
+    if padding is not None:
+        x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+    attention = attend(plan, x, key, padding)
+    o, _ = plan.passes.values(
+        attention, value, _accumulated(bias), keep, plan.scale, None, plan.group, plan.eps, padding
+    )
+    if padding is not None and bias is not None:
+        o.masked_fill_(padding.unsqueeze(-1), 0.0)
+    return o, attention
+
+
+@without_autocast
+def backward(
+    plan: Plan,
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention: Attention,
+    padding: Tensor | None,
+    keep: Tensor | None,
+    needs_x: bool = True,
+    needs_bias: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Gradients of x, key, value and bias for the gradient of o; those of the parameters in accumulate_dtype."""
+    if padding is not None:
+        x, grad = (a.masked_fill(padding.unsqueeze(-1), 0.0) for a in (x, grad))
+    passes, settings = plan.passes, (plan.group, plan.eps, padding)
+    grad_value, grad_bias = passes.value_gradient(
+        grad, attention, keep, plan.scale, value.shape, None, *settings, needs_bias
+    )
+    without_norm = None, None, None
+    grad_attention, reduced = passes.attention_gradient(
+        grad, attention, value, keep, plan.scale, *without_norm, *settings
+    )
+    reduced = _sum_of_members(reduced, plan.shards)
+    grad_x, grad_key = passes.logits_gradient(grad_attention, attention, reduced, x, key, None, *settings, needs_x)
+    return grad_x, grad_key, grad_value, grad_bias
+
+
+@without_autocast
+def block_forward(
+    plan: Plan,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fixed: Tensor | None,
+) -> BlockForward:
+    """The block on x [B, N, C], key [M, C], value [C, M]; weight and bias [C] of the BN; fixed [2, C], running mean and
+    variance, where plan.batch is not set."""
+    dtype = accumulate_dtype(x.dtype)
+    attention = attend(plan, x, key.unsqueeze(0), None)
+    v = value.to(dtype)
+    if plan.batch:
+        batch, moments = _batch_moments(plan, x, attention, v)
+    else:
+        batch = BatchNorm(*(v.new_empty((0,)) for _ in BatchNorm._fields))
+        moments = torch.cat((fixed.to(dtype), v.new_zeros((1, v.shape[0]))))
+    factor, _ = _factor(plan, weight, moments[1])
+    shift = -moments[0] * factor if bias is None else bias.to(dtype) - moments[0] * factor
+    folded = (factor.unsqueeze(1) * v).to(x.dtype).unsqueeze(0)
+    y, signs = plan.passes.values(attention, folded, shift, None, 1.0, x, plan.group, plan.eps, None)
+    return BlockForward(y, attention, signs, batch, moments.mT.contiguous())
+
+
+@without_autocast
+def block_backward(
+    plan: Plan,
+    grad_y: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    attention: Attention,
+    signs: Tensor,
+    batch: BatchNorm,
+    statistics: Tensor,
+    needs_x: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, key, value, weight and bias for grad_y stored as x; those of the parameters in
+    accumulate_dtype. Arguments as for block_forward and as kept by it. Where members share the statistics, the
+    gradients of the parameters are shares of the whole batch's: their sum over the members is exact."""
+    passes, settings = plan.passes, (plan.group, plan.eps, None)
+    v = value.to(statistics.dtype)
+    mean, var, share = statistics.unbind(1)
+    factor, rstd = _factor(plan, weight, var)
+    g, sums = passes.signed(grad_y, signs)
+    origin, off = batch.mean if plan.batch else (None, None)
+    product = passes.value_gradient(g, attention, None, 1.0, (1, *v.shape), origin, *settings, False)[0][0]
+    centre = v @ off if plan.batch else mean
+    grad_weight = rstd * ((v * product).sum(1) - centre * sums)
+    inner = constant = None
+    if plan.batch:
+        joint = _sum_of_members(torch.stack((sums, grad_weight)), plan.members) * share
+        through_variance = rstd * joint[1]
+        product = product - torch.addmm(joint[0].outer(batch.total), v * through_variance.unsqueeze(1), batch.centred)
+        inner = (v * (-factor * through_variance).unsqueeze(1)).mT @ v
+        constant = -(factor * joint[0]) @ v - off @ inner
+    grad_value = factor.unsqueeze(1) * product
+    folded = (factor.unsqueeze(1) * v).to(x.dtype).unsqueeze(0)
+    grad_attention, reduced = passes.attention_gradient(
+        g, attention, folded, None, 1.0, origin, inner, constant, *settings
+    )
+    grad_x, grad_key = passes.logits_gradient(
+        grad_attention, attention, reduced, x, key.unsqueeze(0), g if needs_x else None, *settings, needs_x
+    )
+    return grad_x, grad_key[0], grad_value, grad_weight, sums
+
+
+def _accumulated(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(accumulate_dtype(bias.dtype))
+
+
+def _sum_of_members(part: Tensor, name: str) -> Tensor:
+    """The sum over the members of a process group, in the order of their ranks; the part itself without a group."""
+    return gather(part, name).sum(0) if name else part
+
+
+def _factor(plan: Plan, weight: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma * rstd and rstd of the block's BN."""
+    rstd = (var + plan.norm_eps).rsqrt()
+    return rstd if weight is None else rstd * weight.to(rstd.dtype), rstd
+
+
+def _batch_moments(plan: Plan, x: Tensor, attention: Attention, v: Tensor) -> tuple[BatchNorm, Tensor]:
+    """What is kept of the batch, and mean, variance and share [3, C] of z = A V^T."""
+    count = x.shape[0] * x.shape[1]
+    origin, total, second = plan.passes.moments(attention, plan.group, plan.eps, None)
+    if plan.members:
+        part = torch.cat((origin, total, second.flatten(), origin.new_full((1,), count)))
+        *of_members, counts = gather(part, plan.members).split((*[origin.numel()] * 2, second.numel(), 1), 1)
+        origins, totals, seconds = of_members
+        share = counts.sum().reciprocal()
+        joint = (counts * share * origins).sum(0)
+        # About the joint origin: what a member's own origin is off moves its sums.
+        off = origins - joint
+        crossed = off.mT @ totals
+        joint_second = seconds.sum(0).view_as(second) + crossed + crossed.mT + off.mT @ (counts * off)
+        mean, joint_second = (totals + counts * off).sum(0) * share, joint_second * share
+        off, origin = origin - joint, joint
+        crossed = off.outer(total)
+        second = second + crossed + crossed.mT + count * off.outer(off)
+        total = total + count * off
+    else:
+        share = origin.new_full((), 1 / count)
+        mean, joint_second = total / count, second / count
+    var = ((v @ (joint_second - mean.outer(mean))) * v).sum(1).clamp_min(0)
+    batch = BatchNorm(torch.stack((origin, mean)), total, second - mean.outer(total))
+    return batch, torch.stack((v @ (origin + mean), var, share.expand_as(var)))
+
+
+def double_normalize_forward(plan: Plan, logits: Tensor, padding: Tensor | None) -> Attention:
+    """A, contiguous, and mass (schemas.double_norm_) of logits [B, N, M]."""
+    attention = logits.new_empty(logits.shape).copy_(logits)
+    if padding is not None:
+        attention.masked_fill_(padding.unsqueeze(-1), 0.0)
+    lse = log_sum_exp(plan.passes.column_statistics(attention, padding), plan.shards)
+    return attention, plan.passes.double_norm_(attention, lse, plan.group, plan.eps, padding)
+
+
+def double_normalize_backward(
+    plan: Plan, grad: Tensor, attention: Tensor, mass: Tensor, padding: Tensor | None
+) -> Tensor:
+    """The gradient of the logits, contiguous, for that of A."""
+    grad = torch.empty_like(attention).copy_(grad)
+    if padding is not None:
+        grad.masked_fill_(padding.unsqueeze(-1), 0.0)
+    reduced = plan.passes.double_norm_backward_reduce(grad, attention, plan.group)
+    reduced = _sum_of_members(reduced, plan.shards)
+    plan.passes.double_norm_backward_(grad, attention, mass, reduced, plan.group)
+    return grad
+
+
+def normalize_formula(plan: Plan, padding: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A of the reference as a function of the logits."""
+    return lambda logits: reference_double_normalize(logits, plan.group, plan.eps, padding, resolve(plan.shards))
+
+
+def attention_formula(plan: Plan, padding: Tensor | None, keep: Tensor | None) -> Callable[..., Tensor]:
+    """o of the reference as a function of x, key, value and bias."""
+    settings = plan.group, plan.eps, padding, keep, plan.scale, resolve(plan.shards)
+    return lambda *tensors: reference(*tensors, *settings)
+
+
+def block_formula(plan: Plan, statistics: Tensor) -> Callable[..., Tensor]:
+    """y of the reference as a function of x [B, N, C], key, value, weight and bias; statistics as of block_forward."""
+    mean, var, _ = statistics.unbind(1)
+
+    def formula(x, key, value, weight, bias):
+        norm = Norm(weight, bias, mean, var, training=plan.batch, eps=plan.norm_eps)
+        return reference_block(x, key, value, norm._replace(process_group=resolve(plan.members)), plan.eps)[0]
+
+    return formula
+
+
+class DoubleNormalizeFunction(torch.autograd.Function):
+    """A = apply(logits, plan, padding) of logits [B, N, M], not empty, with exact first and second derivatives."""
+
+    @staticmethod
+    def forward(ctx, logits, plan, padding):
+        attention, mass = double_normalize_forward(plan, logits, padding)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        save(ctx, logits, attention, mass, padding)
+        return attention
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 3
+        logits, attention, mass, padding = saved(ctx)
+        plan = ctx.plan
+        if backward_is_followed():
+            return *gradients(normalize_formula(plan, padding), (logits,), (True,), grad), None, None
+        return double_normalize_backward(plan, grad, attention, mass, padding), None, None
+
+
+class ExternalAttentionFunction(torch.autograd.Function):
+    """o = apply(x, key, value, bias, plan, padding, keep), as forward of this module on non-empty tensors of one type,
+    with exact first and second derivatives."""
+
+    @staticmethod
+    def forward(ctx, x, key, value, bias, plan, padding, keep):
+        o, attention = forward(plan, x, key, value, bias, padding, keep)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        save(ctx, x, key, value, bias, padding, keep, *attention)
+        return unviewed(o)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 7
+        plan, needs = ctx.plan, ctx.needs_input_grad[:4]
+        x, key, value, bias, padding, keep, *attention = saved(ctx)
+        if backward_is_followed():
+            formula = attention_formula(plan, padding, keep)
+            return *gradients(formula, (x, key, value, bias), needs, grad), None, None, None
+        grads = backward(plan, with_rows(grad), x, key, value, tuple(attention), padding, keep, needs[0], needs[3])
+        return *(_typed(g, a) for g, a in zip(grads, (x, key, value, bias), strict=True)), None, None, None
+
+
+class ExternalAttentionBlockFunction(torch.autograd.Function):
+    """y, statistics = apply(x, key, value, weight, bias, plan, fixed): the block with exact first and second
+    derivatives.
+
+    x [B, C, H, W] is contiguous or channels_last and not empty; key, value, weight, bias, plan, fixed and statistics as
+    in block_forward of this module. The running statistics are the caller's business.
+    """
+
+    @staticmethod
+    def forward(ctx, x, key, value, weight, bias, plan, fixed):
+        result = block_forward(plan, as_tokens(x), key, value, weight, bias, fixed)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(result.statistics)
+        save(ctx, x, key, value, weight, bias, *result.attention, result.signs, *result.batch, result.statistics)
+        return unviewed(as_maps(result.y, x)), result.statistics
+
+    @staticmethod
+    def backward(ctx, grad_y, _grad_statistics):
+        if grad_y is None:
+            return (None,) * 7
+        plan, needs = ctx.plan, ctx.needs_input_grad[:5]
+        x, key, value, weight, bias, first, second, signs, *batch, statistics = saved(ctx)
+        inputs = x, key, value, weight, bias
+        if backward_is_followed():
+            formula = block_formula(plan, statistics)
+
+            def y_of(x, *parameters):
+                return as_maps(formula(as_tokens(x), *parameters), x)
+
+            return *gradients(y_of, inputs, needs, grad_y), None, None
+        tokens, grad = as_tokens(x), as_tokens(stored_as(grad_y, x))
+        batch, attention = BatchNorm(*batch), (first, second)
+        grad_x, *grads = block_backward(
+            plan, grad, tokens, key, value, weight, attention, signs, batch, statistics, needs[0]
+        )
+        grad_x = None if grad_x is None else as_maps(grad_x, x)
+        return grad_x, *(_typed(g, a) for g, a in zip(grads, inputs[1:], strict=True)), None, None
+
+
+def _typed(grad: Tensor | None, of: Tensor | None) -> Tensor | None:
+    return None if grad is None or of is None else grad.to(of.dtype)

@@ -1,0 +1,269 @@
+"""Backends: who can run what, and why not.
+
+========= =============== ==========================================================================
+name      runs on         what it is
+========= =============== ==========================================================================
+reference any device      the specification in plain PyTorch (aia_kernels/reference), under autograd
+cpu       CPU             C++ passes (csrc/cpu)
+triton    CUDA            Triton passes (aia_kernels/triton); CPU tensors under TRITON_INTERPRET=1
+cuda      CUDA            CUDA C++ passes (csrc/cuda)
+========= =============== ==========================================================================
+
+A backend may have the passes of one family and not yet those of the other; then it says so when it is asked for those.
+
+The choice is, first that speaks: use_backend (a context, for this thread or task), set_backend (the process), the
+variable AIA_KERNELS_BACKEND, "auto". A backend named explicitly runs or raises with the reason; only "auto" chooses.
+
+A layer asks for the choice once, when it is called, and its backward keeps to that, in whichever thread it runs.
+Activation checkpointing calls the layer again, in backward(): see use_backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .. import schemas
+from ..common.dtypes import DTYPES
+from . import choices, extension
+from .matmul_passes import MatmulPasses
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+#: The families of layers, by the name of the module that holds their algorithm, with the passes of a compiled backend.
+FAMILIES = {
+    "attention_in_attention": schemas.PASSES,
+    "external_attention": schemas.DOUBLE_NORM_PASSES + schemas.RESIDUAL_PASSES,
+    "temporal_shift": schemas.SHIFT_PASSES,
+}
+
+#: What external attention's algorithm is written in terms of (algorithms/external_attention.py).
+FUSED_PASSES = (
+    "logits",
+    "normalise",
+    "moments",
+    "values",
+    "signed",
+    "value_gradient",
+    "attention_gradient",
+    "logits_gradient",
+    "empty_attention",
+    "empty_signs",
+)
+
+#: What "auto" tries, in order, by type of device, where nothing was measured (choices.csv); the reference runs
+#: everywhere.
+AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+_process_choice = os.environ.get("AIA_KERNELS_BACKEND") or "auto"
+_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("aia_kernels_backend", default=None)
+
+#: Autograd computes the gradients of CUDA tensors in threads of its own, which do not have the context of the caller of
+#: backward(). But what the caller has stashed under this key they have: (its thread, its choice). In the thread that
+#: stashed it the context counts, as several tasks may take turns there.
+_STASH = "aia_kernels.backend"
+
+
+def _check_name(name: str) -> None:
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"unknown backend {name!r}; expected one of: auto, {', '.join(NAMES)}")
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of this process: one of NAMES or "auto"."""
+    global _process_choice
+    _check_name(name)
+    _process_choice = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a with block, for this thread or task only.
+
+    It reaches what a backward() inside the block calls, in every thread of autograd. Activation checkpointing calls a
+    layer again in backward(). Outside the block the layer then gets another backend, which torch.utils.checkpoint
+    refuses ("a different number of tensors was saved") or, where it is reentrant, does not notice: call backward()
+    inside the block too, or have the block in the function that is checkpointed.
+    """
+    _check_name(name)
+    mine, around = threading.get_ident(), _stashed()
+    token = _choice.set(name)
+    _stash((mine, name))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+        # Not what this thread itself had stashed before: blocks of its tasks need not end in turn.
+        _stash(around if around[0] != mine else (mine, _choice.get()))
+
+
+def _stash(choice: tuple[int, str | None]) -> None:
+    torch._C._stash_obj_in_tls(_STASH, choice)
+
+
+def _stashed() -> tuple[int, str | None]:
+    if torch._C._is_key_in_tls(_STASH):
+        return torch._C._get_obj_in_tls(_STASH)
+    return threading.get_ident(), None
+
+
+def chosen_backend() -> str:
+    """The name in force: one of NAMES or "auto"."""
+    thread, name = _stashed()
+    if thread == threading.get_ident():
+        name = _choice.get()
+    name = name or _process_choice
+    _check_name(name)
+    return name
+
+
+@functools.cache
+def _triton_missing(family: str) -> str | None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        return "triton is not installed; pip install triton"
+    try:
+        module = importlib.import_module("..triton", __package__)
+    except Exception as error:
+        return f"the Triton kernels do not import: {error}"
+    if missing := [name for name in _triton_passes(family) if not hasattr(module, name)]:
+        return f"the Triton kernels do not have these passes of {family} yet: {', '.join(missing)}"
+    return None
+
+
+def _triton_passes(family: str) -> tuple[str, ...]:
+    """External attention's products belong to Triton's own passes; its residual is part of them."""
+    return schemas.DOUBLE_NORM_PASSES + FUSED_PASSES if family == "external_attention" else FAMILIES[family]
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing_passes(dispatch_key: str, family: str) -> tuple[str, ...]:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(name for name in FAMILIES[family] if not has_kernel(f"{schemas.NAMESPACE}::{name}", dispatch_key))
+
+
+def _compiled_reason(dispatch_key: str, family: str, reason: str | None) -> str | None:
+    if reason is not None:
+        return reason
+    if missing := _missing_passes(dispatch_key, family):
+        return f"the {dispatch_key} extension does not have these passes of {family} yet: {', '.join(missing)}"
+    return None
+
+
+@functools.cache
+def why_not(name: str, device: torch.device | str, dtype: torch.dtype, family: str) -> str | None:
+    """None if backend ``name`` can run a family of FAMILIES on tensors of this kind, else why not in one sentence.
+
+    device: "cuda" stands for any of several CUDA devices, one with an index for itself.
+    """
+    if name == "reference":
+        return None
+    if dtype not in DTYPES:
+        return f"the {name} backend takes {', '.join(map(str, DTYPES))}, not {dtype}"
+    needed = "cpu" if name == "cpu" else "cuda"
+    if name == "triton" and _interpreted():
+        needed = "cpu"
+    device = torch.device(device)
+    if device.type != needed:
+        hint = " unless TRITON_INTERPRET=1 is set" if name == "triton" and needed == "cuda" else ""
+        return f"the {name} backend runs on {needed} tensors{hint}, and these are on {device.type}"
+    if name == "triton":
+        return _triton_missing(family)
+    if name == "cpu":
+        return _compiled_reason("CPU", family, extension.load())
+    return _compiled_reason("CUDA", family, extension.cuda_reason(device.index))
+
+
+def available_backends(family: str | None = None) -> dict[str, str | None]:
+    """Each backend's name, with None if it can run a family of FAMILIES on this machine, or every family where none is
+    named; else why not in a sentence."""
+    if family is None:
+        found = [available_backends(name) for name in FAMILIES]
+        return {name: next((of[name] for of in found if of[name] is not None), None) for name in NAMES}
+    if family not in FAMILIES:
+        raise ValueError(f"family: got {family!r}, expected one of {', '.join(FAMILIES)}")
+    reasons: dict[str, str | None] = {}
+    for name in NAMES:
+        device = "cpu" if name in ("reference", "cpu") or (name == "triton" and _interpreted()) else "cuda"
+        reason = why_not(name, device, torch.float32, family)
+        if reason is None and device == "cuda" and not torch.cuda.is_available():
+            hint = "; set TRITON_INTERPRET=1 to run it in the interpreter" if name == "triton" else ""
+            reason = f"torch sees no CUDA device here{hint}"
+        reasons[name] = reason
+    return reasons
+
+
+def _auto_order(device: torch.device, dtype: torch.dtype, family: str) -> tuple[str, ...]:
+    if device.type == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device)
+        if order := choices.measured_order(name, family, str(dtype).removeprefix("torch.")):
+            return order
+    return AUTO.get(device.type, ())
+
+
+@functools.cache
+def _resolve(choice: str, device: torch.device, dtype: torch.dtype, family: str) -> str:
+    if choice != "auto":
+        if (reason := why_not(choice, device, dtype, family)) is not None:
+            raise RuntimeError(f"backend {choice!r} was asked for, but {reason}")
+        return choice
+    # The interpreter is for tests: it is never chosen, only asked for.
+    candidates = [name for name in _auto_order(device, dtype, family) if not (name == "triton" and _interpreted())]
+    return next((name for name in candidates if why_not(name, device, dtype, family) is None), "reference")
+
+
+def select(device: torch.device | str, dtype: torch.dtype, family: str) -> str:
+    """The backend that runs a family on tensors of this kind; "cuda" is the current device. Under torch.compile it is
+    settled when the call is traced."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _resolve(chosen_backend(), device, dtype, family)
+
+
+# What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.
+select._dynamo_marked_constant = True
+
+
+def _any_order(order: str) -> str:
+    return order
+
+
+def _channels_last(order: str) -> str:
+    return "THWC"
+
+
+@functools.cache
+def passes(name: str, family: str) -> Any:
+    """What the algorithm of a family takes from a backend other than the reference.
+
+    Attention in Attention's passes have the names of schemas.PASSES, and map_order, and may have evaluate; external
+    attention's are the fused passes of its algorithm together with schemas.DOUBLE_NORM_PASSES.
+    """
+    if name == "triton":
+        return importlib.import_module("..triton", __package__)
+    found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})
+    if family == "external_attention":
+        return MatmulPasses(found)
+    # The CPU's kernels have channels as vector lanes whatever the storage of x (csrc/cpu).
+    found.map_order = _channels_last if name == "cpu" else _any_order
+    if name == "cuda":
+        found.evaluate = schemas.callable_pass("evaluate")
+    return found

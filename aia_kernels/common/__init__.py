@@ -1,0 +1,1 @@
+"""What the layers of the package stand on: types, geometry, storage, process groups and what torch says of a call."""

@@ -1,0 +1,57 @@
+"""What the functions of every family ask of their arguments."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.dtypes import DTYPES
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is not a dense tensor of a type that the layers compute in."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        raise TypeError(f"{name}: got {layout}, expected a dense one")
+    if value.dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor, of {expected}")
+
+
+def check_integer(name: str, value: Any) -> int:
+    """An integer as Python has it: of numpy's too, or a tensor of one integer; bool is none."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {value!r}, expected an integer")
+
+
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+
+
+def check_clips(x: Tensor, num_segments: int) -> int:
+    """Refuse what is not [B * num_segments, C, H, W] or [B, C, T, H, W] of a floating-point type; returns num_segments,
+    which is not asked of the latter."""
+    check_tensor("x", x)
+    if x.ndim not in (4, 5):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B * T, C, H, W] or [B, C, T, H, W]")
+    if x.ndim == 4:
+        num_segments = check_integer("num_segments", num_segments)
+        if num_segments < 1:
+            raise ValueError(f"num_segments: got {num_segments}, expected at least 1")
+        if x.shape[0] % num_segments:
+            raise ValueError(
+                f"x: got a batch of {x.shape[0]} frames, expected a multiple of num_segments = {num_segments}"
+            )
+    return num_segments

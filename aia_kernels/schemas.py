@@ -1,0 +1,304 @@
+"""The passes: the schema, the meaning, the traffic and the fake implementation of each.
+
+They are raw operators without autograd; whole layers are operators of their own (operators/). A backend implements
+each pass under the same name and signature: C++ for the CPU and CUDA C++ for CUDA devices register theirs with the
+dispatcher (csrc/register); Triton's are plain Python functions (triton/). The algorithms (algorithms/) are written once
+in terms of them.
+
+Common to all of them:
+
+* x, grad_y and y are [B, T, C, H, W] tensors in one of the storage orders of maps.ORDERS, float16, bfloat16, float32
+  or float64; grad_y has the strides of x.
+* Packed maps are contiguous [B, M] or [B, 2, M] in the accumulation type (accumulate_dtype). ``context`` is
+  maps.CHANNEL or maps.SPACETIME; an absent optional map has context maps.NONE.
+* The gate *field* of a packed gate is G = g_C for CHANNEL and G = (g_T + g_H + g_W) / 3 for SPACETIME, broadcast over
+  the axes that each map lacks.
+* The unpooled field of a gradient of pooled features is U = sum over the pooled axes d of grad_mean / size(d) +
+  grad_max where the index along d equals argmax.
+* B >= 1 and every axis has at least one element: empty inputs are answered before an operator is called.
+
+Traffic in units of |X|, the bytes of x, stands beside each schema; packed maps come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .common import maps
+from .common.dtypes import accumulate_dtype
+
+NAMESPACE = "aia_kernels"
+
+_SCHEMAS = {
+    # Pooled features [B, 2, M] of A = x * G (A = x without a gate) and the index of the maximum [B, M] in
+    # maps.index_dtype. The first index wins ties; NaN wins over numbers, the first NaN over later ones. Reads 1 |X|.
+    "pool": "(Tensor x, int context, Tensor? gate, int gate_context) -> (Tensor pooled, Tensor argmax)",
+    # The transpose of pool with respect to x, joined with that of the outer recalibration:
+    #     grad_x = grad_y * G(gate) + U(grad_pooled, argmax)                                          one context
+    #     grad_x = grad_y * G(gate) + G(inner_gate) * U(grad_pooled, argmax) + U(inner_grad_pooled, inner_argmax)
+    # gate, grad_pooled and argmax belong to `context`; inner_grad_pooled and inner_argmax to `inner_context`.
+    # Reads 1 |X|, writes 1 |X|.
+    "unpool": "(Tensor grad_y, Tensor gate, Tensor grad_pooled, Tensor argmax, int context, Tensor? inner_gate, "
+    "int inner_gate_context, Tensor? inner_grad_pooled, Tensor? inner_argmax, int inner_context) -> Tensor",
+    # The transpose of pool with respect to its gate: the gradient [B, M] of each map of a gate of gate_context that
+    # multiplied x, given the gradient of the pooled features: sum of x * U over the axes that the map lacks, divided
+    # by the number of maps of gate_context. Reads 1 |X|.
+    "unpool_reduce": "(Tensor x, Tensor grad_pooled, Tensor argmax, int context, int gate_context) -> Tensor",
+    # Gates [B, M] of the n maps packed in pooled [B, 2, M]: g = sigmoid(scale * xhat + shift) with
+    # xhat = (z - mean) * rsqrt(var + eps) and z = conv(pooled), 2 -> 1, 3x3x3, zero padding 1, no bias. dims are the
+    # 3 n stored lengths. Each list has an entry per map, of any type: weight [1, 2, 3, 3, 3] in stored order of axes
+    # with any strides (maps.weights_in_order), and of one element scale (1 where absent), shift (0), and mean (0) and
+    # var (1), which are used where batch is false; else those of z over batch and map, the variance biased.
+    # Returns the gates; norm [n, 4]: mean, rsqrt(var + eps), scale, shift; and statistics [n, 3]: mean and variance as
+    # used, and the share of one element in them, 1 / (elements of batch and map) or 0 where they are not the batch's.
+    "gate": "(Tensor pooled, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
+    "float[] eps, bool[] batch, int[] dims) -> (Tensor gate, Tensor norm, Tensor statistics)",
+    # The same gates from a norm that is known, and the z that they are made of.
+    "gate_again": "(Tensor pooled, Tensor[] weight, Tensor norm, int[] dims) -> (Tensor gate, Tensor z)",
+    # With g the gate and du = grad_gate * g * (1 - g): [n, 2], the sums of du and of du * xhat over batch and map,
+    # which are the gradients of the norm's shift and scale.
+    "gate_backward_reduce": "(Tensor grad_gate, Tensor z, Tensor norm, int[] dims) -> Tensor",
+    # dz = scale * rstd * (du - mean du - xhat * mean (du * xhat)), the means those sums times the share in statistics,
+    # then through the convolution. sums [n, 2] are those of gate_backward_reduce, found here if absent. Returns
+    # grad_pooled [B, 2, M], the gradient of each weight, strided and of a type as it, and the sums in that type.
+    "gate_backward": "(Tensor grad_gate, Tensor z, Tensor norm, Tensor? sums, Tensor statistics, Tensor pooled, "
+    "Tensor[] weight, int[] dims) -> (Tensor grad_pooled, Tensor[] grad_weight, Tensor grad_affine)",
+    # y = x * G(gate). Reads 1 |X|, writes 1 |X|.
+    "recalibrate": "(Tensor x, Tensor gate, int context) -> Tensor",
+    # The gradient [B, M] of each map of the gate of recalibrate: sum of grad_y * x over the axes that the map lacks,
+    # divided by the number of maps. Reads 2 |X|.
+    "recalibrate_reduce": "(Tensor grad_y, Tensor x, int context) -> Tensor",
+    # Moves the running statistics of BNs, per BN mean and variance [C] and the number of batches, toward statistics
+    # [C, 3] as of gate: r + momentum * (s - r), the variance unbiased, var / (1 - share); one more batch in each number
+    # that is there. Statistics are of an accumulation type, the running ones of any, the numbers int64.
+    "move_statistics_": "(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] tracked, Tensor[] statistics, "
+    "float momentum) -> ()",
+}
+
+# External attention (DESIGN: double_norm). Logits [B, N, M] are contiguous, N tokens by M columns; the M columns are
+# consecutive groups of `group` slots (a head has one group or several); each token is normalised inside each group.
+# padding [B, N] is boolean, True where a token takes no part; attention is exactly 0 there. Statistics, mass and sums
+# are in accumulate_dtype. A column reduction is split over N in chunks that depend on the sizes alone.
+_DOUBLE_NORM_SCHEMAS = {
+    # [B, 2, M]: of each column the maximum over tokens and the sum of exp(logit - maximum); -inf and 0 without a token.
+    "column_statistics": "(Tensor logits, Tensor? padding) -> Tensor",
+    # With P = exp(logits - lse), lse [B, M] = maximum + log(sum): overwrites the logits by A = P / mass and returns
+    # mass [B, N, M / group] = eps + the sum of P over a token's group. A comes from the maximum of a token's group, so
+    # that it is exact where mass underflows; without eps A is then a softmax, with it 0.
+    "double_norm_": "(Tensor(a!) logits, Tensor lse, int group, float eps, Tensor? padding) -> Tensor",
+    # D [B, M]: the sum over tokens of Q = A * (grad - the sum of grad * A over the token's group), grad that of A.
+    "double_norm_backward_reduce": "(Tensor grad, Tensor attention, int group) -> Tensor",
+    # Overwrites grad by the gradient of the logits, Q - P * D with P = A * mass.
+    "double_norm_backward_": "(Tensor(a!) grad, Tensor attention, Tensor mass, Tensor reduced, int group) -> ()",
+}
+
+# The end of the external attention block. z and x are [B, N, C], both contiguous or both with contiguous tokens (maps).
+_RESIDUAL_SCHEMAS = {
+    # Overwrites z by relu(z + shift + x), shift [C] in accumulate_dtype or absent. Returns the signs, one bit per
+    # element in the order of storage, lowest bit first, set where the sum is positive or NaN: ceil(numel / 8) bytes.
+    # Reads 2 |X|, writes 1 |X|.
+    "residual_relu_": "(Tensor(a!) z, Tensor x, Tensor? shift) -> Tensor",
+    # g = grad_y where the sign is set, 0 elsewhere, and its sums [C] over batch and tokens. Reads 1 |X|, writes 1 |X|.
+    "residual_relu_backward": "(Tensor grad_y, Tensor signs) -> (Tensor grad, Tensor sums)",
+}
+
+# The temporal shift (arXiv 1811.08383): in y the first ``fold`` channels of a frame are those of the next frame, the
+# next ``fold`` those of the previous one, 0 where there is none, and the others its own; 2 * fold <= C. With reverse
+# the next and the previous frame change places: the transpose, and so the gradient. Reads 1 |X|, writes 1 |X|.
+_SHIFT_SCHEMAS = {"temporal_shift": "(Tensor x, int fold, bool reverse) -> Tensor"}
+
+# The whole unit forward, y = x * G_outer(x * G_inner(x)), where all statistics are fixed, so that a clip needs no other
+# and may stay on chip. inner is a context or NONE, outer the other context, or either one. The lists are those of gate,
+# with entries for the gate over C, then for those over T, H and W, as far as the unit has them. A backend need not have
+# it. Reads 1 |X| where a clip fits on chip, else 2 or, with an inner context, 3; writes 1 |X|.
+_EVALUATE_SCHEMAS = {
+    "evaluate": "(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
+    "float[] eps, int inner, int outer) -> Tensor",
+}
+
+PASSES = tuple(_SCHEMAS)
+DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
+RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
+SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
+
+_PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in _PASS_SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def _counting(op: torch._ops.OpOverload) -> Callable:
+    """A mutable operator whose calls count as changes of what it writes, as those of torch's own in-place operators do.
+
+    Without it autograd and checkpointing would not notice that a tensor which they saved has another content. The
+    dispatcher's calls count too, but by way of Python's end of the dispatcher, which takes three times as long.
+    """
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    below, increment = torch._C._AutoDispatchBelowADInplaceOrView, torch.autograd.graph.increment_version
+
+    def kernel(keys, *arguments):
+        with below():
+            result = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+        for i in written:
+            increment(arguments[i])
+        return result
+
+    def call(*arguments):
+        with below():
+            result = op(*arguments)
+        for i in written:
+            increment(arguments[i])
+        return result
+
+    _library.impl(op, kernel, "ADInplaceOrView", with_keyset=True)
+    return call
+
+
+_COUNTING = {
+    name: _counting(getattr(getattr(torch.ops, NAMESPACE), name).default)
+    for name, schema in _PASS_SCHEMAS.items()
+    if "!" in schema
+}
+
+
+def _resolving(op: torch._ops.OpOverload) -> None:
+    """Views of negatives (torch.Tensor.is_neg) are resolved in lists of tensors that may be absent too: the framework
+    resolves single tensors and whole lists alone, and a kernel would read the negatives."""
+
+    def resolved(value):
+        if isinstance(value, (list, tuple)):
+            return [resolved(entry) for entry in value]
+        return value.resolve_neg() if isinstance(value, Tensor) else value
+
+    _library.impl(op, lambda *arguments: op(*map(resolved, arguments)), "Negative")
+
+
+for _name, _schema in _PASS_SCHEMAS.items():
+    if "Tensor?[]" in _schema:
+        _resolving(getattr(getattr(torch.ops, NAMESPACE), _name).default)
+
+
+def callable_pass(name: str) -> Callable:
+    """The registered operator of a pass."""
+    return _COUNTING.get(name) or getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def packed_like(x: Tensor, context: int, *lead: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised packed maps [B, *lead, M] of x."""
+    size = maps.packed_size(x.shape, context)
+    return x.new_empty((x.shape[0], *lead, size), dtype=dtype or accumulate_dtype(x.dtype))
+
+
+def _fake(name: str):
+    """The fake implementation of a pass: outputs of the right shape, type and strides, without values."""
+    return torch.library.register_fake(f"{NAMESPACE}::{name}")
+
+
+@_fake("pool")
+def _(x, context, gate, gate_context):
+    return packed_like(x, context, 2), packed_like(x, context, dtype=maps.index_dtype(x.shape, context))
+
+
+@_fake("unpool")
+def _(
+    grad_y,
+    gate,
+    grad_pooled,
+    argmax,
+    context,
+    inner_gate,
+    inner_gate_context,
+    inner_grad_pooled,
+    inner_argmax,
+    inner_context,
+):
+    return torch.empty_like(grad_y)
+
+
+@_fake("unpool_reduce")
+def _(x, grad_pooled, argmax, context, gate_context):
+    return packed_like(x, gate_context)
+
+
+@_fake("gate")
+def _(pooled, weight, scale, shift, mean, var, eps, batch, dims):
+    n = len(weight)
+    gate = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
+    return gate, pooled.new_empty((n, 4)), pooled.new_empty((n, 3))
+
+
+@_fake("gate_again")
+def _(pooled, weight, norm, dims):
+    gate = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
+    return gate, torch.empty_like(gate)
+
+
+@_fake("gate_backward_reduce")
+def _(grad_gate, z, norm, dims):
+    return norm.new_empty((norm.shape[0], 2))
+
+
+@_fake("gate_backward")
+def _(grad_gate, z, norm, sums, statistics, pooled, weight, dims):
+    return torch.empty_like(pooled), [torch.empty_like(w) for w in weight], weight[0].new_empty((norm.shape[0], 2))
+
+
+@_fake("recalibrate")
+def _(x, gate, context):
+    return torch.empty_like(x)
+
+
+@_fake("recalibrate_reduce")
+def _(grad_y, x, context):
+    return packed_like(x, context)
+
+
+@_fake("move_statistics_")
+def _(mean, var, tracked, statistics, momentum):
+    return None
+
+
+@_fake("evaluate")
+def _(x, weight, scale, shift, mean, var, eps, inner, outer):
+    return torch.empty_like(x)
+
+
+@_fake("column_statistics")
+def _(logits, padding):
+    b, _, m = logits.shape
+    return logits.new_empty((b, 2, m), dtype=accumulate_dtype(logits.dtype))
+
+
+@_fake("double_norm_")
+def _(logits, lse, group, eps, padding):
+    b, n, m = logits.shape
+    return lse.new_empty((b, n, m // group))
+
+
+@_fake("double_norm_backward_reduce")
+def _(grad, attention, group):
+    return grad.new_empty((grad.shape[0], grad.shape[2]), dtype=accumulate_dtype(grad.dtype))
+
+
+@_fake("double_norm_backward_")
+def _(grad, attention, mass, reduced, group):
+    return None
+
+
+@_fake("residual_relu_")
+def _(z, x, shift):
+    return z.new_empty(((z.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@_fake("residual_relu_backward")
+def _(grad_y, signs):
+    return torch.empty_like(grad_y), grad_y.new_empty(grad_y.shape[2], dtype=accumulate_dtype(grad_y.dtype))
+
+
+@_fake("temporal_shift")
+def _(x, fold, reverse):
+    return torch.empty_like(x)

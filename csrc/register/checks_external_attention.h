@@ -1,0 +1,98 @@
+// What the operators of external attention check of their arguments, the same on every device.
+#pragma once
+
+#include "checks.h"
+
+namespace aia {
+
+// Logits, attention or their gradients: [B, N, M], contiguous, the M columns in groups. padding is [B, N] or null.
+struct Logits {
+  int64_t B, N, M, group;
+  Scalar scalar;
+  const uint8_t* padding;
+
+  int64_t groups() const { return M / group; }
+};
+
+inline Logits logits_of(const Tensor& logits, int64_t group, const char* name,
+                        const std::optional<Tensor>& padding = std::nullopt) {
+  check_operand(logits, logits, name);
+  AIA_CHECK(logits.dim() == 3 && logits.is_contiguous() && logits.size(2) > 0, name,
+            " must be contiguous [B, N, M] with M > 0, got ", described(logits));
+  const int64_t B = logits.size(0), N = logits.size(1), M = logits.size(2);
+  AIA_CHECK(group > 0 && M % group == 0, "group must divide the ", M, " columns of ", name, ", got ", group);
+  const Scalar scalar = scalar_of(logits, name);
+  if (!padding) return {B, N, M, group, scalar, nullptr};
+  check_contiguous(*padding, {B, N}, ScalarType::Bool, logits, "padding");
+  return {B, N, M, group, scalar, static_cast<const uint8_t*>(padding->const_data_ptr())};
+}
+
+inline Logits check_double_norm(const Tensor& logits, const Tensor& lse, int64_t group, double eps,
+                                const std::optional<Tensor>& padding) {
+  const Logits at = logits_of(logits, group, "logits", padding);
+  check_contiguous(lse, {at.B, at.M}, accumulate_type(logits), logits, "lse");
+  check_eps(eps);
+  const Span written(logits, "logits", true);
+  check_apart(written, {{lse, "lse"}});
+  if (padding) check_apart(written, {{*padding, "padding"}});
+  return at;
+}
+
+inline Logits check_double_norm_backward_reduce(const Tensor& grad, const Tensor& attention, int64_t group) {
+  const Logits at = logits_of(grad, group, "grad");
+  check_same(attention, grad, "attention", "grad");
+  return at;
+}
+
+inline Logits check_double_norm_backward(const Tensor& grad, const Tensor& attention, const Tensor& mass,
+                                         const Tensor& reduced, int64_t group) {
+  const Logits at = check_double_norm_backward_reduce(grad, attention, group);
+  check_contiguous(mass, {at.B, at.N, at.groups()}, accumulate_type(grad), grad, "mass");
+  check_contiguous(reduced, {at.B, at.M}, accumulate_type(grad), grad, "reduced");
+  check_apart({grad, "grad", true}, {{attention, "attention"}, {mass, "mass"}, {reduced, "reduced"}});
+  return at;
+}
+
+// The tokens [B, N, C] of a residual, which are not empty: stored densely, features or, of maps, tokens contiguous.
+struct Residual {
+  int64_t B, N, C;
+  bool maps;
+  Scalar scalar;
+
+  int64_t signs() const { return (B * N * C + 7) / 8; }
+};
+
+inline Residual residual_of(const Tensor& z, const char* name) {
+  check_operand(z, z, name);
+  AIA_CHECK(z.dim() == 3 && z.numel() > 0, name, " must be [B, N, C] and not empty, got ", described(z));
+  const int64_t B = z.size(0), N = z.size(1), C = z.size(2);
+  // Strides of axes of length one are arbitrary.
+  const bool samples = B == 1 || z.stride(0) == N * C;
+  const bool maps = (N == 1 || z.stride(1) == 1) && (C == 1 || z.stride(2) == N) && samples;
+  AIA_CHECK(z.is_contiguous() || maps, name, " must be stored densely, its features or its tokens contiguous, got ",
+            described(z));
+  return {B, N, C, !z.is_contiguous(), scalar_of(z, name)};
+}
+
+inline Residual check_residual_relu(const Tensor& z, const Tensor& x, const std::optional<Tensor>& shift) {
+  const Residual at = residual_of(z, "z");
+  check_same(x, z, "x", "z");
+  const Span written(z, "z", true);
+  check_apart(written, {{x, "x"}});
+  if (!shift) return at;
+  check_contiguous(*shift, {at.C}, accumulate_type(z), z, "shift");
+  check_apart(written, {{*shift, "shift"}});
+  return at;
+}
+
+inline Residual check_residual_relu_backward(const Tensor& grad_y, const Tensor& signs) {
+  const Residual at = residual_of(grad_y, "grad_y");
+  check_contiguous(signs, {at.signs()}, ScalarType::Byte, grad_y, "signs");
+  return at;
+}
+
+inline Tensor new_numbers(const Tensor& of, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(of, sizes, accumulate_type(of));
+}
+
+}  // namespace aia

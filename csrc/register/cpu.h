@@ -1,0 +1,116 @@
+// What the files that register CPU operators share: the choice of the instruction level, the split over threads, and
+// allocations.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../cpu/passes.h"
+#include "checks.h"
+
+namespace aia::cpu {
+
+// The instruction levels that the passes are compiled for, the least first, and how many of them the processor has.
+constexpr const char* kLevels[] = {"base", "v3", "v4"};
+
+inline int levels_here() {
+#ifdef AIA_CPU_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return 1;
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512cd");
+  return v4 ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+// The level that a name stands for, or the best one without a name; refused if the processor has none of that name.
+inline int level_named(const std::string& name) {
+  const int here = levels_here();
+  if (name.empty()) return here - 1;
+  for (int level = 0; level < here; ++level)
+    if (name == kLevels[level]) return level;
+  std::string known = kLevels[0];
+  for (int level = 1; level < here; ++level) known = known + ", " + kLevels[level];
+  refuse("AIA_KERNELS_CPU_LEVEL must be a level that this processor has (", known, "), got ", name);
+}
+
+// The level in force: what AIA_KERNELS_CPU_LEVEL says when it is first asked for, until it is set.
+inline std::atomic<int> level_in_force{-1};
+
+inline void set_level(const char* name) {
+  if (!name) name = std::getenv("AIA_KERNELS_CPU_LEVEL");
+  level_in_force = level_named(name ? name : "");
+}
+
+inline int level() {
+  if (level_in_force < 0) set_level(nullptr);
+  return level_in_force;
+}
+
+// A pass of the level in force.
+#ifdef AIA_CPU_X86
+#define AIA_CPU_PASS(pass) \
+  (aia::cpu::level() == 2 ? &aia::cpu::v4::pass : aia::cpu::level() == 1 ? &aia::cpu::v3::pass : &aia::cpu::base::pass)
+#else
+#define AIA_CPU_PASS(pass) (static_cast<void>(aia::cpu::level()), &aia::cpu::base::pass)
+#endif
+
+// Calls body(begin, end) for parts of the units, on several threads. An unknown level is refused before: raised in a
+// thread, the error would lose its words. AIA_CPU_THREADS is for ThreadSanitizer, which does not see how torch's own
+// threads wait for each other.
+template <class Body>
+void parallel(int64_t units, const Body& body) {
+  level();
+#ifdef AIA_CPU_THREADS
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < AIA_CPU_THREADS; ++i)
+    threads.emplace_back(body, units * i / AIA_CPU_THREADS, units * (i + 1) / AIA_CPU_THREADS);
+  for (std::thread& thread : threads) thread.join();
+#else
+  torch::stable::parallel_for(0, units, 1, body);
+#endif
+}
+
+// An activation as the passes see it.
+inline Volume volume_of(const Activation& a) {
+  const int64_t plane = a.H * a.W;
+  Volume v{a.B, a.T, a.C, a.H, a.W, a.T * a.C * plane, a.C * plane, plane, 1, a.scalar};
+  if (a.order == Order::kTHWC) v.stride_c = 1, v.stride_p = a.C;
+  if (a.order == Order::kCTHW) v.stride_t = plane, v.stride_c = a.T * plane;
+  // Where channels lie side by side several blocks of them make longer pieces, if every thread still has a few units.
+  if (channels_side_by_side(v)) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    v.blocks = std::clamp<int64_t>(v.B * channel_blocks(v) / (4 * threads), 1, 4);
+  }
+  return v;
+}
+
+// Large blocks go back to the system when they are freed, so each new one is paid for page by page, several times what
+// writing it costs. Large pages take most of that away. The advice may be refused, which changes nothing.
+inline Tensor with_large_pages(Tensor out) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kLarge = size_t{4} << 20, kPage = size_t{2} << 20;
+  const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
+  if (bytes >= kLarge) {
+    const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+    const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
+
+inline Tensor output_like(const Tensor& x) { return with_large_pages(new_like(x)); }
+
+}  // namespace aia::cpu

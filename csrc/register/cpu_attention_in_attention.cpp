@@ -1,0 +1,319 @@
+// The CPU implementations of the operators of Attention in Attention that aia_kernels/schemas.py defines: checks,
+// allocation, choice of the instruction level, and the split over threads. The work itself is in cpu/.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <exception>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common/moments.h"
+#include "../common/norm.h"
+#include "checks_attention_in_attention.h"
+#include "cpu.h"
+
+// Makes a level of csrc/register/cpu.h the one in force, or without a name that of AIA_KERNELS_CPU_LEVEL, which may
+// have changed. Returns null, or why it cannot.
+extern "C" [[gnu::visibility("default")]] const char* aia_kernels_cpu_level(const char* name) {
+  static thread_local std::string reason;
+  try {
+    aia::cpu::set_level(name);
+    return nullptr;
+  } catch (const std::exception& error) {
+    reason = error.what();
+    return reason.c_str();
+  }
+}
+
+namespace {
+
+using aia::accumulate_type;
+using aia::Activation;
+using aia::activation_of;
+using aia::check_context;
+using aia::check_same;
+using aia::dims_of;
+using aia::Gate;
+using aia::gate_of;
+using aia::Gates;
+using aia::index_type;
+using aia::Moments;
+using aia::Numbers;
+using aia::PackedDims;
+using aia::Unpooled;
+using aia::unpooled_of;
+using aia::cpu::output_like;
+using aia::cpu::parallel;
+using aia::cpu::slabs;
+using aia::cpu::Volume;
+using aia::cpu::volume_of;
+using aia::cpu::with_large_pages;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A packed map [B, M] or [B, 2, M] of a context of x.
+Tensor new_map(const Tensor& x, std::vector<int64_t> lead, const Activation& a, int64_t context, ScalarType type) {
+  lead.push_back(a.packed(context));
+  return with_large_pages(torch::stable::new_empty(x, lead, type));
+}
+
+std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
+  const Activation a = activation_of(x, "x");
+  check_context(context, "context");
+  const Gate inner = gate_of(gate, gate_context, "gate_context", a, x, "gate");
+  const Volume v = volume_of(a);
+  Tensor pooled = new_map(x, {a.B, 2}, a, context, accumulate_type(x));
+  Tensor argmax = new_map(x, {a.B}, a, context, index_type(a, context));
+  const auto index_bytes = static_cast<int>(argmax.element_size());
+  const void* data = x.const_data_ptr();
+  void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), inner.context), [&](int64_t begin, int64_t end) {
+    AIA_CPU_PASS(pool)(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
+  });
+  return {pooled, argmax};
+}
+
+Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_pooled, const Tensor& argmax,
+              int64_t context, std::optional<Tensor> inner_gate, int64_t inner_gate_context,
+              std::optional<Tensor> inner_grad_pooled, std::optional<Tensor> inner_argmax, int64_t inner_context) {
+  const aia::UnpoolArguments given(grad_y, gate, grad_pooled, argmax, context, inner_gate, inner_gate_context,
+                                   inner_grad_pooled, inner_argmax, inner_context);
+  const Volume v = volume_of(given.grad_y);
+  Tensor grad_x = output_like(grad_y);
+  const void* data = grad_y.const_data_ptr();
+  void* out = grad_x.mutable_data_ptr();
+  const int highest = std::max({given.outer.context, given.inner_gate.context, given.inner.context});
+  parallel(aia::cpu::elementwise_units(v, highest), [&](int64_t begin, int64_t end) {
+    AIA_CPU_PASS(unpool)(v, data, given.gate, given.outer, given.inner_gate, given.inner, out, begin, end);
+  });
+  return grad_x;
+}
+
+Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& argmax, int64_t context,
+                     int64_t gate_context) {
+  const Activation a = activation_of(x, "x");
+  const Unpooled from = unpooled_of(grad_pooled, argmax, context, "context", a, x, "grad_pooled", "argmax");
+  check_context(gate_context, "gate_context");
+  const Volume v = volume_of(a);
+  Tensor grad_gate = new_map(x, {a.B}, a, gate_context, accumulate_type(x));
+  const void* data = x.const_data_ptr();
+  void* out = grad_gate.mutable_data_ptr();
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
+    AIA_CPU_PASS(unpool_reduce)(v, data, from, static_cast<int>(gate_context), out, begin, end);
+  });
+  return grad_gate;
+}
+
+Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
+  const Activation a = activation_of(x, "x");
+  const Gate outer = gate_of(gate, context, "context", a, x, "gate");
+  const Volume v = volume_of(a);
+  Tensor y = output_like(x);
+  const void* data = x.const_data_ptr();
+  void* out = y.mutable_data_ptr();
+  parallel(aia::cpu::elementwise_units(v, outer.context),
+           [&](int64_t begin, int64_t end) { AIA_CPU_PASS(recalibrate)(v, data, outer, out, begin, end); });
+  return y;
+}
+
+Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context) {
+  const Activation a = activation_of(x, "x");
+  check_same(grad_y, x, "grad_y", "x");
+  check_context(context, "context");
+  const Volume v = volume_of(a);
+  Tensor grad_gate = new_map(x, {a.B}, a, context, accumulate_type(x));
+  const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
+  void* out = grad_gate.mutable_data_ptr();
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)),
+           [&](int64_t begin, int64_t end) {
+             AIA_CPU_PASS(recalibrate_reduce)(v, grad, data, static_cast<int>(context), out, begin, end);
+           });
+  return grad_gate;
+}
+
+// Calls body with a value of the type of the maps.
+template <class Body>
+void with_map_type(const Tensor& map, Body&& body) {
+  return map.scalar_type() == ScalarType::Double ? body(double{}) : body(float{});
+}
+
+template <class A>
+const A* data(const Tensor& t) {
+  return static_cast<const A*>(t.const_data_ptr());
+}
+template <class A>
+A* mutable_data(Tensor& t) {
+  return static_cast<A*>(t.mutable_data_ptr());
+}
+
+// Calls add(map, values) for the partial results of every slab, in a fixed order.
+template <class Add>
+void for_partials(const PackedDims& d, const std::vector<double>& partial, int per_slab, Add&& add) {
+  int64_t slab = 0;
+  for (int map = 0; map < d.n; ++map)
+    for (int64_t i = 0; i < d.B * d.dims[map][0]; ++i, ++slab) add(map, partial.data() + slab * per_slab);
+}
+
+// The weights of n gates, [n, 54] contiguous.
+template <class A>
+std::vector<A> contiguous_weights(const Gates& gates, int n) {
+  std::vector<A> weights(n * 54);
+  for (int i = 0; i < n * 54; ++i) {
+    const aia::GateParameters& gate = gates[i / 54];
+    weights[i] = aia::read<A>(gate.weight, aia::tap_offset(gate, i / 27 % 2, i % 27));
+  }
+  return weights;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor> weight, Numbers scale, Numbers shift,
+                                        Numbers mean, Numbers var, std::vector<double> eps, std::vector<bool> batch,
+                                        std::vector<int64_t> dims) {
+  const PackedDims d = dims_of(dims, pooled, true, "pooled");
+  Gates gates = aia::weights_of(weight, d.n, pooled);
+  aia::add_norms(gates, d.n, scale, shift, mean, var, eps, batch, pooled);
+  Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
+  Tensor norm = torch::stable::new_empty(pooled, {d.n, 4});
+  Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
+  with_map_type(pooled, [&](auto type) {
+    using A = decltype(type);
+    const std::vector<A> w = contiguous_weights<A>(gates, d.n);
+    const A* in = data<A>(pooled);
+    A *out = mutable_data<A>(gate), *bn = mutable_data<A>(norm), *found = mutable_data<A>(statistics);
+    Moments total[3] = {Moments::none(), Moments::none(), Moments::none()};
+    const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool own) { return own; });
+    if (of_batch) {
+      std::vector<double> partial(slabs(d) * aia::cpu::kMomentPartials);
+      parallel(slabs(d), [&](int64_t begin, int64_t end) {
+        AIA_CPU_PASS(GatePasses<A>::conv)(d, in, w.data(), out, partial.data(), begin, end);
+      });
+      for_partials(d, partial, aia::cpu::kMomentPartials,
+                   [&](int map, const double* p) { total[map].merge({p[0], p[1], p[2]}); });
+    }
+    for (int i = 0; i < d.n; ++i)
+      aia::finish_norm(gates[i], total[i].mean, total[i].squares / total[i].count, total[i].count, bn + 4 * i,
+                       found + 3 * i);
+    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+      if (of_batch)
+        AIA_CPU_PASS(GatePasses<A>::activate)(d, out, bn, out, begin, end);
+      else
+        AIA_CPU_PASS(GatePasses<A>::again)(d, in, w.data(), bn, out, out, begin, end);
+    });
+  });
+  return {gate, norm, statistics};
+}
+
+std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> weight, const Tensor& norm,
+                                      std::vector<int64_t> dims) {
+  const PackedDims d = dims_of(dims, pooled, true, "pooled");
+  const Gates gates = aia::weights_of(weight, d.n, pooled);
+  aia::check_contiguous(norm, {d.n, 4}, pooled.scalar_type(), pooled, "norm");
+  Tensor gate = with_large_pages(torch::stable::new_empty(pooled, {d.B, d.packed()}));
+  Tensor z = output_like(gate);
+  with_map_type(pooled, [&](auto type) {
+    using A = decltype(type);
+    const std::vector<A> w = contiguous_weights<A>(gates, d.n);
+    const A *in = data<A>(pooled), *bn = data<A>(norm);
+    A *out = mutable_data<A>(gate), *before = mutable_data<A>(z);
+    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+      AIA_CPU_PASS(GatePasses<A>::again)(d, in, w.data(), bn, before, out, begin, end);
+    });
+  });
+  return {gate, z};
+}
+
+// Gradients of the shift and the scale of each gate, [n, 2].
+template <class A>
+void sum_over_batch(const PackedDims& d, const A* grad_gate, const A* z, const A* norm, A* sums) {
+  std::vector<double> partial(slabs(d) * aia::cpu::kNormPartials);
+  parallel(slabs(d), [&](int64_t begin, int64_t end) {
+    AIA_CPU_PASS(GatePasses<A>::backward_reduce)(d, grad_gate, z, norm, partial.data(), begin, end);
+  });
+  double total[3][2] = {};
+  for_partials(d, partial, aia::cpu::kNormPartials,
+               [&](int map, const double* p) { total[map][0] += p[0], total[map][1] += p[1]; });
+  for (int i = 0; i < 2 * d.n; ++i) sums[i] = static_cast<A>(total[i / 2][i % 2]);
+}
+
+Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
+  const PackedDims d = aia::dims_of_gradient(grad_gate, z, norm, dims);
+  Tensor sums = torch::stable::new_empty(z, {d.n, 2});
+  with_map_type(z, [&](auto type) {
+    using A = decltype(type);
+    sum_over_batch(d, data<A>(grad_gate), data<A>(z), data<A>(norm), mutable_data<A>(sums));
+  });
+  return sums;
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z,
+                                                              const Tensor& norm, std::optional<Tensor> sums,
+                                                              const Tensor& statistics, const Tensor& pooled,
+                                                              std::vector<Tensor> weight, std::vector<int64_t> dims) {
+  const PackedDims d = aia::dims_of_gradient(grad_gate, z, norm, sums, statistics, pooled, dims);
+  const Gates gates = aia::weights_of(weight, d.n, z);
+  Tensor grad_pooled = output_like(pooled);
+  Tensor grad_affine = torch::stable::new_empty(weight[0], {d.n, 2});
+  std::vector<Tensor> grad_weight;
+  for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
+  const Gates grads = aia::weights_of(grad_weight, d.n, z);
+  const aia::Parameter affine = aia::parameter_of(grad_affine, z, "grad_affine");
+  with_map_type(z, [&](auto type) {
+    using A = decltype(type);
+    const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *features = data<A>(pooled);
+    A total_sums[6], mean[6];
+    if (sums)
+      std::copy_n(data<A>(*sums), 2 * d.n, total_sums);
+    else
+      sum_over_batch(d, grad, in, bn, total_sums);
+    for (int i = 0; i < 2 * d.n; ++i) {
+      mean[i] = aia::mean_of(total_sums[i], data<A>(statistics)[i / 2 * 3 + 2]);
+      aia::write(affine, i, total_sums[i]);
+    }
+    const std::vector<A> w = contiguous_weights<A>(gates, d.n);
+    A* out = mutable_data<A>(grad_pooled);
+    std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
+    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+      AIA_CPU_PASS(GatePasses<A>::backward)(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
+    });
+    double total[3][54] = {};
+    for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {
+      for (int i = 0; i < 54; ++i) total[map][i] += p[i];
+    });
+    for (int i = 0; i < d.n * 54; ++i) {
+      const aia::GateParameters& grad_of = grads[i / 54];
+      aia::write(grad_of.weight, aia::tap_offset(grad_of, i / 27 % 2, i % 27), total[i / 54][i % 54]);
+    }
+  });
+  return {grad_pooled, grad_weight, grad_affine};
+}
+
+void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
+                     std::vector<Tensor> statistics, double momentum) {
+  aia::check_running(mean, var, tracked, statistics, momentum);
+  for (Tensor& number : tracked) ++*static_cast<int64_t*>(number.mutable_data_ptr());
+  for (size_t i = 0; i < mean.size(); ++i)
+    with_map_type(statistics[i], [&](auto type) {
+      using A = decltype(type);
+      const aia::Parameter running_mean = aia::parameter_of(mean[i], mean[i], "mean", true),
+                           running_var = aia::parameter_of(var[i], var[i], "var", true);
+      for (int64_t c = 0; c < mean[i].numel(); ++c)
+        aia::move_statistics(data<A>(statistics[i]) + 3 * c, static_cast<A>(momentum), running_mean, running_var, c);
+    });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
+  m.impl("pool", TORCH_BOX(&pool));
+  m.impl("unpool", TORCH_BOX(&unpool));
+  m.impl("unpool_reduce", TORCH_BOX(&unpool_reduce));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate_again", TORCH_BOX(&gate_again));
+  m.impl("gate_backward_reduce", TORCH_BOX(&gate_backward_reduce));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward));
+  m.impl("recalibrate", TORCH_BOX(&recalibrate));
+  m.impl("recalibrate_reduce", TORCH_BOX(&recalibrate_reduce));
+  m.impl("move_statistics_", TORCH_BOX(&move_statistics));
+}

@@ -1,0 +1,144 @@
+"""csrc/cuda compiled and read without a GPU: nothing spills, and x moves in 16-byte loads and stores.
+
+A library that holds CUDA is read as a whole. Where none does, as after make install without a GPU, and nvcc is there,
+every source is compiled without optimisation, which is fast, and some as they would be in the library.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, nvcc
+
+from aia_kernels.backends import extension
+from benchmarks.offline import machine_code
+
+HOST, DEVICE = sorted(ROOT.glob("csrc/register/cuda_*.cpp")), sorted(ROOT.glob("csrc/cuda/*.cu"))
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
+BYTES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2, "t": 2, "j": 4, "m": 8}
+_TYPE = "|".join(BYTES)
+
+#: The kernels that come in a version for aligned inputs and one for the others, with the type and the width of what
+#: they move, and those that come in one version.
+WIDTHS = (
+    rf"(elementwise_kernel|evaluate_kernel|(?<=\d)gate_kernel|(?<=\d)backward_kernel|backward_reduce_kernel|double_norm_kernel|"
+    rf"dots_kernel|double_norm_backward_kernel|map_kernel|temporal_shift_kernel)I({_TYPE})Li(\d+)E",
+    rf"(reduce_over_channels|reduce_over_channels_of_run|reduce_over_spacetime)INS0_\d+(?:Plain|Product)I({_TYPE})"
+    r"EELi(\d+)E",
+    rf"(reduce_columns)ILi\d+ENS0_\S*?(?:StatisticsOp|RowGradientOp|TokenOp)I({_TYPE})Li(\d+)E",
+)
+#: Those that store as they load.
+STORING = (
+    *("elementwise_kernel", "evaluate_kernel", "gate_kernel", "double_norm_kernel", "double_norm_backward_kernel"),
+    "temporal_shift_kernel",
+)
+SINGLE = re.compile(
+    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel)|"
+    r"reduce_columnsILi1E\S*Join"
+)
+
+
+def width_of(name: str) -> tuple[str, int] | None:
+    """The kernel's name and the bytes that it moves at a time, or None for a kernel in one version."""
+    for pattern in WIDTHS:
+        if match := re.search(pattern, name):
+            return match[1], int(match[3]) * BYTES[match[2]]
+    assert SINGLE.search(name), f"this test does not know the kernel {name}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> str:
+    if (found := machine_code.cuobjdump()) is None:
+        pytest.skip(machine_code.NO_DISASSEMBLER)
+    return found
+
+
+def resources(cuobjdump: str, binary: Path) -> dict[tuple[str, str], int]:
+    """Bytes of stack and local memory by (architecture, mangled name)."""
+    found, architecture, name = {}, "", ""
+    for line in run(cuobjdump, "--dump-resource-usage", binary):
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"STACK:(\d+).* LOCAL:(\d+)", line):
+            found[architecture, name] = int(match[1]) + int(match[2])
+    return found
+
+
+def accesses(cuobjdump: str, binary: Path) -> dict[str, collections.Counter]:
+    """Counts of memory instructions by mangled name, for one architecture."""
+    counts: dict[str, collections.Counter] = {}
+    for line in run(cuobjdump, "-sass", "-arch", "sm_90", binary):
+        if match := re.search(r"Function : (\S+)", line):
+            current = counts.setdefault(match[1], collections.Counter())
+        elif match := re.search(r"\b((?:LDG|STG)\b[.\w]*)", line):
+            current[match[1]] += 1
+    return counts
+
+
+def run(*command) -> Iterator[str]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield from process.stdout
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("source", DEVICE, ids=lambda path: path.name)
+def test_nvcc_takes(source, tmp_path):
+    """As the emulator's compiler does not tell a function of the host from one of the device."""
+    if extension.has_cuda():
+        pytest.skip("it is compiled into the library")
+    command = [nvcc(), "-std=c++20", "-G", "-arch=compute_90", "-ptx", source, "-o", tmp_path / "x.ptx"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("source", HOST, ids=lambda path: path.name)
+def test_the_compiler_takes(source):
+    """The operators around the kernels, which only a library that holds CUDA has."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ is here")
+    flags = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    include = Path(torch.__file__).parent / "include"
+    done = subprocess.run(["g++", *flags, "-isystem", include, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_kernel_is_there_for_every_architecture(cuobjdump):
+    if (reason := extension.without_cuda()) is not None:
+        pytest.skip(reason)
+    names = collections.defaultdict(set)
+    for architecture, name in resources(cuobjdump, extension.LIBRARY):
+        width_of(name)
+        names[architecture].add(name)
+    assert set(names) >= ARCHITECTURES
+    assert len({frozenset(found) for found in names.values()}) == 1
+
+
+def test_no_local_memory(cuobjdump, cuda_binaries):
+    for binary in cuda_binaries:
+        found = resources(cuobjdump, binary)
+        assert found and not {key: used for key, used in found.items() if used}
+
+
+def test_vectors_are_16_bytes(cuobjdump, cuda_binaries):
+    """In the kernels for aligned inputs, and not in those for the others."""
+    for binary in cuda_binaries:
+        kernels = accesses(cuobjdump, binary)
+        assert kernels
+        for name, counts in kernels.items():
+            if (found := width_of(name)) is None:
+                continue
+            kernel, width = found
+            aligned = width >= 16
+            assert any(i.startswith("LDG.E.128") for i in counts) == aligned, name
+            if kernel in STORING:
+                assert any(i.startswith("STG.E.128") for i in counts) == aligned, name

@@ -1,0 +1,329 @@
+"""The passes of each backend that this machine runs as a whole, against the plain ones in float64.
+
+triton runs in the interpreter or on a GPU, cpu at every instruction level of the processor, cuda on a GPU, and the
+kernels of cuda on the host emulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pass_cases
+import pytest
+import torch
+from conftest import LEVELS, at_level
+from pass_cases import (
+    CASES,
+    GATE_ROUNDINGS,
+    GATES,
+    SHORT,
+    Case,
+    GateCase,
+    activation,
+    agrees,
+    conv_backward,
+    double,
+    epsilon,
+    features_of,
+    gate_of,
+    magnitude,
+    special,
+    terms,
+)
+from plain_passes import PlainPasses
+
+from aia_kernels import backends
+from aia_kernels.common import maps
+from aia_kernels.common.dtypes import accumulate_dtype
+
+BACKENDS = ("triton", *(f"cpu, {level}" for level in LEVELS), "cuda", "emulator")
+
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+
+
+@pytest.fixture(params=BACKENDS)
+def passes(request, monkeypatch):
+    """The passes of a backend, on tensors of pass_cases.DEVICE or, for the cpu backend and the emulator, of the CPU."""
+    backend, _, level = request.param.partition(", ")
+    if backend in ("cpu", "emulator"):
+        monkeypatch.setattr("pass_cases.DEVICE", "cpu")
+    if backend == "emulator":
+        yield request.getfixturevalue("emulator")
+        return
+    if (reason := backends.available_backends()[backend]) is not None:
+        pytest.skip(reason)
+    with at_level(level) if level else contextlib.nullcontext():
+        yield backends.passes(backend, "attention_in_attention")
+
+
+@pytest.fixture
+def plain(passes) -> PlainPasses:
+    """The oracle, packing maps in the order of the backend."""
+    orders = {passes.map_order(order) for order in maps.ORDERS}
+    return PlainPasses(orders.pop() if len(orders) == 1 else None)
+
+
+@pytest.fixture
+def case(request, monkeypatch) -> Case:
+    found = CASES[request.param]
+    if found.elements and backends.available_backends()["triton"] is None:
+        monkeypatch.setattr("aia_kernels.triton.tiles.ELEMENTS", found.elements)
+    return found
+
+
+def each(*names: str):
+    return pytest.mark.parametrize("case", names or CASES, indirect=True)
+
+
+@pytest.fixture(params=GATES)
+def gate(request, passes) -> GateCase:
+    return GateCase(*GATES[request.param])
+
+
+def test_memory_poison():
+    assert torch.randn(3).new_empty(3).isnan().all()
+    assert torch.empty_like(torch.randn(3)).isnan().all()
+
+
+@each()
+@pytest.mark.parametrize("context", [maps.CHANNEL, maps.SPACETIME])
+def test_pool(passes, plain, case, context):
+    x = activation(case)
+    pooled, argmax = passes.pool(x, context, None, maps.NONE)
+    want, want_argmax = plain.pool(x.cpu().double(), context, None, maps.NONE)
+    assert pooled.dtype == accumulate_dtype(x.dtype) and argmax.dtype == maps.index_dtype(x.shape, context)
+    assert torch.equal(pooled[:, 0].cpu().double(), want[:, 0])
+    assert torch.equal(argmax.cpu(), want_argmax)
+    magnitudes, _ = plain.pool(x.cpu().double().abs(), context, None, maps.NONE)
+    agrees(pooled[:, 1], want[:, 1], magnitudes[:, 1], terms(x, context))
+
+
+@each(*SHORT, "runs of several rows, ragged", "long T, axis by axis")
+@pytest.mark.parametrize("context, gate_context", [(1, 3), (3, 1), (1, 1), (3, 3)])
+def test_pool_gated(passes, plain, case, context, gate_context):
+    """Rounding may exchange elements whose products lie within the bound: the chosen one must lie there too."""
+    x = activation(case)
+    gate = gate_of(x, gate_context)
+    pooled, argmax = passes.pool(x, context, gate, gate_context)
+    arguments = (x, context, gate, gate_context)
+    want, _ = plain.pool(*double(*arguments))
+    magnitudes, _ = plain.pool(*magnitude(*arguments))
+    agrees(pooled[:, 0], want[:, 0], magnitudes[:, 0], 1)
+    agrees(pooled[:, 1], want[:, 1], magnitudes[:, 1], terms(x, context))
+    product = x.cpu().double() * plain.field(gate.cpu().double(), x.cpu(), gate_context)
+    order = passes.map_order(maps.storage_order(x))
+    for axis, m, index in zip(
+        maps.POOLED_AXES[context],
+        maps.unpack(pooled[:, 0].cpu(), x.shape, context, order),
+        maps.unpack(argmax.cpu(), x.shape, context, order),
+        strict=True,
+    ):
+        axes = [0, *(1 + "TCHW".index(letter) for letter in (*maps.GATE_AXES[axis], axis))]
+        chosen = product.permute(axes).gather(-1, index.long().unsqueeze(-1)).squeeze(-1)
+        agrees(m, chosen, chosen.abs(), 1)
+
+
+@each("prime", "bf16 THWC", "fp64", "fp16", "walking", "runs CTHW bf16")
+@pytest.mark.parametrize("kind", ["ties", "nan", "nothing but -inf", "zeros of both signs"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the infinities that the interpreter meets
+def test_pool_special_values(passes, plain, case, kind):
+    """As torch.max: the first index on ties, the first NaN before any number. Small integers have exact sums."""
+    x = special(case, kind)
+    for context in (maps.CHANNEL, maps.SPACETIME):
+        pooled, argmax = passes.pool(x, context, None, maps.NONE)
+        want, want_argmax = plain.pool(x.cpu().double(), context, None, maps.NONE)
+        assert torch.equal(argmax.cpu(), want_argmax)
+        eps = epsilon(pooled.dtype)
+        torch.testing.assert_close(pooled[:, 0].cpu().double(), want[:, 0], rtol=0, atol=0, equal_nan=True)
+        # An exact sum, a rounded reciprocal of the length and a rounded product.
+        torch.testing.assert_close(pooled[:, 1].cpu().double(), want[:, 1], rtol=2.5 * eps, atol=0, equal_nan=True)
+
+
+@each()
+def test_recalibrate(passes, plain, case):
+    x, grad_y = activation(case), activation(case)
+    for context in (maps.CHANNEL, maps.SPACETIME):
+        gate = gate_of(x, context)
+        y = passes.recalibrate(x, gate, context)
+        assert y.dtype == x.dtype and maps.storage_order(y) == maps.storage_order(x)
+        arguments = (x, gate, context)
+        agrees(y, plain.recalibrate(*double(*arguments)), plain.recalibrate(*magnitude(*arguments)), 1)
+        grad_gate = passes.recalibrate_reduce(grad_y, x, context)
+        arguments = (grad_y, x, context)
+        want, magnitudes = (
+            plain.recalibrate_reduce(*double(*arguments)),
+            plain.recalibrate_reduce(*magnitude(*arguments)),
+        )
+        agrees(grad_gate, want, magnitudes, terms(x, context))
+
+
+@each()
+@pytest.mark.parametrize(
+    "context, inner_gate_context, inner_context",
+    [(1, 0, 0), (3, 0, 0), (3, 1, 1), (1, 3, 3), (1, 1, 3)],
+    ids=["C", "ST", "CinST", "STinC", "STinC2"],
+)
+def test_unpool(passes, plain, case, context, inner_gate_context, inner_context):
+    grad_y = activation(case)
+    inner = features_of(grad_y, inner_context, plain) if inner_context else (None, None)
+    arguments = (
+        grad_y,
+        gate_of(grad_y, context),
+        *features_of(grad_y, context, plain),
+        context,
+        gate_of(grad_y, inner_gate_context),
+        inner_gate_context,
+        *inner,
+        inner_context,
+    )
+    grad_x = passes.unpool(*arguments)
+    assert grad_x.dtype == grad_y.dtype and maps.storage_order(grad_x) == maps.storage_order(grad_y)
+    agrees(grad_x, plain.unpool(*double(*arguments)), plain.unpool(*magnitude(*arguments)), 12)
+
+
+@each()
+@pytest.mark.parametrize("context, gate_context", [(3, 1), (1, 3)])
+def test_unpool_reduce(passes, plain, case, context, gate_context):
+    x = activation(case)
+    arguments = (x, *features_of(x, context, plain), context, gate_context)
+    got = passes.unpool_reduce(*arguments)
+    want, magnitudes = plain.unpool_reduce(*double(*arguments)), plain.unpool_reduce(*magnitude(*arguments))
+    agrees(got, want, magnitudes, terms(x, gate_context) + 6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
+@pytest.mark.parametrize("own", ["all", "none", "last"])
+def test_gate(passes, plain, gate, own):
+    """Statistics are sums of as many terms as a map has in the batch, of a z that sums 54 products; the gates are made
+    of that z by the norm that came out."""
+    n = len(gate.weight)
+    batch = [own == "all" or (own == "last" and i == n - 1) for i in range(n)]
+    mean, var = ([None if use else p for use, p in zip(batch, given, strict=True)] for given in (gate.mean, gate.var))
+    arguments = gate.pooled, gate.weight, gate.scale, gate.shift, mean, var, [1e-5] * n, batch, gate.dims
+    found, norm, statistics = passes.gate(*arguments)
+    _, _, want = plain.gate(*double(*arguments))
+    z = plain.conv(*double(gate.pooled, gate.weight), gate.dims)
+    z_error = 62 * gate.eps * plain.conv(*magnitude(gate.pooled, gate.weight), gate.dims)
+    statistics, norm = statistics.cpu().double(), norm.cpu().double()
+    for i, (m, e) in enumerate(zip(gate.per_map(z), gate.per_map(z_error), strict=True)):
+        bound = (gate.count + 8) * gate.eps
+        mean_bound = bound * m.abs().mean() + e.mean() if batch[i] else 0
+        var_bound = 2 * bound * m.square().mean() + 2 * (m.abs() * e).mean() + e.square().mean() if batch[i] else 0
+        assert (statistics[i, 0] - want[i, 0]).abs() <= mean_bound
+        assert (statistics[i, 1] - want[i, 1]).abs() <= var_bound
+        assert (statistics[i, 2] - want[i, 2]).abs() <= 2 * gate.eps
+        assert norm[i, 0] == statistics[i, 0]
+        rstd = (statistics[i, 1] + 1e-5).rsqrt()
+        assert (norm[i, 1] - rstd).abs() <= 4 * gate.eps * rstd
+        assert norm[i, 2:].tolist() == [gate.scale[i].item(), gate.shift[i].item()]
+    slope = gate.spread((norm[:, 1] * norm[:, 2]).abs()) / 4  # of the sigmoid at most
+    bound = GATE_ROUNDINGS * gate.eps + slope * (z_error + 2 * gate.eps * z.abs())
+    assert ((found.cpu().double() - plain.activate(z, norm, gate.dims)).abs() <= bound).all()
+
+
+def test_gate_without_a_norm(passes, plain, gate):
+    n = len(gate.weight)
+    nothing = [None] * n
+    arguments = gate.pooled, gate.weight, nothing, nothing, nothing, nothing, [0.0] * n, [False] * n, gate.dims
+    found, norm, statistics = passes.gate(*arguments)
+    assert norm.tolist() == [[0, 1, 1, 0]] * n and statistics.tolist() == [[0, 1, 0]] * n
+    z_error = 62 * gate.eps * plain.conv(*magnitude(gate.pooled, gate.weight), gate.dims)
+    want = plain.conv(*double(gate.pooled, gate.weight), gate.dims).sigmoid()
+    assert ((found.cpu().double() - want).abs() <= z_error / 4 + GATE_ROUNDINGS * gate.eps).all()
+
+
+def test_gate_again(passes, plain, gate):
+    """54 products; the gates are made of the z that came out."""
+    found, z = passes.gate_again(gate.pooled, gate.weight, gate.norm, gate.dims)
+    want = plain.conv(*double(gate.pooled, gate.weight), gate.dims)
+    agrees(z, want, plain.conv(*magnitude(gate.pooled, gate.weight), gate.dims), 54)
+    want, spread = plain.activate(*double(z, gate.norm), gate.dims), z.cpu().double().abs().clamp(min=1)
+    assert ((found.cpu().double() - want).abs() <= GATE_ROUNDINGS * gate.eps * spread).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
+def test_gate_saturates(passes):
+    """Far from zero a gate is exactly 0 or 1: the exponential may overflow, but not to NaN."""
+    pooled = torch.zeros(1, 2, 4, device=pass_cases.DEVICE)
+    pooled[0, 0] = torch.tensor([-1e30, -200.0, 200.0, 1e30])
+    weight = torch.zeros(1, 2, 3, 3, 3, device=pass_cases.DEVICE)
+    weight[0, 0, 1, 1, 1] = 1
+    norm = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=pass_cases.DEVICE)
+    found, _ = passes.gate_again(pooled, [weight], norm, (1, 1, 4))
+    assert found.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
+def test_gate_backward_reduce(passes, plain, gate):
+    got = passes.gate_backward_reduce(gate.grad_gate, gate.z, gate.norm, gate.dims)
+    want = plain.gate_backward_reduce(*double(gate.grad_gate, gate.z, gate.norm, gate.dims))
+    grad, z, norm = magnitude(gate.grad_gate, gate.z, gate.norm)
+    xhat = (z + gate.spread(norm[:, 0])) * gate.spread(norm[:, 1])
+    for i, (g, h) in enumerate(zip(gate.per_map(grad), gate.per_map(xhat), strict=True)):
+        bound = (GATE_ROUNDINGS + gate.count) * gate.eps * torch.stack((g.sum(), (g * h).sum()))
+        assert ((got[i].cpu().double() - want[i]).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["sums given", "sums found"])
+def test_gate_backward(passes, plain, gate, given):
+    """dz is off by GATE_ROUNDINGS of its terms; grad_pooled sums 27 products of it, grad_weight one per element, and so
+    do the sums."""
+    sums = gate.sums if given else None
+    arguments = gate.grad_gate, gate.z, gate.norm, sums, gate.statistics, gate.pooled, gate.weight, gate.dims
+    grad_pooled, grad_weight, found = passes.gate_backward(*arguments)
+    want_pooled, want_weight, want = plain.gate_backward(*double(*arguments))
+    grad, z, norm, _, statistics, pooled, weight = magnitude(*arguments[:-1])
+    xhat = (z + gate.spread(norm[:, 0])) * gate.spread(norm[:, 1])
+    scale = gate.spread(norm[:, 1] * norm[:, 2])
+    rounding = epsilon(gate.weight[0].dtype)  # of what is returned in the type of the parameters
+    if given:
+        assert torch.equal(found, sums.to(found.dtype))
+        means, rounded = gate.sums.cpu().double().abs() * statistics[:, 2:], 0
+    else:
+        terms = [
+            torch.stack((g.sum(), (g * h).sum())) for g, h in zip(gate.per_map(grad), gate.per_map(xhat), strict=True)
+        ]
+        means, rounded = torch.stack(terms) * statistics[:, 2:], gate.count
+        bound = (GATE_ROUNDINGS + gate.count) * gate.eps * torch.stack(terms)
+        assert ((found.cpu().double() - want).abs() <= bound + rounding * want.abs()).all()
+    corrected = gate.spread(means[:, 0]) + xhat * gate.spread(means[:, 1])
+    dz = scale * (grad + (1 + rounded / GATE_ROUNDINGS) * corrected)
+    sum_pooled, sum_weight = conv_backward(dz, pooled, weight, gate.dims)
+    assert ((grad_pooled.cpu().double() - want_pooled).abs() <= (GATE_ROUNDINGS + 27) * gate.eps * sum_pooled).all()
+    for i, w in enumerate(gate.weight):
+        bound = (GATE_ROUNDINGS + gate.count) * gate.eps * sum_weight[i] + rounding * want_weight[i].abs()
+        assert grad_weight[i].stride() == w.stride() and grad_weight[i].dtype == found.dtype == w.dtype
+        assert ((grad_weight[i].cpu().double() - want_weight[i]).abs() <= bound).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the NaN
+@pytest.mark.parametrize("total", [0.0, float("nan")])
+def test_gate_backward_under_fixed_statistics(passes, total):
+    """Nothing is corrected: a saturated gate has no gradient and spoils none, nor does a sum that is NaN."""
+    values = torch.tensor([[float("inf"), float("-inf"), 0.0, 1.0]], device=pass_cases.DEVICE)
+    norm = torch.tensor([[0.0, 1.0, 1.0, 0.0]]).to(values)
+    pooled, weight = torch.ones(1, 2, 4).to(values), torch.ones(1, 2, 3, 3, 3).to(values)
+    sums, statistics = torch.full((1, 2), total).to(values), torch.tensor([[0.0, 1.0, 0.0]]).to(values)
+    grad_pooled, grad_weight, _ = passes.gate_backward(
+        torch.ones_like(values), values, norm, sums, statistics, pooled, [weight], (1, 1, 4)
+    )
+    assert grad_pooled.isfinite().all() and grad_weight[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.1, 0.75])
+def test_move_statistics(passes, dtype, momentum):
+    """Rounded once on the way and once in the end."""
+
+    def running() -> list[list[torch.Tensor]]:
+        numbers = [torch.arange(1, 1 + c).to(dtype).to(pass_cases.DEVICE) for c in (1, 1, 5)]
+        return [[r.clone() for r in numbers], [2 * r for r in numbers], [torch.tensor(7), torch.tensor(0)]]
+
+    like = accumulate_dtype(dtype)
+    statistics = [torch.rand(c, 3, dtype=like).to(pass_cases.DEVICE) for c in (1, 1, 5)]
+    found, want = running(), running()
+    tracked = [number.to(pass_cases.DEVICE) for number in found[2]]
+    passes.move_statistics_(*found[:2], tracked, statistics, momentum)
+    PlainPasses.move_statistics_(*want, statistics, momentum)
+    assert [number.item() for number in tracked] == [8, 1]
+    for buffers, expected in zip(found[:2], want[:2], strict=True):
+        torch.testing.assert_close(buffers, expected, rtol=4 * epsilon(dtype), atol=0)

@@ -1,0 +1,95 @@
+"""A fresh process: the import is light, and the package works with Triton blocked and with nothing compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+x = torch.randn(4, 3, 4, 5, requires_grad=True)
+aia_kernels.STinC(2)(x).sum().backward()
+assert x.grad is not None
+"""
+BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
+NOTHING_COMPILED = """
+from pathlib import Path
+from aia_kernels import extension
+extension.LIBRARY = Path("there/is/no/such/library.so")
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_takes_little_beside_that_of_torch():
+    """It imports no other package, of torch nothing that takes long, and no network; all of it is within reach."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import aia_kernels
+found = set(sys.modules) - before
+found -= {m for m in found if m.split(".")[0] in sys.stdlib_module_names}
+print(*(m for m in found if m.split(".")[0] not in ("torch", "aia_kernels")))
+print(*(m for m in found if m.startswith(("torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed."))))
+print(*(m for m in found if m.startswith("aia_kernels.models.") or m.startswith("aia_kernels.triton")))
+aia_kernels.models.aia_resnet50, aia_kernels.functional.CinST, aia_kernels.modules.CinST, aia_kernels.reference.UNITS
+"""
+    assert run(code).split() == []
+
+
+def test_without_triton():
+    reasons = "reasons = aia_kernels.available_backends(); assert 'not installed' in reasons['triton'], reasons"
+    run(f"{BLOCK_TRITON}import torch, aia_kernels\n{STEP}\n{reasons}", TRITON_INTERPRET="1")
+
+
+def test_with_nothing_compiled():
+    reasons = "reasons = aia_kernels.available_backends(); assert 'not built' in reasons['cpu'], reasons"
+    chosen = "assert aia_kernels.backends.select('cpu', torch.float32, 'attention_in_attention') == 'reference'"
+    run(f"{BLOCK_TRITON}import torch, aia_kernels\n{NOTHING_COMPILED}\n{STEP}\n{reasons}\n{chosen}")
+
+
+def test_the_reference_alone():
+    """It needs the maps' bookkeeping and torch, and none of the machinery."""
+    code = """
+import sys, types, importlib.util
+from pathlib import Path
+root = Path(importlib.util.find_spec("aia_kernels").origin).parent
+package = types.ModuleType("aia_kernels")
+package.__path__ = [str(root)]
+sys.modules["aia_kernels"] = package
+import aia_kernels.reference
+mine = {m for m in sys.modules if m.startswith("aia_kernels")}
+print(*sorted(m for m in mine if not m.startswith("aia_kernels.reference")))
+"""
+    assert run(code).split() == ["aia_kernels", "aia_kernels.maps"]
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_command_line(interpret):
+    """The triton backend is left out of the self-check in the interpreter here: it has tests of its own."""
+    environment = {"TRITON_INTERPRET": interpret}
+    text = run(f"{BLOCK_TRITON}from aia_kernels.__main__ import main; raise SystemExit(main())", **environment)
+    for word in ("aia_kernels", "torch", "backend in force", "reference  can run; right", "triton     cannot:"):
+        assert word in text
+
+
+def test_command_line_with_an_unknown_backend():
+    code = f"{BLOCK_TRITON}from aia_kernels.__main__ import main; print('ended with', main())"
+    text = run(code, AIA_KERNELS_BACKEND="tpu")
+    for word in ("backend in force: none: unknown backend 'tpu'", "reference  can run; right", "ended with 1"):
+        assert word in text
+
+
+def test_with_a_library_that_does_not_load(tmp_path):
+    (tmp_path / "_C.so").write_text("no library")
+    broken = NOTHING_COMPILED.replace("there/is/no/such/library.so", str(tmp_path / "_C.so"))
+    reason = run(f"import torch, aia_kernels\n{broken}\n{STEP}\nprint(aia_kernels.available_backends()['cpu'])")
+    assert "file too short" in reason  # the linker's own words, which name a missing symbol or library too
+    assert "reinstall" in reason
