@@ -16,7 +16,7 @@ assert x.grad is not None
 BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
 NOTHING_COMPILED = """
 from pathlib import Path
-from aia_kernels import extension
+from aia_kernels.backends import extension
 extension.LIBRARY = Path("there/is/no/such/library.so")
 """
 
@@ -68,7 +68,8 @@ import aia_kernels.reference
 mine = {m for m in sys.modules if m.startswith("aia_kernels")}
 print(*sorted(m for m in mine if not m.startswith("aia_kernels.reference")))
 """
-    assert run(code).split() == ["aia_kernels", "aia_kernels.maps"]
+    common = "aia_kernels.common"
+    assert run(code).split() == ["aia_kernels", common, f"{common}.dtypes", f"{common}.maps"]
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
