@@ -155,6 +155,10 @@ def nvcc() -> str:
     return found
 
 
+#: Sources of csrc/cuda that are compiled as in the library where it holds no CUDA; they are small.
+COMPILED_SOURCES = ("recalibrate", "residual")
+
+
 @pytest.fixture(scope="session")
 def cuda_binaries(tmp_path_factory) -> list[Path]:
     """Machine code of csrc/cuda for sm_90: the library, if it holds CUDA, or the smaller sources, compiled here."""
@@ -163,7 +167,7 @@ def cuda_binaries(tmp_path_factory) -> list[Path]:
     if extension.has_cuda():
         return [extension.LIBRARY]
     folder, binaries = tmp_path_factory.mktemp("cuda"), []
-    for name in ("recalibrate", "double_norm", "residual"):
+    for name in COMPILED_SOURCES:
         binaries.append(folder / f"{name}.cubin")
         flags = ["-std=c++20", "-O3", "-Xptxas", "-warn-spills,-Werror", "-arch=sm_90", "-cubin"]
         command = [nvcc(), *flags, ROOT / "csrc" / "cuda" / f"{name}.cu", "-o", binaries[-1]]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, nvcc
+from conftest import COMPILED_SOURCES, ROOT, nvcc
 
 from aia_kernels.backends import extension
 from benchmarks.offline import machine_code
@@ -91,7 +91,7 @@ def run(*command) -> Iterator[str]:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("source", DEVICE, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [s for s in DEVICE if s.stem not in COMPILED_SOURCES], ids=lambda path: path.name)
 def test_nvcc_takes(source, tmp_path):
     """As the emulator's compiler does not tell a function of the host from one of the device."""
     if extension.has_cuda():
