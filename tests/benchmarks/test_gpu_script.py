@@ -112,6 +112,16 @@ def test_only_the_steps_of_a_part_run(stub, tmp_path):
     assert logs == {name for parts, name, *_ in steps() if "compile" in parts}
 
 
+@pytest.mark.parametrize("part", ["bench", "smoke"])
+def test_without_matplotlib_no_picture_is_drawn_and_nothing_fails(part, tmp_path):
+    (bare := tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in *"import matplotlib"*) exit 1 ;; esac\n')
+    bare.chmod(0o755)
+    done = script(str(tmp_path / "results"), REHEARSE="1", PYTHON=str(bare), PART=part)
+    summary = (tmp_path / "results" / "gpu-summary.txt").read_text()
+    assert done.returncode == 0 and ("matplotlib is not here" in summary) == (part == "bench")
+    assert not (tmp_path / "results" / "gpu-plot.log").exists()
+
+
 def test_a_rehearsal_leaves_measured_results_alone(stub, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").rglob("*")}
     for place in ("benchmarks/results", "benchmarks/../benchmarks/results/"):
