@@ -18,7 +18,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-all fuzz rehearse-cuda lint demo bench gpu clean
+.PHONY: help install check test test-all fuzz rehearse-cuda lint wheel demo bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -36,7 +36,7 @@ $(BIN)/python:
 	$(call make-environment,$(VENV))
 
 $(INSTALLED): setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "setuptools>=65" wheel ninja
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
 	FORCE_CUDA=$(FORCE_CUDA) $(BIN)/python -m pip install --no-build-isolation --editable ".[all]"
 	@rm -f $(VENV)/installed* && touch $@
@@ -65,6 +65,13 @@ lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+# auditwheel finds patchelf on the path. It leaves libtorch_cpu, the one library of torch that is linked, to torch.
+wheel: $(INSTALLED)  ## the wheel and the source distribution, in dist/
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
 
 demo: $(INSTALLED)  ## every layer and a ResNet-50 on a real video, fused beside published (VIDEO=path)
 	$(BIN)/python -m benchmarks.demo $(if $(VIDEO),--video "$(VIDEO)") $(ARGS)

@@ -146,4 +146,16 @@ class BuildLibrary(build_ext):
             print(f"aia_kernels: INSTALLED WITHOUT COMPILED KERNELS: {error}", flush=True)
 
 
-setup(ext_modules=[Extension("aia_kernels._C", [], optional=True)], cmdclass={"build_ext": BuildLibrary})
+COMMANDS = {"build_ext": BuildLibrary}
+if importlib.util.find_spec("setuptools.command.bdist_wheel"):  # not in the old setuptools that make gpu may meet
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class TagWheel(bdist_wheel):
+        """Tags a wheel for every Python 3 on its platform: the library has no symbol of Python."""
+
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    COMMANDS["bdist_wheel"] = TagWheel
+
+setup(ext_modules=[Extension("aia_kernels._C", [], optional=True)], cmdclass=COMMANDS)
