@@ -67,8 +67,8 @@ lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 # auditwheel finds patchelf on the path. It leaves libtorch_cpu, the one library of torch that is linked, to torch.
-wheel: $(INSTALLED)  ## the wheel and the source distribution, in dist/
-	rm -rf build/dist
+wheel: $(INSTALLED)  ## the wheel (with CUDA where nvcc is) and the source distribution, in dist/
+	rm -rf build/dist dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
 	cp build/dist/*.tar.gz dist
