@@ -29,7 +29,15 @@ LAYOUTS = ("contiguous", "channels_last", "5d", "channels_last_3d")
 
 
 class Shape(NamedTuple):
-    """B clips of T frames with C channels of H x W."""
+    """B clips of T frames with C channels of H x W.
+
+    Attributes:
+        b: Clips.
+        t: Frames of a clip.
+        c: Channels.
+        h: Rows of a frame.
+        w: Columns of a frame.
+    """
 
     b: int
     t: int
@@ -56,7 +64,18 @@ SHAPES = {
 
 
 def make_input(shape: Shape, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0, device="cpu") -> Tensor:
-    """Normal numbers, the same for all types and layouts but for rounding: [B * T, C, H, W] or, 5d, [B, C, T, H, W]."""
+    """Make an input of normal numbers, the same for all types and layouts but for rounding.
+
+    Args:
+        shape: The sizes of the clips.
+        dtype: A floating-point type.
+        layout: One of LAYOUTS.
+        seed: That of the random numbers.
+        device: Where the result lies.
+
+    Returns:
+        x, [B * T, C, H, W], or [B, C, T, H, W] for the last two layouts.
+    """
     generator = torch.Generator().manual_seed(seed)
     clips = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
     if layout in ("5d", "channels_last_3d"):
@@ -67,7 +86,15 @@ def make_input(shape: Shape, dtype: torch.dtype, layout: str = "contiguous", see
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and floating-point buffer a value that no default hides behind."""
+    """Give every parameter and floating-point buffer of a module a value that no default hides behind, in place.
+
+    Args:
+        module: Any module.
+        seed: That of the random numbers.
+
+    Returns:
+        The module.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -84,7 +111,17 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def run(module: nn.Module, x: Tensor, grad_y: Tensor, backend: str) -> dict[str, Tensor]:
-    """y, the gradients of x and of every parameter, and the buffers after one forward and backward of a copy."""
+    """Run one forward and backward of a copy of a module.
+
+    Args:
+        module: Any module that takes x alone.
+        x: Its input.
+        grad_y: The gradient of its output, in the shape of that.
+        backend: A name that use_backend takes.
+
+    Returns:
+        y, the gradients of x and of every parameter, and the floating-point buffers after it, each by its name.
+    """
     module = copy.deepcopy(module)
     x = x.detach().requires_grad_()
     with backends.use_backend(backend):
@@ -96,7 +133,13 @@ def run(module: nn.Module, x: Tensor, grad_y: Tensor, backend: str) -> dict[str,
 
 
 class Excess(NamedTuple):
-    """One result beside its budget; ``ratio`` above 1 is a failure."""
+    """One result beside its budget.
+
+    Attributes:
+        name: That of the result, as run gives it.
+        error: The largest distance to the reference in float64.
+        budget: The error that is allowed.
+    """
 
     name: str
     error: float
@@ -108,9 +151,17 @@ class Excess(NamedTuple):
 
 
 def compare(module: nn.Module, x: Tensor, grad_y: Tensor, backend: str, low: nn.Module | None = None) -> list[Excess]:
-    """Errors and budgets of every result of a module, against the reference in float64; the worst ratio first.
+    """Measure the error of every result of a module against the reference in float64.
 
-    ``low`` is the module whose reference sets the budget: by default a copy of module in the type of x.
+    Args:
+        module: Any module that takes x alone.
+        x: Its input, float32, bfloat16, float16 or float64.
+        grad_y: The gradient of its output, in the shape of that.
+        backend: The backend that is measured.
+        low: The module whose reference sets the budget; None: a copy of module in the type of x.
+
+    Returns:
+        The error and the budget of each result, the worst ratio first.
     """
     double = copy.deepcopy(module).double()
     exact = run(double, x.double(), grad_y.double(), "reference")

@@ -246,12 +246,19 @@ def _by_group(groups: Sequence[str], alone: Tensor, part: Tensor, combine: Calla
 
 
 class AttentionInAttentionFunction(torch.autograd.Function):
-    """y, statistics_of the unit = apply(x, num_segments, plan, fixed, *parameters): a unit with exact first and second
-    derivatives.
+    """A unit (arXiv 2204.09303) with exact first and second derivatives. Call its apply.
 
-    x is [B * T, C, H, W] or [B, C, T, H, W], dense in a layout of maps.ORDERS and not empty. Per gate in
-    plan.unit.letters, parameters are the weight, scale and shift of GateParameters and fixed the mean and variance.
-    Gradients flow to x and the parameters. The running statistics are the caller's business.
+    Gradients flow to x and the parameters. Running statistics are read, never written.
+
+    Args:
+        x: [B * T, C, H, W] or [B, C, T, H, W], dense in a layout of maps.ORDERS and not empty.
+        num_segments: T. Not used where x has five axes.
+        plan: The unit, its passes and its norms.
+        fixed: For each gate in plan.unit.letters the mean and the variance of GateParameters, in one sequence.
+        *parameters: For each gate the weight, the scale and the shift of GateParameters.
+
+    Returns:
+        y, shaped and stored as x, and the list statistics_of the unit.
     """
 
     @staticmethod

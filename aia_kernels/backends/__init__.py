@@ -80,7 +80,14 @@ def _check_name(name: str) -> None:
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of this process: one of NAMES or "auto"."""
+    """Choose the backend of this process.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda" or "auto".
+
+    Raises:
+        ValueError: The name is none of these.
+    """
     global _process_choice
     _check_name(name)
     _process_choice = name
@@ -91,9 +98,18 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the backend inside a with block, for this thread or task only.
 
     It reaches what a backward() inside the block calls, in every thread of autograd. Activation checkpointing calls a
-    layer again in backward(). Outside the block the layer then gets another backend, which torch.utils.checkpoint
-    refuses ("a different number of tensors was saved") or, where it is reentrant, does not notice: call backward()
+    layer again in backward(). Outside the block the layer then gets another backend. torch.utils.checkpoint refuses
+    that ("a different number of tensors was saved") or, where it is reentrant, does not notice. So call backward()
     inside the block too, or have the block in the function that is checkpointed.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda" or "auto".
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: The name is none of these.
     """
     _check_name(name)
     mine, around = threading.get_ident(), _stashed()
@@ -118,7 +134,14 @@ def _stashed() -> tuple[int, str | None]:
 
 
 def chosen_backend() -> str:
-    """The name in force: one of NAMES or "auto"."""
+    """Tell which choice is in force.
+
+    Returns:
+        One of NAMES, or "auto".
+
+    Raises:
+        ValueError: AIA_KERNELS_BACKEND names none of these.
+    """
     thread, name = _stashed()
     if thread == threading.get_ident():
         name = _choice.get()
@@ -169,9 +192,16 @@ def _compiled_reason(dispatch_key: str, family: str, reason: str | None) -> str 
 
 @functools.cache
 def why_not(name: str, device: torch.device | str, dtype: torch.dtype, family: str) -> str | None:
-    """None if backend ``name`` can run a family of FAMILIES on tensors of this kind, else why not in one sentence.
+    """Tell why a backend cannot run a family on tensors of one kind.
 
-    device: "cuda" stands for any of several CUDA devices, one with an index for itself.
+    Args:
+        name: One of NAMES.
+        device: "cuda" stands for any of several CUDA devices, one with an index for itself.
+        dtype: That of the tensors.
+        family: One of FAMILIES.
+
+    Returns:
+        The reason, a sentence, or None if the backend can run.
     """
     if name == "reference":
         return None
@@ -192,8 +222,17 @@ def why_not(name: str, device: torch.device | str, dtype: torch.dtype, family: s
 
 
 def available_backends(family: str | None = None) -> dict[str, str | None]:
-    """Each backend's name, with None if it can run a family of FAMILIES on this machine, or every family where none is
-    named; else why not in a sentence."""
+    """Tell which backends can run on this machine.
+
+    Args:
+        family: One of FAMILIES; None: all of them.
+
+    Returns:
+        For each of NAMES None if it can run the family, or all families, and else the reason, a sentence.
+
+    Raises:
+        ValueError: There is no such family.
+    """
     if family is None:
         found = [available_backends(name) for name in FAMILIES]
         return {name: next((of[name] for of in found if of[name] is not None), None) for name in NAMES}
@@ -230,8 +269,20 @@ def _resolve(choice: str, device: torch.device, dtype: torch.dtype, family: str)
 
 
 def select(device: torch.device | str, dtype: torch.dtype, family: str) -> str:
-    """The backend that runs a family on tensors of this kind; "cuda" is the current device. Under torch.compile it is
-    settled when the call is traced."""
+    """Choose the backend that runs a family on tensors of one kind. torch.compile settles it when it traces the call.
+
+    Args:
+        device: "cuda" is the current device.
+        dtype: That of the tensors.
+        family: One of FAMILIES.
+
+    Returns:
+        One of NAMES.
+
+    Raises:
+        RuntimeError: A backend was asked for by name that cannot run, with the reason.
+        ValueError: AIA_KERNELS_BACKEND names no backend.
+    """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -252,10 +303,16 @@ def _channels_last(order: str) -> str:
 
 @functools.cache
 def passes(name: str, family: str) -> Any:
-    """What the algorithm of a family takes from a backend other than the reference.
+    """Gather what the algorithm of a family takes from a backend.
 
-    Attention in Attention's passes have the names of schemas.PASSES, and map_order, and may have evaluate; external
-    attention's are the fused passes of its algorithm together with schemas.DOUBLE_NORM_PASSES.
+    Args:
+        name: "cpu", "triton" or "cuda"; the reference has no passes.
+        family: One of FAMILIES.
+
+    Returns:
+        An object with the passes as attributes, by the names of schemas.PASSES, of schemas.SHIFT_PASSES or, for
+        external attention, of its algorithm. Those of Attention in Attention have map_order beside them, and some
+        backends evaluate.
     """
     if name == "triton":
         return importlib.import_module("..triton", __package__)

@@ -14,20 +14,29 @@ from .report import Converted, Exchange, LeftAlone, Report
 def convert(model: nn.Module) -> Report:
     """Make every published layer in a model the fused layer, in place, and say what became of which.
 
-    model: any module; the layers may be nested, shared, wrapped, or the model itself. Found by the names, kinds and
-    shapes of their submodules, wherever their code comes from: the units C, ST, CinST, STinC and STinC2 of Attention in
-    Attention; EANet's External_attention; EAMLP's Attention; the attention of its T2T stages; and external attention by
-    two linear layers. A layer is converted if its forward computes what the fused layer computes, which is tried on a
-    small copy with random parameters: output, gradients and buffers, in evaluation and in training. A layer whose
-    forward leaves more behind (an attention map that it keeps, a list it appends to, a counter) is left alone.
+    Layers are found by the names, kinds and shapes of their submodules, wherever their code comes from: the units C,
+    ST, CinST, STinC and STinC2 of Attention in Attention (arXiv 2204.09303); EANet's External_attention, EAMLP's
+    Attention and the attention of its T2T stages (arXiv 2105.02358); and external attention by two linear layers. A
+    layer is converted if its forward computes what the fused layer computes. This is tried on a small copy with random
+    parameters: output, gradients and buffers, in evaluation and in training.
 
-    A converted layer is the same object with another class. Its parameters and buffers, hence optimizers and the keys
-    of the state dict; its training mode, device, dtype, requires_grad; num_segments, dropouts and the settings of its
-    batch norms; and its own hooks: all stay. A layer with hooks on its submodules, a look-alike of other shapes and one
-    with a forward of its own are left alone and named in the report.
+    A converted layer is the same object with another class. It keeps its parameters and buffers, and so optimizers and
+    the keys of the state dict; its training mode, device, dtype and requires_grad; num_segments, dropouts and the
+    settings of its batch norms; and its own hooks.
 
-    Returns a Report: ``model`` (the object that was given), ``converted``, ``left_alone``, ``already_fused``, and
-    ``undo()``, which gives the layers their own classes back. ``to_reference`` makes the fused layers plain PyTorch.
+    These are left alone, and named in the report: a layer with hooks on its submodules, a look-alike of other shapes,
+    one with a forward of its own, and one whose forward leaves something behind (an attention map that it keeps, a list
+    that it appends to, a counter).
+
+    Args:
+        model: Any module. The layers may be nested, shared, wrapped, or the model itself.
+
+    Returns:
+        What became of the layers; its undo() gives them their own classes back. to_reference makes the fused layers
+        plain PyTorch.
+
+    Raises:
+        TypeError: The model is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")

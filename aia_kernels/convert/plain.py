@@ -207,13 +207,22 @@ PLAIN_LAYERS = {
 
 
 def to_reference(model: nn.Module) -> nn.Module:
-    """Make every fused layer in a model a plain PyTorch module, in place; returns the model.
+    """Make every fused layer in a model a plain PyTorch module, in place.
 
     The result calls its submodules and PyTorch's own operators, in the published order and whatever the backend: for
     torch.onnx.export, TensorRT, torch.fx, quantisation and TorchScript. Layers keep their parameters, buffers, keys,
-    settings, modes and hooks, as under ``convert``, which makes them fused again. TypeError, before anything is
-    changed, names the modules whose class derives from a fused layer and has a forward of its own, or overrides what
-    nn.Module does (as FSDP's classes do): what is plain for them is unknown.
+    settings, modes and hooks. convert makes them fused again.
+
+    Args:
+        model: Any module. The layers may be nested, shared, wrapped, or the model itself.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: The model is no module. Or it has modules, which the message names, whose class derives from a fused
+            layer and has a forward of its own, or overrides what nn.Module does (as FSDP's classes do): what is plain
+            for them is unknown. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")

@@ -10,7 +10,13 @@ from torch import nn
 
 
 class Converted(NamedTuple):
-    """A layer that was exchanged: all its names in the model (the model itself is ""), and the class before and now."""
+    """A layer that was exchanged.
+
+    Attributes:
+        names: All its names in the model; the model itself is "".
+        before: The name of its class before.
+        now: The name of its class now.
+    """
 
     names: tuple[str, ...]
     before: str
@@ -18,7 +24,13 @@ class Converted(NamedTuple):
 
 
 class LeftAlone(NamedTuple):
-    """A layer with the names of a published one that was left as it is: all its names, its class, and why."""
+    """A layer with the submodules of a published one that was left as it is.
+
+    Attributes:
+        names: All its names in the model; the model itself is "".
+        kind: The name of its class.
+        reason: Why it was left alone, a sentence.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -35,17 +47,27 @@ class Exchange(NamedTuple):
 
 @dataclass(repr=False)
 class Report:
-    """The result of convert: ``model``, the same object that was given, and what became of its layers. Prints well."""
+    """The result of convert; it prints well.
+
+    Attributes:
+        model: The object that was given.
+        converted: The layers that were exchanged.
+        left_alone: The layers that look like published ones and were left as they are.
+        already_fused: The names of layers of this package that the model had before.
+    """
 
     model: nn.Module
     converted: list[Converted] = field(default_factory=list)
     left_alone: list[LeftAlone] = field(default_factory=list)
-    #: Names of layers of this package that the model had before.
     already_fused: list[str] = field(default_factory=list)
     _exchanges: list[Exchange] = field(default_factory=list)
 
     def undo(self) -> nn.Module:
-        """Give every converted layer its own class back; returns the model. What was trained since stays trained."""
+        """Give every converted layer its own class back. What was trained since stays trained.
+
+        Returns:
+            The model.
+        """
         while self._exchanges:
             module, kind, added = self._exchanges.pop()
             module.__class__ = kind

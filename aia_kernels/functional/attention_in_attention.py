@@ -1,6 +1,6 @@
-"""The units as functions: validate, choose a road, call.
+"""The units as functions: check, choose a path, call.
 
-The roads of a call that has something to compute:
+The paths of a call that has something to compute:
 
 1. where the call is recorded (torch.compile, torch.export, make_fx, selective checkpointing): the registered operators
    (operators/);
@@ -38,27 +38,98 @@ WEIGHT_SHAPE = (1, 2, 3, 3, 3)
 
 
 def C(x: Tensor, c: Gate, num_segments: int = 8) -> Tensor:
-    """y = x * g_C(x). See attention_in_attention."""
+    """Channel attention: y = x * g_C(x).
+
+    Args:
+        x: As of attention_in_attention.
+        c: The gate over C.
+        num_segments: As of attention_in_attention.
+
+    Returns:
+        y, shaped and stored as x.
+
+    Raises:
+        TypeError, ValueError: As attention_in_attention.
+    """
     return attention_in_attention(x, "C", (c,), num_segments)
 
 
 def ST(x: Tensor, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
-    """y = x * (g_T(x) + g_H(x) + g_W(x)) / 3. See attention_in_attention."""
+    """Spacetime attention: y = x * (g_T(x) + g_H(x) + g_W(x)) / 3.
+
+    Args:
+        x: As of attention_in_attention.
+        t: The gate over T.
+        h: The gate over H.
+        w: The gate over W.
+        num_segments: As of attention_in_attention.
+
+    Returns:
+        y, shaped and stored as x.
+
+    Raises:
+        TypeError, ValueError: As attention_in_attention.
+    """
     return attention_in_attention(x, "ST", (t, h, w), num_segments)
 
 
 def CinST(x: Tensor, c: Gate, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
-    """y = x * G_ST(x * g_C(x)): channel attention inside spacetime attention. See attention_in_attention."""
+    """Channel attention inside spacetime attention: y = x * G_ST(x * g_C(x)).
+
+    Args:
+        x: As of attention_in_attention.
+        c: The gate over C.
+        t: The gate over T.
+        h: The gate over H.
+        w: The gate over W.
+        num_segments: As of attention_in_attention.
+
+    Returns:
+        y, shaped and stored as x.
+
+    Raises:
+        TypeError, ValueError: As attention_in_attention.
+    """
     return attention_in_attention(x, "CinST", (c, t, h, w), num_segments)
 
 
 def STinC(x: Tensor, c: Gate, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
-    """y = x * g_C(x * G_ST(x)): spacetime attention inside channel attention. See attention_in_attention."""
+    """Spacetime attention inside channel attention: y = x * g_C(x * G_ST(x)).
+
+    Args:
+        x: As of attention_in_attention.
+        c: The gate over C.
+        t: The gate over T.
+        h: The gate over H.
+        w: The gate over W.
+        num_segments: As of attention_in_attention.
+
+    Returns:
+        y, shaped and stored as x.
+
+    Raises:
+        TypeError, ValueError: As attention_in_attention.
+    """
     return attention_in_attention(x, "STinC", (c, t, h, w), num_segments)
 
 
 def STinC2(x: Tensor, c: Gate, t: Gate, h: Gate, w: Gate, num_segments: int = 8) -> Tensor:
-    """STinC with each spacetime gate averaged over C after its sigmoid. See attention_in_attention."""
+    """STinC with each spacetime gate averaged over C after its sigmoid.
+
+    Args:
+        x: As of attention_in_attention.
+        c: The gate over C.
+        t: The gate over T.
+        h: The gate over H.
+        w: The gate over W.
+        num_segments: As of attention_in_attention.
+
+    Returns:
+        y, shaped and stored as x.
+
+    Raises:
+        TypeError, ValueError: As attention_in_attention.
+    """
     return attention_in_attention(x, "STinC2", (c, t, h, w), num_segments)
 
 
@@ -70,12 +141,24 @@ _ORDERS = {
 
 
 def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segments: int = 8) -> Tensor:
-    """Apply a unit of arXiv 2204.09303: y = x * G_outer(x * G_inner(x)).
+    """Apply a unit of Attention in Attention (arXiv 2204.09303): y = x * G_outer(x * G_inner(x)).
 
-    x: [B * T, C, H, W] with T = num_segments, contiguous or channels_last; or [B, C, T, H, W], contiguous or
-    channels_last_3d, and then num_segments is not used; other strides cost a copy. float32, bfloat16, float16, float64.
-    unit: "C", "ST", "CinST", "STinC" or "STinC2". gates: one Gate per letter of C, T, H, W that the unit has, in this
-    order. Returns y, shaped and stored as x. Running statistics are updated where a norm says so.
+    Running statistics are updated where a norm says so.
+
+    Args:
+        x: [B * T, C, H, W] with T = num_segments, contiguous or channels_last, or [B, C, T, H, W], contiguous or
+            channels_last_3d. Other strides cost a copy. float32, bfloat16, float16 or float64.
+        unit: "C", "ST", "CinST", "STinC" or "STinC2".
+        gates: A Gate for each letter of C, T, H, W that the unit has, in this order: its weight [1, 2, 3, 3, 3], and
+            its norm or None.
+        num_segments: T, the frames of a clip. Not used where x has five axes.
+
+    Returns:
+        y, shaped and stored as x, in its type.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected.
+        RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     described = _unit(unit)
     num_segments = check_clips(x, num_segments)

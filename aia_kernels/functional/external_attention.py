@@ -1,6 +1,6 @@
-"""External attention as functions: validate, choose a road, call.
+"""External attention as functions: check, choose a path, call.
 
-The roads of a call that has something to compute are those of the first family:
+The paths of a call that has something to compute are those of Attention in Attention:
 
 1. where the call is recorded (torch.compile, torch.export, make_fx, selective checkpointing): the registered operators
    (operators/external_attention.py);
@@ -44,12 +44,21 @@ def double_normalize(
 ) -> Tensor:
     """A = P / (eps + the sum of P over slots), P = softmax over tokens of the logits (arXiv 2105.02358, equation 6).
 
-    logits: [..., N, M], N tokens by M slots; float32, bfloat16, float16 or float64, normalised in float32 or float64.
-    group: the slots are normalised in consecutive groups of this many (RTFormer); None means all M together.
-    padding_mask: boolean, the shape of the logits without M, or [B, N] with B the first of the leading axes; True where
-    a token takes no part: it weighs nothing and its A is 0. A sample of such tokens alone gives zeros. process_group:
-    its members hold the tokens in shards, each at least one, and A is a shard of the whole's. Returns A, contiguous,
-    in the shape and type of the logits. Errors are TypeError and ValueError with the name of the argument.
+    Args:
+        logits: [..., N, M], N tokens by M slots; float32, bfloat16, float16 or float64, normalised in float32 or
+            float64.
+        group: The slots are normalised in consecutive groups of this many (RTFormer); None means all M together.
+        eps: Added to the sum over slots.
+        padding_mask: Boolean, the shape of the logits without M, or [B, N] with B the first of the leading axes. True
+            where a token takes no part: it weighs nothing and its A is 0. A sample of such tokens alone gives zeros.
+        process_group: Its members hold the tokens in shards, each at least one, and A is a shard of the whole's.
+
+    Returns:
+        A, contiguous, in the shape and type of the logits.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected.
+        RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     check_tensor("logits", logits)
     if logits.ndim < 2:
@@ -177,12 +186,24 @@ def external_attention(
 def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, *, eps: float = 1e-9) -> Tensor:
     """y = relu(BN(A V^T) + x), A = double_normalize(x K^T) per token of x: EANet's block with its convolutions folded.
 
-    x: [B, C, H, W], contiguous or channels_last (other strides cost a copy); float32, bfloat16, float16 or float64; its
-    H * W positions are the tokens. key: K, [S, C]; value: V, [C, S]; one group of S slots. norm: BN over C channels, in
-    training by the statistics of batch and positions; its running statistics are updated where it says so.
-    Returns y, shaped and stored as x. Under autocast K and V may be float32 or of the autocast's type; the products are
-    in the autocast's type where x has it, and in float32 where x, and so the residual stream, is float32.
-    Errors are TypeError and ValueError with the name of the argument, before anything runs.
+    Under autocast K and V may be float32 or of the autocast's type. The products are in the autocast's type where x has
+    it, and in float32 where x, and so the residual stream, is float32.
+
+    Args:
+        x: [B, C, H, W], contiguous or channels_last (other strides cost a copy); float32, bfloat16, float16 or float64.
+            Its H * W positions are the tokens.
+        key: K, [S, C], one group of S slots.
+        value: V, [C, S].
+        norm: BN over C channels, in training by the statistics of batch and positions. Its running statistics are
+            updated where it says so.
+        eps: Added to the sum over slots.
+
+    Returns:
+        y, shaped and stored as x.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected, before anything runs.
+        RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     check_tensor("x", x)
     if x.ndim != 4:
@@ -222,7 +243,7 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
 def _block_through_passes(
     x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """y and the statistics [C, 3] by one of the roads 1, 3 and 4."""
+    """y and the statistics [C, 3] by one of the paths 1, 3 and 4."""
     members = _group_name(norm.process_group if norm.training else None)
     fixed = None if norm.uses_batch else torch.stack((norm.running_mean, norm.running_var))
     key, value = contiguous(key, value)

@@ -1,4 +1,4 @@
-"""The temporal shift as a function: validate, choose a road, call. The roads are those of the first family."""
+"""The temporal shift as a function: check, choose a path, call. The paths are those of Attention in Attention."""
 
 from __future__ import annotations
 
@@ -21,11 +21,21 @@ FAMILY = "temporal_shift"
 def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tensor:
     """Shift a part of the channels by one frame in time (arXiv 1811.08383), in one pass.
 
-    x: [B * T, C, H, W] with T = num_segments, contiguous or channels_last; or [B, C, T, H, W], contiguous or
-    channels_last_3d, and then num_segments is not used; other strides cost a copy. float32, bfloat16, float16, float64.
     The first C // fold_div channels of a frame come from the next frame of its clip, as many again from the previous
-    one, 0 where there is none, and the others stay. Returns y, shaped and stored as x. Errors are TypeError and
-    ValueError with the name of the argument.
+    one, 0 where there is none, and the others stay.
+
+    Args:
+        x: [B * T, C, H, W] with T = num_segments, contiguous or channels_last, or [B, C, T, H, W], contiguous or
+            channels_last_3d. Other strides cost a copy. float32, bfloat16, float16 or float64.
+        num_segments: T, the frames of a clip. Not used where x has five axes.
+        fold_div: At least 2; a share of 2 / fold_div of the channels moves.
+
+    Returns:
+        y, shaped and stored as x, in its type.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected.
+        RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     num_segments, fold_div = check_clips(x, num_segments), check_integer("fold_div", fold_div)
     if fold_div < 2:

@@ -22,7 +22,13 @@ KEYS = ("state_dict", "model", "net")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that does not fit. Its keys, all of them, are in the message and in missing, extra and misshaped."""
+    """A checkpoint that does not fit a model. The message and the attributes list all the keys that do not.
+
+    Args:
+        missing: Keys of the model that the checkpoint lacks.
+        extra: Keys of the checkpoint that the model lacks.
+        misshaped: Keys that both have with different shapes, each with what came and what is expected.
+    """
 
     def __init__(self, missing: Iterable[str], extra: Iterable[str], misshaped: Mapping[str, str]):
         self.missing, self.extra, self.misshaped = list(missing), list(extra), list(misshaped)
@@ -37,25 +43,44 @@ class CheckpointError(RuntimeError):
 def load_checkpoint(model: nn.Module, source: Source, allowed: Iterable[str] = ()) -> None:
     """Load a checkpoint of the same network: every key of the model must be in it, and no other.
 
-    source: the path of a file that torch.save wrote, or what was saved: a state dict, or a dictionary that holds one as
-    "state_dict", "model" or "net". Wrappers do not matter: "module." and "_orig_mod." are taken off the keys, and a
-    wrapped model is loaded inside. Parameters and buffers keep their identity, type and device. Keys that are missing,
-    extra or mis-shaped are a CheckpointError that lists them.
+    Wrappers do not matter: "module." and "_orig_mod." are taken off the keys, and a wrapped model is loaded inside.
+    Parameters and buffers keep their identity, type and device.
 
-    allowed: a file is read without running anything that stands in it. Beside the weights trainers write their
-    arguments or numpy's numbers, whose classes torch.load then refuses: a pickle.UnpicklingError lists them. Of a file
-    that you trust, name them here ("argparse.Namespace", "numpy.dtype"): each named class or function may be called.
+    A file is read without running anything that stands in it. Trainers write their arguments or numpy's numbers beside
+    the weights, and torch.load refuses the classes of these. If you trust the file, name them in allowed.
+
+    Args:
+        model: The network, or a wrapper around it.
+        source: The path of a file that torch.save wrote, or what was saved: a state dict, or a dictionary that holds
+            one as "state_dict", "model" or "net".
+        allowed: Names of classes and functions that may be called to read the file, such as "argparse.Namespace" and
+            "numpy.dtype".
+
+    Raises:
+        CheckpointError: Keys are missing, extra or mis-shaped; it lists them, and nothing was loaded.
+        pickle.UnpicklingError: The file holds classes that are not allowed; it lists them.
+        TypeError, ValueError: The source holds no state dict, or allowed names what does not exist.
     """
     _fill(_unwrapped(model), read_state(source, allowed), optional=lambda key: False)
 
 
 def load_imagenet(model: nn.Module, source: Source, allowed: Iterable[str] = ()) -> list[str]:
-    """Load the weights of an ImageNet ResNet, named as torchvision's, into an AIAResNet or a VideoNet around one.
+    """Load the weights of an ImageNet ResNet, named as torchvision's, into one of the ResNets of this package.
 
-    source and allowed: as for load_checkpoint; nothing is downloaded. The classifier ``fc`` is loaded where the model
-    has one of the same shape and left as it is elsewhere. The units and num_batches_tracked, which old files lack, may
-    be missing.
-    Returns the keys of the model that were not loaded. What else does not fit is a CheckpointError.
+    Nothing is downloaded. The classifier ``fc`` is loaded where the model has one of the same shape and left as it is
+    elsewhere. The units may be missing, and so may num_batches_tracked, which old files lack.
+
+    Args:
+        model: An AIAResNet, a DilatedResNet, a VideoNet or a wrapper around one.
+        source: As for load_checkpoint.
+        allowed: As for load_checkpoint.
+
+    Returns:
+        The keys of the model that were not loaded.
+
+    Raises:
+        CheckpointError: Other keys are missing, extra or mis-shaped; nothing was loaded.
+        pickle.UnpicklingError, TypeError, ValueError: As load_checkpoint.
     """
     model = _unwrapped(model)
     network = getattr(model, "base_model", model)
@@ -69,7 +94,19 @@ def load_imagenet(model: nn.Module, source: Source, allowed: Iterable[str] = ())
 
 
 def read_state(source: Source, allowed: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The state dict of a source, as load_checkpoint takes it, on the CPU and without the prefixes of wrappers."""
+    """Read the state dict of a source, without the prefixes of wrappers.
+
+    Args:
+        source: As for load_checkpoint.
+        allowed: As for load_checkpoint.
+
+    Returns:
+        Tensors by key; those of a file are on the CPU.
+
+    Raises:
+        pickle.UnpicklingError: The file holds classes that are not allowed; it lists them.
+        TypeError, ValueError: The source holds no state dict, or allowed names what does not exist.
+    """
     if not isinstance(source, Mapping | str | PathLike):
         raise TypeError(f"source: got {type(source).__name__}, expected the path of a checkpoint or a dictionary")
     found = source if isinstance(source, Mapping) else _load(source, list(allowed))

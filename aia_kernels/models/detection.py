@@ -22,8 +22,16 @@ from .dilated_resnet import DilatedResNet
 class FeaturePyramid(nn.Module):
     """Lateral 1x1 convolutions, a top-down path and 3x3 convolutions (arXiv 1612.03144).
 
-    maps: [B, channels[i], h_i, w_i] from fine to coarse. Returns as many [B, out_channels, h_i, w_i], and at the end
-    the coarsest again at half its resolution, from which the region proposals of large objects come.
+    It takes maps, a sequence of [B, channels[i], h_i, w_i] from fine to coarse, and returns a list of as many [B,
+    out_channels, h_i, w_i]. At its end stands the coarsest once more at half its resolution, from which the region
+    proposals of large objects come.
+
+    Args:
+        channels: Those of each map, from fine to coarse.
+        out_channels: Those of every result.
+
+    Raises:
+        ValueError: In forward, the number of maps is another.
     """
 
     def __init__(self, channels: Sequence[int], out_channels: int = 256):
@@ -52,13 +60,21 @@ class FeaturePyramid(nn.Module):
 class ExternalAttentionFPN(nn.Module):
     """ResNet with EANet's block after some of its stages, and a feature pyramid over all four.
 
-    images: [B, 3, H, W]. Returns an OrderedDict of maps with out_channels each, at a quarter of the images' resolution
-    ("0"), an eighth ("1"), a sixteenth ("2") and a thirty-second ("3"), and "pool" at half of that.
-    trunk: the depth of a torchvision ResNet, 50, 101 or 152, or a DilatedResNet, into which ImageNet weights may have
-    been loaded. attention: the stages, 1 to 4, that a block follows; k: its slots.
+    It takes images [B, 3, H, W] and returns an OrderedDict of maps with out_channels each, at a quarter of the images'
+    resolution ("0"), an eighth ("1"), a sixteenth ("2") and a thirty-second ("3"), and "pool" at half of that.
 
     State dict: body.* (the ResNet, without its classifier), attention.<stage>.* (ExternalAttention2d) and fpn.*
     (torchvision's FeaturePyramidNetwork).
+
+    Args:
+        trunk: The depth of a torchvision ResNet, 50, 101 or 152, or a DilatedResNet, into which ImageNet weights may
+            have been loaded.
+        attention: The stages, 1 to 4, that a block follows.
+        out_channels: The channels of every map of the result.
+        k: The slots of each block.
+
+    Raises:
+        ValueError: The depth is unknown, or attention names no stage.
     """
 
     def __init__(

@@ -54,14 +54,23 @@ class Bottleneck(nn.Module):
 class DilatedResNet(nn.Module):
     """ResNet-50, 101 or 152 whose last maps are 8, 16 or 32 times smaller than the images.
 
-    images: [B, 3, H, W]. forward returns the maps of the four stages, a list of [B, 256, H / 4, W / 4], then 512, 1024
-    and 2048 channels at H / 8, H / 16 and H / 32, or where stride stops that: strides become dilations, and in the last
-    stage 1, 2 and 4 times the dilation, as in the published network (arXiv 1706.05587 has the scheme).
+    It takes images [B, 3, H, W] and returns the maps of the four stages as a list: [B, 256, H / 4, W / 4], then 512,
+    1024 and 2048 channels at H / 8, H / 16 and H / 32. Where stride stops that, strides become dilations. The blocks of
+    the last stage then have 1, 2 and 4 times its dilation, as in the published network (arXiv 1706.05587 has the
+    scheme).
 
-    deep_stem: three 3x3 convolutions (64, 64, 128), as the published segmentation networks have, and their ImageNet
-    checkpoints; False: one 7x7 (64), as torchvision's. width: takes the place of 64, and all channels with it.
-    momentum: that of the batch norms. The attribute channels holds those of the four maps. load_imagenet fills the
-    network from a local file.
+    The attribute channels holds those of the four maps. load_imagenet fills the network from a local file.
+
+    Args:
+        depth: 50, 101 or 152.
+        stride: 8, 16 or 32: how many times smaller than the images the last maps are.
+        deep_stem: Three 3x3 convolutions (64, 64, 128), as the published segmentation networks and their ImageNet
+            checkpoints have; False: one 7x7 (64), as torchvision's.
+        momentum: That of the batch norms.
+        width: Takes the place of 64, and all channels with it.
+
+    Raises:
+        ValueError: depth or stride is not in these lists, or width is below 1.
     """
 
     def __init__(
@@ -114,11 +123,22 @@ class DilatedResNet(nn.Module):
                 module.weight.normal_(0, math.sqrt(2 / fan_out))
 
     def stem(self, images: Tensor) -> Tensor:
-        """The maps [B, channels, H / 4, W / 4] that the first stage takes."""
+        """Run what stands before the first stage.
+
+        Args:
+            images: [B, 3, H, W].
+
+        Returns:
+            The maps [B, channels, H / 4, W / 4] that the first stage takes.
+        """
         return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
     def stages(self) -> list[nn.Sequential]:
-        """The four stages, in order."""
+        """List the stages.
+
+        Returns:
+            The four stages, in order.
+        """
         return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -138,19 +138,35 @@ def sinusoid(positions: int, features: int) -> Tensor:
 
 
 class EAMLP(nn.Module):
-    """The published T2T_ViT with external attention: images to logits.
+    """The published T2T_ViT with external attention (arXiv 2105.02358): images to logits.
 
-    images: [B, in_chans, H, W] with (H, W) = img_size, an integer or a pair of multiples of 16; logits:
-    [B, num_classes], or the features [B, embed_dim] that the classifier sees where num_classes is 0. Errors are
-    ValueErrors with the name of the argument. drop_path_rate is reached in the last block, growing linearly from 0 in
-    the first.
+    It takes images [B, in_chans, H, W] and returns logits [B, num_classes]. Where num_classes is 0 it returns what the
+    classifier would see, [B, embed_dim].
 
-    global_pool: those features are the class token's as published ("token"), or the mean ("avg") or maximum ("max") of
-    all tokens'. External attention tells a token of the others only by what each slot sums up over tokens, so the class
-    token learns late; on small data the mean learns at once.
+    External attention tells a token of the others only by what each slot sums up over the tokens. So the class token
+    learns late; on small data the mean of all tokens learns at once (global_pool).
 
-    pos_embed is a parameter that is not trained: the table of ``sinusoid``, whose length depends on img_size, as does
-    nothing else in the state dict.
+    pos_embed is a parameter that is not trained: the table of ``sinusoid``. Its length depends on img_size; nothing
+    else in the state dict does.
+
+    Args:
+        img_size: (H, W) in pixels, an integer or a pair of multiples of 16.
+        in_chans: The channels of the images.
+        num_classes: 0: no classifier.
+        embed_dim: The features of a token in the blocks.
+        depth: The number of blocks.
+        num_heads: A quarter of the heads of each block, as published.
+        mlp_ratio: The hidden features of each MLP, as a multiple of embed_dim.
+        drop_rate: The probability of dropout on tokens, in MLPs and after attention.
+        attn_drop_rate: The probability of dropout on the attention maps of the blocks.
+        drop_path_rate: The probability that a sample leaves out the branches of the last block; it grows linearly from
+            0 in the first.
+        token_dim: The features of a token in the T2T stages.
+        global_pool: What the classifier sees: the class token as published ("token"), or the mean ("avg") or the
+            maximum ("max") of all tokens.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected.
     """
 
     def __init__(
@@ -206,19 +222,42 @@ class EAMLP(nn.Module):
                 module.tie()
 
     def no_weight_decay(self) -> set[str]:
-        """The names of parameters that an optimizer should not decay."""
+        """Name the parameters that an optimizer should not decay.
+
+        Returns:
+            Their names, as timm asks for them.
+        """
         return {"cls_token"}
 
     def get_classifier(self) -> nn.Module:
+        """Get the classifier.
+
+        Returns:
+            The linear layer ``head``, or an Identity where num_classes is 0.
+        """
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new head, for num_classes classes, of the type and on the device of the network; 0: none."""
+        """Put a new classifier in place of the old, of the type and on the device of the network.
+
+        Args:
+            num_classes: 0: no classifier.
+        """
         self.num_classes = num_classes
         self.head = self._new_head().to(self.cls_token)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, [B, embed_dim]."""
+        """Run all but the classifier.
+
+        Args:
+            images: [B, in_chans, H, W] with (H, W) = img_size.
+
+        Returns:
+            What the classifier sees, [B, embed_dim].
+
+        Raises:
+            ValueError: The images have another size.
+        """
         if images.ndim != 4 or tuple(images.shape[2:]) != self.img_size:
             height, width = self.img_size
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected [B, channels, {height}, {width}]")
@@ -234,15 +273,36 @@ class EAMLP(nn.Module):
 
 
 def eamlp_7(**settings) -> EAMLP:
-    """EAMLP of 7 blocks, 256 features, 4 heads (T2t_vit_7), 5.9 million parameters. settings: those of EAMLP."""
+    """EAMLP of 7 blocks, 256 features, 4 heads (T2t_vit_7), 5.9 million parameters.
+
+    Args:
+        **settings: Arguments of EAMLP, which take the place of these.
+
+    Returns:
+        The network, with new weights.
+    """
     return EAMLP(**{"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0, **settings})
 
 
 def eamlp_14(**settings) -> EAMLP:
-    """EAMLP of 14 blocks, 384 features, 6 heads (T2t_vit_14), 29.9 million parameters. settings: those of EAMLP."""
+    """EAMLP of 14 blocks, 384 features, 6 heads (T2t_vit_14), 29.9 million parameters.
+
+    Args:
+        **settings: Arguments of EAMLP, which take the place of these.
+
+    Returns:
+        The network, with new weights.
+    """
     return EAMLP(**{"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0, **settings})
 
 
 def eamlp_19(**settings) -> EAMLP:
-    """EAMLP of 19 blocks, 448 features, 7 heads (T2t_vit_19), 54.6 million parameters. settings: those of EAMLP."""
+    """EAMLP of 19 blocks, 448 features, 7 heads (T2t_vit_19), 54.6 million parameters.
+
+    Args:
+        **settings: Arguments of EAMLP, which take the place of these.
+
+    Returns:
+        The network, with new weights.
+    """
     return EAMLP(**{"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3.0, **settings})

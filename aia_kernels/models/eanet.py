@@ -27,18 +27,27 @@ class ConvBNReLU(nn.Module):
 class EANet(nn.Module):
     """The published segmentation network: trunk, 3x3 convolution, external attention, 3x3 convolution, classifier.
 
-    img: [B, 3, H, W]. Returns scores [B, n_classes, H, W], resized bilinearly from the trunk's resolution with corners
-    aligned, to ``size`` (h, w) where it is given. In training, with labels lbl [B, H, W] (int64), it returns instead
-    the loss of each image [B], the cross entropy averaged over all pixels, those labelled 255 counting as 0.
+    It takes img [B, 3, H, W] and returns scores [B, n_classes, H, W]. They are resized bilinearly from the trunk's
+    resolution, with corners aligned, to img's or to size (h, w) where that is given. In training with labels lbl [B, H,
+    W] (int64) it returns instead the loss of each image [B]: the cross entropy averaged over all pixels, where those
+    labelled 255 count as 0.
 
-    backbone: the depth of a ResNet, 50, 101 or 152, whose maps are ``stride`` (8 or 16; 32) times smaller than the
-    images, or a module that returns maps: a tensor [B, channels, h, w], or a list or mapping of which the last is taken
-    (what torchvision's and timm's feature extractors return); then ``channels`` is required. A DilatedResNet is laid
-    out as the published extractor, so ImageNet weights loaded into it beforehand stay where they are.
-    width: channels in the attention block (512 as published), half as many after it. k: its slots. momentum: that of
-    the batch norms; the published settings hold 0.1 and name 3e-4 as their default.
+    A DilatedResNet is laid out as the published extractor, so ImageNet weights loaded into it beforehand stay where
+    they are. State dict, as published: extractor.* (the modules of the ResNet by their number), fc0, linu (the block),
+    fc1, fc2.
 
-    State dict, as published: extractor.* (the modules of the ResNet by their number), fc0, linu (the block), fc1, fc2.
+    Args:
+        n_classes: The number of classes.
+        backbone: The depth of a ResNet, 50, 101 or 152, or a module that returns maps: a tensor [B, channels, h, w], or
+            a list or mapping of which the last is taken (what torchvision's and timm's feature extractors return).
+        stride: How many times smaller than the images the maps of such a ResNet are: 8, 16 or 32.
+        channels: Those of the maps of a backbone; required where it is another module than a DilatedResNet.
+        width: The channels in the attention block (512 as published); after it there are half as many.
+        k: The slots of the block.
+        momentum: That of the batch norms; the published settings hold 0.1 and name 3e-4 as their default.
+
+    Raises:
+        ValueError: A size is below 1, the depth or stride is unknown, or channels is missing.
     """
 
     def __init__(

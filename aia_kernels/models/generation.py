@@ -21,8 +21,12 @@ from ..modules import ExternalAttention
 class SpectralExternalAttention(nn.Module):
     """y = x + gamma * EA(x) on maps, spectral norm on both memories, and gamma a scalar that starts at 0.
 
-    x: [B, c, H, W]; y is shaped as x. k is the number of slots. No batch norm: a penalty on the gradient of each image
+    It takes x [B, c, H, W] and returns y of that shape. It has no batch norm: a penalty on the gradient of each image
     would be one on that of the batch.
+
+    Args:
+        c: The channels of x.
+        k: The number of slots.
     """
 
     def __init__(self, c: int, k: int = 64):
@@ -93,10 +97,17 @@ def _doublings(image_size: int, attention_at: int) -> int:
 
 
 class Generator(nn.Module):
-    """Latent vectors to images: z [B, latent] -> [B, 3, image_size, image_size], in -1 to 1.
+    """Latent vectors to images: it takes z [B, latent] and returns [B, 3, image_size, image_size], in -1 to 1.
 
-    channels: of the maps at image_size; each halving of the resolution doubles them, up to 16 times channels.
-    attention_at: the resolution of the maps that external attention of k slots sees.
+    Args:
+        latent: The length of a latent vector.
+        channels: Those of the maps at image_size; each halving of the resolution doubles them, up to 16 times channels.
+        image_size: The height and width of an image in pixels, a power of 2 from 8.
+        attention_at: The resolution of the maps that external attention sees, a power of 2 from 8 to image_size.
+        k: The slots of the attention.
+
+    Raises:
+        ValueError: image_size or attention_at is none of these.
     """
 
     def __init__(
@@ -122,10 +133,17 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images to scores: [B, 3, image_size, image_size] -> [B].
+    """Images to scores: it takes images [B, 3, image_size, image_size] and returns [B].
 
-    channels: of the maps after the first halving of the resolution; each further one doubles them, up to 16 times
-    channels. attention_at: the resolution of the maps that external attention of k slots sees, below image_size.
+    Args:
+        channels: Those of the maps after the first halving of the resolution; each further one doubles them, up to 16
+            times channels.
+        image_size: The height and width of an image in pixels, a power of 2 from 8.
+        attention_at: The resolution of the maps that external attention sees, a power of 2 from 8 and below image_size.
+        k: The slots of the attention.
+
+    Raises:
+        ValueError: image_size or attention_at is none of these.
     """
 
     def __init__(self, channels: int = 64, image_size: int = 32, attention_at: int = 16, k: int = 64):
@@ -147,10 +165,21 @@ class Discriminator(nn.Module):
 
 
 def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
-    """The mean of (|d score / d image| - 1)^2 over images between real and fake ones: WGAN-GP, a scalar.
+    """The mean of (|d score / d image| - 1)^2 over images between real and fake ones (WGAN-GP, arXiv 1704.00028).
 
-    real, fake: [B, ...], of one shape; a point on the line between each pair is drawn by torch's generator of their
-    device. The penalty has a graph: its backward goes twice through the discriminator.
+    A point on the line between each pair is drawn by torch's generator of their device. The penalty has a graph: its
+    backward goes twice through the discriminator.
+
+    Args:
+        discriminator: Takes images and returns a score for each.
+        real: [B, ...], the real images.
+        fake: The generated images, of the same shape.
+
+    Returns:
+        The penalty, a scalar in the type of the images.
+
+    Raises:
+        ValueError: The shapes differ.
     """
     if real.shape != fake.shape:
         raise ValueError(f"fake: got shape {tuple(fake.shape)}, expected that of real, {tuple(real.shape)}")

@@ -109,11 +109,20 @@ def _fused(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class PointCloudClassifier(nn.Module):
-    """PCT for classification: x [B, 3, N] -> logits [B, n_classes].
+    """PCT for classification: it takes x [B, 3, N] and returns logits [B, n_classes].
 
-    samples: how many points are left after the first and the second neighbour embedding, by farthest point sampling;
-    neighbours: how many each of them looks at, of those that are left. N is at least samples[0], and no stage has fewer
-    points than neighbours. k: slots of the attention; dropout: in the head.
+    N is at least samples[0], and no stage has fewer points than neighbours.
+
+    Args:
+        n_classes: The number of classes.
+        samples: How many points are left after the first and the second neighbour embedding, by farthest point
+            sampling.
+        neighbours: How many points each of these looks at, of those that are left.
+        k: The slots of the attention.
+        dropout: The probability of dropout in the head.
+
+    Raises:
+        ValueError: A size is none of these; in forward, x has another shape or too few points.
     """
 
     def __init__(
@@ -163,8 +172,18 @@ class PointCloudClassifier(nn.Module):
 class PointCloudSegmenter(PointTransformer):
     """PCT for part segmentation: every point looks at all others, and none is left out.
 
-    x: [B, 3, N]; category: what each cloud is, [B] (int64) or one-hot [B, n_categories], as PCT is told it; the result:
-    logits [B, n_parts, N]. k: slots of the attention; channels: 128 in PCT.
+    It takes x [B, 3, N] and category, what each cloud is, [B] (int64) or one-hot [B, n_categories], as PCT is told it.
+    It returns logits [B, n_parts, N].
+
+    Args:
+        n_parts: The number of parts.
+        n_categories: The number of categories.
+        channels: Those of the trunk, 128 in PCT.
+        k: The slots of the attention.
+        dropout: The probability of dropout in the head.
+
+    Raises:
+        ValueError: A size is below 1; in forward, x or category has another shape.
     """
 
     def __init__(

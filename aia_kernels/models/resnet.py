@@ -98,14 +98,22 @@ class Bottleneck(nn.Module):
 
 
 class AIAResNet(nn.Module):
-    """A ResNet of bottlenecks on frames x [B * num_segments, 3, H, W]; logits [B * num_segments, num_classes].
+    """A ResNet of bottlenecks on frames.
 
-    layers: the number of blocks in each stage; each stage but the first halves H and W. num_segments: T, the frames of
-    a clip. unit: None or a name in UNITS, between bn2 and the ReLU of each block. temporal: "tsn", every frame for
-    itself but for the units, or "tsm", with a temporal shift of 1 / fold_div of the channels each way before conv1.
-    width: the channels of the stem and of the first stage's bottlenecks, 64 in the published networks.
+    It takes x [B * num_segments, 3, H, W] and returns logits [B * num_segments, num_classes]. Any H and W will do:
+    where the published network averages over 7x7 positions, this one averages over all.
 
-    Any H and W will do: where the published network averages over 7x7 positions, this one averages over all.
+    Args:
+        layers: The number of blocks in each stage; each stage but the first halves H and W.
+        num_classes: The number of classes.
+        num_segments: T, the frames of a clip.
+        unit: None, or a name in UNITS: what stands between bn2 and the ReLU of each block.
+        temporal: "tsn": every frame for itself but for the units. "tsm": with a temporal shift before conv1.
+        fold_div: The shift moves 1 / fold_div of the channels each way.
+        width: The channels of the stem and of the first stage's bottlenecks, 64 in the published networks.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected.
     """
 
     def __init__(
@@ -183,12 +191,40 @@ def _check(argument: str, value, known) -> None:
 def aia_resnet50(
     num_classes: int = 1000, num_segments: int = 8, unit: str | None = None, temporal: str = "tsn", fold_div: int = 8
 ) -> AIAResNet:
-    """AIAResNet with the stages of ResNet-50: 3, 4, 6 and 3 blocks."""
+    """AIAResNet with the stages of ResNet-50: 3, 4, 6 and 3 blocks.
+
+    Args:
+        num_classes: As of AIAResNet.
+        num_segments: As of AIAResNet.
+        unit: As of AIAResNet.
+        temporal: As of AIAResNet.
+        fold_div: As of AIAResNet.
+
+    Returns:
+        The network, with new weights.
+
+    Raises:
+        TypeError, ValueError: As AIAResNet.
+    """
     return AIAResNet((3, 4, 6, 3), num_classes, num_segments, unit, temporal, fold_div)
 
 
 def aia_resnet101(
     num_classes: int = 1000, num_segments: int = 8, unit: str | None = None, temporal: str = "tsn", fold_div: int = 8
 ) -> AIAResNet:
-    """AIAResNet with the stages of ResNet-101: 3, 4, 23 and 3 blocks, every second one of the 23 with a unit."""
+    """AIAResNet with the stages of ResNet-101: 3, 4, 23 and 3 blocks, every second one of the 23 with a unit.
+
+    Args:
+        num_classes: As of AIAResNet.
+        num_segments: As of AIAResNet.
+        unit: As of AIAResNet.
+        temporal: As of AIAResNet.
+        fold_div: As of AIAResNet.
+
+    Returns:
+        The network, with new weights.
+
+    Raises:
+        TypeError, ValueError: As AIAResNet.
+    """
     return AIAResNet((3, 4, 23, 3), num_classes, num_segments, unit, temporal, fold_div)

@@ -25,16 +25,26 @@ GROUPS = (
 
 
 class VideoNet(nn.Module):
-    """Scores [B, num_classes] of clips x: the mean over the segments of what a network says about each frame.
+    """A frame network on clips: the score of a clip is the mean, over its frames, of what the network says about each.
 
-    x: [B, T, 3, H, W] with T = base_model.num_segments, or [B, T * 3, H, W], the frames one after the other, as the
-    published loader gives them; with T a multiple of num_segments a sample has several clips, and B counts clips in the
-    scores. base_model: its classifier ``fc`` is replaced, by a new one if dropout is 0, else by dropout and a new
-    one outside, ``new_fc``; as published, it starts near zero. Keys are the published ones, without the "module." that
-    checkpoints of DataParallel have (checkpoints.load_checkpoint takes both).
+    It takes x [B, T, 3, H, W] with T = base_model.num_segments, or [B, T * 3, H, W], the frames one after the other, as
+    the published loader gives them. It returns scores [B, num_classes]. With T a multiple of num_segments a sample has
+    several clips, and B counts clips in the scores.
 
-    partial_bn: in training the batch norms of the units but the first are frozen: fixed statistics, no gradients. The
-    network is put in training mode. ef_lr5 and fc_lr5: see parameter_groups.
+    Keys are the published ones, without the "module." that checkpoints of DataParallel have
+    (checkpoints.load_checkpoint takes both). The network is put in training mode.
+
+    Args:
+        base_model: Its classifier ``fc`` is replaced: by a new one if dropout is 0, else by dropout, with a new
+            classifier outside, ``new_fc``. As published, that starts near zero.
+        num_classes: The number of classes.
+        dropout: The probability of dropout before the classifier.
+        partial_bn: In training the batch norms of the units but the first are frozen: fixed statistics, no gradients.
+        ef_lr5: See parameter_groups.
+        fc_lr5: See parameter_groups.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected.
     """
 
     def __init__(
@@ -91,7 +101,11 @@ class VideoNet(nn.Module):
         return [m for name, m in self.base_model.named_modules() if isinstance(m, _BatchNorm) and "eft" in name][1:]
 
     def partial_bn(self, enable: bool = True) -> None:
-        """Freeze the units' batch norms but the first in training, or train them all."""
+        """Freeze the units' batch norms but the first in training, or train them all.
+
+        Args:
+            enable: Whether to freeze them.
+        """
         if self._partial_bn and not enable:
             for bn in self._frozen_norms():
                 bn.weight.requires_grad_()
@@ -109,15 +123,21 @@ class VideoNet(nn.Module):
         return self
 
     def parameter_groups(self, lr: float | None = None, weight_decay: float | None = None) -> list[dict[str, Any]]:
-        """The published groups for an optimizer: params, name, lr_mult and decay_mult, in the published order.
+        """Make the published groups for an optimizer, in the published order.
 
-        With lr or weight_decay each group also holds its own, the multiple of that. Groups may be empty, as published,
-        so that the optimizer's checkpoints load. Biases of the classifier have twice the learning rate, and no bias and
-        no norm decays. ef_lr5 puts the units' convolutions in a group of twice (sic) the learning rate, fc_lr5 the
-        classifier in groups of 5 and 10 times.
+        Groups may be empty, as published, so that the optimizer's checkpoints load. Biases of the classifier have twice
+        the learning rate, and no bias and no norm decays. ef_lr5 puts the units' convolutions in a group of twice (sic)
+        the learning rate, fc_lr5 the classifier in groups of 5 and 10 times.
 
         With partial BN, as published, the groups hold no batch norm of the ResNet but the first: these keep their scale
         and shift, though their statistics move.
+
+        Args:
+            lr: The learning rate; each group then holds its own multiple of it.
+            weight_decay: The weight decay, likewise.
+
+        Returns:
+            A dictionary for each group, with params, name, lr_mult and decay_mult.
         """
         groups = {
             name: {"params": [], "name": name, "lr_mult": lr_mult, "decay_mult": decay_mult}

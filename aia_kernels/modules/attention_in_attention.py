@@ -27,8 +27,15 @@ def _kaiming(weight: Tensor) -> None:
 class AttentionInAttention(nn.Module):
     """Base of the units: y = x * G_outer(x * G_inner(x)), arXiv 2204.09303.
 
-    x: [B * num_segments, C, H, W], contiguous or channels_last, or [B, C, T, H, W], contiguous or channels_last_3d, and
-    then T comes from the tensor. y is shaped and stored as x.
+    It takes x [B * num_segments, C, H, W], contiguous or channels_last, or [B, C, T, H, W], contiguous or
+    channels_last_3d, of the types of functional.attention_in_attention, and returns y, shaped and stored as x.
+
+    Args:
+        num_segments: T, the frames of a clip. Not used where x has five axes.
+        use_BN: Whether each gate has a batch norm after its convolution.
+
+    Raises:
+        TypeError, ValueError: In forward, as functional.attention_in_attention.
     """
 
     unit: Unit

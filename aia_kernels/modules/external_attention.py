@@ -46,12 +46,18 @@ def _without_effect(memory_key: Tensor, *biases: Tensor | None) -> Tensor:
 class ExternalAttention(nn.Module):
     """Plain external attention on tokens: o = A M_v^T, A the double normalisation, without eps, of x M_k^T.
 
-    x: [B, N, d_model]; o: the same. S is the number of slots. As in the popular port with two linear layers: mk and mv
-    without bias, weights normal with a standard deviation of 0.001. Nothing needs folding here.
+    It takes x [B, N, d_model] and returns o of that shape. As in the popular port with two linear layers, mk and mv
+    have no bias, and their weights are normal with a standard deviation of 0.001. Nothing needs folding here.
 
     The port's code normalises over axis 1 and then over axis 2 whatever the rank of x. Of more than three axes, such as
-    maps [B, H, W, d_model], these are no tokens and slots; there the layer is that code, in plain PyTorch. ValueError
-    for fewer than three.
+    maps [B, H, W, d_model], these are no tokens and slots. There the layer is that code, in plain PyTorch.
+
+    Args:
+        d_model: The features of a token.
+        S: The number of slots.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1; in forward, x has fewer than three axes.
     """
 
     def __init__(self, d_model: int, S: int = 64):
@@ -79,7 +85,7 @@ class ExternalAttention(nn.Module):
 class ExternalAttention2d(nn.Module):
     """EANet's block on maps: y = relu(conv2(EA(conv1(x))) + x), conv2 being a 1x1 convolution and a batch norm.
 
-    x: [B, c, H, W], contiguous or channels_last; y is shaped and stored as x. k is the number of slots, eps 1e-9.
+    It takes x [B, c, H, W], contiguous or channels_last, and returns y, shaped and stored as x. eps is 1e-9.
 
     Folded: linear_0 and conv1 into one [k, c] (the bias of conv1 drops out), conv2.0 and linear_1 into one [c, k],
     which leaves 2 c k of 2 c^2 + 2 c k products per token. With A the attention map, the batch norm sees z = A V^T: its
@@ -89,6 +95,13 @@ class ExternalAttention2d(nn.Module):
     As published the memories start equal, linear_1.weight = linear_0.weight.permute(1, 0, 2), here without sharing
     storage: a checkpoint in which training has moved them apart loads as it is. The published network (not the block)
     sets the momentum of its batch norms to 3e-4.
+
+    Args:
+        c: The channels of x.
+        k: The number of slots.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1.
     """
 
     def __init__(self, c: int, k: int = 64):
@@ -138,15 +151,25 @@ class ExternalAttention2d(nn.Module):
 class MultiHeadExternalAttention(nn.Module):
     """EAMLP's attention on tokens: 4 * num_heads heads of dim / num_heads features, one pair of memories for all.
 
-    x: [B, N, dim]; o: the same. trans_dims (dim to 4 dim), linear_0 and linear_1 (64 slots, with biases, shared by the
-    heads), proj (4 dim to dim), eps 1e-9. attn_drop is applied to the attention map, proj_drop to o. qkv_bias and
-    qk_scale are there for the signature that blocks in timm's style expect, and have no effect, as published.
+    It takes x [B, N, dim] and returns o of that shape. Its submodules are trans_dims (dim to 4 dim), linear_0 and
+    linear_1 (64 slots, with biases, shared by the heads) and proj (4 dim to dim). eps is 1e-9.
 
     Folded: for each head linear_0 and the head's rows of trans_dims into [64, dim] (their biases drop out), proj and
     linear_1 into [dim, 64 * heads], and the bias of linear_1 into that of proj. That leaves external attention of
     64 * heads slots, normalised in groups of 64, and no product per head. Dropout acts between the two, on the map.
     With many heads the folded matrices are larger than what they are made of: see _folding_pays. Then trans_dims and
     proj are products of their own, and all heads together are the rows of one product with the memory that they share.
+
+    Args:
+        dim: The features of a token, a multiple of num_heads.
+        num_heads: A quarter of the heads, as published.
+        qkv_bias: Without effect, as published; blocks in timm's style pass it.
+        qk_scale: Without effect, likewise.
+        attn_drop: The probability of dropout on the attention map.
+        proj_drop: The probability of dropout on o.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1, or dim no multiple of num_heads.
     """
 
     def __init__(
@@ -237,12 +260,21 @@ class MultiHeadExternalAttention(nn.Module):
 class TokenExternalAttention(nn.Module):
     """The external attention of a T2T stage: q = q_linear(x), y = q + proj(linear_1(A)), A from the logits linear_0(q).
 
-    x: [B, N, dim]; y: [B, N, in_dim]. k slots (128 as published), eps 1e-9. attn_drop is applied to the attention map
-    and proj_drop to the branch; the published stages have 0.1 for both.
+    It takes x [B, N, dim] and returns y [B, N, in_dim]. eps is 1e-9.
 
     Folded: proj and linear_1 into one [in_dim, k], as nothing stands between them. q_linear stays, for q is wanted by
     the residual. As published the memories start equal, linear_1.weight = linear_0.weight^T, here without sharing
     storage.
+
+    Args:
+        dim: The features of a token of x.
+        in_dim: The features of a token of y.
+        k: The number of slots, 128 as published.
+        attn_drop: The probability of dropout on the attention map, 0.1 as published.
+        proj_drop: The probability of dropout on the branch, 0.1 as published.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1.
     """
 
     #: The names of the key and the value memory.

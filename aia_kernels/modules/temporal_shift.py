@@ -10,7 +10,12 @@ from .. import functional
 class TemporalShift(nn.Module):
     """C // fold_div channels from the next frame, as many from the previous, the others in place (arXiv 1811.08383).
 
-    x and y: [B * num_segments, C, H, W] or [B, C, T, H, W]; see functional.temporal_shift.
+    It takes x [B * num_segments, C, H, W] or [B, C, T, H, W] and returns y, shaped and stored as x: see
+    functional.temporal_shift.
+
+    Args:
+        num_segments: T, the frames of a clip. Not used where x has five axes.
+        fold_div: At least 2; a share of 2 / fold_div of the channels moves.
     """
 
     def __init__(self, num_segments: int = 8, fold_div: int = 8):

@@ -14,11 +14,14 @@ from . import attention_in_attention, external_attention, temporal_shift
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
-    """The specification of each operator that torch.export records for a layer, as a table of decompositions.
+    """Give the specification of each operator that torch.export records for a layer, as a table of decompositions.
 
-    ``program.run_decompositions(aia_kernels.decompositions())`` leaves ATen operators alone in an exported program; to
+    ``program.run_decompositions(aia_kernels.decompositions())`` leaves only ATen operators in an exported program. To
     reach core ATen, add these to torch's own: ``table = torch.export.default_decompositions()``, then
     ``table.update(aia_kernels.decompositions())``. Operators that exchange statistics with a process group stay.
+
+    Returns:
+        A function of plain PyTorch for each operator.
     """
     return dict(_TABLE)
 

@@ -35,8 +35,12 @@ from .recalibrate import field, recalibrate
 class Unit:
     """A unit: the context that guides (inner) and the context that recalibrates (outer).
 
-    letters: the pooled axes of the unit's gates, in the order in which modules and functions take their parameters.
-    averaged: the inner gates are averaged over C, so that they act as one channel-shaped gate.
+    Attributes:
+        name: "C", "ST", "CinST", "STinC" or "STinC2".
+        letters: The pooled axes of the unit's gates, in the order in which modules and functions take their parameters.
+        inner: NONE, CHANNEL or SPACETIME of common/maps.py.
+        outer: CHANNEL or SPACETIME.
+        averaged: The inner gates are averaged over C, so that they act as one channel-shaped gate.
     """
 
     name: str
@@ -51,7 +55,14 @@ class Unit:
         return CHANNEL if self.averaged else self.inner
 
     def rows(self, context: int) -> slice:
-        """Where the gates of a context stand among the unit's gates."""
+        """Find the gates of a context among the unit's gates.
+
+        Args:
+            context: CHANNEL or SPACETIME, one of the unit's.
+
+        Returns:
+            Their places in letters.
+        """
         letters = POOLED_AXES[context]
         start = self.letters.index(letters[0])
         return slice(start, start + len(letters))
@@ -70,9 +81,15 @@ UNITS = {
 
 
 def compose(x: Tensor, unit: Unit, gate: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """y = x * G_outer(x * G_inner(x)) for x [B, T, C, H, W], the gates computed by ``gate(letter, pooled features)``.
+    """Compute y = x * G_outer(x * G_inner(x)) with gates that a function computes.
 
-    ``gate`` takes [B, 2, i, j, k] and returns [B, i, j, k].
+    Args:
+        x: [B, T, C, H, W], floating-point.
+        unit: One of UNITS.
+        gate: Takes a letter and its pooled features [B, 2, i, j, k], and returns the gate [B, i, j, k].
+
+    Returns:
+        y, shaped as x.
     """
 
     def fields(a: Tensor, context: int) -> list[Tensor]:
@@ -88,10 +105,16 @@ def compose(x: Tensor, unit: Unit, gate: Callable[[str, Tensor], Tensor]) -> Ten
 
 
 def attention_in_attention(x: Tensor, unit: Unit, gates: Sequence[Gate]) -> tuple[Tensor, Tensor]:
-    """The unit's output y, shaped and stored as x [B, T, C, H, W], and the statistics [n, 3] of its n gates (gate.py).
+    """Compute a unit (arXiv 2204.09303). Running statistics are read, never written.
 
-    ``gates`` stand in the order of unit.letters. Where x and the parameters differ in type (autocast), everything is
-    computed in the wider one and y returned in that of x. Running statistics are read, never written.
+    Args:
+        x: [B, T, C, H, W], floating-point.
+        unit: One of UNITS.
+        gates: One for each letter of unit.letters. Where x and the parameters differ in type (autocast), everything is
+            computed in the wider one.
+
+    Returns:
+        y, shaped and stored as x, in its type; and the statistics [n, 3] of its n gates (gate.py).
     """
     statistics: dict[str, Tensor] = {}
 

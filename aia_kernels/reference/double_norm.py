@@ -31,12 +31,20 @@ def log_sum_exp(logits: Tensor, padding: Tensor | None, process_group: Any = Non
 def double_normalize(
     logits: Tensor, group: int, eps: float = 0.0, padding: Tensor | None = None, process_group: Any = None
 ) -> Tensor:
-    """A = P / (eps + the sum of P over the token's group), P = softmax over tokens of logits [..., N, M].
+    """A = P / (eps + the sum of P over the token's group), P = softmax over tokens (arXiv 2105.02358, equation 6).
 
-    The M columns are consecutive groups of ``group`` slots. padding [..., N] is True at tokens that take no part: they
-    weigh nothing and their A is 0. process_group: its members hold the tokens in shards. Computed in
-    accumulate_dtype and returned in the type of the logits. Without eps, A is a softmax of log P over the slots,
-    which is right where P itself underflows; published code divides 0 by 0 there.
+    It is computed in accumulate_dtype. Without eps, A is a softmax of log P over the slots. That is right where P
+    itself underflows; published code divides 0 by 0 there.
+
+    Args:
+        logits: [..., N, M], floating-point. The M columns are consecutive groups of slots.
+        group: The number of slots of a group, a divisor of M.
+        eps: Added to the sum over slots.
+        padding: [..., N], True at tokens that take no part, or None. They weigh nothing, and their A is 0.
+        process_group: Its members hold the tokens in shards; None: this process holds all.
+
+    Returns:
+        A, in the shape and type of the logits.
     """
     x = logits.to(accumulate_dtype(logits.dtype))
     if padding is not None:

@@ -39,11 +39,23 @@ def external_attention(
     scale: float = 1.0,
     process_group: Any = None,
 ) -> Tensor:
-    """o [B, N, H * v] of x [B, N, H * k], key [H, M, k], value [H, v, M] and bias [H * v] or None; a key or value whose
-    first axis has length one is that of all heads.
+    """o = A V^T + bias, A = double_normalize(x K^T) for each head (arXiv 2105.02358).
 
-    keep [B, N, H * M], 0 or 1, and scale are dropout's: A * keep * scale takes the place of A in the value product. o
-    is 0 at padding tokens [B, N]. The rest as in double_normalize.
+    Args:
+        x: [B, N, H * k], the features of the H heads one after the other.
+        key: K, [H, M, k], or [1, M, k] for all heads.
+        value: V, [H, v, M], or [1, v, M] for all heads.
+        bias: [H * v], or None.
+        group: As of double_normalize.
+        eps: As of double_normalize.
+        padding: [B, N], True at tokens that take no part, or None. Their o is 0.
+        keep: [B, N, H * M], 0 or 1: dropout's mask, or None. A * keep * scale then takes the place of A in the value
+            product.
+        scale: Dropout's factor.
+        process_group: As of double_normalize.
+
+    Returns:
+        o, [B, N, H * v], in the type of x.
     """
     heads = x.shape[2] // key.shape[2]
     key, value = key.expand(heads, -1, -1), value.expand(heads, -1, -1)
@@ -79,12 +91,21 @@ def second_moments(attention: Tensor, process_group: Any = None) -> tuple[Tensor
 
 
 def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
-    """y = relu(BN(z) + x), z = A V^T, of x [B, N, C], key [M, C] and value [C, M]; and BN's statistics [C, 3].
+    """y = relu(BN(z) + x), z = A V^T, A = double_normalize(x K^T) in one group.
 
-    The M columns are one group. As z is linear in A, its moments follow from those of A, which has M columns instead of
-    C: mean(z) = V mean(A) and var(z) = diag(V Cov(A) V^T). The statistics are the mean and biased variance that BN used
-    and the share of one token in them, 1 / count, or 0 where they are not the batch's. Updating the running ones is the
-    caller's business.
+    As z is linear in A, its moments follow from those of A, which has M columns instead of C: mean(z) = V mean(A) and
+    var(z) = diag(V Cov(A) V^T). Running statistics are read, never written.
+
+    Args:
+        x: [B, N, C], floating-point.
+        key: K, [M, C].
+        value: V, [C, M].
+        norm: BN over C channels.
+        eps: Added to the sum over slots.
+
+    Returns:
+        y, shaped and stored as x; and BN's statistics [C, 3]: the mean and biased variance that BN used, and the share
+        of one token in them, 1 / count, or 0 where they are not the batch's.
     """
     dtype = accumulate_dtype(x.dtype)
     attention = double_normalize(x @ key.mT, key.shape[0], eps)

@@ -14,7 +14,12 @@ from .norm import Norm
 
 
 class Gate(NamedTuple):
-    """One gate: the weight [1, 2, 3, 3, 3] of its convolution, in the axis order of maps.GATE_AXES, and its norm."""
+    """The parameters of one gate.
+
+    Attributes:
+        weight: [1, 2, 3, 3, 3], that of its convolution, in the axis order of maps.GATE_AXES.
+        norm: Its batch norm over one channel, or None.
+    """
 
     weight: Tensor
     norm: Norm | None = None

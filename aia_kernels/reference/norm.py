@@ -8,12 +8,19 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """One batch normalisation over C channels, field for field as torch.nn.BatchNorm holds it.
+    """One batch normalisation over C channels, field for field as torch.nn.BatchNorm holds it. C is 1 for a gate.
 
-    weight and bias are [C] or None (1 and 0); running_mean and running_var are [C] or None (then the batch's statistics
-    serve in evaluation too); num_batches_tracked is an integer scalar or None. momentum None means a cumulative
-    average. track says whether training updates the running statistics. process_group is the group over which training
-    shares its statistics, as torch.nn.SyncBatchNorm does, or None. C is 1 for a gate.
+    Attributes:
+        weight: [C], or None for 1.
+        bias: [C], or None for 0.
+        running_mean: [C], or None; the batch's statistics then serve in evaluation too.
+        running_var: [C], or None together with running_mean.
+        num_batches_tracked: An integer scalar, or None.
+        training: Whether to normalise by the statistics of the batch and update the running ones.
+        momentum: The share of the batch in a new running statistic; None: a cumulative average.
+        eps: Added to the variance.
+        track: Whether training updates the running statistics.
+        process_group: The group over which training shares its statistics, as torch.nn.SyncBatchNorm does, or None.
     """
 
     weight: Tensor | None = None

@@ -7,10 +7,15 @@ from torch import Tensor
 
 
 def temporal_shift(x: Tensor, fold: int, reverse: bool = False) -> Tensor:
-    """y [B, T, C, H, W]: the first ``fold`` channels of frame t + 1, the next ``fold`` of t - 1, the others of t.
+    """Shift the first ``fold`` channels from frame t + 1, the next ``fold`` from t - 1 (arXiv 1811.08383).
 
-    Where there is no such frame y is 0. With reverse the first two change places, which is the transpose: the shift of
-    the gradient. 2 * fold is at most C.
+    Args:
+        x: [B, T, C, H, W], of any type.
+        fold: The channels that move each way; 2 * fold is at most C.
+        reverse: The first two change places. This is the transpose: the shift of the gradient.
+
+    Returns:
+        y, shaped as x, 0 where there is no such frame.
     """
     ahead, behind, still = x.split((fold, fold, x.shape[2] - 2 * fold), 2)
     if reverse:
