@@ -61,9 +61,10 @@ $(CUDA_VENV)/bin/python:
 	$(call make-environment,$(CUDA_VENV))
 	$@ -m pip install $(CUDA_TORCH) numpy pytest pytest-xdist hypothesis ninja
 
-lint: $(INSTALLED)  ## ruff and clang-format, without changing a file
+lint: $(INSTALLED)  ## ruff, mypy and clang-format, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 # auditwheel finds patchelf on the path. It leaves libtorch_cpu, the one library of torch that is linked, to torch.
@@ -85,4 +86,4 @@ gpu:  ## on a GPU without a network: PART=smoke (2 min), check, bench, network, 
 	PYTHON=$(PYTHON) PART=$(PART) PACK=$(PACK) FILTER="$(FILTER)" REHEARSE=$(REHEARSE) .ci/gpu $(RESULTS)
 
 clean:  ## remove what the build made, and .venv
-	rm -rf build dist *.egg-info aia_kernels/_C.so $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info aia_kernels/_C.so $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

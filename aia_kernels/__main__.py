@@ -6,11 +6,14 @@ result, values and gradients, against the reference in float64 (testing.py has t
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from . import __version__, backends, modules, testing
 from .backends import extension
@@ -20,9 +23,9 @@ SEGMENTS = 4
 TOKENS, MAPS = (2, 7, 8), (2, 8, 5, 3)
 
 #: By family and name, a layer to check and the sizes of its input.
-LAYERS = {
+LAYERS: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = {
     "attention_in_attention": {
-        name: (lambda name=name: getattr(modules, name)(SEGMENTS), (4, 6, 5, 3)) for name in UNITS
+        name: (functools.partial(getattr(modules, name), SEGMENTS), (4, 6, 5, 3)) for name in UNITS
     },
     "external_attention": {
         "ExternalAttention": (lambda: modules.ExternalAttention(8, S=5), TOKENS),

@@ -63,7 +63,9 @@ SHAPES = {
 }
 
 
-def make_input(shape: Shape, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0, device="cpu") -> Tensor:
+def make_input(
+    shape: Shape, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
     """Make an input of normal numbers, the same for all types and layouts but for rounding.
 
     Args:

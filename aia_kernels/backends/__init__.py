@@ -290,7 +290,7 @@ def select(device: torch.device | str, dtype: torch.dtype, family: str) -> str:
 
 
 # What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.
-select._dynamo_marked_constant = True
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _any_order(order: str) -> str:

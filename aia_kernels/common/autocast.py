@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def without_autocast(function: Callable) -> Callable:
     """Run a function of (plan, x, ...) without autocast: a backward pass may be called inside of it."""
 
     @functools.wraps(function)
-    def wrapped(plan, x, *arguments):
+    def wrapped(plan: Any, x: Tensor, *arguments: Any) -> Any:
         with no_autocast(x):
             return function(plan, x, *arguments)
 

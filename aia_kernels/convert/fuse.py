@@ -43,7 +43,8 @@ def convert(model: nn.Module) -> Report:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    report, tried = Report(model), {}
+    report = Report(model)
+    tried: dict[Any, type[nn.Module] | str] = {}
     for module, known_as in names.items():
         if type(module) in FUSED_LAYERS:
             report.already_fused += known_as[:1]
@@ -71,7 +72,7 @@ def _fused_layer(module: nn.Module, form: Form, tried: dict[Any, type[nn.Module]
 def _compare(module: nn.Module, form: Form) -> type[nn.Module] | str:
     # The layer of the same name is the likeliest, and its difference the one to tell.
     layers = sorted(form.layers, key=lambda layer: layer.__name__ != type(module).__name__)
-    told = None
+    told = ""
     for layer in layers:
         inputs = form.example, form.of_other_rank
         if (reason := behaviour.difference(module, layer, form.settings(module), *inputs)) is None:

@@ -102,7 +102,7 @@ def _grouped(entries: list[Converted] | list[LeftAlone]) -> list[str]:
         head = f"{kind} -> {rest}" if isinstance(entries[0], Converted) else f"{kind}: {rest}"
         groups.setdefault(head, []).append(" = ".join(name or "(the model itself)" for name in names))
     lines = []
-    for head, names in groups.items():
-        lines.append(f"  {len(names)} x {head}")
-        lines += textwrap.wrap(", ".join(names), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    for head, listed in groups.items():
+        lines.append(f"  {len(listed)} x {head}")
+        lines += textwrap.wrap(", ".join(listed), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class _Batch:
         return own._replace(process_group=self.mesh.get_group(self.sharded[0]), training=True)
 
     @contextlib.contextmanager
-    def random_numbers(self):
+    def random_numbers(self) -> Iterator[None]:
         """A generator for each shard, the same in all processes that hold it, whatever their own generators say."""
         from torch.distributed import broadcast
 

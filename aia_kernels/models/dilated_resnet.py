@@ -73,6 +73,11 @@ class DilatedResNet(nn.Module):
         ValueError: depth or stride is not in these lists, or width is below 1.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self, depth: int = 50, stride: int = 8, deep_stem: bool = True, momentum: float = 0.1, width: int = 64
     ):

@@ -8,6 +8,7 @@ values of the state dict are those of the published T2t_vit_7, T2t_vit_14 and T2
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -272,7 +273,7 @@ class EAMLP(nn.Module):
         return self.head(self.forward_features(images))
 
 
-def eamlp_7(**settings) -> EAMLP:
+def eamlp_7(**settings: Any) -> EAMLP:
     """EAMLP of 7 blocks, 256 features, 4 heads (T2t_vit_7), 5.9 million parameters.
 
     Args:
@@ -284,7 +285,7 @@ def eamlp_7(**settings) -> EAMLP:
     return EAMLP(**{"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0, **settings})
 
 
-def eamlp_14(**settings) -> EAMLP:
+def eamlp_14(**settings: Any) -> EAMLP:
     """EAMLP of 14 blocks, 384 features, 6 heads (T2t_vit_14), 29.9 million parameters.
 
     Args:
@@ -296,7 +297,7 @@ def eamlp_14(**settings) -> EAMLP:
     return EAMLP(**{"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0, **settings})
 
 
-def eamlp_19(**settings) -> EAMLP:
+def eamlp_19(**settings: Any) -> EAMLP:
     """EAMLP of 19 blocks, 448 features, 7 heads (T2t_vit_19), 54.6 million parameters.
 
     Args:

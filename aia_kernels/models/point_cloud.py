@@ -203,7 +203,7 @@ class PointCloudSegmenter(PointTransformer):
         self.bns1 = nn.BatchNorm1d(512)
         self.bns2 = nn.BatchNorm1d(256)
 
-    def forward(self, x: Tensor, category: Tensor) -> Tensor:
+    def forward(self, x: Tensor, category: Tensor) -> Tensor:  # type: ignore[override]
         _check_points(x, 1)
         if category.ndim == 1:
             category = F.one_hot(category, self.n_categories)

@@ -13,7 +13,7 @@ not guess about these networks:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -48,6 +48,8 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
+    eft1: nn.Module
+    eft2: nn.Module
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class AIAResNet(nn.Module):
             self.add_module(self.stages[-1], stage)
             inplanes = planes * Bottleneck.expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(inplanes, num_classes)
+        self.fc: nn.Module = nn.Linear(inplanes, num_classes)
         for module in self.modules():  # the units have Conv3d and BatchNorm3d, and an initialisation of their own
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -183,7 +185,7 @@ def _make_stage(
     return nn.Sequential(*made)
 
 
-def _check(argument: str, value, known) -> None:
+def _check(argument: str, value: object, known: Iterable[object]) -> None:
     if value not in tuple(known):
         raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, known))}")
 

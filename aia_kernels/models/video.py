@@ -139,7 +139,7 @@ class VideoNet(nn.Module):
         Returns:
             A dictionary for each group, with params, name, lr_mult and decay_mult.
         """
-        groups = {
+        groups: dict[str, dict[str, Any]] = {
             name: {"params": [], "name": name, "lr_mult": lr_mult, "decay_mult": decay_mult}
             for name, lr_mult, decay_mult in GROUPS
         }

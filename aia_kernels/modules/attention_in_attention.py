@@ -51,7 +51,7 @@ class AttentionInAttention(nn.Module):
             if use_BN:
                 self.add_module(f"{letter}_bn", nn.BatchNorm3d(1))
         for letter, initialise in self.initialisers:
-            initialise(self.get_submodule(f"{letter}_conv").weight)
+            initialise(getattr(self, f"{letter}_conv").weight)
 
     def extra_repr(self) -> str:
         return f"num_segments={self.num_segments}, use_BN={self.use_BN}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -298,7 +299,8 @@ class TokenExternalAttention(nn.Module):
         key, value = self._memories()
         value.weight.copy_(key.weight.T)
 
-    def _memories(self) -> tuple[nn.Module, nn.Module]:
+    def _memories(self) -> tuple[Any, Any]:
+        """The key and the value memory: nn.Linear, or what was put in their places."""
         return getattr(self, self.memories[0]), getattr(self, self.memories[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,7 +310,7 @@ class TokenExternalAttention(nn.Module):
         q = self.q_linear(x)
         with no_autocast(x):
             folded = self.proj.weight @ value.weight
-            bias = self.proj.bias
+            bias: Tensor | None = self.proj.bias
             if value.bias is not None:
                 bias = nn.functional.linear(value.bias, self.proj.weight, bias)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -86,7 +88,7 @@ def norm_of(bn: _BatchNorm) -> Norm:
     )
 
 
-def _group_to_synchronise(bn: nn.SyncBatchNorm):
+def _group_to_synchronise(bn: nn.SyncBatchNorm) -> Any:
     """The process group whose members share the statistics, None where there is nobody to share with."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -12,14 +12,14 @@ class _AllReduce(torch.autograd.Function):
     """The sum is its own transpose: every member's loss depends on what this one gives."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, process_group: Any) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, process_group: Any) -> Tensor:
         ctx.process_group = process_group
         total = tensor.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=process_group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grad, ctx.process_group), None
 
 

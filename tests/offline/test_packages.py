@@ -98,7 +98,12 @@ def test_the_wheel_is_of_every_python_3_and_of_its_platform(dist):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
-    assert {"aia_kernels/_C.so", "aia_kernels/py.typed", "aia_kernels/backends/choices.csv"} <= set(names)
+    assert {
+        "aia_kernels/_C.so",
+        "aia_kernels/py.typed",
+        "aia_kernels/backends/choices.csv",
+        "aia_kernels/models/__init__.pyi",
+    } <= set(names)
     assert not [name for name in names if name.endswith(".so") and name != "aia_kernels/_C.so"], "torch brings its own"
     assert {name.split("/")[0] for name in names} == {"aia_kernels", f"{wheel.name.rsplit('-py3', 1)[0]}.dist-info"}
     assert "License-Expression: BSD-3-Clause" in metadata

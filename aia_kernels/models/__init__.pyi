@@ -1,0 +1,22 @@
+# For type checkers: what __init__.py imports on first use.
+from .checkpoints import CheckpointError as CheckpointError
+from .checkpoints import load_checkpoint as load_checkpoint
+from .checkpoints import load_imagenet as load_imagenet
+from .detection import ExternalAttentionFPN as ExternalAttentionFPN
+from .detection import FeaturePyramid as FeaturePyramid
+from .dilated_resnet import DilatedResNet as DilatedResNet
+from .eamlp import EAMLP as EAMLP
+from .eamlp import eamlp_7 as eamlp_7
+from .eamlp import eamlp_14 as eamlp_14
+from .eamlp import eamlp_19 as eamlp_19
+from .eanet import EANet as EANet
+from .generation import Discriminator as Discriminator
+from .generation import Generator as Generator
+from .generation import SpectralExternalAttention as SpectralExternalAttention
+from .generation import gradient_penalty as gradient_penalty
+from .point_cloud import PointCloudClassifier as PointCloudClassifier
+from .point_cloud import PointCloudSegmenter as PointCloudSegmenter
+from .resnet import AIAResNet as AIAResNet
+from .resnet import aia_resnet50 as aia_resnet50
+from .resnet import aia_resnet101 as aia_resnet101
+from .video import VideoNet as VideoNet
