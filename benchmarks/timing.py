@@ -1,4 +1,4 @@
-"""Time samples: on a GPU of CUDA graphs over rotating inputs, on the CPU of plain calls; the same road through both.
+"""Time samples: on a GPU of CUDA graphs over rotating inputs, on the CPU of plain calls; the same code for both.
 
 On a GPU a sample is the time per call of a graph that holds one call on each of several input sets, together larger
 than three times the L2, so that no call finds its input in the cache; no launch from Python is in it. What a user of

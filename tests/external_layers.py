@@ -1,4 +1,4 @@
-"""External attention's layers with inputs, for the tests of their roads, submodules, parameters and promises."""
+"""External attention's layers with inputs, for the tests of their forms, submodules, parameters and promises."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def inputs(name: str, dtype=torch.float64, device="cpu", batch: int | None = Non
 
 
 def see_calls(module: nn.Module) -> nn.Module:
-    """The module on the published road: a hook on its first submodule wants to see the call."""
+    """The module in its published form: a hook on its first submodule wants to see the call."""
     next(module.children()).register_forward_hook(lambda *_: None)
     return module
 

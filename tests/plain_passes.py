@@ -127,8 +127,8 @@ class PlainPasses:
         norm, statistics = pooled.new_empty(len(segments), 4), pooled.new_empty(len(segments), 3)
         for i, z in enumerate(segments):
             fixed = [default if p is None else p.item() for p, default in ((mean[i], 0.0), (var[i], 1.0))]
-            own = z.mean().item(), z.var(correction=0).item(), 1 / z.numel()
-            statistics[i] = pooled.new_tensor(own if batch[i] else (*fixed, 0.0))
+            of_batch = z.mean().item(), z.var(correction=0).item(), 1 / z.numel()
+            statistics[i] = pooled.new_tensor(of_batch if batch[i] else (*fixed, 0.0))
             affine = [default if p is None else p.item() for p, default in ((scale[i], 1.0), (shift[i], 0.0))]
             norm[i] = pooled.new_tensor((statistics[i, 0].item(), (statistics[i, 1] + eps[i]).rsqrt().item(), *affine))
         return self.gate_again(pooled, weight, norm, dims)[0], norm, statistics

@@ -11,8 +11,8 @@ Backward, with U the transpose of pool (the passes: schemas.py):
     dG_i = reduce(U(dP_o) * x)  dP_i = gate_backward(dG_i)        dx = dy * G_o + G_i * U(dP_o) + U(dP_i)
 
 U(dP_o), the gradient of x * G_i, is as large as x and is never stored. Kept for the backward: x, and of each context
-the pooled features, the index of the maximum and four numbers per gate. The convolutions' results are computed again:
-they would cost half as much memory as the pooled features, which the convolutions' own backward needs in any case.
+the pooled features, the index of the maximum and four numbers per gate. The convolutions' results are recomputed: they
+would cost half as much memory as the pooled features, which the convolutions' backward needs in any case.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def backward(
     order = passes.map_order(maps.storage_order(x))
     grad_weight, grad_affine = {}, {}
 
-    def again(context: int, kept: Kept) -> tuple[list[Tensor], Tensor, Tensor]:
+    def recompute(context: int, kept: Kept) -> tuple[list[Tensor], Tensor, Tensor]:
         in_order = maps.weights_in_order(weight[unit.rows(context)], context, order)
         return in_order, *passes.gate_again(kept.pooled, in_order, kept.norm, _dims(x.shape, context, order))
 
@@ -139,12 +139,12 @@ def backward(
         grad_affine[context] = zip(shift_and_scale[1::2], shift_and_scale[::2], strict=True)
         return grad_pooled
 
-    in_order, recalibration, z = again(unit.outer, outer)
+    in_order, recalibration, z = recompute(unit.outer, outer)
     grad_gate = passes.recalibrate_reduce(grad_y, x, unit.outer)
     grad_outer = through_gate(unit.outer, outer, in_order, grad_gate, z)
     guide = grad_inner = inner_argmax = None
     if unit.inner:
-        in_order, guide, z = again(unit.inner, inner)
+        in_order, guide, z = recompute(unit.inner, inner)
         grad_guide = passes.unpool_reduce(x, grad_outer, outer.argmax, unit.outer, unit.inner_gate_context)
         if unit.averaged:
             guide = average_over_channels(guide, x.shape, order)

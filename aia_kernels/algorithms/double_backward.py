@@ -24,9 +24,9 @@ def gradients(
     Each input enters as a fresh view, so that a gradient is that of its own argument even where one argument was
     computed from another.
     """
-    again = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), no_autocast(grad):
         inputs = [a.view_as(a) if need else a for a, need in zip(inputs, needs, strict=True)]
         wanted = [a for a, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=again))
+        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in needs]

@@ -1,4 +1,4 @@
-"""The layers as functions: validate, choose a road, call. One file per family.
+"""The layers as functions: check, choose a path, call. One file per family.
 
 x may be a DTensor whose samples are sharded or replicated, beside replicated parameters: y is placed as x, and batch
 norms that use their batch take the statistics of all samples. Other placements are a ValueError, plain tensors among

@@ -188,7 +188,7 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
 def _through_passes(
     x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int, backend: str, passes: Any
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """y and the statistics [1, 3] of each gate by one of the roads 1 (passes is None), 3 and 4; None where no gate uses
+    """y and the statistics [1, 3] of each gate by one of the paths 1 (passes is None), 3 and 4; None where no gate uses
     its batch and nothing keeps them."""
     plan = algorithm.Plan(
         unit,

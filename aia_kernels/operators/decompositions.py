@@ -30,9 +30,9 @@ def _unit(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=Non
     if any(groups):
         return NotImplemented
     gates = []
-    for i, own in enumerate(batch):
-        mean, var = (None, None) if own else fixed[i].split(1)
-        gates.append(Gate(weight[i : i + 1], Norm(*affine[i].split(1), mean, var, training=own, eps=eps[i])))
+    for i, uses_batch in enumerate(batch):
+        mean, var = (None, None) if uses_batch else fixed[i].split(1)
+        gates.append(Gate(weight[i : i + 1], Norm(*affine[i].split(1), mean, var, training=uses_batch, eps=eps[i])))
     y, statistics = reference.attention_in_attention(x, UNITS[unit], gates)
     settings = unit, backend, batch, eps, groups, index
     _y, *kept, _statistics = attention_in_attention.fake_forward(x, weight, affine, fixed, *settings)

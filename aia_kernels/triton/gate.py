@@ -388,8 +388,10 @@ def _given(
 ) -> Tensor:
     """The four numbers of each of n maps, [4 n], 0 or 1 where one is absent and anything where it is not looked at."""
     unread, flat, default = pooled.view(-1)[:1], [], None
-    for own, *numbers in zip(batch, scale, shift, mean, var, strict=True):
-        for number, absent, read in zip(numbers, (1, 0, 0, 1), (True, True, not own, not own), strict=True):
+    for uses_batch, *numbers in zip(batch, scale, shift, mean, var, strict=True):
+        for number, absent, read in zip(
+            numbers, (1, 0, 0, 1), (True, True, not uses_batch, not uses_batch), strict=True
+        ):
             if number is None and read:
                 default = torch.arange(2, dtype=pooled.dtype, device=pooled.device) if default is None else default
                 number = default[absent : absent + 1]
@@ -403,7 +405,7 @@ def _programs(z: Tensor, dims: Sequence[int], block: int) -> int:
 
 
 def _partial(z: Tensor, dims: Sequence[int], block: int, width: int) -> Tensor:
-    """Room for the sums of each program of a launch: [n, P, width]."""
+    """A workspace for the sums of each program of a launch: [n, P, width]."""
     return z.new_empty((len(dims) // 3, _programs(z, dims, block), width))
 
 

@@ -138,15 +138,15 @@ def counted(module):
     return call
 
 
-@pytest.mark.parametrize("road", [lambda m: m, watched, counted, aia_kernels.to_reference])
+@pytest.mark.parametrize("form", [lambda m: m, watched, counted, aia_kernels.to_reference])
 @pytest.mark.parametrize("sizes", [TOKENS, MAPS])
-def test_the_port_on_tokens_and_on_maps(sizes, road):
+def test_the_port_on_tokens_and_on_maps(sizes, form):
     """The fused layer and every way around its kernels normalise over the published axes."""
     module = Port().double()
     x = torch.randn(sizes, dtype=torch.float64)
     expected = module(x)
     assert len(aia_kernels.convert(module).converted) == 1
-    torch.testing.assert_close(road(module)(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(form(module)(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_another_rank_counts_where_the_forward_takes_it():
@@ -155,18 +155,18 @@ def test_another_rank_counts_where_the_forward_takes_it():
     assert aia_kernels.convert(TokensAlone()).converted
 
 
-@pytest.mark.parametrize("road", [lambda m: m, watched, counted, aia_kernels.to_reference])
-def test_fewer_axes_are_refused_on_every_road(road):
+@pytest.mark.parametrize("form", [lambda m: m, watched, counted, aia_kernels.to_reference])
+def test_fewer_axes_are_refused_in_every_form(form):
     with pytest.raises(ValueError, match=r"x: got shape [(\[]3, 6[)\]], expected \[B, N, d\]"):
-        road(aia_kernels.ExternalAttention(6, S=5))(torch.randn(3, 6))
+        form(aia_kernels.ExternalAttention(6, S=5))(torch.randn(3, 6))
 
 
-@pytest.mark.parametrize("road", [lambda m: m, counted, aia_kernels.to_reference])
+@pytest.mark.parametrize("form", [lambda m: m, counted, aia_kernels.to_reference])
 @pytest.mark.parametrize("name", ["MultiHeadExternalAttention", "TokenExternalAttention"])
-def test_maps_are_refused_by_layers_on_tokens(name, road):
+def test_maps_are_refused_by_layers_on_tokens(name, form):
     layer = getattr(aia_kernels, name)(8, 8)
     with pytest.raises(ValueError, match=r"x: got shape [(\[]2, 3, 4, 8[)\]], expected \[B, N, d\]"):
-        road(layer)(torch.randn(2, 3, 4, 8))
+        form(layer)(torch.randn(2, 3, 4, 8))
 
 
 def test_settings_that_changed_since_hold_for_the_plain_layer_too():

@@ -16,9 +16,9 @@ def between_vectors(value):
         return type(value)(map(between_vectors, value))
     if not isinstance(value, numpy.ndarray):
         return value
-    room = numpy.empty(value.nbytes + 32, numpy.uint8)
-    start = -room.ctypes.data % 16 + value.itemsize
-    moved = room[start : start + value.nbytes].view(value.dtype)
+    buffer = numpy.empty(value.nbytes + 32, numpy.uint8)
+    start = -buffer.ctypes.data % 16 + value.itemsize
+    moved = buffer[start : start + value.nbytes].view(value.dtype)
     moved[...] = value
     return moved
 

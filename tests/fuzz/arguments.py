@@ -52,11 +52,11 @@ def placed(r: random.Random, t: Tensor) -> Tensor:
     """The same tensor at the end of a storage of its own, with any strides along axes of length one."""
     offset = r.choice((0, 0, 1, 7, 64))
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    room = torch.empty(offset + span, dtype=t.dtype)
+    buffer = torch.empty(offset + span, dtype=t.dtype)
     strides = [
         r.choice((stride, 1, 0, 1000)) if n == 1 else stride for n, stride in zip(t.shape, t.stride(), strict=True)
     ]
-    return room.as_strided(t.shape, strides, offset).copy_(t)
+    return buffer.as_strided(t.shape, strides, offset).copy_(t)
 
 
 def numbers(r: random.Random, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from .sets import Set
 
 ROOT = Path(__file__).parents[2]
 TESTS = Path(__file__).parents[1]
-ROOM = ROOT / "build" / "fuzz"
+BUILD = ROOT / "build" / "fuzz"
 
 KINDS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
@@ -56,12 +56,12 @@ def _runtime(name: str) -> str:
     return found.stdout.strip()
 
 
-def build(kind: str, levels: Sequence[str] = ("base",), csrc: Path = ROOT / "csrc", room: Path = ROOM) -> Path:
+def build(kind: str, levels: Sequence[str] = ("base",), csrc: Path = ROOT / "csrc", folder: Path = BUILD) -> Path:
     """The library of a kind, with one instruction level or all of them, compiled by ninja where a source changed.
 
     Without a level: the operators alone that need none, the temporal shift.
     """
-    folder = room / f"{kind}-{len(levels)}"
+    folder = folder / f"{kind}-{len(levels)}"
     folder.mkdir(parents=True, exist_ok=True)
     torch = Path(importlib.util.find_spec("torch").origin).parent
     # Without optimisation and inlining: most of the time goes into the compilation.

@@ -82,10 +82,10 @@ def misaligned(r: random.Random, t: Tensor) -> Tensor:
     """Between the addresses of its elements, as a tensor made from a buffer of bytes may begin."""
     if t.element_size() == 1 or not t.numel():
         return t
-    room = bytearray(t.numel() * t.element_size() + 1)
+    buffer = bytearray(t.numel() * t.element_size() + 1)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    room[1:] = bytes(t.contiguous().view(bits).flatten().numpy())
-    return torch.frombuffer(room, dtype=t.dtype, offset=1).view(t.shape)
+    buffer[1:] = bytes(t.contiguous().view(bits).flatten().numpy())
+    return torch.frombuffer(buffer, dtype=t.dtype, offset=1).view(t.shape)
 
 
 def shrunk(r: random.Random, t: Tensor) -> Tensor:

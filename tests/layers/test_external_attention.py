@@ -489,8 +489,8 @@ def test_dropout(p, external_on):
     torch.manual_seed(5)
     dropped = functional.external_attention(x, key, value, dropout=p)
     torch.manual_seed(5)
-    again = functional.external_attention(x, key, value, dropout=p)
-    assert torch.equal(dropped, again)
+    repeated = functional.external_attention(x, key, value, dropout=p)
+    assert torch.equal(dropped, repeated)
     kept = dropped != 0
     assert kept.any() == (p < 1) and not kept.all()
     expected = torch.where(kept, full / (1 - p) if p < 1 else full, 0.0)

@@ -1,4 +1,4 @@
-"""External attention's layers: stored vectors on both roads, folding, dropout."""
+"""External attention's layers: stored vectors in every form, folding, dropout."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class TestStoredVectors:
         assert len(GOLDEN) == 4
         assert {path.name.split("_")[1] for path in GOLDEN} == set(self.MAKE)
 
-    @pytest.mark.parametrize("road", ["folded", "by heads", "published"])
+    @pytest.mark.parametrize("form", ["folded", "by heads", "published"])
     @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
     @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-    def test_golden(self, path, channels_last, road, backend_on):
+    def test_golden(self, path, channels_last, form, backend_on):
         _, device = backend_on
         arrays = {name: torch.from_numpy(np.array(value)) for name, value in np.load(path).items()}
         arrays = {name: a for name, a in arrays.items() if "num_batches" not in name or name.startswith("state.")}
@@ -48,10 +48,10 @@ class TestStoredVectors:
         module.load_state_dict({name[6:]: a for name, a in arrays.items() if name.startswith("state.")}, strict=True)
         module.to(device)
         if isinstance(module, MultiHeadExternalAttention):
-            module._folding_pays = lambda *_: road == "folded"
-        elif road == "by heads":
+            module._folding_pays = lambda *_: form == "folded"
+        elif form == "by heads":
             pytest.skip("a form of several heads")
-        found = step(see_calls(module) if road == "published" else module, x, arrays["grad_y"].to(device))
+        found = step(see_calls(module) if form == "published" else module, x, arrays["grad_y"].to(device))
         expected = {}
         for name, value in arrays.items():
             if name != "x" and name != "grad_y" and not name.startswith("state."):
@@ -63,7 +63,7 @@ class TestFolding:
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("name", LAYERS)
-    def test_folded_equals_the_published_road(self, name, train, layout, backend_on):
+    def test_folded_equals_the_published_form(self, name, train, layout, backend_on):
         module = layer(name, device=backend_on[1]).train(train)
         x, grad_y = inputs(name, device=backend_on[1])
         form = torch.channels_last if layout == "channels_last" else torch.contiguous_format

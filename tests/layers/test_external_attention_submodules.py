@@ -219,7 +219,7 @@ class TestSubmodules:
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("change", ["published", "frozen", "cumulative", "untracked", "without buffers", "plain"])
     def test_batch_norm_as_its_submodule_says(self, change, train, backend_on):
-        """Two steps beside torch's batch norm, which the published road runs."""
+        """Two steps beside torch's batch norm, which the published form runs."""
         module = layer("block", device=backend_on[1]).train(train)
         bn = module.conv2[1]
         if change == "frozen":

@@ -206,7 +206,7 @@ class WithEvaluate(PlainPasses):
 
 @pytest.mark.parametrize("name", [*UNIT_NAMES, "STinC2"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_road_of_calls_without_gradients(emulator, name, channels_last, monkeypatch):
+def test_the_path_of_calls_without_gradients(emulator, name, channels_last, monkeypatch):
     """Taken where all statistics are fixed and no gradients wanted, except by the averaged unit; the same results."""
     found = WithEvaluate(emulator)
     monkeypatch.setattr(backends, "select", lambda *_: "cpu")

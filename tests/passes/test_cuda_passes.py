@@ -117,8 +117,8 @@ def test_unpool_reduce(passes, case, context, gate_context):
 
 
 def test_gate(passes, gate):
-    for own in ("all", "none", "last"):
-        test_passes.test_gate(passes, plain, gate, own)
+    for of_batch in ("all", "none", "last"):
+        test_passes.test_gate(passes, plain, gate, of_batch)
     test_passes.test_gate_again(passes, plain, gate)
     test_passes.test_gate_backward_reduce(passes, plain, gate)
     for given in (False, True):

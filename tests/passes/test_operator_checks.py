@@ -280,8 +280,8 @@ def test_what_is_written_shares_no_memory(call, name, written, other):
 
 def test_parts_that_overlap(call):
     """Not only the same tensor: the statistics lie inside the logits, the mass one element into the gradient."""
-    room = torch.randn(2 * 6 * 8 + 8)
-    logits, lse = room[8:].view(2, 6, 8), room[:16].view(2, 8)
+    buffer = torch.randn(2 * 6 * 8 + 8)
+    logits, lse = buffer[8:].view(2, 6, 8), buffer[:16].view(2, 8)
     with pytest.raises(REFUSED, match="logits is written, and must share no memory with lse"):
         call("double_norm_", [logits, lse, 4, 0.0, None])
     if call is triton:

@@ -192,12 +192,12 @@ def test_unpool_reduce(passes, plain, case, context, gate_context):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
-@pytest.mark.parametrize("own", ["all", "none", "last"])
-def test_gate(passes, plain, gate, own):
+@pytest.mark.parametrize("of_batch", ["all", "none", "last"])
+def test_gate(passes, plain, gate, of_batch):
     """Statistics are sums of as many terms as a map has in the batch, of a z that sums 54 products; the gates are made
     of that z by the norm that came out."""
     n = len(gate.weight)
-    batch = [own == "all" or (own == "last" and i == n - 1) for i in range(n)]
+    batch = [of_batch == "all" or (of_batch == "last" and i == n - 1) for i in range(n)]
     mean, var = ([None if use else p for use, p in zip(batch, given, strict=True)] for given in (gate.mean, gate.var))
     arguments = gate.pooled, gate.weight, gate.scale, gate.shift, mean, var, [1e-5] * n, batch, gate.dims
     found, norm, statistics = passes.gate(*arguments)

@@ -32,7 +32,7 @@ def each(*names: str):
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("runs")], indirect=True)
 def test_cases_in_runs(case):
-    """The cases named so take the road of contiguous runs in every kernel with a tile for them."""
+    """The cases named so read contiguous runs in every kernel with a tile for them."""
     x = activation(case)
     assert tiles.elementwise(x).run and tiles.tile(x, whole="TW", looped="H").run
 
@@ -65,11 +65,11 @@ def test_wide_offsets(case, monkeypatch):
 
 def test_many_programs(monkeypatch):
     """More tasks than programs: lanes carry moments and weight gradients along, and two runs agree in bits."""
-    room = importlib.import_module("aia_kernels.triton.gate")  # the package names its function so
+    module = importlib.import_module("aia_kernels.triton.gate")  # the package names its function so
 
-    monkeypatch.setattr(room, "TAPPED", 16)
-    monkeypatch.setattr(room, "FLAT", 16)
-    monkeypatch.setattr(room, "PROGRAMS", 3)
+    monkeypatch.setattr(module, "TAPPED", 16)
+    monkeypatch.setattr(module, "FLAT", 16)
+    monkeypatch.setattr(module, "PROGRAMS", 3)
     gate = GateCase(2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float32)
     test_passes.test_gate(passes, PlainPasses(), gate, "all")
     test_passes.test_gate_again(passes, PlainPasses(), gate)

@@ -91,12 +91,12 @@ class TestPromises:
             module.attn_drop.p = module.proj_drop.p = 0.4
         other = copy.deepcopy(module)
         x, grad_y = inputs("multi-head" if name == "dropout" else name, torch.float32, device)
-        again = x.clone().requires_grad_()
+        other_x = x.clone().requires_grad_()
         torch.manual_seed(3)
         expected = step(module, x, grad_y)
         torch.manual_seed(3)
-        checkpoint(other, again, use_reentrant=reentrant).backward(grad_y)
-        assert torch.equal(expected["grad x"], again.grad)
+        checkpoint(other, other_x, use_reentrant=reentrant).backward(grad_y)
+        assert torch.equal(expected["grad x"], other_x.grad)
         for p, q in zip(module.parameters(), other.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
 

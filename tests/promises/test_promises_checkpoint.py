@@ -25,9 +25,9 @@ def test_checkpoint(name, reentrant, backend_on):
     grad_y = make_input(shape, torch.float32, seed=1, device=device)
     x = make_input(shape, torch.float32, device=device).requires_grad_()
     module(x).backward(grad_y)
-    again = x.detach().clone().requires_grad_()
-    checkpoint(other, again, use_reentrant=reentrant).backward(grad_y)
-    assert torch.equal(x.grad, again.grad)
+    other_x = x.detach().clone().requires_grad_()
+    checkpoint(other, other_x, use_reentrant=reentrant).backward(grad_y)
+    assert torch.equal(x.grad, other_x.grad)
     for p, q in zip(module.parameters(), other.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 
@@ -56,9 +56,9 @@ def test_checkpoint_of_external_attention(form, reentrant, external_on):
     x = external_cases.make_input(form, SIZES["small"], torch.float32, device=device).requires_grad_()
     torch.manual_seed(1)
     module(x).backward(grad)
-    again = x.detach().clone().requires_grad_()
+    other_x = x.detach().clone().requires_grad_()
     torch.manual_seed(1)
-    checkpoint(other, again, use_reentrant=reentrant).backward(grad)
-    assert torch.equal(x.grad, again.grad)
+    checkpoint(other, other_x, use_reentrant=reentrant).backward(grad)
+    assert torch.equal(x.grad, other_x.grad)
     for p, q in zip(module.parameters(), other.parameters(), strict=True):
         assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)

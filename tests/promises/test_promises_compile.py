@@ -41,7 +41,7 @@ def train_step(call, x, grad_y, module):
 
 def assert_equal_steps(found, expected):
     for name, value in expected.items():
-        # Both roads run the same passes; only sums around them may be fused otherwise. float64 leaves ample room.
+        # Both paths run the same passes; only sums around them may be fused otherwise. float64 leaves ample room.
         torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 

@@ -248,10 +248,10 @@ def test_lazily_negated_tensors(name):
         return lazily
 
     leaf = negated(x).requires_grad_()
-    again = module(leaf)
-    found = torch.autograd.grad(again, (leaf, *module.parameters()), negated(towards(y)))
+    repeated = module(leaf)
+    found = torch.autograd.grad(repeated, (leaf, *module.parameters()), negated(towards(y)))
     expected = torch.autograd.grad(y, (x, *module.parameters()), towards(y))
-    for value, wanted in zip((again, *found), (y, *expected), strict=True):
+    for value, wanted in zip((repeated, *found), (y, *expected), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-11, atol=1e-11)
 
 

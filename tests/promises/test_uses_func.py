@@ -85,8 +85,8 @@ def test_forward_mode_in_everything(name):
     torch.testing.assert_close(found, expected, **EXACT)
     with forward_ad.dual_level():
         dual = {key: forward_ad.make_dual(p, tangents[0][key]) for key, p in parameters.items()}
-        again = forward_ad.unpack_dual(loss_of(module, dual, forward_ad.make_dual(x, tangents[1]), grad_y)).tangent
-    torch.testing.assert_close(again, expected, **EXACT)
+        of_duals = forward_ad.unpack_dual(loss_of(module, dual, forward_ad.make_dual(x, tangents[1]), grad_y)).tangent
+    torch.testing.assert_close(of_duals, expected, **EXACT)
 
 
 @main_layers_without_dropout
@@ -220,8 +220,8 @@ def test_hessian_vector_products(name):
     direction = torch.randn_like(x)
     _, back = vjp(grad(lambda x: nonlinear(module, {}, x)), x)
     (found,) = back(direction)
-    _, again = torch.autograd.functional.hvp(lambda x: nonlinear(module, {}, x), x, direction)
-    torch.testing.assert_close(found, again, **EXACT)
+    _, expected = torch.autograd.functional.hvp(lambda x: nonlinear(module, {}, x), x, direction)
+    torch.testing.assert_close(found, expected, **EXACT)
     corner, rest = x.flatten()[:3], x.flatten()[3:]
 
     def of_corner(corner):

@@ -1,4 +1,4 @@
-"""Layers under what keeps, replaces or computes again the tensors that a backward needs: the numbers are the same."""
+"""Layers under what keeps, replaces or recomputes the tensors that a backward needs: the numbers are the same."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ class _Called(torch.nn.Module):
 @pytest.mark.parametrize("use", ["not reentrant", "selective, products", "selective, all"])
 @main_layers
 def test_hooks_inside_of_a_checkpoint(name, use):
-    """Both at once: what a checkpoint keeps is offloaded, and what it computes again too."""
+    """Both at once: what a checkpoint keeps is offloaded, and what it recomputes too."""
     found = step(name, checkpointed(CHECKPOINTS[use]), OTHER_STRIDES["contiguous when packed"], **in_float64("cpu"))
     expected = plain_step(name, **in_float64("cpu"))
     assert_close(
