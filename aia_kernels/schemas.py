@@ -78,8 +78,8 @@ _SCHEMAS = {
     "float momentum) -> ()",
 }
 
-# External attention (DESIGN: double_norm). Logits [B, N, M] are contiguous, N tokens by M columns; the M columns are
-# consecutive groups of `group` slots (a head has one group or several); each token is normalised inside each group.
+# External attention (reference/double_norm.py). Logits [B, N, M] are contiguous, N tokens by M columns; the M columns
+# are consecutive groups of `group` slots (a head has one group or several); each token is normalised inside each group.
 # padding [B, N] is boolean, True where a token takes no part; attention is exactly 0 there. Statistics, mass and sums
 # are in accumulate_dtype. A column reduction is split over N in chunks that depend on the sizes alone.
 _DOUBLE_NORM_SCHEMAS = {
@@ -110,10 +110,10 @@ _RESIDUAL_SCHEMAS = {
 # the next and the previous frame change places: the transpose, and so the gradient. Reads 1 |X|, writes 1 |X|.
 _SHIFT_SCHEMAS = {"temporal_shift": "(Tensor x, int fold, bool reverse) -> Tensor"}
 
-# The whole unit forward, y = x * G_outer(x * G_inner(x)), where all statistics are fixed, so that a clip needs no other
-# and may stay on chip. inner is a context or NONE, outer the other context, or either one. The lists are those of gate,
-# with entries for the gate over C, then for those over T, H and W, as far as the unit has them. A backend need not have
-# it. Reads 1 |X| where a clip fits on chip, else 2 or, with an inner context, 3; writes 1 |X|.
+# The whole unit forward, y = x * G_outer(x * G_inner(x)), where all statistics are fixed: no clip depends on another,
+# and a clip may stay on chip. inner is a context or NONE, outer the other context, or either one. The lists are those
+# of gate, with entries for the gate over C, then for those over T, H and W, as far as the unit has them. A backend may
+# lack it. Reads 1 |X| where a clip fits on chip, else 2 or, with an inner context, 3; writes 1 |X|.
 _EVALUATE_SCHEMAS = {
     "evaluate": "(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
     "float[] eps, int inner, int outer) -> Tensor",

@@ -1,16 +1,20 @@
 """Inputs and error budgets, shared by tests, benchmarks and the self-check.
 
-A backend is measured against the reference in float64. Its budget is twice the error that the reference itself makes in
-the low precision, plus a rounding band: one rounding of the result to its own type and four of the accumulation type
-(the last steps, such as a momentum), and eight times what the result moves when every parameter and every element of
-grad_y is perturbed by one rounding of the accumulation type (a term passes about eight roundings on its way). The band
-is there because one evaluation of the reference can be right by luck, above all where a result is one number, the sum
-of thousands of terms that cancel; the perturbation measures how much accuracy the terms allow. x itself is not
-perturbed: that would break the ties that a low precision makes, and a tie decides which element gets a gradient.
-In float32, where the reference accumulates as the backend does, luck is the more likely: with its samples in another
-order such a number may be off thirty times as far. There its error is the worst of four evaluations, of parameters a
-rounding apart.
-For float64, which has nothing more exact beside it, the reference's own error is that in float32, scaled down.
+A backend is measured against the reference in float64. Its budget for a result is the sum of:
+
+* twice the error that the reference itself makes in the low precision;
+* one rounding of the result to its own type, and four of the accumulation type for the last steps, such as a momentum;
+* eight times what the result moves when every parameter and every element of grad_y is perturbed by one rounding of the
+  accumulation type, as a term passes about eight roundings on its way.
+
+The last two are there because one evaluation of the reference can be right by luck. This is likely where a result is
+one number, the sum of thousands of terms that cancel. The perturbation measures how much accuracy the terms allow. x
+itself is not perturbed: that would break the ties that a low precision makes, and a tie decides which element gets a
+gradient.
+
+In float32 the reference accumulates as the backend does, and luck is more likely: with its samples in another order
+such a number may be thirty times as far off. So the error there is the worst of four evaluations, with parameters a
+rounding apart. Nothing is more exact than float64: for it, the reference's own error is that in float32, scaled down.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The roof: how fast this device's memory is to the best of the plainest kernels: python -m benchmarks.bandwidth
+"""The roof: the speed of this device's memory, by the best of some plain kernels: python -m benchmarks.bandwidth
 
-Reading alone and copying, in terabytes a second, each with every setting of a small grid; every fraction of the roof
+Reading alone and copying, in terabytes a second, each with every setting of a small grid. Every fraction of the roof
 refers to the best of each (gpus.py). On the CPU torch's own sum and copy stand in for the kernels.
 """
 

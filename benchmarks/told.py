@@ -1,9 +1,9 @@
 """A pytest plugin for runs that may be cut short: python -m pytest -p benchmarks.told --told FILE ...
 
-FILE gets a line as each test begins and as it ends, written at once: whatever ends the run, what was found is there,
-and which tests were running. A test that takes longer than --seconds-each, or after which the device is lost, ends its
-process; under pytest-xdist another one takes its place. Tests that compile nothing come first. --first-of-each N keeps
-N tests, of as many files and functions as there are.
+FILE gets a line as each test begins and as it ends, written at once. So it says what was found and which tests were
+running, however the run ended. A test that takes longer than --seconds-each, or after which the device is lost, ends
+its process; under pytest-xdist another one takes its place. Tests that compile nothing come first. --first-of-each N
+keeps N tests, of as many files and functions as there are.
 """
 
 from __future__ import annotations

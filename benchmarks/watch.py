@@ -1,4 +1,4 @@
-"""What of a measurement is running now, and since when: so that a call that never ends can be told and left."""
+"""Knows which call of a measurement is running and since when, so that one that never ends is reported and left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled part of the package: loads aia_kernels/_C.so, or says in one sentence why it cannot, or not on CUDA."""
+"""The compiled part of the package, aia_kernels/_C.so: loads it, or says in one sentence why it cannot be used."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ class Cuda(NamedTuple):
         )
 
     def holds(self, capability: tuple[int, int]) -> bool:
-        """Whether a device of this compute capability can run the kernels: code runs on its own major version from its
-        minor one on, and +PTX is compiled anew for all that come later."""
+        """Whether a device of this compute capability can run the kernels. Code runs on devices of its own major
+        version, from its minor version on; code with +PTX is compiled anew on all later devices.
+        """
 
         def runs(architecture: str) -> bool:
             major, minor, letter, later = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", architecture).groups()

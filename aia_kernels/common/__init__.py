@@ -1,1 +1,1 @@
-"""What the layers of the package stand on: types, geometry, storage, process groups and what torch says of a call."""
+"""What all layers of the package share: types, maps, storage orders, process groups, how a call is recorded."""

@@ -1,4 +1,6 @@
-"""Autocast where everything has its type already: there it has no more say."""
+"""The type that autocast gives to products, and code that runs without autocast as its tensors have their types
+already.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Views of x as its layer sees it, and copies where its strides fit no kernel, or where it is a view of the negative of
-what is stored (torch.Tensor.is_neg).
+"""Views of x as its layer sees it. x is copied where no kernel fits its strides, or where it is a view of the negative
+of what is stored (torch.Tensor.is_neg).
 
-A function settles the layout of its input when it is called, and a registered operator once more when it runs: a traced
-program has other inputs than those that it was traced with, and tracers leave out a copy that was none.
+A function settles the layout of its input when it is called. A registered operator settles it once more when it runs: a
+recorded program may get inputs with other strides than it was recorded with, and tracers leave out a copy that did
+nothing then.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .tracing import is_symbolic
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, contiguous and with their own values; those that are absent stay so."""
+    """The tensors, contiguous and no views of negatives; None stays None."""
     return [None if t is None else t.contiguous().resolve_neg() for t in tensors]
 
 
 def stored_as(grad_y: Tensor, x: Tensor) -> Tensor:
-    """grad_y with the strides of x: gradients arrive expanded (from sum), without memory or in another layout."""
+    """grad_y with the strides of x: a gradient may be expanded (that of a sum), without memory or in another layout."""
     without_memory = not torch.compiler.is_compiling() and grad_y._is_zerotensor()  # compilers have none
     same = grad_y.stride() == x.stride() and not without_memory
     return grad_y.resolve_neg() if same else torch.empty_like(x).copy_(grad_y)

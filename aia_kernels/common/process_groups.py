@@ -1,4 +1,4 @@
-"""What crosses process groups, named as registered operators can name them: by their group_name."""
+"""Process groups by name, as registered operators take them (group_name), and what is exchanged over them."""
 
 from __future__ import annotations
 

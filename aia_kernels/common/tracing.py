@@ -1,4 +1,6 @@
-"""Who follows or records a call: there passes that write into their operands cannot be shown."""
+"""Whether a call is recorded, or followed operation by operation. A pass that writes into its operands must not run
+there.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ def is_symbolic() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether what runs is recorded to be run again: symbolic calls, and selective checkpointing.
+    """Whether the call is recorded and may run later from the record: symbolic calls, and selective checkpointing.
 
-    A layer must then be one registered operator that changes nothing. A single pass is no such thing: left out in
-    favour of its kept result it would not write what it writes, and its sizes would be those of the record.
+    A layer must then be one registered operator that changes nothing. A single pass cannot be recorded. Where a kept
+    result replaces a pass, it would not write what it writes, and its sizes would be those of the recorded call.
     """
     return is_symbolic() or (
         torch._C._len_torch_dispatch_stack() > 0
@@ -34,8 +36,9 @@ def is_traced() -> bool:
 
 
 def needs_reference() -> bool:
-    """Whether somebody follows the call operation by operation, as a pass cannot be followed: a functorch transform,
-    forward-mode differentiation or torch.jit.trace. Under torch.compile the operators speak for themselves."""
+    """Whether the call is followed operation by operation, which passes do not allow: a functorch transform,
+    forward-mode differentiation or torch.jit.trace. Under torch.compile a registered operator stands for the layer.
+    """
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()

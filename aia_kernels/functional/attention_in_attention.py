@@ -217,7 +217,7 @@ def _through_passes(
 
 
 def _resolved(parameters: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """The parameters with their own values: the framework does not do it for what stands in a list."""
+    """The parameters, none of them a view of negatives: torch resolves these in single arguments, but not in lists."""
     return [None if p is None else p.resolve_neg() for p in parameters]
 
 

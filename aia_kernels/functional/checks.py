@@ -1,4 +1,4 @@
-"""What the functions of every family ask of their arguments."""
+"""Checks of arguments that the functions of all families share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any) -> int:
-    """An integer as Python has it: of numpy's too, or a tensor of one integer; bool is none."""
+    """Refuse what is not an integer; returns it as Python's. Integers of numpy and tensors of one integer are taken,
+    bool is not.
+    """
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     try:
@@ -42,7 +44,8 @@ def check_number(name: str, value: Any) -> None:
 
 def check_clips(x: Tensor, num_segments: int) -> int:
     """Refuse what is not [B * num_segments, C, H, W] or [B, C, T, H, W] of a floating-point type; returns num_segments,
-    which is not asked of the latter."""
+    which is not checked for the latter.
+    """
     check_tensor("x", x)
     if x.ndim not in (4, 5):
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B * T, C, H, W] or [B, C, T, H, W]")

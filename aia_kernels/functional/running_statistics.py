@@ -1,4 +1,4 @@
-"""The running statistics of batch normalisations, moved as torch's batch norm moves them."""
+"""The update of running statistics after a call, as torch's batch norm does it."""
 
 from __future__ import annotations
 

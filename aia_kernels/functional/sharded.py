@@ -1,8 +1,8 @@
 """Layers on DTensors: a batch in shards, one for each process, with replicated parameters.
 
-The samples of a batch meet nowhere but in the statistics of batch norms, which the passes already know how to share
-over a process group. So a process computes on the samples that it holds, and its part of each parameter's gradient is
-one term of a sum, which DTensor calls Partial. Other axes are not sharded: who asks for that is told so.
+Samples depend on one another only through the statistics of batch norms, and the passes can share these over a process
+group. So each process computes on the samples that it holds. Its gradient of a parameter is one term of a sum, which
+DTensor calls Partial. A DTensor that is sharded over another axis is refused.
 
 Nothing here imports torch.distributed.tensor before somebody has made a DTensor.
 """
@@ -90,10 +90,12 @@ def external_attention_block(
 
 
 class _Batch:
-    """How the samples of x lie on a mesh. Whatever is refused is refused by every process alike, so that none waits."""
+    """How the samples of x lie on a mesh. What one process refuses, every process refuses, so that none waits for
+    another.
+    """
 
     def __init__(self, name: str, x: Tensor, samples: int = 1, has_samples: bool = True):
-        """samples: so many entries of axis 0 make one that cannot be split. has_samples: axis 0 is that of samples."""
+        """samples: how many entries of axis 0 make one sample. has_samples: whether axis 0 is that of samples."""
         self.name, self.x, self.mesh, self.placements = name, x, x.device_mesh, tuple(x.placements)
         if not all(p.is_replicate() or (has_samples and p.is_shard(0)) for p in self.placements):
             expected = "Shard(0), by samples, or Replicate()" if has_samples else "Replicate()"

@@ -49,7 +49,7 @@ def temporal_shift(x: Tensor, num_segments: int = 8, fold_div: int = 8) -> Tenso
     backend = backends.select(x.device, x.dtype, FAMILY)
     if backend == "reference" or needs_reference():
         clips = as_clips(x, num_segments)
-        with no_autocast(x):  # which has a word on concatenation
+        with no_autocast(x):  # it would change the type of a concatenation
             return as_input(stored_as(reference(clips, fold), clips), x.ndim)
     if is_traced():
         return as_input(temporal_shift_by(as_clips(x, num_segments), fold, False, backend), x.ndim)

@@ -130,7 +130,7 @@ def _load(source: str | PathLike, allowed: list[str]) -> Any:
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(source):
             refused = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-        else:  # files of old, of which torch tells the first
+        else:  # an old file: torch names only the first
             refused = re.findall(r"GLOBAL (\S+) was not an allowed global", str(error))
         refused = sorted(set(refused) - set(allowed))
         if not refused:

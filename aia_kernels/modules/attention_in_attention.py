@@ -1,9 +1,9 @@
 """The units as modules: the published names, parameters and initialisation, so that published checkpoints load.
 
 Each gate d of C, T, H, W is two real submodules, ``<d>_conv`` (Conv3d 2 -> 1, 3x3x3, padding 1, no bias) and ``<d>_bn``
-(BatchNorm3d(1)), which hold its parameters, mode and settings and may be frozen, converted to SyncBatchNorm or
-parametrised as usual. Their forward is not called, unless somebody must see the call: a submodule that is of another
-kind, has other settings (a bias, a dilation) or hooks is run, and the unit is computed by the reference around it.
+(BatchNorm3d(1)). They hold its parameters, mode and settings, and may be frozen, converted to SyncBatchNorm or
+parametrised as usual. The unit reads them and does not call them. A submodule is called only if it is of another kind,
+has other settings (a bias, a dilation) or has hooks; the reference then computes the unit around the calls.
 """
 
 from __future__ import annotations

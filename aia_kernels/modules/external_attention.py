@@ -1,14 +1,14 @@
 """External attention (arXiv 2105.02358) as modules, with the published names, parameters and initialisation.
 
-What is folded, and why it is exact: no nonlinearity stands between a projection and the memory beside it, so the two
-are one matrix, a product of parameters alone. It is formed anew in every call (it is small beside the tokens) and by
-differentiable products, so autograd carries its gradient to both factors, exact but for rounding. Whatever adds a
-constant to all tokens of a slot, the bias of a projection before the key memory or that of the memory itself, is
-invisible to the softmax over tokens: it has no effect and a gradient of zero.
+What is folded, and why it is exact: no nonlinearity stands between a projection and the memory beside it. So the two
+are one matrix, a product of parameters alone, small beside the tokens. It is formed in every call by differentiable
+products, and autograd carries its gradient to both factors, exact but for rounding. A bias before the softmax over
+tokens, that of a projection or of the key memory, adds the same number to all tokens of a slot. The softmax does not
+see it, so it has no effect and a gradient of zero.
 
-The submodules hold parameters, mode and settings and may be frozen, parametrised or converted as usual. Their forward
-is not called, unless somebody must see the call: where a submodule has hooks or is of another kind (quantised, adapted,
-replaced), every submodule is run in the published order around the double normalisation.
+The submodules hold parameters, mode and settings, and may be frozen, parametrised or converted as usual. The layer
+reads them and does not call them. If a submodule has hooks or is of another kind (quantised, adapted, replaced), all of
+them are called in the published order, with the double normalisation between them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ EPS = 1e-9
 
 
 def _without_effect(memory_key: Tensor, *biases: Tensor | None) -> Tensor:
-    """The key memory, on which biases that the softmax over tokens does not see hang with a gradient of zero.
+    """The key memory, joined to biases that have no effect, so that these get a gradient of zero.
 
     Zero and not none, so that DistributedDataParallel finds every parameter used. The sum of an empty slice is 0 and
-    has no other gradient, whatever stands in the bias and in the gradient of the key.
+    has no other gradient, whatever values the bias and the gradient of the key have.
     """
     for bias in biases:
         if bias is not None:

@@ -1,4 +1,4 @@
-"""What a layer may take from a submodule, reading its parameters instead of calling it, and when it must call it."""
+"""When a layer may read the parameters of a submodule instead of calling it, and what it reads."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _PLAIN_FORWARDS = (
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """Whether somebody must see the call of a submodule: it has hooks, or all modules have; its forward is not that of
-    its kind; or a weight is a tensor of another kind, which may know the products of its layer and no other (a DTensor
-    is one that the functions of this package know).
+    """Whether a submodule must be called, as reading its parameters is not enough. It has hooks, or all modules have;
+    or its forward is not that of its kind; or a weight is a tensor of another kind, which may know the products of its
+    layer and no other (a DTensor is one that the functions of this package know).
 
     A parametrised weight needs no call: the attribute is the computed one. Quantised, adapted or patched layers do.
     """
@@ -44,7 +44,7 @@ def must_be_called(module: nn.Module) -> bool:
 
 
 def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a submodule is of a kind and nobody must see its call: its parameters and settings say what it does."""
+    """Whether a submodule is of a kind and need not be called: its parameters and settings say what it does."""
     return isinstance(module, kind) and not must_be_called(module)
 
 

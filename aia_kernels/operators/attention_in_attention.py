@@ -56,8 +56,9 @@ def packed(
 
 
 def index_dtype(clips: Tensor, unit: str) -> torch.dtype | None:
-    """The type of index that unit_forward is to keep: None, the smallest, where the lengths of the clips are known; for
-    lengths that are symbols one that holds every index, as a program is recorded once for all of them."""
+    """The type in which unit_forward is to keep indices. None, the smallest, where the lengths of the clips are known;
+    where lengths are symbols, one that holds every index, as one recorded program serves them all.
+    """
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     _, t, c, h, w = clips.shape

@@ -1,8 +1,9 @@
 """How a whole layer becomes a registered operator: its schema, implementation, fake and gradient.
 
-torch.compile, torch.export and selective checkpointing record a layer as one operator: opaque to them, differentiable
-once, without side effects. Each layer's file says all about its operators; the meaning of their arguments and results
-is that of the functions of the same name in the algorithm. A backend and a unit are named by strings.
+torch.compile, torch.export and selective checkpointing record a layer as one operator. They do not look inside it. It
+can be differentiated once and has no side effects. Each layer's file says all about its operators. Their arguments and
+results mean what they mean in the functions of the same name of the algorithm. A backend and a unit are named by
+strings.
 """
 
 from __future__ import annotations

@@ -389,9 +389,8 @@ def _given(
     """The four numbers of each of n maps, [4 n], 0 or 1 where one is absent and anything where it is not looked at."""
     unread, flat, default = pooled.view(-1)[:1], [], None
     for uses_batch, *numbers in zip(batch, scale, shift, mean, var, strict=True):
-        for number, absent, read in zip(
-            numbers, (1, 0, 0, 1), (True, True, not uses_batch, not uses_batch), strict=True
-        ):
+        fixed = not uses_batch
+        for number, absent, read in zip(numbers, (1, 0, 0, 1), (True, True, fixed, fixed), strict=True):
             if number is None and read:
                 default = torch.arange(2, dtype=pooled.dtype, device=pooled.device) if default is None else default
                 number = default[absent : absent + 1]

@@ -1,4 +1,4 @@
-"""One argument set after the other: a seed makes a set, and a set is raised or gives the right values."""
+"""One argument set after the other: a seed makes a set, and the operator either raises or gives the right values."""
 
 from __future__ import annotations
 

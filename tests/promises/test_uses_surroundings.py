@@ -1,5 +1,6 @@
-"""Layers amid what PyTorch puts around a call: dispatch and function modes, tensor subclasses, defaults, autocast,
-deterministic mode, profilers. Whoever looks on changes nothing."""
+"""Layers inside of what PyTorch puts around a call: dispatch and function modes, tensor subclasses, defaults, autocast,
+deterministic mode, profilers. A mode that only looks on changes nothing.
+"""
 
 from __future__ import annotations
 
