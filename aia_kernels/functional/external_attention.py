@@ -108,24 +108,33 @@ def external_attention(
 ) -> Tensor:
     """o = A V^T + value_bias, A = double_normalize(x K^T): external attention (arXiv 2105.02358) on tokens.
 
-    x: [B, N, d], its features or (maps [B, d, H, W] as x.flatten(2).mT) its tokens contiguous; other strides cost a
-    copy. float32, bfloat16, float16 or float64. Each of the heads takes its d / heads consecutive features.
-    memory_key: K, [S, d / heads] shared by the heads or [heads, S, d / heads].
-    memory_value: V, [v, S] shared by the heads or [heads, v, S].
-    key_bias: [S] or [heads, S]: without effect, as it is a constant to the softmax over tokens; its gradient is zero.
-    value_bias: [v] or [heads, v], added to o.
-    eps: added to the sum over slots. EANet and EAMLP have 1e-9, RTFormer 1e-6. Applied in float32 at least, so that
-    1e-9 is not lost in float16.
-    group: each head's slots are normalised in consecutive groups of this many, a divisor of S; None means all S.
-    dropout: the probability with which an element of A is left out of the product with V (what is kept is scaled by
-    1 / (1 - dropout)). It is applied whenever it is above 0: pass 0 in evaluation. The mask is drawn by torch's
-    generator of the device of x, the same on every backend for a seed.
-    padding_mask: [B, N] boolean, True where a token takes no part, as key_padding_mask of torch.nn.MultiheadAttention:
-    it weighs nothing in the softmax over tokens and its o is zero. A sample of such tokens alone gives zeros.
-    process_group: its members hold the tokens in shards, each at least one. Forward exchanges the maximum and sum of
-    each column, backward one more sum, and the gradients of the memories are those of the shard.
-    Returns o [B, N, heads * v], contiguous, in the type of x or, under autocast, of the autocast. Errors are TypeError
-    and ValueError with the name of the argument, before anything runs.
+    Args:
+        x: [B, N, d], its features or (maps [B, d, H, W] as x.flatten(2).mT) its tokens contiguous; other strides cost a
+            copy. float32, bfloat16, float16 or float64.
+        memory_key: K, [S, d / heads] shared by the heads or [heads, S, d / heads].
+        memory_value: V, [v, S] shared by the heads or [heads, v, S].
+        heads: Each takes its d / heads consecutive features.
+        key_bias: [S] or [heads, S]. Without effect, as it is a constant to the softmax over tokens; its gradient is
+            zero.
+        value_bias: [v] or [heads, v], added to o.
+        eps: Added to the sum over slots, in float32 at least, so that 1e-9 is not lost in float16. EANet and EAMLP have
+            1e-9, RTFormer 1e-6.
+        group: Each head's slots are normalised in consecutive groups of this many, a divisor of S; None means all S.
+        dropout: The probability with which an element of A is left out of the product with V; what is kept is scaled by
+            1 / (1 - dropout). It is applied whenever it is above 0: pass 0 in evaluation. The mask is drawn by torch's
+            generator of the device of x, the same on every backend for a seed.
+        padding_mask: [B, N] boolean, True where a token takes no part, as key_padding_mask of
+            torch.nn.MultiheadAttention. Such a token weighs nothing in the softmax over tokens, and its o is zero. A
+            sample of such tokens alone gives zeros.
+        process_group: Its members hold the tokens in shards, each at least one. Forward exchanges the maximum and sum
+            of each column, backward one more sum, and the gradients of the memories are those of the shard.
+
+    Returns:
+        o, [B, N, heads * v], contiguous, in the type of x or, under autocast, of the autocast.
+
+    Raises:
+        TypeError, ValueError: With the name of the argument, what came and what is expected, before anything runs.
+        RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     check_tensor("x", x)
     if x.ndim != 3:
