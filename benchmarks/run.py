@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     where = measure.machine(options.device)
     machine = bandwidth.machine(where["device"], options.results, records.RESULTS)
-    bar, made = tqdm(cases, unit="case", dynamic_ncols=True), []
+    bar, made = tqdm(cases, unit="case", dynamic_ncols=True, disable=None), []
 
     def note(case: Case, found: dict, is_lost: Callable[[], bool]) -> None:
         """Write a row; if the device is lost with it, go on in a new process."""

@@ -75,7 +75,7 @@ def train(
             nudge(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
         runs[name] = Run(model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps))
-    progress = tqdm(range(steps), unit="step", disable=not bar)
+    progress = tqdm(range(steps), unit="step", disable=None if bar else True)
     for i in progress:
         for name, run in runs.items():
             torch.manual_seed(options.seed + 1 + i)

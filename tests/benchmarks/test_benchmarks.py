@@ -537,7 +537,9 @@ class TestDemo:
         status = demo.main(["--output", str(tmp_path / "demo.png"), "--clips", "2"])
         assert status == (0 if right else 1)
         assert torch.equal(seen[0].cpu(), clip.sample_clips(clip.decode(clip.CLIP), clips=2)[:8])
-        assert "demo-slots.png" in capsys.readouterr().out
+        told = capsys.readouterr()
+        assert "demo-slots.png" in told.out
+        assert told.err == "", "progress is for terminals"
 
     def test_short_videos_are_refused(self):
         pytest.importorskip("av", reason="decoding needs PyAV")
