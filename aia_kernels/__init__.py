@@ -29,7 +29,7 @@ from .modules import (
 from .operators.decompositions import decompositions
 from .reference import Gate, Norm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ST",

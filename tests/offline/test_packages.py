@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import aia_kernels
 from aia_kernels.backends import extension
 
 ROOT = Path(__file__).parents[2]
@@ -92,8 +93,8 @@ def test_the_source_distribution_has_every_file_of_the_sources(dist):
 
 def test_the_wheel_is_of_every_python_3_and_of_its_platform(dist):
     (wheel,) = dist.glob("*.whl")
-    python, abi, platform = wheel.stem.split("-")[2:]
-    assert (python, abi) == ("py3", "none")
+    version, python, abi, platform = wheel.stem.split("-")[1:]
+    assert (version, python, abi) == (aia_kernels.__version__, "py3", "none")
     assert all(tag.startswith("manylinux_") and tag.endswith(os.uname().machine) for tag in platform.split("."))
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
