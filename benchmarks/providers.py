@@ -60,7 +60,7 @@ def alternatives(case: Case, device: str) -> list[Provider]:
 
 
 def compiled(device: str) -> list[Provider]:
-    """torch.compile of the published flow, on a GPU also tuned as far as it goes; graphs are the timing's business."""
+    """torch.compile of the published flow, on a GPU also with all tuning but CUDA graphs, which the timing captures."""
     modes = {"compile": None} | ({} if device == "cpu" and not records.rehearsing() else {"compile-max": MAX_AUTOTUNE})
     return [
         Provider(

@@ -1,11 +1,11 @@
 """Whether the forward of a module is that of a fused layer: both run on copies with the same random numbers.
 
-The copies live on the CPU in float64, with parameters, buffers, containers and dropouts of their own, so that nothing
-about the model, its hooks or the generators changes, and the fused layer runs its reference. What must agree, in
-evaluation and in training: the output, every gradient and the buffers after it. And the forward must leave everything
-else as it was: its input, and the attributes, lists, dictionaries and objects of the module and its submodules. A
-forward that keeps its attention map, counts its calls or adds up a loss is one that somebody reads afterwards. What no
-copy can show is what a forward does outside of its module: to a global variable, a file, a screen.
+The copies live on the CPU in float64. They have parameters, buffers, containers and dropouts of their own, so nothing
+about the model, its hooks or the generators changes. The fused layer runs its reference. In evaluation and in training
+the output, every gradient and the buffers afterwards must agree. And the forward must leave everything else as it was:
+its input, and the attributes, lists, dictionaries and objects of the module and its submodules. If it keeps its
+attention map, counts its calls or adds up a loss, somebody reads that afterwards. No copy can show what a forward does
+outside of its module: to a global variable, a file, a screen.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def unlike(module: nn.Module) -> str | None:
 
 
 def overridden(kind: type[nn.Module], base: type[nn.Module]) -> list[str]:
-    """The methods of nn.Module that a class has from others than its base and that a change of class would take."""
+    """The methods of nn.Module that a class overrides beyond its base, and that it would lose by a change of class."""
     owners = kind.__mro__[: kind.__mro__.index(base)]
     return sorted({name for owner in owners for name in vars(owner)} & _METHODS)
 
 
 def signature(module: nn.Module) -> Any:
-    """What two modules have in common that compute the same function of x and their parameters: hashable."""
+    """What decides which function of x and its parameters a module computes; hashable, and equal for modules alike."""
     attributes = {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
     return (
         type(module),
@@ -199,7 +199,9 @@ class _LocalBatchNorm(_BatchNorm):
 
 
 class _Mark(nn.Module):
-    """Stands for a dropout: a function without chance that no other place in a layer can undo or stand in for."""
+    """Takes the place of a dropout: a function without chance, such that no other place in the layer gives the same
+    result.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x + (3 * x).sin()
@@ -255,7 +257,7 @@ class _Copier:
 
 
 def _computed(module: nn.Module, name: str, parts: nn.Module) -> Tensor:
-    """A parametrised tensor, computed as in evaluation: in training some parametrizations move at each computation."""
+    """A parametrised tensor, computed as in evaluation: in training some parametrizations change each time."""
     modes = [(part, part.training) for part in parts.modules()]
     try:
         parts.eval()
@@ -280,7 +282,7 @@ def _own(value: Any) -> Any:
 
 
 def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers that no default hides behind: weights keep the size of what they multiply, variances are positive."""
+    """Random numbers unlike any default: weights keep the size of what they multiply, variances are positive."""
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
     r = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -322,7 +324,7 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The settings of a fresh process, whatever the caller's, and the caller's random numbers afterwards."""
+    """The settings of a fresh process, whatever the caller has set; the caller's random numbers go on as before."""
     with (
         backends.use_backend("reference"),
         torch.random.fork_rng(devices=()),

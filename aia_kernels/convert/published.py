@@ -31,7 +31,7 @@ class Form(NamedTuple):
 
 
 def find_form(module: nn.Module) -> Form | None:
-    """The form whose names a module has; the one with the most names where there are several."""
+    """The form whose names a module has; of several, the one with the most names."""
     names = set(module._modules.keys())
     return next((form for form in FORMS if form.children <= names), None)
 
@@ -184,8 +184,11 @@ def _normal(sizes: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _tokens(features: int, generator: torch.Generator) -> Tensor:
-    """Twelve tokens with eight that are opposite in pairs and larger from sample to sample: one of each pair wins in
-    every slot, which leaves so little of the softmax over tokens to the last four that the smallest eps shows."""
+    """Twelve tokens by which even the smallest eps shows.
+
+    Eight of them are opposite in pairs, and larger from sample to sample. In every slot one of each pair wins. That
+    leaves so little of the softmax over tokens to the last four that the smallest eps shows.
+    """
     tokens = _normal((4, 12, features), generator)
     tokens[:, 4:8] = -tokens[:, :4]
     tokens[:, :8] *= torch.tensor([1.0, 8.0, 20.0, 50.0], dtype=torch.float64, device="cpu").view(4, 1, 1)

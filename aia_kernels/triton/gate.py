@@ -159,11 +159,12 @@ def norm_kernel(
     statistics_ptr,
     programs,
     EPS: tl.constexpr,
-    OWN: tl.constexpr,
+    USES_BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What each map is normalised by, norm [n, 4] and statistics [n, 3] as in schemas.py, from partial [n, P, 3] and
-    given [n, 4], scale, shift, mean and variance. OWN: whether a map uses the statistics of the batch."""
+    given [n, 4], scale, shift, mean and variance. USES_BATCH: whether a map uses the statistics of the batch.
+    """
     i = tl.arange(0, BLOCK)
     valid = i < programs
     for m in tl.static_range(len(EPS)):
@@ -172,7 +173,7 @@ def norm_kernel(
         mean = tl.load(at + 1, mask=valid, other=0)
         squares = tl.load(at + 2, mask=valid, other=0)
         count, mean, squares = join_moments(count, mean, squares)
-        if chosen(OWN, m):
+        if chosen(USES_BATCH, m):
             var = tiles.quotient(squares, count)
             share = tiles.quotient(1.0, count)
         else:
@@ -304,7 +305,7 @@ def gate(
     z, partial = _conv(pooled, weight, dims)
     norm, statistics = pooled.new_empty((n, 4)), pooled.new_empty((n, 3))
     given, programs = _given(pooled, scale, shift, mean, var, batch), partial.shape[1]
-    constants = {"EPS": tuple(eps), "OWN": tuple(batch), "BLOCK": triton.next_power_of_2(programs)}
+    constants = {"EPS": tuple(eps), "USES_BATCH": tuple(batch), "BLOCK": triton.next_power_of_2(programs)}
     tiles.start(norm_kernel, z, (1,), partial, given, norm, statistics, programs, **constants)
     _start(activate_kernel, z, dims, FLAT, z, norm, z)
     return z, norm, statistics

@@ -44,10 +44,10 @@ class Tile(NamedTuple):
 
 
 def tile(x: Tensor, whole: str = "", looped: str = "") -> Tile | None:
-    """The tile of a pass over x [B, T, C, H, W] that holds the axes in whole, and of the others what fits.
+    """The tile of a pass over x [B, T, C, H, W]: it holds all of the axes in whole, and as much as fits of the others.
 
-    The axis that a kernel loops over has one block and gets its share first, for bytes in flight. None where the
-    whole axes alone fill more than a quarter of the tile: accumulators of their size would spill.
+    The axis that a kernel loops over has one block and gets its share first, for bytes in flight. None where the axes
+    in whole fill more than a quarter of the tile: accumulators of their size would spill.
     """
     order = maps.storage_order(x)
     elements = ELEMENTS * 4 // max(x.element_size(), 4)
@@ -108,8 +108,8 @@ launched = triton.jit(do_not_specialize=("batch", "programs", "blocks"))
 def launch(kernel, x: Tensor, tile: Tile, *args, most_warps: int = 8, registers: int = 128, **constants) -> None:
     """Run one program for each tile of x.
 
-    A full tile gets the most warps. Told how many registers a thread may have, the assembler does not spill a few to
-    fit one more program on an SM; left alone, it does.
+    A full tile gets the most warps. Without a limit on the registers of a thread, the assembler spills a few to fit one
+    more program on an SM; with the limit it does not.
     """
     warps = min(max(math.prod(tile.block) * most_warps // 4096, 1), most_warps)
     start(
@@ -134,7 +134,7 @@ def start(kernel, x: Tensor, grid: tuple[int, ...], *args, **constants) -> None:
 
 @triton.jit
 def quotient(a, b):
-    """a / b, rounded once, b a tensor: what stands for it in float32 is off by two roundings on a GPU."""
+    """a / b, rounded once, b a tensor: the division of float32 that Triton takes on a GPU is off by two roundings."""
     return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
 
 

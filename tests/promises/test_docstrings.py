@@ -81,7 +81,7 @@ def test_a_public_function_says_what_it_returns(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_says_what_its_forward_takes(name):
-    text = written(PUBLIC[name], inspect.getdoc)
+    text = re.sub(r"^\w+:\n(?: .*\n?|\n)*", "", written(PUBLIC[name], inspect.getdoc), flags=re.MULTILINE)
     missing = [p for p in inspect.signature(PUBLIC[name].forward).parameters if not re.search(rf"\b{p}\b", text)]
     assert missing == ["self"], f"{name} does not say what these are: {missing}"
     assert re.search(r" \[B.*, .*\breturns\b", text, re.DOTALL), f"{name} does not say what its forward returns"
