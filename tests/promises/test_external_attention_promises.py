@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from agreement import EXACT, assert_forward_mode, assert_grad_and_vmap, assert_same, assert_within_budget
 from external_layers import MAIN, inputs, layer, step
-from test_promises_distributed import WORLD, every_work, launch
-from test_promises_memory import kept_bytes
+from kept_memory import kept_bytes
+from processes import WORLD, launch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -170,4 +170,4 @@ def data_parallel(rank: int, backend: str) -> None:
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 def test_two_processes(tmp_path):
-    launch(tmp_path, every_work, {"external_attention": (synchronised, data_parallel)})
+    launch(tmp_path, {"external_attention": (synchronised, data_parallel)})

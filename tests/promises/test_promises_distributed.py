@@ -7,16 +7,13 @@ them fails, its traceback names the work.
 from __future__ import annotations
 
 import copy
-import os
-import warnings
 
 import external_cases
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import runnable
 from external_cases import FORMS, Sizes
+from processes import WORLD, launch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +23,6 @@ from aia_kernels.reference import UNITS
 from aia_kernels.testing import Shape, make_input, randomise
 
 SHAPE = Shape(5, 3, 4, 5, 3)
-WORLD = 2
 # float64 sums in another order.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -38,21 +34,6 @@ pytestmark = pytest.mark.skipif(
 def clips_of(rank: int, tensor: torch.Tensor, split: int) -> torch.Tensor:
     """The frames of a rank: the first ``split`` clips go to rank 0, the others to rank 1."""
     return tensor[: split * SHAPE.t] if rank == 0 else tensor[split * SHAPE.t :]
-
-
-def start(rank: int, store: str, world: int, work, *arguments) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error", FutureWarning)  # nothing rests on what torch gives up
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    work(rank, *arguments)
-    dist.barrier()  # nobody leaves while another still talks
-    dist.destroy_process_group()
-    # Without the interpreter's teardown: now and then it aborts over a thread that gloo has left behind.
-    os._exit(0)
-
-
-def launch(tmp_path, work, *arguments, world: int = WORLD) -> None:
-    mp.spawn(start, (str(tmp_path / "store"), world, work, *arguments), nprocs=world)
 
 
 def joint(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -188,17 +169,9 @@ WORK = {
 }
 
 
-def every_work(rank: int, work: dict) -> None:
-    for family, functions in work.items():
-        for backend in ("reference", "cpu"):
-            if runnable(backend, "cpu", family) is None:
-                for function in functions:
-                    function(rank, backend)
-
-
 def test_two_processes(tmp_path):
-    launch(tmp_path, every_work, WORK)
+    launch(tmp_path, WORK)
 
 
 def test_three_processes(tmp_path):
-    launch(tmp_path, every_work, {"external_attention": (every_sharded_case,)}, world=3)
+    launch(tmp_path, {"external_attention": (every_sharded_case,)}, world=3)
