@@ -23,14 +23,14 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 #: The passes of both backends, then whole layers, captured steps and repeated runs.
 FILES = [
-    *("cuda_passes", "cuda_external_passes", "cuda_evaluate", "cuda_runtime", "passes", "double_norm_passes"),
-    *("residual_passes", "shift", "triton_passes", "triton_double_norm", "attention_in_attention"),
+    *("passes", "external_passes", "cuda_passes", "cuda_evaluate", "cuda_runtime"),
+    *("shift", "triton_passes", "triton_double_norm", "attention_in_attention"),
     *("external_attention", "external_attention_modules", "promises_cuda_graphs", "promises_determinism"),
 ]
 WORDS = "(cuda or triton) and not emulator and not offline and not reference-cuda"
 #: The files of the small cases that are marked for the sanitizer: whole steps, which are all passes, first.
 SANITIZED = [
-    *("attention_in_attention", "external_attention_modules", "cuda_passes", "cuda_external_passes"),
+    *("attention_in_attention", "external_attention_modules", "passes", "external_passes", "cuda_passes"),
     *("shift", "cuda_evaluate"),
 ]
 #: What stands for them in a rehearsal.

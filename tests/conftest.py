@@ -49,11 +49,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 #: Files that compile or start processes for long. They begin first: no worker is left alone with one at the end.
 LONG = (
-    *("test_fuzz", "test_cuda_offline", "test_passes", "test_cuda_passes", "test_uses_distributed"),
-    *("test_triton_double_norm_offline", "test_triton_offline", "test_promises_compile", "test_promises_distributed"),
-    *("test_models_resnet", "test_promises_imports", "test_uses_compile", "test_models_external_attention"),
-    *("test_onnx", "test_external_attention_promises", "test_triton_double_norm", "test_shift", "test_benchmarks"),
-    *("test_example_distributed", "test_checks", "test_cuda_runtime", "test_uses_surroundings", "test_roofline"),
+    *("test_fuzz", "test_cuda_offline", "test_passes", "test_external_passes", "test_cuda_passes"),
+    *("test_uses_distributed", "test_triton_double_norm_offline", "test_triton_offline", "test_promises_compile"),
+    *("test_promises_distributed", "test_models_resnet", "test_promises_imports", "test_uses_compile"),
+    *("test_models_external_attention", "test_onnx", "test_external_attention_promises", "test_triton_double_norm"),
+    *("test_shift", "test_benchmarks", "test_example_distributed", "test_checks", "test_cuda_runtime"),
+    *("test_uses_surroundings", "test_roofline"),
 )
 
 
@@ -128,7 +129,7 @@ def external_compiled_on(request) -> Iterator[tuple[str, str]]:
 
 
 #: Instruction levels for which the C++ passes are compiled: each must be right, not only the one in force here.
-LEVELS = ("in force", "v4", "v3", "base")
+LEVELS = ("v4", "v3", "base")
 
 
 @contextlib.contextmanager
@@ -138,7 +139,7 @@ def at_level(level: str) -> Iterator[None]:
 
     choose = ctypes.CDLL(str(extension.LIBRARY)).aia_kernels_cpu_level
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
-    if level != "in force" and (reason := choose(level.encode())) is not None:
+    if (reason := choose(level.encode())) is not None:
         pytest.skip(reason.decode())
     try:
         yield

@@ -1,57 +1,11 @@
-"""What the tests of the CUDA passes share: where the passes run, in which order, and that a lost barrier shows."""
+"""What the tests of the CUDA kernels on the emulator share: the order does not matter, and a lost barrier shows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
-
-from aia_kernels import backends
-
-
-def on(device: str, values):
-    """Values with the tensors among them on a device."""
-    if isinstance(values, (list, tuple)):
-        return type(values)(on(device, value) for value in values)
-    return values.to(device) if isinstance(values, torch.Tensor) else values
-
-
-def tensors_of(values) -> list[torch.Tensor]:
-    if isinstance(values, (list, tuple)):
-        return [tensor for value in values for tensor in tensors_of(value)]
-    return [values] if isinstance(values, torch.Tensor) else []
-
-
-class Device:
-    """The operators on the GPU, for CPU tensors."""
-
-    def __getattr__(self, name: str):
-        operator = getattr(torch.ops.aia_kernels, name).default
-
-        def call(*arguments):
-            moved = on("cuda", arguments)
-            results = operator(*moved)
-            if operator._schema.is_mutable:
-                for tensor, after in zip(tensors_of(arguments), tensors_of(moved), strict=True):
-                    tensor.copy_(after)
-            return on("cpu", results)
-
-        return call
-
-    def map_order(self, order: str) -> str:
-        return order
-
-
-def chosen(request, monkeypatch):
-    """The passes that a fixture with "emulator" and "cuda" for parameters asks for, for CPU tensors."""
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    if request.param == "emulator":
-        return request.getfixturevalue("emulator")
-    if (reason := backends.available_backends()["cuda"]) is not None:
-        pytest.skip(reason)
-    return Device()
 
 
 def same_in_any_order(emulator, everything: Callable) -> None:

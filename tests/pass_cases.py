@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from pass_backends import BACKENDS, CPU_ON_THREADS, CUDA
 from plain_passes import PlainPasses
 from torch import Tensor
 
@@ -56,7 +57,77 @@ CASES = {
     "long W, axis by axis": Case((1, 2, 3, 2, 21), "THWC", torch.bfloat16, 64),
 }
 
-SHORT = ("prime", "prime THWC", "bf16", "fp64", "runs CTHW bf16", "walking THWC")
+
+#: For the CPU: a tile that is several blocks of channels wide, or a plane that is written as a whole.
+TILES = {
+    "groups of blocks, ragged": Case((4, 3, 75, 3, 5), "THWC"),
+    "more blocks than a tile holds": Case((1, 2, 90, 2, 65), "THWC"),
+    "rows longer than a tile": Case((1, 2, 18, 2, 300), "THWC"),
+    "several rows": Case((2, 2, 20, 9, 3), "THWC"),
+    "bf16 tiles": Case((4, 2, 40, 3, 4), "THWC", torch.bfloat16),
+    "fp64 tiles": Case((2, 2, 70, 3, 4), "THWC", torch.float64),
+    "a whole plane, ragged": Case((1, 2, 37, 9, 9)),
+    "a whole plane, bf16": Case((1, 3, 16, 7, 7), "CTHW", torch.bfloat16),
+    "a plane of several tiles": Case((1, 2, 17, 20, 20)),
+}
+
+#: For CUDA: vectors that keep to rows, planes and frames or do not; tiles that do not hold a plane or a row; frames
+#: that are one run.
+VECTORS = {
+    "vectors in rows": Case((2, 2, 8, 4, 8)),
+    "vectors in rows CTHW": Case((2, 3, 2, 4, 8), "CTHW"),
+    "vectors in rows bf16": Case((1, 2, 3, 3, 16), "TCHW", torch.bfloat16),
+    "half vectors in rows bf16": Case((1, 2, 3, 4, 12), "TCHW", torch.bfloat16),
+    "vectors in rows, ragged maps": Case((2, 1, 3, 3, 4)),
+    "vectors THWC": Case((2, 2, 40, 3, 5), "THWC"),
+    "half vectors THWC bf16": Case((1, 2, 12, 2, 5), "THWC", torch.bfloat16),
+    "vectors in planes": Case((2, 2, 3, 6, 6), "CTHW"),
+    "vectors across planes": Case((1, 2, 44, 7, 7)),
+    "vectors across planes bf16": Case((2, 2, 16, 7, 7), "TCHW", torch.bfloat16),
+    "vectors across planes fp64": Case((1, 2, 6, 3, 3), "TCHW", torch.float64),
+    "planes as wide as a block": Case((1, 1, 8, 15, 17)),
+    "plane beyond a tile": Case((1, 2, 2, 40, 53)),
+    "plane beyond a tile, vectors": Case((1, 2, 1, 44, 56)),
+    "plane beyond a tile THWC": Case((1, 2, 20, 12, 19), "THWC"),
+    "row beyond a tile": Case((1, 2, 1, 2, 2051)),
+    "row beyond a tile, vectors": Case((1, 1, 2, 2, 2300), "CTHW"),
+}
+
+#: Axes whose maxima have an index of two bytes or four, and where the vectors of CUDA matter. Longer than they need be
+#: for all else.
+WIDE_INDICES = {
+    "16-bit indices": Case((1, 1, 300, 2, 1)),
+    "16-bit indices, vectors": Case((1, 1, 300, 2, 4)),
+    "32-bit indices": Case((1, 1, 1, 1, 32770)),
+}
+BETWEEN_VECTORS = {
+    "TCHW": Case((2, 2, 16, 4, 8)),
+    "THWC bf16": Case((2, 2, 16, 4, 8), "THWC", torch.bfloat16),
+    "CTHW fp64": Case((2, 2, 16, 4, 8), "CTHW", torch.float64),
+}
+
+
+def pick(cases: dict, *names: str) -> dict:
+    """Some of the cases."""
+    return {name: cases[name] for name in names}
+
+
+SHORT = pick(CASES, "prime", "prime THWC", "bf16", "fp64", "runs CTHW bf16", "walking THWC")
+
+_PARTICULAR = (CPU_ON_THREADS, TILES), (CUDA, VECTORS), (("emulator, between vectors",), BETWEEN_VECTORS)
+
+#: Which cases run where: every one; fewer, for what has many contexts, and the others; those of wide indices; some, for
+#: special values.
+EVERY = (BACKENDS, CASES), *_PARTICULAR
+FEWER = (BACKENDS, SHORT), *_PARTICULAR
+OTHERS = ((BACKENDS, {name: case for name, case in CASES.items() if name not in SHORT}),)
+WIDE = ((CUDA, WIDE_INDICES),)
+SPECIAL = (
+    (BACKENDS, pick(CASES, "prime", "bf16 THWC", "fp64", "fp16", "walking", "runs CTHW bf16")),
+    (CPU_ON_THREADS, TILES),
+    (CUDA, pick(VECTORS, "vectors in rows", "vectors across planes", "vectors across planes bf16")),
+    (CUDA, pick(VECTORS, "plane beyond a tile THWC")),
+)
 
 
 def activation(case: Case) -> Tensor:
@@ -143,10 +214,32 @@ GATES = {
     "three maps": (2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float32),
     "one map": (3, (2, 9, 5), torch.float32),
     "one element": (1, (1, 1, 1), torch.float32),
-    "fp64": (2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float64),
-    "bf16 parameters": (2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float32, torch.bfloat16),
-    "fp16 parameters": (2, (4, 3, 5), torch.float32, torch.float16),
+    "fp64": (1, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float64),
+    "bf16 parameters": (1, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float32, torch.bfloat16),
+    "fp16 parameters": (1, (4, 3, 5), torch.float32, torch.float16),
 }
+
+#: For CUDA, batch and lengths: rows and columns beyond a tile, several chunks of planes, chunks side by side (the
+#: emulator has 12 blocks), more than one item for a block.
+CHUNKS = {
+    "tiles": (2, (5, 41, 37), torch.float32),
+    "long column": (1, (2, 700, 1), torch.float32),
+    "chunks": (1, (70, 3, 5, 2, 6, 40, 33, 1, 1), torch.float64),
+    "chunks side by side": (9, (64, 2, 3), torch.float32),
+    "pixels": (3, (50, 1, 1), torch.float32),
+}
+GATES_BETWEEN_VECTORS = {
+    "fp32": (2, (4, 4, 8, 4, 4, 8, 2, 2, 4), torch.float32),
+    "fp64": (2, (4, 4, 8, 4, 4, 8, 2, 2, 4), torch.float64),
+}
+
+#: Which of them run where.
+EVERY_GATE = (
+    (BACKENDS, GATES),
+    ((*CUDA, "emulator, 3 blocks"), CHUNKS),
+    (("emulator, between vectors",), GATES_BETWEEN_VECTORS),
+    (("triton, 3 programs",), pick(GATES, "three maps")),
+)
 
 
 class GateCase:

@@ -411,7 +411,7 @@ def draw_double_norm(r):
 
 
 def check_double_norm(before, after, results):
-    """As in test_double_norm_passes.normalised_within: t is off by a rounding of itself, and A, where it is taken from
+    """As in external_pass_cases.normalised_within: t is off by a rounding of itself, and A, where it is taken from
     the maximum of its group, by two more differences as large as the largest t."""
     logits, lse, group, eps, padding = before
     want = logits.double()

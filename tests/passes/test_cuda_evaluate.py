@@ -12,6 +12,7 @@ import cuda_passes
 import pass_cases
 import pytest
 import torch
+from pass_backends import CUDA, on, passes_of
 from pass_cases import GATE_ROUNDINGS, Case, activation, epsilon, special
 from plain_passes import PlainPasses
 from torch import Tensor
@@ -114,6 +115,7 @@ def expected_of(x: Tensor, parameters: Parameters, unit: str) -> tuple[Tensor, f
 
 
 def check(y: Tensor, x: Tensor, parameters: Parameters, unit: str) -> None:
+    x = x.cpu()
     want, roundings = expected_of(x, parameters, unit)
     assert y.dtype == x.dtype and y.stride() == x.stride()
     bound = roundings * epsilon(accumulate_dtype(x.dtype)) * x.double().abs() + epsilon(x.dtype) * want.abs()
@@ -121,9 +123,10 @@ def check(y: Tensor, x: Tensor, parameters: Parameters, unit: str) -> None:
     assert (error <= bound).all(), f"error up to {(error / bound).nan_to_num(torch.inf).max():.3g} times its bound"
 
 
-@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.sanitizer)])
+@pytest.fixture
 def passes(request, monkeypatch):
-    return cuda_passes.chosen(request, monkeypatch)
+    with passes_of("attention_in_attention", request, monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture(params=UNIT_NAMES)
@@ -132,9 +135,12 @@ def unit(request) -> str:
 
 
 def evaluated(passes, x: Tensor, parameters: Parameters, unit: str, **way) -> Tensor:
-    return passes.evaluate(x, *parameters, UNITS[unit].inner, UNITS[unit].outer, **way)
+    """y, on the CPU as the parameters are."""
+    moved = [[t.to(x.device) if isinstance(t, Tensor) else t for t in of] for of in parameters]
+    return passes.evaluate(x, *moved, UNITS[unit].inner, UNITS[unit].outer, **way).cpu()
 
 
+@on(*CUDA)
 @pytest.mark.parametrize("name", CASES)
 def test_the_way_that_is_chosen(passes, name, unit):
     x = activation(CASES[name])
@@ -142,34 +148,34 @@ def test_the_way_that_is_chosen(passes, name, unit):
     check(evaluated(passes, x, parameters, unit), x, parameters, unit)
 
 
+@on("emulator")
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("cluster", [1, 2, 4, 16])
-def test_clusters_of_every_size(emulator, name, unit, cluster, monkeypatch):
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
+def test_clusters_of_every_size(passes, name, unit, cluster):
     x = activation(CASES[name])
     parameters = parameters_of(x, unit)
-    check(evaluated(emulator, x, parameters, unit, cluster=cluster), x, parameters, unit)
+    check(evaluated(passes, x, parameters, unit, cluster=cluster), x, parameters, unit)
 
 
+@on("emulator")
 @pytest.mark.parametrize("name", [*SHORT, "one element", "fp16 CTHW", "fp64"])
 @pytest.mark.parametrize("clips", [1, 3])
-def test_groups(emulator, name, unit, clips, monkeypatch):
+def test_groups(passes, name, unit, clips):
     """What queues the passes; the passes themselves have tests of their own."""
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
     case = CASES[name]
     x = activation(case._replace(shape=(5, *case.shape[1:])))
     parameters = parameters_of(x, unit)
-    check(evaluated(emulator, x, parameters, unit, cluster=0, clips=clips), x, parameters, unit)
+    check(evaluated(passes, x, parameters, unit, cluster=0, clips=clips), x, parameters, unit)
 
 
+@on("emulator")
 @pytest.mark.parametrize("way", [{"cluster": 2}, {"cluster": 0}], ids=["clusters", "groups"])
 @pytest.mark.parametrize("kind", ["nan", "nothing but -inf"])
-def test_special_values(emulator, unit, way, kind, monkeypatch):
+def test_special_values(passes, unit, way, kind):
     """What is NaN is NaN, and the rest as it should be."""
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
     x = special(Case((2, 3, 5, 4, 6)), kind)
     parameters = parameters_of(x, unit)
-    got, (want, _) = evaluated(emulator, x, parameters, unit, **way), expected_of(x, parameters, unit)
+    got, (want, _) = evaluated(passes, x, parameters, unit, **way), expected_of(x, parameters, unit)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0, equal_nan=True)
 
 
@@ -236,11 +242,11 @@ def everything(emulator) -> list[Tensor]:
     return results
 
 
-def test_blocks_and_threads_may_run_in_any_order(emulator, monkeypatch):
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    cuda_passes.same_in_any_order(emulator, everything)
+@on("emulator")
+def test_blocks_and_threads_may_run_in_any_order(passes):
+    cuda_passes.same_in_any_order(passes, everything)
 
 
-def test_every_barrier_is_needed(emulator, monkeypatch):
-    monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    cuda_passes.every_barrier_is_needed(emulator, everything, {"cluster.cuh"})
+@on("emulator")
+def test_every_barrier_is_needed(passes):
+    cuda_passes.every_barrier_is_needed(passes, everything, {"cluster.cuh"})

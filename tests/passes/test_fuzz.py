@@ -10,7 +10,7 @@ from fuzz import arguments, sanitized
 from fuzz.sets import Set, copied, same
 
 
-@pytest.mark.parametrize("level", LEVELS[1:])
+@pytest.mark.parametrize("level", LEVELS)
 def test_values_at_every_level(level):
     """As it is installed, compiled with optimisation: each set is refused or gives the values of float64."""
     skip_unless_runnable("cpu", "cpu")

@@ -1,22 +1,21 @@
-"""The passes of each backend that this machine runs as a whole, against the plain ones in float64.
-
-triton runs in the interpreter or on a GPU, cpu at every instruction level of the processor, cuda on a GPU, and the
-kernels of cuda on the host emulator.
-"""
+"""The passes of each backend that this machine runs as a whole, against the plain ones in float64."""
 
 from __future__ import annotations
-
-import contextlib
 
 import pass_cases
 import pytest
 import torch
-from conftest import LEVELS, at_level
+from pass_backends import BACKENDS, CPU, each, on, passes_of
 from pass_cases import (
     CASES,
+    EVERY,
+    EVERY_GATE,
+    FEWER,
     GATE_ROUNDINGS,
-    GATES,
-    SHORT,
+    OTHERS,
+    SPECIAL,
+    WIDE,
+    WIDE_INDICES,
     Case,
     GateCase,
     activation,
@@ -27,6 +26,7 @@ from pass_cases import (
     features_of,
     gate_of,
     magnitude,
+    pick,
     special,
     terms,
 )
@@ -36,24 +36,13 @@ from aia_kernels import backends
 from aia_kernels.common import maps
 from aia_kernels.common.dtypes import accumulate_dtype
 
-BACKENDS = ("triton", *(f"cpu, {level}" for level in LEVELS), "cuda", "emulator")
-
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def passes(request, monkeypatch):
-    """The passes of a backend, on tensors of pass_cases.DEVICE or, for the cpu backend and the emulator, of the CPU."""
-    backend, _, level = request.param.partition(", ")
-    if backend in ("cpu", "emulator"):
-        monkeypatch.setattr("pass_cases.DEVICE", "cpu")
-    if backend == "emulator":
-        yield request.getfixturevalue("emulator")
-        return
-    if (reason := backends.available_backends()[backend]) is not None:
-        pytest.skip(reason)
-    with at_level(level) if level else contextlib.nullcontext():
-        yield backends.passes(backend, "attention_in_attention")
+    with passes_of("attention_in_attention", request, monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture
@@ -65,19 +54,14 @@ def plain(passes) -> PlainPasses:
 
 @pytest.fixture
 def case(request, monkeypatch) -> Case:
-    found = CASES[request.param]
-    if found.elements and backends.available_backends()["triton"] is None:
-        monkeypatch.setattr("aia_kernels.triton.tiles.ELEMENTS", found.elements)
-    return found
+    if request.param.elements and backends.available_backends()["triton"] is None:
+        monkeypatch.setattr("aia_kernels.triton.tiles.ELEMENTS", request.param.elements)
+    return request.param
 
 
-def each(*names: str):
-    return pytest.mark.parametrize("case", names or CASES, indirect=True)
-
-
-@pytest.fixture(params=GATES)
+@pytest.fixture
 def gate(request, passes) -> GateCase:
-    return GateCase(*GATES[request.param])
+    return GateCase(*request.param)
 
 
 def test_memory_poison():
@@ -85,10 +69,13 @@ def test_memory_poison():
     assert torch.empty_like(torch.randn(3)).isnan().all()
 
 
-@each()
+@each(*EVERY, sweep=WIDE)
 @pytest.mark.parametrize("context", [maps.CHANNEL, maps.SPACETIME])
 def test_pool(passes, plain, case, context):
-    x = activation(case)
+    pool_agrees(passes, plain, activation(case), context)
+
+
+def pool_agrees(passes, plain, x, context):
     pooled, argmax = passes.pool(x, context, None, maps.NONE)
     want, want_argmax = plain.pool(x.cpu().double(), context, None, maps.NONE)
     assert pooled.dtype == accumulate_dtype(x.dtype) and argmax.dtype == maps.index_dtype(x.shape, context)
@@ -98,7 +85,7 @@ def test_pool(passes, plain, case, context):
     agrees(pooled[:, 1], want[:, 1], magnitudes[:, 1], terms(x, context))
 
 
-@each(*SHORT, "runs of several rows, ragged", "long T, axis by axis")
+@each(*FEWER, (BACKENDS, pick(CASES, "runs of several rows, ragged", "long T, axis by axis")))
 @pytest.mark.parametrize("context, gate_context", [(1, 3), (3, 1), (1, 1), (3, 3)])
 def test_pool_gated(passes, plain, case, context, gate_context):
     """Rounding may exchange elements whose products lie within the bound: the chosen one must lie there too."""
@@ -123,7 +110,7 @@ def test_pool_gated(passes, plain, case, context, gate_context):
         agrees(m, chosen, chosen.abs(), 1)
 
 
-@each("prime", "bf16 THWC", "fp64", "fp16", "walking", "runs CTHW bf16")
+@each(*SPECIAL)
 @pytest.mark.parametrize("kind", ["ties", "nan", "nothing but -inf", "zeros of both signs"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the infinities that the interpreter meets
 def test_pool_special_values(passes, plain, case, kind):
@@ -139,7 +126,7 @@ def test_pool_special_values(passes, plain, case, kind):
         torch.testing.assert_close(pooled[:, 1].cpu().double(), want[:, 1], rtol=2.5 * eps, atol=0, equal_nan=True)
 
 
-@each()
+@each(*EVERY, sweep=WIDE)
 def test_recalibrate(passes, plain, case):
     x, grad_y = activation(case), activation(case)
     for context in (maps.CHANNEL, maps.SPACETIME):
@@ -157,14 +144,23 @@ def test_recalibrate(passes, plain, case):
         agrees(grad_gate, want, magnitudes, terms(x, context))
 
 
-@each()
-@pytest.mark.parametrize(
-    "context, inner_gate_context, inner_context",
-    [(1, 0, 0), (3, 0, 0), (3, 1, 1), (1, 3, 3), (1, 1, 3)],
-    ids=["C", "ST", "CinST", "STinC", "STinC2"],
-)
-def test_unpool(passes, plain, case, context, inner_gate_context, inner_context):
-    grad_y = activation(case)
+@each(*EVERY, sweep=WIDE)
+@pytest.mark.parametrize("unit", ["CinST", "STinC"])
+def test_unpool(passes, plain, case, unit):
+    unpool_agrees(passes, plain, activation(case), *UNPOOLED[unit])
+
+
+@each(*FEWER, sweep=(*OTHERS, *WIDE))  # in every run they are of test_unpool alone
+@pytest.mark.parametrize("unit", ["C", "ST", "STinC2"])
+def test_unpool_of_other_units(passes, plain, case, unit):
+    unpool_agrees(passes, plain, activation(case), *UNPOOLED[unit])
+
+
+#: By unit: the contexts of the outer gate, of the gate and the features of the inner one.
+UNPOOLED = {"C": (1, 0, 0), "ST": (3, 0, 0), "CinST": (3, 1, 1), "STinC": (1, 3, 3), "STinC2": (1, 1, 3)}
+
+
+def unpool_agrees(passes, plain, grad_y, context, inner_gate_context, inner_context):
     inner = features_of(grad_y, inner_context, plain) if inner_context else (None, None)
     arguments = (
         grad_y,
@@ -181,16 +177,35 @@ def test_unpool(passes, plain, case, context, inner_gate_context, inner_context)
     agrees(grad_x, plain.unpool(*double(*arguments)), plain.unpool(*magnitude(*arguments)), 12)
 
 
-@each()
+@each(*EVERY, sweep=WIDE)
 @pytest.mark.parametrize("context, gate_context", [(3, 1), (1, 3)])
 def test_unpool_reduce(passes, plain, case, context, gate_context):
-    x = activation(case)
+    unpool_reduce_agrees(passes, plain, activation(case), context, gate_context)
+
+
+@each(*FEWER)
+@pytest.mark.parametrize("context", [1, 3])
+def test_unpool_reduce_of_one_context(passes, plain, case, context):
+    unpool_reduce_agrees(passes, plain, activation(case), context, context)
+
+
+def unpool_reduce_agrees(passes, plain, x, context, gate_context):
     arguments = (x, *features_of(x, context, plain), context, gate_context)
     got = passes.unpool_reduce(*arguments)
     want, magnitudes = plain.unpool_reduce(*double(*arguments)), plain.unpool_reduce(*magnitude(*arguments))
     agrees(got, want, magnitudes, terms(x, gate_context) + 6)
 
 
+@each(*WIDE, (("triton", *CPU), pick(WIDE_INDICES, "16-bit indices")))
+def test_wide_indices(passes, plain, case):
+    """Of the axis that is long."""
+    x, context, other = activation(case), *((1, 3) if case.shape[2] > 1 else (3, 1))
+    pool_agrees(passes, plain, x, context)
+    unpool_agrees(passes, plain, x, context, other, context)
+    unpool_reduce_agrees(passes, plain, x, context, other)
+
+
+@each(*EVERY_GATE, argument="gate")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
 @pytest.mark.parametrize("of_batch", ["all", "none", "last"])
 def test_gate(passes, plain, gate, of_batch):
@@ -221,6 +236,7 @@ def test_gate(passes, plain, gate, of_batch):
     assert ((found.cpu().double() - plain.activate(z, norm, gate.dims)).abs() <= bound).all()
 
 
+@each(*EVERY_GATE, argument="gate")
 def test_gate_without_a_norm(passes, plain, gate):
     n = len(gate.weight)
     nothing = [None] * n
@@ -232,6 +248,7 @@ def test_gate_without_a_norm(passes, plain, gate):
     assert ((found.cpu().double() - want).abs() <= z_error / 4 + GATE_ROUNDINGS * gate.eps).all()
 
 
+@each(*EVERY_GATE, argument="gate")
 def test_gate_again(passes, plain, gate):
     """54 products; the gates are made of the z that came out."""
     found, z = passes.gate_again(gate.pooled, gate.weight, gate.norm, gate.dims)
@@ -241,6 +258,7 @@ def test_gate_again(passes, plain, gate):
     assert ((found.cpu().double() - want).abs() <= GATE_ROUNDINGS * gate.eps * spread).all()
 
 
+@on(*BACKENDS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the exponential that overflows
 def test_gate_saturates(passes):
     """Far from zero a gate is exactly 0 or 1: the exponential may overflow, but not to NaN."""
@@ -253,6 +271,20 @@ def test_gate_saturates(passes):
     assert found.tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
+@on(*BACKENDS)
+def test_gate_moments_far_from_zero(passes):
+    """The variance of numbers whose mean is 2000 times their spread: no cancellation of squares."""
+    pooled = torch.zeros(3, 2, 5 * 6 * 7)
+    pooled[:, 0] = 2000 + torch.randn(3, 5 * 6 * 7)
+    weight = torch.zeros(1, 2, 3, 3, 3)
+    weight[0, 0, 1, 1, 1] = 1
+    nothing, on_device = [None], (pooled.to(pass_cases.DEVICE), [weight.to(pass_cases.DEVICE)])
+    _, _, statistics = passes.gate(*on_device, nothing, nothing, nothing, nothing, [0.0], [True], (5, 6, 7))
+    want = pooled[:, 0].double().var(correction=0)
+    torch.testing.assert_close(statistics[0, 1].cpu().double(), want, rtol=1e-5, atol=0)
+
+
+@each(*EVERY_GATE, argument="gate")
 def test_gate_backward_reduce(passes, plain, gate):
     got = passes.gate_backward_reduce(gate.grad_gate, gate.z, gate.norm, gate.dims)
     want = plain.gate_backward_reduce(*double(gate.grad_gate, gate.z, gate.norm, gate.dims))
@@ -263,6 +295,7 @@ def test_gate_backward_reduce(passes, plain, gate):
         assert ((got[i].cpu().double() - want[i]).abs() <= bound).all()
 
 
+@each(*EVERY_GATE, argument="gate")
 @pytest.mark.parametrize("given", [True, False], ids=["sums given", "sums found"])
 def test_gate_backward(passes, plain, gate, given):
     """dz is off by GATE_ROUNDINGS of its terms; grad_pooled sums 27 products of it, grad_weight one per element, and so
@@ -295,6 +328,7 @@ def test_gate_backward(passes, plain, gate, given):
         assert ((grad_weight[i].cpu().double() - want_weight[i]).abs() <= bound).all()
 
 
+@on(*BACKENDS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the NaN
 @pytest.mark.parametrize("total", [0.0, float("nan")])
 def test_gate_backward_under_fixed_statistics(passes, total):
@@ -309,6 +343,7 @@ def test_gate_backward_under_fixed_statistics(passes, total):
     assert grad_pooled.isfinite().all() and grad_weight[0].isfinite().all()
 
 
+@on(*BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.1, 0.75])
 def test_move_statistics(passes, dtype, momentum):

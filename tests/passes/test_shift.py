@@ -12,6 +12,7 @@ import pass_cases
 import pytest
 import torch
 from conftest import BACKENDS_ON, COMPILED_ON, skip_unless_runnable
+from pass_backends import passes_of
 from pass_cases import Case, activation, in_order
 from torch.func import grad, vmap
 
@@ -75,19 +76,10 @@ CASES = pass_cases.CASES | {
 
 
 @pytest.fixture(params=["cpu", "triton", "emulator", pytest.param("cuda", marks=pytest.mark.sanitizer)])
-def shift(request, monkeypatch):
+def shift(request, monkeypatch, uninitialised_memory_is_nan):
     """The raw pass of a backend; fresh memory is NaN, so that an element which it forgets shows."""
-    if request.param in ("cpu", "emulator"):
-        monkeypatch.setattr(pass_cases, "DEVICE", "cpu")
-    if request.param == "emulator":
-        yield request.getfixturevalue("emulator").temporal_shift
-        return
-    if (reason := aia_kernels.available_backends(FAMILY)[request.param]) is not None:
-        pytest.skip(reason)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield backends.passes(request.param, FAMILY).temporal_shift
-    torch.use_deterministic_algorithms(before)
+    with passes_of(FAMILY, request, monkeypatch) as passes:
+        yield passes.temporal_shift
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])

@@ -1,10 +1,9 @@
-"""The Triton passes of external attention against the plain formulas in float64; the elementary ones by the tests and
-bounds of test_double_norm_passes.py, the fused ones here.
+"""The fused Triton passes of external attention against the plain formulas in float64.
 
 Error bounds. Each pass is held against float64 on the very inputs that it got, so that errors do not pile up. Where a
 product's factor (A, or the gradient of the logits) is off by E at each element, a sum of n products with weights w is
 off by E |w| and by n + 8 roundings of the accumulation type on the sum of magnitudes, and what is stored by a rounding
-of its type. A is relatively off by as many roundings of the accumulation type as test_double_norm_passes.py counts (t =
+of its type. A is relatively off by as many roundings of the accumulation type as external_pass_cases.py counts (t =
 logit - lse is off by |t| of them, and so is exp(t)), and by one of the type of the product, in which it enters.
 """
 
@@ -13,8 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
-import test_double_norm_passes as elementary
 import torch
+from external_pass_cases import lse_of, roundings, statistics_within, within
 from pass_cases import DEVICE, epsilon
 from plain_double_norm import PlainDoubleNorm
 from torch import Tensor
@@ -64,19 +63,6 @@ CASES = {
     "groups of one": Case(2, 5, 1, 3, 7, 2, 1),
     "one of everything": Case(1, 1, 1, 1, 1, 1, 1, block=True),
 }
-
-#: Of the cases of test_double_norm_passes.py: every kind of group and of type, a few programs each.
-ELEMENTARY = (
-    "heads",
-    "groups of 7",
-    "groups of 33",
-    "a group wider than a block",
-    "one element",
-    "padded",
-    "bf16, groups of 5, padded",
-    "fp16",
-    "fp64, groups of 7, padded",
-)
 
 
 @pytest.fixture(params=CASES)
@@ -129,10 +115,8 @@ class Inputs:
         #: A rounding to the type of the product, relative, and absolute below its normal numbers.
         self.low = epsilon(c.dtype) if low else 0.0
         self.tiny = torch.finfo(c.dtype).smallest_normal * epsilon(c.dtype) if low else 1e-40
-        grouped = self.t.unflatten(-1, (-1, c.group)).abs()
-        roundings = (3 * grouped.amax(-1, keepdim=True) + c.group + 8).expand_as(grouped).flatten(-2)
         #: The error of A in the accumulation type.
-        self.a_error = roundings * self.eps * self.a + self.tiny
+        self.a_error = roundings(self.t, c.group).repeat_interleave(c.group, -1) * self.eps * self.a + self.tiny
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, dtype=torch.float64).to(dtype or self.case.dtype).to(DEVICE)
@@ -169,50 +153,12 @@ class Inputs:
         return factor @ weight.double(), error @ size + (terms + 8) * self.eps * (factor.abs() @ size)
 
 
-def within(got: Tensor, want: Tensor, error: Tensor) -> None:
-    """Assert that a result is off by its error before it was stored, and by one rounding to its type."""
-    assert got.shape == want.shape
-    info = torch.finfo(got.dtype)
-    bound = error + epsilon(got.dtype) * want.abs() + info.smallest_normal * info.eps
-    excess = ((got.double() - want).abs() / bound).nan_to_num(torch.inf).max()
-    assert excess <= 1, f"error up to {excess:.3g} times its bound"
-
-
-@pytest.mark.parametrize("name", ELEMENTARY)
-def test_elementary(name):
-    chosen, plain = elementary.CASES[name], PlainDoubleNorm()
-    elementary.test_column_statistics(passes, plain, chosen)
-    elementary.test_double_norm(passes, plain, chosen, 0.0)
-    elementary.test_double_norm(passes, plain, chosen, 1e-9)
-    elementary.test_double_norm_backward(passes, plain, chosen)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_elementary_extremes(dtype):
-    elementary.test_extreme_logits(passes, PlainDoubleNorm(), dtype, 33, 0.0)
-    elementary.test_extreme_logits(passes, PlainDoubleNorm(), dtype, 33, 1e-9)
-
-
-def test_elementary_edges():
-    elementary.test_not_finite(passes, PlainDoubleNorm(), 33)
-    elementary.test_padding_holds_anything(passes)
-    elementary.test_nothing_but_padding(passes)
-    elementary.test_no_token(passes)
-
-
 def test_logits(case):
     i = Inputs(case)
     logits, statistics = passes.logits(i.x, i.key, i.padding)
     x, key = i.by_head(i.x), i.key.double().mT
     within(logits, i.by_token(x @ key), i.by_token((case.k + 8) * i.eps * (x.abs() @ key.abs())))
-    assert statistics.dtype == i.acc
-    want = PlainDoubleNorm().column_statistics(logits.double(), i.padding)
-    assert torch.equal(statistics[:, 0].double(), want[:, 0])
-    distance = (logits.double() - want[:, :1].nan_to_num(0, 0, 0)).abs()
-    terms = (-distance).exp() * (distance + case.n + 8)
-    if i.padding is not None:
-        terms = terms.masked_fill(i.hidden, 0.0)
-    assert ((statistics[:, 1].double() - want[:, 1]).abs() <= i.eps * terms.sum(1)).all()
+    statistics_within(statistics, logits, i.padding)
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.heads == 1], indirect=True)
@@ -370,7 +316,7 @@ def test_extreme_logits(dtype, group):
         key = torch.full((1, group, 1), 1e4, dtype=dtype, device=DEVICE)
         key[0, 1:] = 1e4 if kind == "equal" else -1e4
         logits, statistics = passes.logits(x, key, None)
-        attention = passes.normalise(logits, statistics[:, 0] + statistics[:, 1].log(), group, 0.0, None)
+        attention = passes.normalise(logits, lse_of(statistics), group, 0.0, None)
         value = torch.ones(1, 3, group, dtype=dtype, device=DEVICE)
         o, _ = passes.values(attention, value, None, None, 1.0, None, group, 0.0, None)
         assert ((o.double() - 1).abs() <= (group + 8) * epsilon(dtype)).all()
@@ -385,7 +331,7 @@ def test_nan_and_infinity():
     for used, convert in ((passes, lambda t: t), (plain, Tensor.double)):
         x, key, value, bias = map(convert, (i.x, i.key, i.value, i.bias))
         logits, statistics = used.logits(x, key, None)
-        attention = used.normalise(logits, statistics[:, 0] + statistics[:, 1].log(), *i.settings, None)
+        attention = used.normalise(logits, lse_of(statistics), *i.settings, None)
         o, signs = used.values(attention, value, bias, None, 1.0, x, *i.settings, None)
         g, _ = used.signed(convert(i.grad), signs)
         grad, reduced = used.attention_gradient(g, attention, value, None, 1.0, None, None, None, *i.settings, None)

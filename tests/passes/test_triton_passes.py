@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
-import test_passes
 import torch
-from pass_cases import CASES, DEVICE, GateCase, activation
-from plain_passes import PlainPasses
+from pass_backends import few_programs
+from pass_cases import CASES, DEVICE, GATES, GateCase, activation
 
 from aia_kernels.common import maps
 
@@ -63,20 +60,12 @@ def test_wide_offsets(case, monkeypatch):
         assert torch.equal(first, second)
 
 
-def test_many_programs(monkeypatch):
-    """More tasks than programs: lanes carry moments and weight gradients along, and two runs agree in bits."""
-    module = importlib.import_module("aia_kernels.triton.gate")  # the package names its function so
-
-    monkeypatch.setattr(module, "TAPPED", 16)
-    monkeypatch.setattr(module, "FLAT", 16)
-    monkeypatch.setattr(module, "PROGRAMS", 3)
-    gate = GateCase(2, (3, 5, 7, 4, 3, 2, 1, 1, 6), torch.float32)
-    test_passes.test_gate(passes, PlainPasses(), gate, "all")
-    test_passes.test_gate_again(passes, PlainPasses(), gate)
-    test_passes.test_gate_backward_reduce(passes, PlainPasses(), gate)
-    test_passes.test_gate_backward(passes, PlainPasses(), gate, False)
+def test_two_runs_of_many_programs_give_the_same_bits():
+    """More tasks than programs, as test_passes.py runs them too."""
+    gate = GateCase(*GATES["three maps"])
     arguments = gate.grad_gate, gate.z, gate.norm, None, gate.statistics, gate.pooled, gate.weight, gate.dims
-    (first, grads, sums), (second, others, same) = passes.gate_backward(*arguments), passes.gate_backward(*arguments)
+    with few_programs():
+        (first, grads, sums), (second, others, same) = (passes.gate_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip((first, sums, *grads), (second, same, *others), strict=True))
 
 
