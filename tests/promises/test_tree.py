@@ -99,3 +99,27 @@ def test_a_circle_is_found(monkeypatch, tmp_path):
     monkeypatch.setitem(MODULES, "aia_kernels.common.maps", path)
     with pytest.raises(graphlib.CycleError):
         test_no_circle()
+
+
+TESTS = Path(__file__).parent.parent
+TEST_MODULES = {path.stem: path for path in sorted(TESTS.rglob("test_*.py"))}
+
+
+def test_no_test_module_imports_another():
+    """What tests share stands in helper modules."""
+    for name, path in TEST_MODULES.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {node.module}
+        assert not found & TEST_MODULES.keys(), f"{name} imports {sorted(found & TEST_MODULES.keys())}"
+
+
+@pytest.mark.parametrize("source", ["import test_golden as golden", "def f():\n    from test_golden import make"])
+def test_an_import_of_a_test_module_is_found(source, monkeypatch, tmp_path):
+    (path := tmp_path / "test_shift.py").write_text(source)
+    monkeypatch.setitem(TEST_MODULES, "test_shift", path)
+    with pytest.raises(AssertionError, match=r"test_shift imports \['test_golden'\]"):
+        test_no_test_module_imports_another()
