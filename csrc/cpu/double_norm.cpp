@@ -11,6 +11,7 @@
 
 #include "exponential.h"
 #include "tile.h"
+#include "untyped.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
@@ -84,7 +85,7 @@ AIA_INLINE void add_rows(const T* const* rows, int count, int64_t c, Statistics<
 }
 
 template <class T>
-void column_statistics_as(const Tokens& at, const T* logits, Accumulate<T>* partial, int64_t begin, int64_t end) {
+void column_statistics(const Tokens& at, const T* logits, Accumulate<T>* partial, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   constexpr int kRows = 64, kElements = 8192;
   const Split split = statistics_split(at);
@@ -114,7 +115,7 @@ void column_statistics_as(const Tokens& at, const T* logits, Accumulate<T>* part
 }
 
 template <class A>
-void join_statistics_as(const Tokens& at, const A* partial, A* statistics, int64_t begin, int64_t end) {
+void join_statistics(const Tokens& at, const A* partial, A* statistics, int64_t begin, int64_t end) {
   const int64_t chunks = statistics_split(at).chunks;
   for (int64_t b = begin; b < end; ++b)
     for_columns(at.M, [&](int64_t c, auto lanes) {
@@ -130,7 +131,7 @@ void join_statistics_as(const Tokens& at, const A* partial, A* statistics, int64
 }
 
 template <class A>
-void join_sums_as(const Tokens& at, const A* partial, A* sums, int64_t begin, int64_t end) {
+void join_sums(const Tokens& at, const A* partial, A* sums, int64_t begin, int64_t end) {
   const int64_t chunks = sums_split(at).chunks;
   for (int64_t b = begin; b < end; ++b)
     for_columns(at.M, [&](int64_t c, auto lanes) {
@@ -234,128 +235,94 @@ __attribute__((noinline)) A normalise_from_maximum(const T* logits, const A* lse
   return eps + sum * std::exp(maximum);
 }
 
-template <int kVectors, class T, class A = Accumulate<T>>
-void double_norm_as(const Tokens& at, T* logits, const A* lse, A eps, A* mass, int64_t begin, int64_t end) {
-  Groups<A, 1, kVectors> groups(at.M, at.group);
-  std::unique_ptr<A[]> attention(new A[vectors(at.group) * kLanes]);
-  const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
-  for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
-    T* x = logits + token * at.M;
-    A* token_mass = mass + token * at.groups();
-    if (at.padding && at.padding[token]) {
-      for_columns(at.M, [&](int64_t c, auto lanes) { store(x + c, Vec<A>{}, lanes); });
-      std::fill_n(token_mass, at.groups(), eps);
-      continue;
+template <class T, class A = Accumulate<T>>
+void double_norm(const Tokens& at, T* logits, const A* lse, double given_eps, A* mass, int64_t begin, int64_t end) {
+  const A eps = static_cast<A>(given_eps);
+  with_vectors(at.group, [&](auto count) {
+    Groups<A, 1, count> groups(at.M, at.group);
+    std::unique_ptr<A[]> attention(new A[vectors(at.group) * kLanes]);
+    const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
+    for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
+      T* x = logits + token * at.M;
+      A* token_mass = mass + token * at.groups();
+      if (at.padding && at.padding[token]) {
+        for_columns(at.M, [&](int64_t c, auto lanes) { store(x + c, Vec<A>{}, lanes); });
+        std::fill_n(token_mass, at.groups(), eps);
+        continue;
+      }
+      const A* origin = lse + token / at.N * at.M;
+      groups([&](int64_t c, auto lanes) { return exponential<A>(load(x + c, lanes) - load(origin + c, lanes)); },
+             [&](int64_t g, A sum) -> Group<A, 1> {
+               token_mass[g] = sum + eps;
+               if (sum >= kSafeMass<A>) [[likely]]
+                 return {{A(1) / (sum + eps)}};
+               const int64_t c = g * at.group;
+               token_mass[g] = normalise_from_maximum(x + c, origin + c, at.group, eps, attention.get());
+               return {{A(1)}, attention.get()};
+             },
+             [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(x + c, p * factor[0], lanes); });
     }
-    const A* origin = lse + token / at.N * at.M;
-    groups([&](int64_t c, auto lanes) { return exponential<A>(load(x + c, lanes) - load(origin + c, lanes)); },
-           [&](int64_t g, A sum) -> Group<A, 1> {
-             token_mass[g] = sum + eps;
-             if (sum >= kSafeMass<A>) [[likely]]
-               return {{A(1) / (sum + eps)}};
-             const int64_t c = g * at.group;
-             token_mass[g] = normalise_from_maximum(x + c, origin + c, at.group, eps, attention.get());
-             return {{A(1)}, attention.get()};
-           },
-           [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(x + c, p * factor[0], lanes); });
-  }
+  });
 }
 
-template <int kVectors, class T, class A = Accumulate<T>>
-void double_norm_backward_reduce_as(const Tokens& at, const T* grad, const T* attention, A* partial, int64_t begin,
-                                    int64_t end) {
-  const Split split = sums_split(at);
-  Buffer<A> sums(vectors(split.columns));
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const Block block(at, split, unit);
-    Groups<A, 1, kVectors> groups(block.columns, at.group);
-    std::fill_n(static_cast<Vec<A>*>(sums), vectors(block.columns), Vec<A>{});
-    for (int64_t n = block.first; n < block.last; ++n) {
-      const int64_t start = (block.b * at.N + n) * at.M + block.c;
-      const T *g = grad + start, *a = attention + start;
+template <class T, class A = Accumulate<T>>
+void double_norm_backward_reduce(const Tokens& at, const T* grad, const T* attention, A* partial, int64_t begin,
+                                 int64_t end) {
+  with_vectors(at.group, [&](auto count) {
+    const Split split = sums_split(at);
+    Buffer<A> sums(vectors(split.columns));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const Block block(at, split, unit);
+      Groups<A, 1, count> groups(block.columns, at.group);
+      std::fill_n(static_cast<Vec<A>*>(sums), vectors(block.columns), Vec<A>{});
+      for (int64_t n = block.first; n < block.last; ++n) {
+        const int64_t start = (block.b * at.N + n) * at.M + block.c;
+        const T *g = grad + start, *a = attention + start;
+        groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
+               [](int64_t, A sum) -> Group<A, 1> { return {{sum}}; },
+               [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&sum)[1]) {
+                 sums[c / kLanes] += product - load(a + c, lanes) * sum[0];
+               });
+      }
+      A* out = partial + (block.b * split.chunks + block.chunk) * at.M + block.c;
+      for_columns(block.columns, [&](int64_t c, auto lanes) { store(out + c, sums[c / kLanes], lanes); });
+    }
+  });
+}
+
+template <class T, class A = Accumulate<T>>
+void double_norm_backward(const Tokens& at, T* grad, const T* attention, const A* mass, const A* reduced, int64_t begin,
+                          int64_t end) {
+  with_vectors(at.group, [&](auto count) {
+    Groups<A, 2, count> groups(at.M, at.group);
+    const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
+    for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
+      T* g = grad + token * at.M;
+      const T* a = attention + token * at.M;
+      const A *token_mass = mass + token * at.groups(), *d = reduced + token / at.N * at.M;
       groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
-             [](int64_t, A sum) -> Group<A, 1> { return {{sum}}; },
-             [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&sum)[1]) {
-               sums[c / kLanes] += product - load(a + c, lanes) * sum[0];
+             [&](int64_t i, A sum) -> Group<A, 2> { return {{sum, token_mass[i]}}; },
+             [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&f)[2]) {
+               store(g + c, product - load(a + c, lanes) * (f[0] + f[1] * load(d + c, lanes)), lanes);
              });
     }
-    A* out = partial + (block.b * split.chunks + block.chunk) * at.M + block.c;
-    for_columns(block.columns, [&](int64_t c, auto lanes) { store(out + c, sums[c / kLanes], lanes); });
-  }
+  });
 }
 
-template <int kVectors, class T, class A = Accumulate<T>>
-void double_norm_backward_as(const Tokens& at, T* grad, const T* attention, const A* mass, const A* reduced,
-                             int64_t begin, int64_t end) {
-  Groups<A, 2, kVectors> groups(at.M, at.group);
-  const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
-  for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
-    T* g = grad + token * at.M;
-    const T* a = attention + token * at.M;
-    const A *token_mass = mass + token * at.groups(), *d = reduced + token / at.N * at.M;
-    groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
-           [&](int64_t i, A sum) -> Group<A, 2> { return {{sum, token_mass[i]}}; },
-           [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&f)[2]) {
-             store(g + c, product - load(a + c, lanes) * (f[0] + f[1] * load(d + c, lanes)), lanes);
-           });
-  }
-}
+template <class T>
+constexpr DoubleNormPasses kPasses = {untyped<column_statistics<T>>,     untyped<join_statistics<Accumulate<T>>>,
+                                      untyped<double_norm<T>>,           untyped<double_norm_backward_reduce<T>>,
+                                      untyped<join_sums<Accumulate<T>>>, untyped<double_norm_backward<T>>};
 
 }  // namespace
 
-void column_statistics(const Tokens& at, const void* logits, void* partial, int64_t begin, int64_t end) {
-  with_scalar(at.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    column_statistics_as(at, static_cast<const T*>(logits), static_cast<Accumulate<T>*>(partial), begin, end);
-  });
-}
-
-void join_statistics(const Tokens& at, const void* partial, void* statistics, int64_t begin, int64_t end) {
-  with_scalar(at.scalar, [&](auto scalar) {
-    using A = Accumulate<decltype(scalar)>;
-    join_statistics_as(at, static_cast<const A*>(partial), static_cast<A*>(statistics), begin, end);
-  });
-}
-
-void double_norm(const Tokens& at, void* logits, const void* lse, double eps, void* mass, int64_t begin, int64_t end) {
-  with_scalar(at.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    using A = Accumulate<T>;
-    with_vectors(at.group, [&](auto count) {
-      double_norm_as<count>(at, static_cast<T*>(logits), static_cast<const A*>(lse), static_cast<A>(eps),
-                            static_cast<A*>(mass), begin, end);
-    });
-  });
-}
-
-void double_norm_backward_reduce(const Tokens& at, const void* grad, const void* attention, void* partial,
-                                 int64_t begin, int64_t end) {
-  with_scalar(at.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_vectors(at.group, [&](auto count) {
-      double_norm_backward_reduce_as<count>(at, static_cast<const T*>(grad), static_cast<const T*>(attention),
-                                            static_cast<Accumulate<T>*>(partial), begin, end);
-    });
-  });
-}
-
-void join_sums(const Tokens& at, const void* partial, void* sums, int64_t begin, int64_t end) {
-  with_scalar(at.scalar, [&](auto scalar) {
-    using A = Accumulate<decltype(scalar)>;
-    join_sums_as(at, static_cast<const A*>(partial), static_cast<A*>(sums), begin, end);
-  });
-}
-
-void double_norm_backward(const Tokens& at, void* grad, const void* attention, const void* mass, const void* reduced,
-                          int64_t begin, int64_t end) {
-  with_scalar(at.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    using A = Accumulate<T>;
-    with_vectors(at.group, [&](auto count) {
-      double_norm_backward_as<count>(at, static_cast<T*>(grad), static_cast<const T*>(attention),
-                                     static_cast<const A*>(mass), static_cast<const A*>(reduced), begin, end);
-    });
-  });
-}
-
 }  // namespace aia::cpu::AIA_CPU_LEVEL
+
+namespace aia::cpu {
+
+using namespace AIA_CPU_LEVEL;
+
+const DoubleNormPasses DoubleNormPasses::AIA_CPU_LEVEL[] = {kPasses<float>, kPasses<double>, kPasses<bf16>,
+                                                            kPasses<f16>};
+
+}  // namespace aia::cpu

@@ -41,24 +41,20 @@ inline Split sums_split(const Tokens& at) { return Split(at, 2048); }
 inline int64_t unit_tokens(const Tokens& at) { return std::max<int64_t>(1, 16384 / at.M); }
 inline int64_t token_units(const Tokens& at) { return (at.B * at.N + unit_tokens(at) - 1) / unit_tokens(at); }
 
-// Partial results are [B, chunks, 2, M] of the statistics (maximum, sum) and [B, chunks, M] of the sums; each function
-// that joins them has the samples for units. The results of a single chunk are the result.
-#define AIA_DECLARE_CPU_DOUBLE_NORM(level)                                                                           \
-  namespace level {                                                                                                  \
-  void column_statistics(const Tokens&, const void* logits, void* partial, int64_t, int64_t);                        \
-  void join_statistics(const Tokens&, const void* partial, void* statistics, int64_t, int64_t);                      \
-  void double_norm(const Tokens&, void* logits, const void* lse, double eps, void* mass, int64_t, int64_t);          \
-  void double_norm_backward_reduce(const Tokens&, const void* grad, const void* attention, void* partial, int64_t,   \
-                                   int64_t);                                                                         \
-  void join_sums(const Tokens&, const void* partial, void* sums, int64_t, int64_t);                                  \
-  void double_norm_backward(const Tokens&, void* grad, const void* attention, const void* mass, const void* reduced, \
-                            int64_t, int64_t);                                                                       \
-  }
+// All but logits, attention and grad have the type in which these accumulate. statistics [B, 2, M] holds maximum and
+// sum; sums, lse and reduced are [B, M], mass is [B, N, groups]. partial has an axis of chunks behind B; where there is
+// one chunk it is the result. The passes that join partial results have samples for units.
+struct DoubleNormPasses {
+  static const DoubleNormPasses base[kScalars], v3[kScalars], v4[kScalars];
 
-AIA_DECLARE_CPU_DOUBLE_NORM(base)
-#ifdef AIA_CPU_X86
-AIA_DECLARE_CPU_DOUBLE_NORM(v3)
-AIA_DECLARE_CPU_DOUBLE_NORM(v4)
-#endif
+  void (*column_statistics)(const Tokens&, const void* logits, void* partial, int64_t begin, int64_t end);
+  void (*join_statistics)(const Tokens&, const void* partial, void* statistics, int64_t begin, int64_t end);
+  void (*double_norm)(const Tokens&, void* logits, const void* lse, double eps, void* mass, int64_t begin, int64_t end);
+  void (*backward_reduce)(const Tokens&, const void* grad, const void* attention, void* partial, int64_t begin,
+                          int64_t end);
+  void (*join_sums)(const Tokens&, const void* partial, void* sums, int64_t begin, int64_t end);
+  void (*backward)(const Tokens&, void* grad, const void* attention, const void* mass, const void* reduced,
+                   int64_t begin, int64_t end);
+};
 
 }  // namespace aia::cpu

@@ -227,11 +227,8 @@ void activate_slab(const Norm<A>& bn, const A* z, int64_t count, A* gate) {
   for_vectors(count, [&](int64_t i, auto n) { store(gate + i, bn.gate(bn.normalized(load(z + i, n))), n); });
 }
 
-}  // namespace
-
 template <class A>
-void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial, int64_t begin,
-                         int64_t end) {
+void conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial, int64_t begin, int64_t end) {
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t plane = slab.rows() * slab.length();
     A* out = z + slab.b * maps.packed() + slab.start();
@@ -248,8 +245,8 @@ void GatePasses<A>::conv(const PackedDims& maps, const A* pooled, const A* weigh
 }
 
 template <class A>
-void GatePasses<A>::again(const PackedDims& maps, const A* pooled, const A* weight, const A* norm, A* z, A* gate,
-                          int64_t begin, int64_t end) {
+void conv_activate(const PackedDims& maps, const A* pooled, const A* weight, const A* norm, A* z, A* gate,
+                   int64_t begin, int64_t end) {
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t start = slab.b * maps.packed() + slab.start(), plane = slab.rows() * slab.length();
     convolve(maps, slab, pooled, weight, z + start);
@@ -258,7 +255,7 @@ void GatePasses<A>::again(const PackedDims& maps, const A* pooled, const A* weig
 }
 
 template <class A>
-void GatePasses<A>::activate(const PackedDims& maps, const A* z, const A* norm, A* gate, int64_t begin, int64_t end) {
+void activate(const PackedDims& maps, const A* z, const A* norm, A* gate, int64_t begin, int64_t end) {
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t start = slab.b * maps.packed() + slab.start();
     activate_slab(Norm<A>(norm + slab.map * 4), z + start, slab.rows() * slab.length(), gate + start);
@@ -266,8 +263,8 @@ void GatePasses<A>::activate(const PackedDims& maps, const A* z, const A* norm, 
 }
 
 template <class A>
-void GatePasses<A>::backward_reduce(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm,
-                                    double* partial, int64_t begin, int64_t end) {
+void backward_reduce(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, double* partial,
+                     int64_t begin, int64_t end) {
   for_each_slab(maps, begin, end, [&](const Slab& slab) {
     const int64_t start = slab.b * maps.packed() + slab.start();
     const Norm<A> bn(norm + slab.map * 4);
@@ -284,9 +281,8 @@ void GatePasses<A>::backward_reduce(const PackedDims& maps, const A* grad_gate, 
 }
 
 template <class A>
-void GatePasses<A>::backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, const A* correction,
-                             const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin,
-                             int64_t end) {
+void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, const A* correction,
+              const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin, int64_t end) {
   const int64_t packed = maps.packed();
   FramedSlabs<A> framed(maps);
   const std::vector<A> zeros(longest_row(maps), A(0));
@@ -325,7 +321,20 @@ void GatePasses<A>::backward(const PackedDims& maps, const A* grad_gate, const A
   });
 }
 
+template <class A>
+constexpr GatePasses<A> kPasses = {conv<A>, activate<A>, conv_activate<A>, backward_reduce<A>, backward<A>};
+
+}  // namespace
+
+}  // namespace aia::cpu::AIA_CPU_LEVEL
+
+namespace aia::cpu {
+
+using namespace AIA_CPU_LEVEL;
+
+template <class A>
+const GatePasses<A> GatePasses<A>::AIA_CPU_LEVEL = kPasses<A>;
 template struct GatePasses<float>;
 template struct GatePasses<double>;
 
-}  // namespace aia::cpu::AIA_CPU_LEVEL
+}  // namespace aia::cpu

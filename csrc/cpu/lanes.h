@@ -152,7 +152,7 @@ AIA_INLINE void store(f16* p, Vec<float> v) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 
-// The first n lanes; the others load as zero and are not stored. A full count takes the direct road.
+// The first n lanes; the others load as zero and are not stored. A full count takes the direct path.
 template <class T>
 AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
   if (n >= kLanes) return load(p);

@@ -1,6 +1,13 @@
-// What the CPU passes look like from outside: plain pointers and sizes, no torch header, one set of functions per
-// instruction level. Each function does the units [begin, end) of its pass; units are independent and their number
-// does not depend on the number of threads, so results do not either.
+// What the CPU passes look like from outside: plain pointers and sizes, no torch header.
+//
+// A struct of function pointers, such as PoolPasses, is the table of the passes of one source. The source is compiled
+// once per instruction level (base, v3 and v4; base alone outside x86). It defines the tables of that level, one for
+// each Scalar that x may have. A new pass is declared in its struct, defined in the source, and entered in the table at
+// the end of the source.
+//
+// Each pass does the units [begin, end). Units are independent, and their number does not depend on the number of
+// threads, so results do not either. x, y and their gradients are stored as Volume says; packed maps have the type in
+// which x accumulates (Accumulate in lanes.h).
 #pragma once
 
 #include <algorithm>
@@ -34,7 +41,7 @@ inline int64_t slabs(const PackedDims& maps) {
   return sum;
 }
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kScalars = 4;
 // Vectors of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction keeps three times as much
 // again in accumulators, so its tiles are half as large.
 constexpr int64_t kTileVectors = 256, kReductionVectors = 128;
@@ -81,36 +88,46 @@ inline int64_t elementwise_units(const Volume& x, int highest) {
   return x.B * channel_blocks(x) * (lanes_along_positions(x, highest) ? x.T : 1);
 }
 
-#define AIA_DECLARE_CPU_PASSES(level)                                                                               \
-  namespace level {                                                                                                 \
-  void pool(const Volume&, const void* x, Gate, int context, void* pooled, void* argmax, int index_bytes, int64_t,  \
-            int64_t);                                                                                               \
-  void unpool(const Volume&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,     \
-              int64_t, int64_t);                                                                                    \
-  void unpool_reduce(const Volume&, const void* x, Unpooled, int gate_context, void* grad_gate, int64_t, int64_t);  \
-  void recalibrate(const Volume&, const void* x, Gate, void* y, int64_t, int64_t);                                  \
-  void recalibrate_reduce(const Volume&, const void* grad_y, const void* x, int context, void* grad_gate, int64_t,  \
-                          int64_t);                                                                                 \
-  template <class A>                                                                                                \
-  struct GatePasses {                                                                                               \
-    static void conv(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t, int64_t); \
-    static void activate(const PackedDims&, const A* z, const A* norm, A* gate, int64_t, int64_t);                  \
-    static void again(const PackedDims&, const A* pooled, const A* weight, const A* norm, A* z, A* gate, int64_t,   \
-                      int64_t);                                                                                     \
-    static void backward_reduce(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,  \
-                                int64_t, int64_t);                                                                  \
-    static void backward(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction,     \
-                         const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t, int64_t);      \
-  };                                                                                                                \
-  }
+struct PoolPasses {
+  static const PoolPasses base[kScalars], v3[kScalars], v4[kScalars];
 
-AIA_DECLARE_CPU_PASSES(base)
-#ifdef AIA_CPU_X86
-AIA_DECLARE_CPU_PASSES(v3)
-AIA_DECLARE_CPU_PASSES(v4)
-#endif
+  void (*pool)(const Volume&, const void* x, const Gate&, int context,
+               void* pooled,  // [B, 2, M]: maximum, mean
+               void* argmax,  // [B, M], of index_bytes each
+               int index_bytes, int64_t begin, int64_t end);
+  void (*unpool)(const Volume&, const void* grad_y, const Gate&, const Unpooled&, const Gate& inner_gate,
+                 const Unpooled& inner, void* grad_x, int64_t begin, int64_t end);
+  void (*unpool_reduce)(const Volume&, const void* x, const Unpooled&, int gate_context,
+                        void* grad_gate,  // [B, M]
+                        int64_t begin, int64_t end);
+};
+
+struct RecalibratePasses {
+  static const RecalibratePasses base[kScalars], v3[kScalars], v4[kScalars];
+
+  void (*recalibrate)(const Volume&, const void* x, const Gate&, void* y, int64_t begin, int64_t end);
+  void (*recalibrate_reduce)(const Volume&, const void* grad_y, const void* x, int context,
+                             void* grad_gate,  // [B, M]
+                             int64_t begin, int64_t end);
+};
 
 // Doubles of partial results per slab: count, mean and sum of squared deviations; two sums; the weight's gradient.
 constexpr int kMomentPartials = 3, kNormPartials = 2, kWeightPartials = 54;
+
+// On n packed maps of type A, float or double: pooled and its gradient [B, 2, M], z, gate and its gradient [B, M],
+// weight [n, 54], norm [n, 4], correction [n, 2], partial [slabs, as above]. A unit is a slab.
+template <class A>
+struct GatePasses {
+  static const GatePasses base, v3, v4;
+
+  void (*conv)(const PackedDims&, const A* pooled, const A* weight, A* z, double* partial, int64_t begin, int64_t end);
+  void (*activate)(const PackedDims&, const A* z, const A* norm, A* gate, int64_t begin, int64_t end);
+  void (*conv_activate)(const PackedDims&, const A* pooled, const A* weight, const A* norm, A* z, A* gate,
+                        int64_t begin, int64_t end);
+  void (*backward_reduce)(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,
+                          int64_t begin, int64_t end);
+  void (*backward)(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction,
+                   const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin, int64_t end);
+};
 
 }  // namespace aia::cpu

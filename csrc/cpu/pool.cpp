@@ -1,14 +1,15 @@
 // pool and its transposes on the CPU. See aia_kernels/schemas.py for what each computes.
 #include "fields.h"
 #include "reduce.h"
+#include "untyped.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
 namespace {
 
 template <class T>
-void pool_as(const Volume& x, const T* data, const Gate& gate, int context, Accumulate<T>* pooled, void* argmax,
-             int index_bytes, int64_t begin, int64_t end) {
+void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumulate<T>* pooled, void* argmax,
+          int index_bytes, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const int64_t packed = x.packed(context);
   with_index(index_bytes, [&](auto index) {
@@ -43,8 +44,8 @@ void pool_as(const Volume& x, const T* data, const Gate& gate, int context, Accu
 }
 
 template <class T>
-void unpool_as(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& outer, const Gate& inner_gate,
-               const Unpooled& inner, T* grad_x, int64_t begin, int64_t end) {
+void unpool(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& outer, const Gate& inner_gate,
+            const Unpooled& inner, T* grad_x, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   if (lanes_along_positions(x, std::max({outer.context, inner_gate.context, inner.context}))) {
     with_index(outer.index_bytes, [&](auto index) {
@@ -84,8 +85,8 @@ void unpool_as(const Volume& x, const T* grad_y, const Gate& gate, const Unpoole
 }
 
 template <class T>
-void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int gate_context, Accumulate<T>* grad_gate,
-                      int64_t begin, int64_t end) {
+void unpool_reduce(const Volume& x, const T* data, const Unpooled& from, int gate_context, Accumulate<T>* grad_gate,
+                   int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   if (gate_context == kChannel && lanes_along_positions(x, from.context)) {
     with_index(from.index_bytes, [&](auto index) {
@@ -112,32 +113,17 @@ void unpool_reduce_as(const Volume& x, const T* data, const Unpooled& from, int 
       emit_gate(x, gate_context, grad_gate));
 }
 
+template <class T>
+constexpr PoolPasses kPasses = {untyped<pool<T>>, untyped<unpool<T>>, untyped<unpool_reduce<T>>};
+
 }  // namespace
 
-void pool(const Volume& x, const void* data, Gate gate, int context, void* pooled, void* argmax, int index_bytes,
-          int64_t begin, int64_t end) {
-  with_scalar(x.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    pool_as(x, static_cast<const T*>(data), gate, context, static_cast<Accumulate<T>*>(pooled), argmax, index_bytes,
-            begin, end);
-  });
-}
-
-void unpool(const Volume& x, const void* grad_y, Gate gate, Unpooled outer, Gate inner_gate, Unpooled inner,
-            void* grad_x, int64_t begin, int64_t end) {
-  with_scalar(x.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    unpool_as(x, static_cast<const T*>(grad_y), gate, outer, inner_gate, inner, static_cast<T*>(grad_x), begin, end);
-  });
-}
-
-void unpool_reduce(const Volume& x, const void* data, Unpooled from, int gate_context, void* grad_gate, int64_t begin,
-                   int64_t end) {
-  with_scalar(x.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    unpool_reduce_as(x, static_cast<const T*>(data), from, gate_context, static_cast<Accumulate<T>*>(grad_gate), begin,
-                     end);
-  });
-}
-
 }  // namespace aia::cpu::AIA_CPU_LEVEL
+
+namespace aia::cpu {
+
+using namespace AIA_CPU_LEVEL;
+
+const PoolPasses PoolPasses::AIA_CPU_LEVEL[] = {kPasses<float>, kPasses<double>, kPasses<bf16>, kPasses<f16>};
+
+}  // namespace aia::cpu

@@ -1,13 +1,14 @@
 // recalibrate and its reduction on the CPU. See aia_kernels/schemas.py for what each computes.
 #include "fields.h"
 #include "reduce.h"
+#include "untyped.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
 namespace {
 
 template <class T>
-void recalibrate_as(const Volume& x, const T* data, const Gate& gate, T* y, int64_t begin, int64_t end) {
+void recalibrate(const Volume& x, const T* data, const Gate& gate, T* y, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   if (lanes_along_positions(x, gate.context)) {
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -30,8 +31,8 @@ void recalibrate_as(const Volume& x, const T* data, const Gate& gate, T* y, int6
 }
 
 template <class T>
-void recalibrate_reduce_as(const Volume& x, const T* grad_y, const T* data, int context, Accumulate<T>* grad_gate,
-                           int64_t begin, int64_t end) {
+void recalibrate_reduce(const Volume& x, const T* grad_y, const T* data, int context, Accumulate<T>* grad_gate,
+                        int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   if (lanes_along_positions(x, context)) {
     reduce_channel_rows<A, Sum<A>>(
@@ -56,22 +57,18 @@ void recalibrate_reduce_as(const Volume& x, const T* grad_y, const T* data, int 
       emit_gate(x, context, grad_gate));
 }
 
+template <class T>
+constexpr RecalibratePasses kPasses = {untyped<recalibrate<T>>, untyped<recalibrate_reduce<T>>};
+
 }  // namespace
 
-void recalibrate(const Volume& x, const void* data, Gate gate, void* y, int64_t begin, int64_t end) {
-  with_scalar(x.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    recalibrate_as(x, static_cast<const T*>(data), gate, static_cast<T*>(y), begin, end);
-  });
-}
-
-void recalibrate_reduce(const Volume& x, const void* grad_y, const void* data, int context, void* grad_gate,
-                        int64_t begin, int64_t end) {
-  with_scalar(x.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    recalibrate_reduce_as(x, static_cast<const T*>(grad_y), static_cast<const T*>(data), context,
-                          static_cast<Accumulate<T>*>(grad_gate), begin, end);
-  });
-}
-
 }  // namespace aia::cpu::AIA_CPU_LEVEL
+
+namespace aia::cpu {
+
+using namespace AIA_CPU_LEVEL;
+
+const RecalibratePasses RecalibratePasses::AIA_CPU_LEVEL[] = {kPasses<float>, kPasses<double>, kPasses<bf16>,
+                                                              kPasses<f16>};
+
+}  // namespace aia::cpu

@@ -5,6 +5,7 @@
 #include "residual.h"
 
 #include "tile.h"
+#include "untyped.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
@@ -85,7 +86,7 @@ AIA_INLINE void store_bits(uint8_t* signs, uint16_t bits, int lanes) {
 }
 
 template <class T, class A = Accumulate<T>>
-void residual_relu_as(const Rows& z, T* data, const T* x, const A* shift, uint8_t* signs, int64_t begin, int64_t end) {
+void residual_relu(const Rows& z, T* data, const T* x, const A* shift, uint8_t* signs, int64_t begin, int64_t end) {
   const auto rectify = [&](int64_t i, Vec<A> shifts, auto lanes) {
     const Vec<A> total = load(data + i, lanes) + shifts + load(x + i, lanes);
     const IVec<A> shown = ~(total <= Vec<A>{});
@@ -109,8 +110,8 @@ void residual_relu_as(const Rows& z, T* data, const T* x, const A* shift, uint8_
 }
 
 template <class T, class A = Accumulate<T>>
-void residual_relu_backward_as(const Rows& z, const T* grad_y, const uint8_t* signs, T* grad, A* partial, int64_t begin,
-                               int64_t end) {
+void residual_relu_backward(const Rows& z, const T* grad_y, const uint8_t* signs, T* grad, A* partial, int64_t begin,
+                            int64_t end) {
   const auto masked = [&](int64_t i, auto lanes) {
     const Vec<A> g = lanes_of<A>(load_bits(signs + i / 8, lanes)) ? load(grad_y + i, lanes) : Vec<A>{};
     store(grad + i, g, lanes);
@@ -140,7 +141,7 @@ void residual_relu_backward_as(const Rows& z, const T* grad_y, const uint8_t* si
 }
 
 template <class A>
-void join_residual_sums_as(const Rows& z, const A* partial, A* sums) {
+void join_residual_sums(const Rows& z, const A* partial, A* sums) {
   std::fill_n(sums, z.C, A(0));
   if (!z.maps) {
     for (int64_t unit = 0; unit < element_units(z); ++unit)
@@ -153,31 +154,18 @@ void join_residual_sums_as(const Rows& z, const A* partial, A* sums) {
   }
 }
 
+template <class T>
+constexpr ResidualPasses kPasses = {untyped<residual_relu<T>>, untyped<residual_relu_backward<T>>,
+                                    untyped<join_residual_sums<Accumulate<T>>>};
+
 }  // namespace
 
-void residual_relu(const Rows& z, void* data, const void* x, const void* shift, uint8_t* signs, int64_t begin,
-                   int64_t end) {
-  with_scalar(z.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    residual_relu_as(z, static_cast<T*>(data), static_cast<const T*>(x), static_cast<const Accumulate<T>*>(shift),
-                     signs, begin, end);
-  });
-}
-
-void residual_relu_backward(const Rows& z, const void* grad_y, const uint8_t* signs, void* grad, void* partial,
-                            int64_t begin, int64_t end) {
-  with_scalar(z.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    residual_relu_backward_as(z, static_cast<const T*>(grad_y), signs, static_cast<T*>(grad),
-                              static_cast<Accumulate<T>*>(partial), begin, end);
-  });
-}
-
-void join_residual_sums(const Rows& z, const void* partial, void* sums) {
-  with_scalar(z.scalar, [&](auto scalar) {
-    using A = Accumulate<decltype(scalar)>;
-    join_residual_sums_as(z, static_cast<const A*>(partial), static_cast<A*>(sums));
-  });
-}
-
 }  // namespace aia::cpu::AIA_CPU_LEVEL
+
+namespace aia::cpu {
+
+using namespace AIA_CPU_LEVEL;
+
+const ResidualPasses ResidualPasses::AIA_CPU_LEVEL[] = {kPasses<float>, kPasses<double>, kPasses<bf16>, kPasses<f16>};
+
+}  // namespace aia::cpu

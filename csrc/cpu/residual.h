@@ -30,18 +30,15 @@ inline int64_t element_units(const Rows& z) { return (z.numel() + unit_elements(
 // part of row r in unit u at u + r.
 inline int64_t partial_sums(const Rows& z) { return z.maps ? element_units(z) + z.B * z.C : element_units(z) * z.C; }
 
-#define AIA_DECLARE_CPU_RESIDUAL(level)                                                                         \
-  namespace level {                                                                                             \
-  void residual_relu(const Rows&, void* z, const void* x, const void* shift, uint8_t* signs, int64_t, int64_t); \
-  void residual_relu_backward(const Rows&, const void* grad_y, const uint8_t* signs, void* grad, void* partial, \
-                              int64_t, int64_t);                                                                \
-  void join_residual_sums(const Rows&, const void* partial, void* sums);                                        \
-  }
+// z, x, grad_y and grad are stored as Rows says. shift and sums [C] and partial [partial_sums] have the type in which z
+// accumulates; signs holds one bit per element.
+struct ResidualPasses {
+  static const ResidualPasses base[kScalars], v3[kScalars], v4[kScalars];
 
-AIA_DECLARE_CPU_RESIDUAL(base)
-#ifdef AIA_CPU_X86
-AIA_DECLARE_CPU_RESIDUAL(v3)
-AIA_DECLARE_CPU_RESIDUAL(v4)
-#endif
+  void (*relu)(const Rows&, void* z, const void* x, const void* shift, void* signs, int64_t begin, int64_t end);
+  void (*relu_backward)(const Rows&, const void* grad_y, const void* signs, void* grad, void* partial, int64_t begin,
+                        int64_t end);
+  void (*join_sums)(const Rows&, const void* partial, void* sums);
+};
 
 }  // namespace aia::cpu

@@ -210,16 +210,7 @@ void for_each_elementwise_tile(const Volume& x, int64_t unit, Each&& each) {
     for_each_tile(x, unit, 1, kTileVectors, each);
 }
 
-// Calls body with a value of the storage type, or of the index type, that the argument names.
-template <class Body>
-void with_scalar(Scalar scalar, Body&& body) {
-  switch (scalar) {
-    case Scalar::kFloat32: return body(float{});
-    case Scalar::kFloat64: return body(double{});
-    case Scalar::kBFloat16: return body(bf16{});
-    case Scalar::kFloat16: return body(f16{});
-  }
-}
+// Calls body with a value of the index type.
 template <class Body>
 void with_index(int bytes, Body&& body) {
   switch (bytes) {

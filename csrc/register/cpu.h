@@ -58,13 +58,21 @@ inline int level() {
   return level_in_force;
 }
 
-// A pass of the level in force.
+// The table of passes of the level in force (cpu/passes.h), for all scalars or for one.
+template <class Passes>
+const auto& passes() {
+  using Table = decltype(Passes::base);
 #ifdef AIA_CPU_X86
-#define AIA_CPU_PASS(pass) \
-  (aia::cpu::level() == 2 ? &aia::cpu::v4::pass : aia::cpu::level() == 1 ? &aia::cpu::v3::pass : &aia::cpu::base::pass)
+  constexpr Table* kTables[] = {&Passes::base, &Passes::v3, &Passes::v4};
 #else
-#define AIA_CPU_PASS(pass) (static_cast<void>(aia::cpu::level()), &aia::cpu::base::pass)
+  constexpr Table* kTables[] = {&Passes::base};
 #endif
+  return *kTables[level()];
+}
+template <class Passes>
+const Passes& passes(Scalar scalar) {
+  return passes<Passes>()[static_cast<int>(scalar)];
+}
 
 // Calls body(begin, end) for parts of the units, on several threads. An unknown level is refused before: raised in a
 // thread, the error would lose its words. AIA_CPU_THREADS is for ThreadSanitizer, which does not see how torch's own

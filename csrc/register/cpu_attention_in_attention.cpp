@@ -45,8 +45,12 @@ using aia::Numbers;
 using aia::PackedDims;
 using aia::Unpooled;
 using aia::unpooled_of;
+using aia::cpu::GatePasses;
 using aia::cpu::output_like;
 using aia::cpu::parallel;
+using aia::cpu::passes;
+using aia::cpu::PoolPasses;
+using aia::cpu::RecalibratePasses;
 using aia::cpu::slabs;
 using aia::cpu::Volume;
 using aia::cpu::volume_of;
@@ -71,7 +75,7 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<
   const void* data = x.const_data_ptr();
   void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(context), inner.context), [&](int64_t begin, int64_t end) {
-    AIA_CPU_PASS(pool)(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
+    passes<PoolPasses>(v.scalar).pool(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
   });
   return {pooled, argmax};
 }
@@ -87,7 +91,8 @@ Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_poole
   void* out = grad_x.mutable_data_ptr();
   const int highest = std::max({given.outer.context, given.inner_gate.context, given.inner.context});
   parallel(aia::cpu::elementwise_units(v, highest), [&](int64_t begin, int64_t end) {
-    AIA_CPU_PASS(unpool)(v, data, given.gate, given.outer, given.inner_gate, given.inner, out, begin, end);
+    passes<PoolPasses>(v.scalar).unpool(v, data, given.gate, given.outer, given.inner_gate, given.inner, out, begin,
+                                        end);
   });
   return grad_x;
 }
@@ -102,7 +107,7 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
   const void* data = x.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
-    AIA_CPU_PASS(unpool_reduce)(v, data, from, static_cast<int>(gate_context), out, begin, end);
+    passes<PoolPasses>(v.scalar).unpool_reduce(v, data, from, static_cast<int>(gate_context), out, begin, end);
   });
   return grad_gate;
 }
@@ -114,8 +119,9 @@ Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
   Tensor y = output_like(x);
   const void* data = x.const_data_ptr();
   void* out = y.mutable_data_ptr();
-  parallel(aia::cpu::elementwise_units(v, outer.context),
-           [&](int64_t begin, int64_t end) { AIA_CPU_PASS(recalibrate)(v, data, outer, out, begin, end); });
+  parallel(aia::cpu::elementwise_units(v, outer.context), [&](int64_t begin, int64_t end) {
+    passes<RecalibratePasses>(v.scalar).recalibrate(v, data, outer, out, begin, end);
+  });
   return y;
 }
 
@@ -127,10 +133,10 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   Tensor grad_gate = new_map(x, {a.B}, a, context, accumulate_type(x));
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
-  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), static_cast<int>(context)),
-           [&](int64_t begin, int64_t end) {
-             AIA_CPU_PASS(recalibrate_reduce)(v, grad, data, static_cast<int>(context), out, begin, end);
-           });
+  const auto to = static_cast<int>(context);
+  parallel(aia::cpu::reduction_units(v, to, to), [&](int64_t begin, int64_t end) {
+    passes<RecalibratePasses>(v.scalar).recalibrate_reduce(v, grad, data, to, out, begin, end);
+  });
   return grad_gate;
 }
 
@@ -183,11 +189,11 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
     const A* in = data<A>(pooled);
     A *out = mutable_data<A>(gate), *bn = mutable_data<A>(norm), *found = mutable_data<A>(statistics);
     Moments total[3] = {Moments::none(), Moments::none(), Moments::none()};
-    const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool own) { return own; });
+    const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool used) { return used; });
     if (of_batch) {
       std::vector<double> partial(slabs(d) * aia::cpu::kMomentPartials);
       parallel(slabs(d), [&](int64_t begin, int64_t end) {
-        AIA_CPU_PASS(GatePasses<A>::conv)(d, in, w.data(), out, partial.data(), begin, end);
+        passes<GatePasses<A>>().conv(d, in, w.data(), out, partial.data(), begin, end);
       });
       for_partials(d, partial, aia::cpu::kMomentPartials,
                    [&](int map, const double* p) { total[map].merge({p[0], p[1], p[2]}); });
@@ -197,9 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
                        found + 3 * i);
     parallel(slabs(d), [&](int64_t begin, int64_t end) {
       if (of_batch)
-        AIA_CPU_PASS(GatePasses<A>::activate)(d, out, bn, out, begin, end);
+        passes<GatePasses<A>>().activate(d, out, bn, out, begin, end);
       else
-        AIA_CPU_PASS(GatePasses<A>::again)(d, in, w.data(), bn, out, out, begin, end);
+        passes<GatePasses<A>>().conv_activate(d, in, w.data(), bn, out, out, begin, end);
     });
   });
   return {gate, norm, statistics};
@@ -218,7 +224,7 @@ std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> 
     const A *in = data<A>(pooled), *bn = data<A>(norm);
     A *out = mutable_data<A>(gate), *before = mutable_data<A>(z);
     parallel(slabs(d), [&](int64_t begin, int64_t end) {
-      AIA_CPU_PASS(GatePasses<A>::again)(d, in, w.data(), bn, before, out, begin, end);
+      passes<GatePasses<A>>().conv_activate(d, in, w.data(), bn, before, out, begin, end);
     });
   });
   return {gate, z};
@@ -229,7 +235,7 @@ template <class A>
 void sum_over_batch(const PackedDims& d, const A* grad_gate, const A* z, const A* norm, A* sums) {
   std::vector<double> partial(slabs(d) * aia::cpu::kNormPartials);
   parallel(slabs(d), [&](int64_t begin, int64_t end) {
-    AIA_CPU_PASS(GatePasses<A>::backward_reduce)(d, grad_gate, z, norm, partial.data(), begin, end);
+    passes<GatePasses<A>>().backward_reduce(d, grad_gate, z, norm, partial.data(), begin, end);
   });
   double total[3][2] = {};
   for_partials(d, partial, aia::cpu::kNormPartials,
@@ -275,7 +281,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
     A* out = mutable_data<A>(grad_pooled);
     std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
     parallel(slabs(d), [&](int64_t begin, int64_t end) {
-      AIA_CPU_PASS(GatePasses<A>::backward)(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
+      passes<GatePasses<A>>().backward(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
     });
     double total[3][54] = {};
     for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {

@@ -14,8 +14,11 @@
 namespace {
 
 using aia::new_numbers;
+using aia::cpu::DoubleNormPasses;
 using aia::cpu::output_like;
 using aia::cpu::parallel;
+using aia::cpu::passes;
+using aia::cpu::ResidualPasses;
 using aia::cpu::Rows;
 using aia::cpu::Split;
 using aia::cpu::token_units;
@@ -49,9 +52,11 @@ Tensor column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
   const void* data = logits.const_data_ptr();
   return reduce_tokens(
       logits, at, statistics_split(at), {2, at.M},
-      [&](void* parts, int64_t begin, int64_t end) { AIA_CPU_PASS(column_statistics)(at, data, parts, begin, end); },
+      [&](void* parts, int64_t begin, int64_t end) {
+        passes<DoubleNormPasses>(at.scalar).column_statistics(at, data, parts, begin, end);
+      },
       [&](void* parts, void* out, int64_t begin, int64_t end) {
-        AIA_CPU_PASS(join_statistics)(at, parts, out, begin, end);
+        passes<DoubleNormPasses>(at.scalar).join_statistics(at, parts, out, begin, end);
       });
 }
 
@@ -60,8 +65,9 @@ Tensor double_norm_(const Tensor& logits, const Tensor& lse, int64_t group, doub
   Tensor mass = new_numbers(logits, {at.B, at.N, at.groups()});
   void *data = logits.mutable_data_ptr(), *out = mass.mutable_data_ptr();
   const void* origin = lse.const_data_ptr();
-  parallel(token_units(at),
-           [&](int64_t begin, int64_t end) { AIA_CPU_PASS(double_norm)(at, data, origin, eps, out, begin, end); });
+  parallel(token_units(at), [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).double_norm(at, data, origin, eps, out, begin, end);
+  });
   return mass;
 }
 
@@ -71,9 +77,11 @@ Tensor double_norm_backward_reduce(const Tensor& grad, const Tensor& attention, 
   return reduce_tokens(
       grad, at, sums_split(at), {at.M},
       [&](void* parts, int64_t begin, int64_t end) {
-        AIA_CPU_PASS(double_norm_backward_reduce)(at, g, a, parts, begin, end);
+        passes<DoubleNormPasses>(at.scalar).backward_reduce(at, g, a, parts, begin, end);
       },
-      [&](void* parts, void* out, int64_t begin, int64_t end) { AIA_CPU_PASS(join_sums)(at, parts, out, begin, end); });
+      [&](void* parts, void* out, int64_t begin, int64_t end) {
+        passes<DoubleNormPasses>(at.scalar).join_sums(at, parts, out, begin, end);
+      });
 }
 
 void double_norm_backward_(const Tensor& grad, const Tensor& attention, const Tensor& mass, const Tensor& reduced,
@@ -81,8 +89,9 @@ void double_norm_backward_(const Tensor& grad, const Tensor& attention, const Te
   const Tokens at = tokens_of(aia::check_double_norm_backward(grad, attention, mass, reduced, group));
   void* g = grad.mutable_data_ptr();
   const void *a = attention.const_data_ptr(), *m = mass.const_data_ptr(), *d = reduced.const_data_ptr();
-  parallel(token_units(at),
-           [&](int64_t begin, int64_t end) { AIA_CPU_PASS(double_norm_backward)(at, g, a, m, d, begin, end); });
+  parallel(token_units(at), [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).backward(at, g, a, m, d, begin, end);
+  });
 }
 
 Tensor residual_relu_(const Tensor& z, const Tensor& x, std::optional<Tensor> shift) {
@@ -91,9 +100,9 @@ Tensor residual_relu_(const Tensor& z, const Tensor& x, std::optional<Tensor> sh
   Tensor signs = torch::stable::new_empty(z, {at.signs()}, ScalarType::Byte);
   void* data = z.mutable_data_ptr();
   const void *residual = x.const_data_ptr(), *shifts = shift ? shift->const_data_ptr() : nullptr;
-  auto* bits = static_cast<uint8_t*>(signs.mutable_data_ptr());
+  void* bits = signs.mutable_data_ptr();
   parallel(element_units(rows), [&](int64_t begin, int64_t end) {
-    AIA_CPU_PASS(residual_relu)(rows, data, residual, shifts, bits, begin, end);
+    passes<ResidualPasses>(rows.scalar).relu(rows, data, residual, shifts, bits, begin, end);
   });
   return signs;
 }
@@ -103,12 +112,12 @@ std::tuple<Tensor, Tensor> residual_relu_backward(const Tensor& grad_y, const Te
   Tensor grad = output_like(grad_y), sums = new_numbers(grad_y, {rows.C});
   Tensor partial = torch::stable::new_zeros(grad_y, {partial_sums(rows)}, aia::accumulate_type(grad_y));
   const void* data = grad_y.const_data_ptr();
-  const auto* bits = static_cast<const uint8_t*>(signs.const_data_ptr());
+  const void* bits = signs.const_data_ptr();
   void *out = grad.mutable_data_ptr(), *parts = partial.mutable_data_ptr();
   parallel(element_units(rows), [&](int64_t begin, int64_t end) {
-    AIA_CPU_PASS(residual_relu_backward)(rows, data, bits, out, parts, begin, end);
+    passes<ResidualPasses>(rows.scalar).relu_backward(rows, data, bits, out, parts, begin, end);
   });
-  AIA_CPU_PASS(join_residual_sums)(rows, parts, sums.mutable_data_ptr());
+  passes<ResidualPasses>(rows.scalar).join_sums(rows, parts, sums.mutable_data_ptr());
   return {grad, sums};
 }
 
