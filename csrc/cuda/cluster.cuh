@@ -71,7 +71,7 @@ struct ClusterPlan {
     return (size + kGroup<A> - 1) / kGroup<A> * kGroup<A>;
   }
   // Values that are needed while it is made.
-  int room(int context) const {
+  int workspace(int context) const {
     return 2 * (context == kChannel     ? positions + range + 2 * halo
                 : context == kSpacetime ? (share + 2) * over_spacetime()
                                         : 0);
@@ -134,12 +134,12 @@ __device__ __forceinline__ void for_vectors(const ClusterPlan<A>& plan, int star
   }
 }
 
-// The gate over C in `room`, on all blocks, from x * G with the gate over T, H and W where there is one.
+// The gate over C in `workspace`, on all blocks, from x * G with the gate over T, H and W where there is one.
 template <class T, class A = Accumulate<T>>
 __device__ __forceinline__ void make_channel_gate(const ClusterPlan<A>& plan, const SharedGates<A>& gates, const T* x,
-                                                  int channels, const A* inner, A* room) {
+                                                  int channels, const A* inner, A* workspace) {
   const int rank = cluster_rank(), W = plan.slice.W, H = plan.slice.H;
-  Features<A>* const partial = reinterpret_cast<Features<A>*>(room);
+  Features<A>* const partial = reinterpret_cast<Features<A>*>(workspace);
   for (int q = threadIdx.x; q < plan.positions; q += kClusterThreads) {
     const int w = q % W, h = q / W % H, t = q / W / H;
     const T* const line = x + t * plan.lines[2].x_a + h * plan.lines[2].x_b + w * plan.lines[1].x_b;
@@ -188,7 +188,7 @@ __device__ __forceinline__ void make_channel_gate(const ClusterPlan<A>& plan, co
       z += weight.at[0] * value.at[0] + weight.at[1] * value.at[1];
     }
     const A gate = gates.gate(0, z);
-    for (int r = 0; r < plan.cluster; ++r) cluster_shared(room, r)[q] = gate;
+    for (int r = 0; r < plan.cluster; ++r) cluster_shared(workspace, r)[q] = gate;
   }
   cluster_barrier();
 }
@@ -208,11 +208,11 @@ __device__ __forceinline__ MapPosition map_position(const ClusterPlan<A>& plan, 
   return {map, group, position / b, position % b};
 }
 
-// The gates over T, H and W of the block's channels in `room`, from x * G with the gate over C where there is one.
+// The gates over T, H and W of the block's channels in `workspace`, from x * G with the gate over C where there is one.
 template <class T, class A = Accumulate<T>>
 __device__ __forceinline__ void make_spacetime_gates(const ClusterPlan<A>& plan, const SharedGates<A>& gates,
-                                                     const T* x, int channels, const A* inner, A* room) {
-  Features<A>* const pooled = reinterpret_cast<Features<A>*>(room);
+                                                     const T* x, int channels, const A* inner, A* workspace) {
+  Features<A>* const pooled = reinterpret_cast<Features<A>*>(workspace);
   for (int i = threadIdx.x; i < plan.share * plan.over_spacetime(); i += kClusterThreads) {
     const MapPosition p = map_position(plan, i, plan.share);
     const Lines<A>& lines = plan.lines[p.map];
@@ -282,19 +282,21 @@ __device__ __forceinline__ void make_spacetime_gates(const ClusterPlan<A>& plan,
 #pragma unroll
     for (int c = 0; c < kRun; ++c)
       if (p.channel * kRun + c < plan.share)
-        room[plan.lines[p.map].gate(p.channel * kRun + c, p.a, p.b)] = gates.gate(p.map + 1, z[k][c]);
+        workspace[plan.lines[p.map].gate(p.channel * kRun + c, p.a, p.b)] = gates.gate(p.map + 1, z[k][c]);
   }
   __syncthreads();
 }
 
 template <class T, int V, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kClusterThreads, 1)
-    evaluate_kernel(ClusterPlan<A> plan, const T* __restrict__ x, T* __restrict__ y) {
+    evaluate_kernel(ClusterPlan<A> plan,
+                    const T* __restrict__ x,  // [B, T, C, H, W] in its order of storage
+                    T* __restrict__ y) {      // as x
   constexpr int kAhead = V > 1 ? 8 : 4, kStep = kAhead * kClusterThreads;
   AIA_DYNAMIC_SHARED(unsigned char, shared);
   SharedGates<A>& gates = *reinterpret_cast<SharedGates<A>*>(shared);
   T* const slice = reinterpret_cast<T*>(shared + sizeof(SharedGates<A>));
-  A* const room = reinterpret_cast<A*>(shared + sizeof(SharedGates<A>) + plan.x_bytes);
+  A* const workspace = reinterpret_cast<A*>(shared + sizeof(SharedGates<A>) + plan.x_bytes);
 
   const int first = cluster_rank() * plan.share, channels = min(plan.share, plan.channels - first);
   const int64_t clip = blockIdx.x / plan.cluster * static_cast<int64_t>(plan.channels) * plan.runs * plan.unit;
@@ -311,7 +313,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   __syncthreads();
 
   const A* inner = nullptr;
-  A* gate = room;
+  A* gate = workspace;
 #pragma unroll 1
   for (int stage = plan.inner == kNone ? 1 : 0; stage < 2; ++stage) {
     if ((stage == 0 ? plan.inner : plan.outer) == kChannel)

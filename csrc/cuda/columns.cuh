@@ -1,6 +1,6 @@
-// Reductions of matrices [B, rows, M] over their rows. A block owns a chunk of rows and a tile of columns: its threads
-// stand `across` a row, V columns each, in as many slices of the rows as there is room for. The results of the slices
-// meet in shared memory, those of the chunks in a second launch, in a fixed order.
+// Reductions of matrices [B, rows, M] over their rows. A block owns a chunk of rows and a tile of columns. Its threads
+// form slices: the `across` threads of a slice have V columns each, and the slices share the rows. The results of the
+// slices are joined in shared memory, those of the chunks in a second launch, both in a fixed order.
 //
 // The operation Op says what is reduced:
 //   Op::Partial                        with none() and merge
@@ -58,12 +58,12 @@ struct Total {
   __device__ __forceinline__ void merge(const Total& other) { sum += other.sum; }
 };
 
-// Sums [B, rows, M] from and [B, chunks, M] to memory.
+// Sums of partial sums.
 template <class A>
 struct JoinTotals {
   using Partial = Total<A>;
-  const A* from;
-  A* to;
+  const A* from;  // [B, rows, M]
+  A* to;          // [B, chunks, M]
   int64_t rows;
   int M;
 

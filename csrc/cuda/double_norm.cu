@@ -6,7 +6,7 @@
 //   double_norm_backward_        reads 2, writes 1 |L|   the gradient of the logits
 //
 // A row is a group of a token, contiguous. A team of 2^k lanes of a warp has a row, and a lane one vector of it, or,
-// where the row is longer than the longest team, several vectors that it reads again from the cache for each step.
+// where the row is longer than the longest team, several vectors, which it reads from the cache for each step.
 #include "double_norm.h"
 
 #include <cmath>
@@ -24,7 +24,7 @@ __device__ __forceinline__ A lowest() {
   return static_cast<A>(-INFINITY);
 }
 
-// The maximum and the sum of exp(x - maximum), of none: -inf and 0.
+// The maximum and the sum of exp(x - maximum) of some numbers; -inf and 0 where there are none.
 template <class A>
 struct Statistics {
   A maximum, sum;
@@ -57,9 +57,9 @@ __device__ __forceinline__ void store_statistics(A* to, int M, const Place& at, 
 template <class T, int V, class A = Accumulate<T>>
 struct StatisticsOp {
   using Partial = Statistics<A>;
-  const T* logits;
-  const uint8_t* padding;
-  A* to;
+  const T* logits;         // [B, N, M]
+  const uint8_t* padding;  // [B, N], or null
+  A* to;                   // [B, chunks, 2, M]
   int64_t N;
   int M;
 
@@ -96,8 +96,8 @@ struct StatisticsOp {
 template <class A>
 struct JoinStatistics {
   using Partial = Statistics<A>;
-  const A* from;
-  A* to;
+  const A* from;  // [B, rows, 2, M]
+  A* to;          // [B, chunks, 2, M]
   int64_t rows;
   int M;
 
@@ -171,8 +171,12 @@ __device__ __forceinline__ void for_lane(const Rows& rows, const Team& team, Bod
 
 template <class T, int V, bool kHeld, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kThreads, 1)
-    double_norm_kernel(Rows rows, T* __restrict__ logits, const A* __restrict__ lse,
-                       const uint8_t* __restrict__ padding, A eps, A* __restrict__ mass) {
+    double_norm_kernel(Rows rows,
+                       T* __restrict__ logits,               // [B, N, M]; becomes A
+                       const A* __restrict__ lse,            // [B, M]
+                       const uint8_t* __restrict__ padding,  // [B, N], or null
+                       A eps,
+                       A* __restrict__ mass) {  // [B, N, groups]
   const Team team(rows, V);
   const bool hidden = team.active && padding && padding[team.token];
   Vector<A, V> held;
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < V; ++k) values.at[k] = widen(x.at[k]) - origin.at[k];
     return values;
   };
-  const auto again = [&](int c) { return kHeld ? held : log_p(c); };
+  const auto held_or_recomputed = [&](int c) { return kHeld ? held : log_p(c); };
 
   A largest = lowest<A>();
   if (!hidden) {
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   A sum = 0;
   if (!hidden) {
     for_lane<V, kHeld>(rows, team, [&](int c) {
-      auto values = again(c);
+      auto values = held_or_recomputed(c);
 #pragma unroll
       for (int k = 0; k < V; ++k) sum += values.at[k] = std::exp(values.at[k] - largest);
       held = values;
@@ -223,8 +227,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The sum of grad * A over each row.
 template <class T, int V, class A = Accumulate<T>>
-__global__ void __launch_bounds__(kThreads, 1)
-    dots_kernel(Rows rows, const T* __restrict__ grad, const T* __restrict__ attention, A* __restrict__ dots) {
+__global__ void __launch_bounds__(kThreads, 1) dots_kernel(Rows rows,
+                                                           const T* __restrict__ grad,       // [B, N, M], of A
+                                                           const T* __restrict__ attention,  // [B, N, M]
+                                                           A* __restrict__ dots) {           // [B, N, groups]
   const Team team(rows, V);
   A dot = 0;
   for_lane<V, false>(rows, team, [&](int c) {
@@ -238,8 +244,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T, int V, bool kHeld, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kThreads, 1)
-    double_norm_backward_kernel(Rows rows, T* __restrict__ grad, const T* __restrict__ attention,
-                                const A* __restrict__ mass, const A* __restrict__ reduced) {
+    double_norm_backward_kernel(Rows rows,
+                                T* __restrict__ grad,             // [B, N, M], of A; becomes that of the logits
+                                const T* __restrict__ attention,  // [B, N, M]
+                                const A* __restrict__ mass,       // [B, N, groups]
+                                const A* __restrict__ reduced) {  // [B, M]
   const Team team(rows, V);
   Vector<T, V> held_g, held_a;
   A dot = 0;
@@ -260,13 +269,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-// Sums of Q over tokens; a team of lanes finds the dot product of its group, or, with lanes = 0, reads it.
+// Sums of Q over tokens. A team of lanes finds the dot product of its group or, with lanes = 0, reads it from dots.
 template <class T, int V, class A = Accumulate<T>>
 struct RowGradientOp {
   using Partial = Total<A>;
-  const T *grad, *attention;
-  const A* dots;
-  A* to;
+  const T *grad, *attention;  // [B, N, M]
+  const A* dots;              // [B, N, groups], or null where lanes > 0
+  A* to;                      // [B, chunks, M]
   int64_t N;
   int M, group, lanes;
 

@@ -24,7 +24,7 @@ Split token_split(const Tokens&);
 // several, and a second launch joins them; so long as there is only one, `partial` is not used.
 int column_statistics(const Tokens&, const void* logits, void* partial, void* statistics, void* stream);
 int double_norm(const Tokens&, void* logits, const void* lse, double eps, void* mass, void* stream);
-// dots [B, N, M / group] is room for a launch of its own, where needs_dots.
+// dots [B, N, M / group] is the workspace of a first launch, where needs_dots.
 bool needs_dots(const Tokens&, const void* grad, const void* attention);
 int double_norm_backward_reduce(const Tokens&, const void* grad, const void* attention, void* dots, void* partial,
                                 void* reduced, void* stream);

@@ -13,7 +13,10 @@ constexpr int kElementThreads = 256;
 
 template <class T, int V, int kVectors, class Op, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kElementThreads, 1)
-    elementwise_kernel(Volume<A> v, const T* __restrict__ x, T* __restrict__ y, Op op) {
+    elementwise_kernel(Volume<A> v,
+                       const T* __restrict__ x,  // [B, T, C, H, W] in its order of storage
+                       T* __restrict__ y,        // as x
+                       Op op) {
   constexpr int kStep = kElementThreads * V;
   const int blocks = (v.size() + kVectors * kStep - 1) / (kVectors * kStep);
   const int64_t clip = blockIdx.x / blocks;

@@ -91,9 +91,9 @@ ClusterPlan<A> cluster_plan(const Shape& s, int inner, int outer, int cluster) {
     first += lines.a * lines.b;
   }
   plan.x_bytes = ceil_div(int64_t{plan.positions} * share * sizeof(T), 16) * 16;
-  const int room =
-      inner == kNone ? plan.room(outer) : std::max(plan.room(inner), plan.gate_size(inner) + plan.room(outer));
-  plan.bytes = static_cast<int>(sizeof(SharedGates<A>)) + plan.x_bytes + room * static_cast<int>(sizeof(A));
+  const int workspace = inner == kNone ? plan.workspace(outer)
+                                       : std::max(plan.workspace(inner), plan.gate_size(inner) + plan.workspace(outer));
+  plan.bytes = static_cast<int>(sizeof(SharedGates<A>)) + plan.x_bytes + workspace * static_cast<int>(sizeof(A));
   return plan;
 }
 
@@ -141,11 +141,11 @@ int scalar_bytes(Scalar scalar) {
 
 int64_t clip_bytes(const Shape& s) { return int64_t{s.T} * s.C * s.H * s.W * scalar_bytes(s.scalar); }
 
-// Where the maps of a group of clips lie in its room.
-struct Room {
+// Where the maps of a group of clips lie in its workspace.
+struct GroupWorkspace {
   int64_t pooled, argmax, inner, outer, norm, statistics, bytes = 0;
 
-  Room(const Shape& s, int64_t clips) {
+  GroupWorkspace(const Shape& s, int64_t clips) {
     const int64_t map = s.scalar == Scalar::kFloat64 ? 8 : 4;
     const int64_t channel = clips * dims_of(s, kChannel).packed(), spacetime = clips * dims_of(s, kSpacetime).packed();
     const auto take = [&](int64_t size) { return std::exchange(bytes, (bytes + size + 15) / 16 * 16); };
@@ -202,12 +202,12 @@ int64_t clips_in_cache(const Shape& shape) {
   return ceil_div(shape.B, ceil_div(shape.B, most));
 }
 
-int64_t group_bytes(const Shape& shape, int64_t clips) { return Room(shape, clips).bytes; }
+int64_t group_bytes(const Shape& shape, int64_t clips) { return GroupWorkspace(shape, clips).bytes; }
 
-int evaluate_in_groups(const Shape& shape, const void* x, const UnitGates& unit, void* y, int64_t clips, void* room,
-                       void* stream) {
-  const Room at(shape, clips);
-  const auto place = [&](int64_t offset) { return static_cast<char*>(room) + offset; };
+int evaluate_in_groups(const Shape& shape, const void* x, const UnitGates& unit, void* y, int64_t clips,
+                       void* workspace, void* stream) {
+  const GroupWorkspace at(shape, clips);
+  const auto place = [&](int64_t offset) { return static_cast<char*>(workspace) + offset; };
   for (int64_t first = 0; first < shape.B; first += clips) {
     Shape group = shape;
     group.B = std::min(clips, shape.B - first);

@@ -20,9 +20,10 @@ int cluster_size(const Shape&, int inner, int outer, int* cluster);
 // In clusters of so many blocks, a number that fits.
 int evaluate_in_clusters(const Shape&, const void* x, const UnitGates&, void* y, int cluster, void* stream);
 
-// By the passes, group after group of so many clips. The maps of a group lie in `room`.
+// By the passes, group after group of so many clips. The maps of a group lie in `workspace`, of group_bytes.
 int64_t clips_in_cache(const Shape&);
 int64_t group_bytes(const Shape&, int64_t clips);
-int evaluate_in_groups(const Shape&, const void* x, const UnitGates&, void* y, int64_t clips, void* room, void* stream);
+int evaluate_in_groups(const Shape&, const void* x, const UnitGates&, void* y, int64_t clips, void* workspace,
+                       void* stream);
 
 }  // namespace aia::cuda

@@ -4,8 +4,9 @@
 //   gate        reads 3, writes 2 maps   the gates, by way of z; reads 2, writes 1 where no statistics are the batch's
 //   gate_again  reads 2, writes 2        the gates and z
 //
-// Where the statistics of the batch stand between two halves of a pass, its blocks wait for one another: the launch
-// holds one for each multiprocessor. That spares a launch and, where maps are small, finds z in the L2 cache.
+// The batch statistics are known only after the whole convolution. So the blocks of gate wait for one another between
+// its two halves, and there is at most one for each multiprocessor. That spares a launch. Where maps are small, the
+// second half finds z in the L2 cache.
 #include "../common/moments.h"
 #include "packed_maps.cuh"
 #include "partials.cuh"
@@ -13,7 +14,7 @@
 namespace aia::cuda {
 namespace {
 
-constexpr int kStaged = kForwardRoom.staged;
+constexpr int kStaged = kForwardCapacity.staged;
 
 // The moments of numbers added one by one, relative to the first of them.
 template <class A>
@@ -87,8 +88,12 @@ struct MapMoments {
 
 template <class A, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    gate_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, const A* __restrict__ pooled, A* gate,
-                A* __restrict__ norm, A* __restrict__ statistics, double* workspace) {
+    gate_kernel(Maps maps, Borders borders, int64_t batch, Gates gates,
+                const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
+                A* gate,                       // [B, M]; holds z first
+                A* __restrict__ norm,          // [n, 4]: mean, rstd, scale, shift
+                A* __restrict__ statistics,    // [n, 3]: mean, variance, share of an element
+                double* workspace) {           // [blocks, kMomentPartials]
   AIA_SHARED(Features<A>, staged, 2 * kStaged);
   AIA_SHARED(MapMoments, shared, kGateThreads / 2);
   AIA_SHARED(Norm<A>, norms, 3);
@@ -141,8 +146,13 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 // By a norm that is known, or made of the gates' fixed statistics and then returned; z is stored where wanted.
 template <class A>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    known_gate_kernel(Maps maps, Gates gates, const A* __restrict__ pooled, const A* __restrict__ known,
-                      A* __restrict__ gate, A* __restrict__ z, A* __restrict__ norm, A* __restrict__ statistics) {
+    known_gate_kernel(Maps maps, Gates gates,
+                      const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
+                      const A* __restrict__ known,   // [n, 4], the norm, or null
+                      A* __restrict__ gate,          // [B, M]
+                      A* __restrict__ z,             // [B, M], or null
+                      A* __restrict__ norm,          // [n, 4], written where `known` is null
+                      A* __restrict__ statistics) {  // [n, 3], written where `known` is null
   AIA_SHARED(Features<A>, staged, 2 * kStaged);
   const int m = maps.of_block(blockIdx.x);
   const Map& map = maps.at[m];
@@ -176,14 +186,14 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     if (std::none_of(gates, gates + dims.n, [](const GateParameters& g) { return g.batch; })) {
-      const Maps maps = cut(dims, kForwardRoom, kGateBlocks);
+      const Maps maps = cut(dims, kForwardCapacity, kGateBlocks);
       return launch(known_gate_kernel<A>, maps.blocks(), kGateThreads, stream, maps, of_maps,
                     static_cast<const A*>(pooled), nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm),
                     static_cast<A*>(statistics));
     }
     return with_width<A>(dims, {gate}, [&](auto width) {
       const auto kernel = gate_kernel<A, width.value>;
-      const Maps maps = cut(dims, kForwardRoom, workspace.blocks);
+      const Maps maps = cut(dims, kForwardCapacity, workspace.blocks);
       return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, borders_of(dims), dims.B, of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
                              static_cast<A*>(statistics), workspace.data);
@@ -193,7 +203,7 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
 
 int gate_again(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, const void* norm,
                void* gate, void* z, void* stream) {
-  const Maps maps = cut(dims, kForwardRoom, kGateBlocks);
+  const Maps maps = cut(dims, kForwardCapacity, kGateBlocks);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     return launch(known_gate_kernel<A>, maps.blocks(), kGateThreads, stream, maps, gates_of(gates, dims.n),

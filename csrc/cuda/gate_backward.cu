@@ -3,17 +3,16 @@
 //
 //   gate_backward_reduce  reads 2 maps            the gradients of the norm's shift and scale
 //   gate_backward         reads 6, writes 2 maps  those, unless they are given, and the gradients of the pooled
-//   features
-//                                                 and of the weight
+//                                                 features and of the weight
 //
-// Where all blocks must have come to an end before a sum is known, they wait for one another, as those of gate do.
+// Before a sum over all blocks is used they wait for one another, as those of gate do.
 #include "packed_maps.cuh"
 #include "partials.cuh"
 
 namespace aia::cuda {
 namespace {
 
-constexpr int kStaged = kBackwardRoom.staged;
+constexpr int kStaged = kBackwardCapacity.staged;
 
 // Sums of N numbers.
 template <class A, int N>
@@ -76,9 +75,13 @@ __device__ __forceinline__ const Sums<double, 6>& sum_over_batch(const Borders& 
 
 template <class A, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    backward_reduce_kernel(Borders borders, int64_t batch, int maps, const A* __restrict__ grad_gate,
-                           const A* __restrict__ z, const A* __restrict__ norm, A* __restrict__ sums, int blocks,
-                           double* workspace) {
+    backward_reduce_kernel(Borders borders, int64_t batch, int maps,
+                           const A* __restrict__ grad_gate,  // [B, M]
+                           const A* __restrict__ z,          // [B, M]
+                           const A* __restrict__ norm,       // [n, 4]: mean, rstd, scale, shift
+                           A* __restrict__ sums,             // [n, 2]: of du, of du * xhat
+                           int blocks,
+                           double* workspace) {  // [blocks, kNormPartials]
   const Sums<double, 6>& found = sum_over_batch<A, V>(borders, batch, grad_gate, z, norm, blocks, workspace);
   if (blockIdx.x == 0 && threadIdx.x < 2 * maps) sums[threadIdx.x] = static_cast<A>(found.at[threadIdx.x]);
 }
@@ -87,9 +90,15 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 template <class A, int V, bool kSums>
 __global__ void __launch_bounds__(kGateThreads, 1)
     backward_kernel(Maps maps, Borders borders, int64_t batch, Gates gates, Gates grads,
-                    const A* __restrict__ grad_gate, const A* __restrict__ z, const A* __restrict__ norm,
-                    const A* __restrict__ sums, Parameter grad_affine, const A* __restrict__ statistics,
-                    const A* __restrict__ pooled, A* __restrict__ grad_pooled, double* workspace) {
+                    const A* __restrict__ grad_gate,   // [B, M]
+                    const A* __restrict__ z,           // [B, M]
+                    const A* __restrict__ norm,        // [n, 4]: mean, rstd, scale, shift
+                    const A* __restrict__ sums,        // [n, 2]: of du, of du * xhat; null with kSums
+                    Parameter grad_affine,             // [n, 2]: of shift, of scale
+                    const A* __restrict__ statistics,  // [n, 3]: mean, variance, share of an element
+                    const A* __restrict__ pooled,      // [B, 2, M]: maximum, mean
+                    A* __restrict__ grad_pooled,       // [B, 2, M]
+                    double* workspace) {               // [blocks, kWeightPartials]
   using Taps = Sums<A, 27>;
   using Raw = Vector<A, 2>;  // of the gradient of the gate, and z
   AIA_SHARED(A, staged, 2 * kStaged);
@@ -196,7 +205,7 @@ int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* g
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     const auto run = [&](auto kernel) {
-      const Maps maps = cut(dims, kBackwardRoom, workspace.blocks);
+      const Maps maps = cut(dims, kBackwardCapacity, workspace.blocks);
       return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, borders_of(dims), dims.B,
                              gates_of(gates, dims.n), gates_of(grads, dims.n), static_cast<const A*>(grad_gate),
                              static_cast<const A*>(z), static_cast<const A*>(norm), static_cast<const A*>(sums),

@@ -1,5 +1,5 @@
-// What every kernel needs from its platform: the CUDA toolkit, or the host emulator of the tests, which has launches of
-// its own, or those below where it rehearses with a stand-in for the CUDA runtime.
+// What every kernel needs from its platform, which is the CUDA toolkit or the host emulator of the tests. The emulator
+// brings launches too; with AIA_REHEARSAL it takes those below, on a stand-in for the CUDA runtime.
 #pragma once
 
 #if defined(AIA_REHEARSAL)

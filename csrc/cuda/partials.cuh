@@ -1,4 +1,4 @@
-// Sums over a launch, without floating-point atomics: the threads of a block meet in shared memory, the blocks of a
+// Sums over a launch without floating-point atomics: threads of a block add up in shared memory, blocks of a
 // launch_together in a workspace. Every order is fixed by the sizes and the device, so equal inputs give equal bits.
 #pragma once
 

@@ -15,6 +15,7 @@ struct Shape {
   Scalar scalar;
 };
 
+// x, y and their gradients have this shape, pooled is [B, 2, M], argmax and grad_gate are [B, M].
 int pool(const Shape&, const void* x, int context, Gate, void* pooled, void* argmax, int index_bytes, void* stream);
 int unpool(const Shape&, const void* grad_y, Gate, Unpooled, Gate inner_gate, Unpooled inner, void* grad_x,
            void* stream);
@@ -30,21 +31,23 @@ constexpr int kMultiprocessors = 3;
 #else
 constexpr int kMultiprocessors = 132;  // of an H200
 #endif
-// A gate pass has at most so many blocks. Where they wait for one another, for sums over the batch, they are at most
-// one for each multiprocessor of the current device: if they were all that it holds, they could not begin before
-// everything else there has ended.
+// A gate pass has at most so many blocks. Blocks that wait for one another, for sums over the batch, must all run at
+// once, and there is at most one for each multiprocessor of the current device: a launch that fills the device could
+// not begin before all other work there has ended.
 constexpr int kGateBlocks = 4 * kMultiprocessors, kFewestGateBlocks = 3;
 int gate_blocks_together();
 
-// Where such blocks meet: so many doubles for each, and at most so many blocks, one for each map at least.
+// The memory through which such blocks exchange sums: [blocks, partials] doubles, with the partials of the pass. There
+// are at most so many blocks, and at least one for each map.
 constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = kNormPartials + 54;
 struct Workspace {
   double* data;
   int blocks;
 };
 
-// The gate passes, on maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip. gates and grads
-// have an entry for each map; of grads only the weight counts, which is written. sums may be null.
+// The gate passes, on n packed maps of a scalar (float32 or float64) with fewer than 2^30 elements per clip: pooled
+// and grad_pooled [B, 2, M]; gate, z and grad_gate [B, M]; norm [n, 4]; statistics [n, 3]; sums [n, 2], or null; gates
+// and grads [n]. Of grads only the weight counts: it is written.
 int gate(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
          void* statistics, Workspace, void* stream);
 int gate_again(const PackedDims&, Scalar, const GateParameters* gates, const void* pooled, const void* norm, void* gate,
@@ -59,10 +62,10 @@ int gate_backward(const PackedDims&, Scalar, const GateParameters* gates, const 
 struct Running {
   static constexpr int kMost = 8;
   int norms, numbers;
-  Parameter mean[kMost], var[kMost];
-  const void* statistics[kMost];
-  int64_t channels[kMost];
-  int64_t* tracked[kMost];
+  Parameter mean[kMost], var[kMost];  // [C] each
+  const void* statistics[kMost];      // [C, 3]: mean, variance, share of an element
+  int64_t channels[kMost];            // C
+  int64_t* tracked[kMost];            // a number each
 };
 int move_statistics(const Running&, Scalar, double momentum, void* stream);
 

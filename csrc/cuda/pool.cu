@@ -32,8 +32,8 @@ struct PoolOp {
 
   GateField<A> field;
   int context;
-  A* pooled;
-  Indices argmax;
+  A* pooled;       // [B, 2, M]: maximum, mean
+  Indices argmax;  // [B, M]
 
   bool aligned() const { return field.aligned() && are_aligned({pooled, argmax.data}); }
 

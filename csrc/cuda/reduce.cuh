@@ -22,7 +22,7 @@ constexpr int kBatch = 4;  // vectors that a thread asks for before it uses the 
 template <class T>
 struct Plain {
   using Scalar = T;
-  const T* x;
+  const T* x;  // [B, T, C, H, W] in its order of storage
 
   template <int V>
   __device__ __forceinline__ Vector<T, V> load(int64_t offset) const {
@@ -42,7 +42,7 @@ struct Plain {
 template <class T>
 struct Product {
   using Scalar = T;
-  const T *a, *b;
+  const T *a, *b;  // [B, T, C, H, W] in one order of storage
 
   template <int V>
   struct Pair {
@@ -101,7 +101,7 @@ struct SumOp {
 
   Field field;
   int context;
-  A* grad_gate;
+  A* grad_gate;  // [B, M]
   A share;
 
   SumOp(const Field& field, int context, void* grad_gate)

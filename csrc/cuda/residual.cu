@@ -30,7 +30,7 @@ __device__ __forceinline__ int64_t divide(int64_t& n, const Divisor& by) {
 // What is added to the elements of a feature, if anything is.
 template <class A>
 struct Shift {
-  const A* shift;
+  const A* shift;  // [C], or null
   Divisor by_c, by_n;
   bool maps, in_vectors;
 
@@ -79,8 +79,11 @@ __device__ __forceinline__ Held<kVectors, T> load_byte(const T* from, int count)
 
 template <class T, bool kVectors, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kThreads, 1)
-    residual_relu_kernel(int64_t numel, T* __restrict__ z, const T* __restrict__ x, Shift<A> shift,
-                         uint8_t* __restrict__ signs) {
+    residual_relu_kernel(int64_t numel,
+                         T* __restrict__ z,        // [B, N, C] in the order of storage; becomes y
+                         const T* __restrict__ x,  // as z
+                         Shift<A> shift,
+                         uint8_t* __restrict__ signs) {  // [ceil(numel / 8)], a bit per element
   constexpr int kBytes = sizeof(T) == 2 ? 2 : 1;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kBytes + threadIdx.x;
   Held<kVectors, T> held_a[kBytes], held_b[kBytes];
@@ -138,10 +141,10 @@ __device__ __forceinline__ Vector<A, V> select(const Vector<T, V>& grad_y, int s
 template <class T, int V, class A = Accumulate<T>>
 struct TokenOp {
   using Partial = Total<A>;
-  const T* grad_y;
-  const uint8_t* signs;
-  T* grad;
-  A* to;
+  const T* grad_y;       // [B * N, C]
+  const uint8_t* signs;  // [ceil(B * N * C / 8)], a bit per element
+  T* grad;               // [B * N, C]
+  A* to;                 // [chunks, C]
   int C;
 
   __device__ __forceinline__ void accumulate(Partial* partial, const Place& at) const {
@@ -172,8 +175,11 @@ struct TokenOp {
 // Of maps: a warp has a chunk of the N elements of a feature of a sample.
 template <class T, int V, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kThreads, 1)
-    map_kernel(Features f, Split split, const T* __restrict__ grad_y, const uint8_t* __restrict__ signs,
-               T* __restrict__ grad, A* __restrict__ to) {
+    map_kernel(Features f, Split split,
+               const T* __restrict__ grad_y,       // [B, C, N]
+               const uint8_t* __restrict__ signs,  // [ceil(B * C * N / 8)], a bit per element
+               T* __restrict__ grad,               // [B, C, N]
+               A* __restrict__ to) {               // [B, chunks, C]
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t row = item / split.chunks, chunk = item % split.chunks, step = kWarp * V;
   A sum = 0;

@@ -38,7 +38,7 @@ struct Maps {
 };
 
 // What a block has room for: positions of a plane that its threads compute, and elements of one with its frame.
-struct Room {
+struct Capacity {
   int positions, staged;
 
   int slabs(const Map& map) const {
@@ -47,12 +47,12 @@ struct Room {
 };
 
 // Forward a thread has a position; backward two have one, each for a feature.
-constexpr Room kForwardRoom{256, 768}, kBackwardRoom{128, 512};
+constexpr Capacity kForwardCapacity{256, 768}, kBackwardCapacity{128, 512};
 
 // The least length of parts that are as many as those of `most`.
 inline int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
 
-inline Map tiled(const PackedDims& dims, int m, Room room) {
+inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
   constexpr int kColumns = 32;
   Map map{};
   map.d0 = static_cast<int>(dims.dims[m][0]);
@@ -60,7 +60,7 @@ inline Map tiled(const PackedDims& dims, int m, Room room) {
   map.d2 = static_cast<int>(dims.dims[m][2]);
   map.start = static_cast<int>(dims.offset(m));
   map.columns = even(map.d2, kColumns);
-  map.rows = even(map.d1, std::min(room.positions / map.columns, room.staged / (map.columns + 2) - 2));
+  map.rows = even(map.d1, std::min(capacity.positions / map.columns, capacity.staged / (map.columns + 2) - 2));
   map.tiles_down = ceil_div(map.d1, map.rows);
   map.tiles_across = ceil_div(map.d2, map.columns);
   return map;
@@ -78,14 +78,14 @@ inline void cut_into_items(Map& map, int64_t slabs) {
 }
 
 // A map cut so that the fewest blocks come to its end in so many visits; more than there are if none can.
-inline Map cut_for(const Map& whole, int64_t batch, Room room, int64_t visits) {
+inline Map cut_for(const Map& whole, int64_t batch, Capacity capacity, int64_t visits) {
   constexpr int kLongest = 32, kShortest = 4, kTooMany = 1 << 28;
   Map best = whole;
   best.blocks = kTooMany;
   for (int length = std::min(whole.d0, kLongest);; length = ceil_div(length, 2)) {
     Map map = whole;
     cut_into_chunks(map, batch, length);
-    cut_into_items(map, room.slabs(map));
+    cut_into_items(map, capacity.slabs(map));
     if (const int64_t rounds = visits / (map.length + 2))
       map.blocks = static_cast<int>(std::min<int64_t>((map.items + rounds - 1) / rounds, kTooMany));
     if (map.blocks > 0 && map.blocks < best.blocks) best = map;
@@ -95,18 +95,18 @@ inline Map cut_for(const Map& whole, int64_t batch, Room room, int64_t visits) {
 
 // Cuts every map into items, and shares the blocks of a launch, at most so many and one for each map at least, out
 // among the maps.
-inline Maps cut(const PackedDims& dims, Room room, int most) {
+inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
   Maps maps{dims.n, static_cast<int>(dims.packed()), {}};
   Map whole[3];
   int64_t visits = 1;
   for (int m = 0; m < dims.n; ++m) {
-    const Map& map = whole[m] = tiled(dims, m, room);
-    visits += dims.B * map.d0 * map.tiles_down * map.tiles_across / (int64_t{most} * room.slabs(map));
+    const Map& map = whole[m] = tiled(dims, m, capacity);
+    visits += dims.B * map.d0 * map.tiles_down * map.tiles_across / (int64_t{most} * capacity.slabs(map));
   }
   int64_t blocks = 0;
   for (;; visits += (visits + 15) / 16) {
     blocks = 0;
-    for (int m = 0; m < dims.n; ++m) blocks += (maps.at[m] = cut_for(whole[m], dims.B, room, visits)).blocks;
+    for (int m = 0; m < dims.n; ++m) blocks += (maps.at[m] = cut_for(whole[m], dims.B, capacity, visits)).blocks;
     if (blocks <= most) break;
   }
   int next = 0;

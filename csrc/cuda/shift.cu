@@ -72,7 +72,9 @@ __device__ __forceinline__ Held<E, V> gather(const Moves& moves, const E* x, int
 
 template <class E, int V, int kVectors>
 __global__ void __launch_bounds__(kShiftThreads, 1)
-    temporal_shift_kernel(Moves moves, const E* __restrict__ x, E* __restrict__ y) {
+    temporal_shift_kernel(Moves moves,
+                          const E* __restrict__ x,  // [B, T, C, H, W] in its order of storage
+                          E* __restrict__ y) {      // as x
   constexpr int kStep = kShiftThreads * V;
   const int blocks = (moves.size + kVectors * kStep - 1) / (kVectors * kStep);
   const int64_t clip = static_cast<int64_t>(blockIdx.x / blocks) * moves.size;

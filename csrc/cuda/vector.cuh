@@ -27,8 +27,8 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, V>& vector) 
   *reinterpret_cast<Vector<T, V>*>(to) = vector;
 }
 
-// Vectors of V elements in whole words. Where a vector is loaded on one of several roads it is kept as these: elements
-// of 16 bits would be taken apart where the roads meet, and so each vector waited for before the next is asked for.
+// Vectors of V elements in whole words. Where one of several paths loads a vector, it is kept as these: the compiler
+// takes elements of 16 bits apart where the paths meet, and so would wait for each vector before it asks for the next.
 template <class T, int V>
 using Words = Vector<uint32_t, V * sizeof(T) / sizeof(uint32_t)>;
 

@@ -1,5 +1,5 @@
 // What the files that register CUDA operators share: the device and the stream of a launch, the geometry of an
-// activation, and the room in which the blocks of a gate pass meet.
+// activation, and the workspace in which the blocks of a gate pass meet.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -63,13 +63,13 @@ class GateWorkspace {
  public:
   GateWorkspace(const Tensor& like, int per_block) : blocks_(std::min(gate_blocks_together(), most_gate_blocks())) {
     AIA_CHECK(blocks_ > 0, "AIA_KERNELS_GATE_BLOCKS must be a number from ", kFewestGateBlocks, " on");
-    room_ = torch::stable::new_empty(like, {blocks_, per_block}, ScalarType::Double);
+    data_ = torch::stable::new_empty(like, {blocks_, per_block}, ScalarType::Double);
   }
-  operator Workspace() const { return {static_cast<double*>(room_.mutable_data_ptr()), blocks_}; }
+  operator Workspace() const { return {static_cast<double*>(data_.mutable_data_ptr()), blocks_}; }
 
  private:
   int blocks_;
-  Tensor room_;
+  Tensor data_;
 };
 
 }  // namespace aia::cuda

@@ -65,9 +65,9 @@ Tensor evaluate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numb
     return y;
   }
   const int64_t clips = aia::cuda::clips_in_cache(s);
-  Tensor room = torch::stable::new_empty(x, {aia::cuda::group_bytes(s, clips)}, ScalarType::Byte);
+  Tensor workspace = torch::stable::new_empty(x, {aia::cuda::group_bytes(s, clips)}, ScalarType::Byte);
   launch.check(aia::cuda::evaluate_in_groups(s, x.const_data_ptr(), unit, y.mutable_data_ptr(), clips,
-                                             room.mutable_data_ptr(), launch.stream()));
+                                             workspace.mutable_data_ptr(), launch.stream()));
   return y;
 }
 

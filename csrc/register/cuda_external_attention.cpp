@@ -34,7 +34,7 @@ Features features_of(const aia::Residual& at) {
 }
 
 // A block of memory that is empty where it is not needed.
-Tensor new_room(const Tensor& of, bool needed, int64_t count) { return new_numbers(of, {needed ? count : 0}); }
+Tensor new_workspace(const Tensor& of, bool needed, int64_t count) { return new_numbers(of, {needed ? count : 0}); }
 
 Tensor column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
   const Tokens at = tokens_of(aia::logits_of(logits, 1, "logits", padding));
@@ -42,7 +42,7 @@ Tensor column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
   Tensor statistics = new_numbers(logits, {at.B, 2, at.M});
   if (at.B == 0) return statistics;
   const int chunks = aia::cuda::token_split(at).chunks;
-  Tensor partial = new_room(logits, chunks > 1, at.B * chunks * 2 * at.M);
+  Tensor partial = new_workspace(logits, chunks > 1, at.B * chunks * 2 * at.M);
   launch.check(aia::cuda::column_statistics(at, logits.const_data_ptr(), partial.mutable_data_ptr(),
                                             statistics.mutable_data_ptr(), launch.stream()));
   return statistics;
@@ -65,8 +65,8 @@ Tensor double_norm_backward_reduce(const Tensor& grad, const Tensor& attention, 
   if (at.B == 0) return reduced;
   const int chunks = aia::cuda::token_split(at).chunks;
   const void *g = grad.const_data_ptr(), *a = attention.const_data_ptr();
-  Tensor partial = new_room(grad, chunks > 1, at.B * chunks * at.M);
-  Tensor dots = new_room(grad, aia::cuda::needs_dots(at, g, a), at.B * at.N * at.groups());
+  Tensor partial = new_workspace(grad, chunks > 1, at.B * chunks * at.M);
+  Tensor dots = new_workspace(grad, aia::cuda::needs_dots(at, g, a), at.B * at.N * at.groups());
   launch.check(aia::cuda::double_norm_backward_reduce(at, g, a, dots.mutable_data_ptr(), partial.mutable_data_ptr(),
                                                       reduced.mutable_data_ptr(), launch.stream()));
   return reduced;
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> residual_relu_backward(const Tensor& grad_y, const Te
   const Launch launch(grad_y);
   Tensor grad = new_like(grad_y), sums = new_numbers(grad_y, {at.C});
   const int64_t rows = aia::cuda::residual_partials(at);
-  Tensor partial = new_room(grad_y, rows > 1, rows * at.C);
+  Tensor partial = new_workspace(grad_y, rows > 1, rows * at.C);
   launch.check(aia::cuda::residual_relu_backward(
       at, grad_y.const_data_ptr(), static_cast<const uint8_t*>(signs.const_data_ptr()), grad.mutable_data_ptr(),
       partial.mutable_data_ptr(), sums.mutable_data_ptr(), launch.stream()));

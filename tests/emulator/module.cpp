@@ -85,18 +85,18 @@ std::vector<GateParameters> gates_of(const Weights& weights, const std::vector<s
   return gates;
 }
 
-// Room for partial results, on the heap for the sanitizer and NaN as float and as double.
+// A workspace for partial results, on the heap for the sanitizer and NaN as float and as double.
 std::unique_ptr<double[]> doubles_of_nan(int64_t count) {
-  std::unique_ptr<double[]> room(new double[count]);
-  std::memset(room.get(), 0xff, count * sizeof(double));
-  return room;
+  std::unique_ptr<double[]> workspace(new double[count]);
+  std::memset(workspace.get(), 0xff, count * sizeof(double));
+  return workspace;
 }
 
 // Runs a gate pass with a workspace.
 template <class Pass>
 void with_workspace(int blocks, int per_block, Pass&& pass) {
-  const auto room = doubles_of_nan(int64_t{blocks} * per_block);
-  pass(Workspace{room.get(), blocks});
+  const auto data = doubles_of_nan(int64_t{blocks} * per_block);
+  pass(Workspace{data.get(), blocks});
 }
 
 }  // namespace
@@ -163,7 +163,7 @@ PYBIND11_MODULE(aia_emulator, m) {
     });
   });
   m.def("shares", [](int64_t batch, std::vector<int64_t> dims, bool backward, int blocks) {
-    const Maps maps = cut(dims_of(batch, dims), backward ? kBackwardRoom : kForwardRoom, blocks);
+    const Maps maps = cut(dims_of(batch, dims), backward ? kBackwardCapacity : kForwardCapacity, blocks);
     std::vector<std::array<int64_t, 3>> found;
     for (const Map* map = maps.at; map < maps.at + maps.n; ++map)
       found.push_back({map->items, map->length, map->blocks});
@@ -238,8 +238,8 @@ PYBIND11_MODULE(aia_emulator, m) {
             evaluate_in_clusters(shape, x.data(), unit, y.mutable_data(), cluster, nullptr);
             return;
           }
-          const auto room = doubles_of_nan((group_bytes(shape, clips) + 7) / 8);
-          evaluate_in_groups(shape, x.data(), unit, y.mutable_data(), clips, room.get(), nullptr);
+          const auto workspace = doubles_of_nan((group_bytes(shape, clips) + 7) / 8);
+          evaluate_in_groups(shape, x.data(), unit, y.mutable_data(), clips, workspace.get(), nullptr);
         });
 
   m.def("turn_among_blocks", [](int64_t blocks, int waiting, py::array values) {
