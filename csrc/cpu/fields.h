@@ -14,7 +14,7 @@ struct SpacetimeRows {
       : t(clip + at.h * x.W * x.C + at.c),
         h(clip + x.map_t() + at.t * x.W * x.C + at.c),
         w(clip + x.map_t() + x.map_h() + (at.t * x.H + at.h) * x.C + at.c) {
-    // The next frame's rows of the H and W maps: lines a whole set of channels apart, which nothing else foresees.
+    // The next frame's rows of the H and W maps: lines C elements apart, which the hardware does not prefetch.
     if (at.t + 1 == x.T || at.blocks > 1) return;
     const int64_t frame_h = x.W * x.C, frame_w = x.H * x.C;
     for (int64_t i = 0; i < x.W; ++i) __builtin_prefetch(h + frame_h + i * x.C);

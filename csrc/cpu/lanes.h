@@ -82,7 +82,7 @@ AIA_INLINE Vec<float> widen_f16(U16 bits) {
 #if defined(__AVX512F__)
   return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
 #else
-  // Shifting the exponent field into place leaves it 112 too small; the product mends that, subnormals included.
+  // Shifting the exponent field into place leaves it 112 too small; the product corrects that, subnormals included.
   const U32 wide = __builtin_convertvector(bits, U32);
   const U32 magnitude = (wide & 0x7fffu) << 13;
   const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;

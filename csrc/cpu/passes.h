@@ -42,8 +42,8 @@ inline int64_t slabs(const PackedDims& maps) {
 }
 
 constexpr int kLanes = 16, kScalars = 4;
-// Vectors of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction keeps three times as much
-// again in accumulators, so its tiles are half as large.
+// Vectors of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction has accumulators
+// three times as large besides, so its tiles are half as large.
 constexpr int64_t kTileVectors = 256, kReductionVectors = 128;
 
 // Rows of a plane in one tile of so many positions, and blocks of lanes along the channels of x.
@@ -66,8 +66,8 @@ inline bool lanes_along_positions(const Volume& x, int highest) {
   return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= kLanes;
 }
 
-// Rows of a frame in one unit of a pass that meets all its channels. Along positions each channel is one run, the
-// longer the better foreseen by the hardware; the accumulators of a run stay in the L1 cache.
+// Rows of a frame in one unit of a pass that meets all its channels. Along positions each channel is one run:
+// the hardware prefetches long runs better, and the accumulators of a run stay in the L1 cache.
 constexpr int64_t kRunPositions = 1024;
 inline int64_t unit_rows(const Volume& x, int highest) {
   if (lanes_along_positions(x, highest)) return std::clamp<int64_t>(kRunPositions / x.W, 1, x.H);

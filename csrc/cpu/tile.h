@@ -16,8 +16,8 @@
 namespace aia::cpu::AIA_CPU_LEVEL {
 
 // Where a tile lies: rows [h, h + rows) of frame t of clip b, `blocks` blocks of channels from c on, the last of them
-// with `lanes` channels. `ahead` is the distance in elements to the tile that will be read next: sixteen short runs are
-// more than the hardware foresees.
+// with `lanes` channels. `ahead` is the distance in elements to the tile that will be read next: the hardware does not
+// prefetch sixteen short runs at a time.
 struct Tile {
   int64_t b, t, c, h, rows, blocks;
   int lanes;
@@ -62,7 +62,7 @@ inline int64_t tile_offset(const Volume& x, const Tile& at) {
 }
 
 // Calls body(blocks, for_blocks) with for_blocks(each) calling each(block, lanes) for every block of a tile. One block
-// and full lanes are constants, as in most tiles: what they spare are loops and branches around single loads.
+// and full lanes, as in most tiles, are constants: that removes loops and branches around single loads.
 template <class Body>
 AIA_INLINE void with_blocks(const Tile& at, Body&& body) {
   const auto run = [&](auto blocks, auto last) {
@@ -157,7 +157,7 @@ void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
         for (int c = 0; c < lanes; ++c) target[c * stride_c + i] = part[c];
       }
     } else {
-      // Whole planes lie in one piece: written there in order the lines are foreseen, by sixteen turns they are not.
+      // Whole planes are contiguous. The hardware prefetches lines written in order, but not sixteen runs in turn.
       T packed[kLanes * kTileVectors];
       const bool whole = n == stride_c && n <= kTileVectors;
       T* rows = whole ? packed : target;
