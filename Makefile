@@ -18,7 +18,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-all fuzz rehearse-cuda lint wheel demo bench gpu clean
+.PHONY: help install check test test-all fuzz rehearse-cuda lint wheel hub demo bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -73,6 +73,9 @@ wheel: $(INSTALLED)  ## the wheel (with CUDA where nvcc is) and the source distr
 	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
 	cp build/dist/*.tar.gz dist
+
+hub: $(INSTALLED)  ## the layout that Hugging Face's kernels loads, in build/hub
+	$(BIN)/python .ci/hub.py build/hub
 
 demo: $(INSTALLED)  ## every layer and a ResNet-50 on a real video, fused beside published (VIDEO=path)
 	$(BIN)/python -m benchmarks.demo $(if $(VIDEO),--video "$(VIDEO)") $(ARGS)
