@@ -53,7 +53,7 @@ LONG = (
     *("test_uses_distributed", "test_triton_double_norm_offline", "test_triton_offline", "test_promises_compile"),
     *("test_promises_distributed", "test_models_resnet", "test_promises_imports", "test_uses_compile"),
     *("test_models_external_attention", "test_onnx", "test_external_attention_promises", "test_triton_double_norm"),
-    *("test_shift", "test_benchmarks", "test_example_distributed", "test_checks", "test_cuda_runtime"),
+    *("test_shift", "test_benchmarks", "test_packages", "test_example_distributed", "test_checks", "test_cuda_runtime"),
     *("test_uses_surroundings", "test_roofline"),
 )
 
