@@ -74,7 +74,7 @@ def double_normalize(
     if logits.numel() == 0:
         _refuse_an_empty_shard("logits", logits, process_group)
         return logits.contiguous() * 1.0
-    backend, transformed = _road(logits, logits.dtype)
+    backend, transformed = _path(logits, logits.dtype)
     if backend == "reference" or transformed:
         return reference.double_normalize(logits, group, eps, padding, process_group)
     flat = logits.reshape(-1, *logits.shape[-2:])
@@ -140,29 +140,20 @@ def external_attention(
     if x.ndim != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
     if sharded.is_distributed(x):
-        names = "memory_key", "memory_value", "key_bias", "value_bias"
-        parameters = dict(zip(names, (memory_key, memory_value, key_bias, value_bias), strict=True))
+        memories = {"memory_key": memory_key, "memory_value": memory_value}
+        parameters = memories | {"key_bias": key_bias, "value_bias": value_bias}
         settings = {"heads": heads, "eps": eps, "group": group}
         return sharded.external_attention(
             external_attention, x, parameters, padding_mask, process_group, dropout, **settings
         )
-    heads = check_integer("heads", heads)
-    if heads < 1:
-        raise ValueError(f"heads: got {heads}, expected at least 1")
-    b, n, d = x.shape
-    if d < 1:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one feature")
-    if d % heads:
-        raise ValueError(f"x: got {d} features, expected a multiple of heads = {heads}")
+    heads = _checked_heads(heads, x)
     slots = _check_memories(x, memory_key, memory_value, heads)
     _check_parameter("key_bias", key_bias, x, ((slots,), (heads, slots)))
     _check_parameter("value_bias", value_bias, x, (memory_value.shape[-2:-1], (heads, memory_value.shape[-2])))
     group = _checked_group(group, slots)
     _check_eps(eps)
-    check_number("dropout", dropout)
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout: got {dropout}, expected a probability from 0 to 1")
-    padding = _checked_padding(padding_mask, x, (b, n))
+    _check_dropout(dropout)
+    padding = _checked_padding(padding_mask, x, x.shape[:2])
     _check_process_group(process_group)
     dtype = autocast_dtype(x) or x.dtype
     x, key, value = x.to(dtype), _stacked(memory_key).to(dtype), _stacked(memory_value).to(dtype)
@@ -172,12 +163,26 @@ def external_attention(
         key = key + key_bias.flatten()[:0].sum().to(dtype)
     if x.numel() == 0 or value.numel() == 0:
         _refuse_an_empty_shard("x", x, process_group)
-        return _nothing(x.new_zeros((b, n, heads * value.shape[1])), x, key, value, bias)
-    keep, scale = None, 1.0
-    if dropout > 0:
-        keep = _draw((b, n, heads * slots), 1.0 - dropout, x.device)
-        scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
-    backend, transformed = _road(x, dtype)
+        return _nothing(x.new_zeros((*x.shape[:2], heads * value.shape[1])), x, key, value, bias)
+    keep, scale = _dropout_mask((*x.shape[:2], heads * slots), dropout, x.device)
+    return _attend(x, key, value, bias, padding, keep, group, eps, scale, process_group)
+
+
+def _attend(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    keep: Tensor | None,
+    group: int,
+    eps: float,
+    scale: float,
+    process_group: Any,
+) -> Tensor:
+    """o [B, N, H * v] by one of the paths, for x [B, N, H * k], key [H or 1, S, k], value [H or 1, v, S] and bias
+    [H * v], not empty and of one type. Dropout: A * keep * scale takes the place of A, keep [B, N, H * S]."""
+    backend, transformed = _path(x, x.dtype)
     with no_autocast(x):
         if backend == "reference" or transformed:
             settings = group, eps, padding, keep, scale, process_group
@@ -238,7 +243,7 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
         if members is not None:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
         return _nothing(torch.empty_like(x), x, key, value, norm.weight, norm.bias)
-    backend, transformed = _road(x, dtype)
+    backend, transformed = _path(x, dtype)
     with no_autocast(x):
         if backend == "reference" or transformed:
             tokens, statistics = reference.external_attention_block(as_tokens(x), key, value, norm, eps)
@@ -271,18 +276,22 @@ def _block_through_passes(
     return as_maps(result.y, x), result.statistics
 
 
-def _road(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
+def _path(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
     """The backend, and whether the call needs the reference whatever it is."""
     return backends.select(x.device, dtype, FAMILY), needs_reference()
 
 
-def _draw(sizes: tuple[int, ...], probability: float, device: torch.device) -> Tensor:
-    """uint8 of these sizes, each 1 with a probability.
+def _dropout_mask(sizes: tuple[int, ...], dropout: float, device: torch.device) -> tuple[Tensor | None, float]:
+    """keep, uint8 of these sizes, each 0 with the probability of dropout, and the scale of what is kept; None and 1
+    without dropout.
 
     Not drawn in place: what is changed in place cannot be kept by selective checkpointing, nor drawn anew for each
     sample by vmap.
     """
-    return torch.bernoulli(torch.empty(sizes, dtype=torch.uint8, device=device), probability)
+    if not dropout > 0:
+        return None, 1.0
+    keep = torch.bernoulli(torch.empty(sizes, dtype=torch.uint8, device=device), 1.0 - dropout)
+    return keep, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -322,6 +331,19 @@ def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple
     if all(tuple(p.shape) != tuple(shape) for shape in shapes):
         expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name}: got shape {tuple(p.shape)}, expected {expected}")
+
+
+def _checked_heads(heads: int, x: Tensor) -> int:
+    """The number of heads, a divisor of the features of x [B, N, d], of which there is one at least."""
+    heads = check_integer("heads", heads)
+    if heads < 1:
+        raise ValueError(f"heads: got {heads}, expected at least 1")
+    d = x.shape[2]
+    if d < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one feature")
+    if d % heads:
+        raise ValueError(f"x: got {d} features, expected a multiple of heads = {heads}")
+    return heads
 
 
 def _check_slots(name: str, slots: int) -> None:
@@ -373,6 +395,12 @@ def _check_eps(eps: float) -> None:
     check_number("eps", eps)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a finite number, 0 or more")
+
+
+def _check_dropout(dropout: float) -> None:
+    check_number("dropout", dropout)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: got {dropout}, expected a probability from 0 to 1")
 
 
 def _checked_padding(mask: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
