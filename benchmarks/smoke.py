@@ -58,7 +58,7 @@ PASS_CASES = {
 }
 #: Of a pass's results those that are the same in every backend, where the others are its own business.
 MEANT: dict[str, Callable[..., tuple]] = {
-    "logits + normalise": lambda logits, *state: (),  # the passes that take the map show it
+    "logits + normalize": lambda logits, *state: (),  # the passes that take the map show it
     "values": lambda o, signs: (o,),
     "attention_gradient": lambda gradient, reduced: (reduced,),
     "moments": lambda origin, first, second: centred(origin, first, second, math.prod((2, 14, 14))),

@@ -27,48 +27,13 @@ M x M. mean(A') is what rounding left of zero, and counts where g has a mean. Wh
 and mean(A') are of all their tokens, sum A' and T of a member's own. Under fixed statistics dz is factor * g, which
 does not sum to zero: G is that of A, and zhat rstd * (z - mean).
 
-The passes
-----------
-Each backend has them as attributes (backends.passes). B samples of N tokens; x, grad, o and g are [B, N, d] views whose
-features are contiguous or, made of maps [B, C, H, W], whose tokens are. key is [H, M', k] and value [H, v, M']: H heads
-split the features, and the columns of logits and A are the M = H * M' of all heads, head by head. A memory that all
-heads share has a first axis of length one. x, key, value, o and
-grad have the type of the product; whatever is only M-, d- or M x M-sized is in accumulate_dtype. padding [B, N] is
-boolean or None: padding tokens hold zeros in x and grad, weigh nothing and get A = 0. keep [B, N, M] is uint8 or None,
-and with ``scale``, A * keep * scale takes the place of A in the value product and its transposes. The attention is a
-pair of tensors, and the logits and the gradient of A are whatever the backend likes; its pair has the shapes and types
-of ``empty_attention`` and its signs those of ``empty_signs``.
-
-    logits(x, key, padding) -> (logits, statistics [B, 2, M])
-        statistics as schemas.column_statistics.
-    normalise(logits, lse [B, M], group, eps, padding) -> attention
-        May overwrite the logits. lse is -inf where a sample has no token.
-    moments(attention, group, eps, padding) -> (origin [M], sums [M], second [M, M])
-        The mean of A over all tokens of the batch, rounded, and the sums of A' and A'^T A' with A' = A - origin.
-    values(attention, value, bias [H * v] | None, keep, scale, residual | None, group, eps, padding) -> (o, signs)
-        o = A V^T + bias, features contiguous, and signs None; or, H = 1, o = relu(A V^T + bias + residual), stored as
-        the residual, and signs, one bit per element of o that says where the sum is positive or NaN.
-    signed(grad_y, signs) -> (g, sums [d])
-        g = grad_y where the sign is set, else 0, and its sums over batch and tokens. grad_y is stored as o.
-    value_gradient(grad, attention, keep, scale, shape, origin [M] | None, group, eps, padding, needs_sums)
-        -> (grad_value, sums [H * v] | None)
-        For a value of this shape, grad^T A, or with an origin (without keep) grad^T (A - origin), and where they are
-        needed the sums of grad over batch and tokens, in accumulate_dtype.
-    attention_gradient(grad, attention, value, keep, scale, origin [M] | None, inner [M, M] | None,
-                       constant [M] | None, group, eps, padding) -> (grad_attention, reduced [B, M])
-        dA = keep * scale * (grad V) + (A - origin) inner + constant, and D. The three come together or not.
-    logits_gradient(grad_attention, attention, reduced, x, key, residual_grad | None, group, eps, padding, needs_x)
-        -> (grad_x | None, grad_key)
-        dL key (+ residual_grad, which is stored as x and may be overwritten), stored as torch.empty_like(x), and
-        dL^T x in accumulate_dtype. May overwrite grad_attention, but never the attention.
-    empty_attention(x, columns, group), empty_signs(o)
-        Uninitialised tensors of the shapes and types of the attention and of the signs.
+The fused passes that a backend has for this stand in external_attention_passes.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,17 +47,18 @@ from ..reference import double_normalize as reference_double_normalize
 from ..reference import external_attention as reference
 from ..reference import external_attention_block as reference_block
 from .double_backward import backward_is_followed, gradients
+from .external_attention_passes import Attention, BatchTerm, DoubleNorm, Dropout, Passes
 
 
 class Plan(NamedTuple):
     """What is constant about a call.
 
-    passes: see above. group, eps: of the double normalisation. shards: the name of the process group whose members hold
-    the tokens, or "". scale: dropout's. batch, norm_eps, members: of the block's BN, whether it uses the statistics of
-    the batch, what it adds to the variance, and the name of the process group that shares them, or "".
+    passes: of the backend. group, eps: of the double normalization. shards: the name of the process group whose members
+    hold the tokens, or "". scale: dropout's. batch, norm_eps, members: of the block's BN, whether it uses the
+    statistics of the batch, what it adds to the variance, and the name of the process group that shares them, or "".
     """
 
-    passes: Any
+    passes: Passes
     group: int
     eps: float
     shards: str = ""
@@ -101,8 +67,13 @@ class Plan(NamedTuple):
     norm_eps: float = 0.0
     members: str = ""
 
+    def norm(self, padding: Tensor | None = None) -> DoubleNorm:
+        """The normalization over slots, as the fused passes take it."""
+        return DoubleNorm(self.group, self.eps, padding)
 
-Attention = tuple[Tensor, Tensor]
+    def dropout(self, keep: Tensor | None) -> Dropout | None:
+        """Dropout by a mask, as the fused passes take it."""
+        return None if keep is None else Dropout(keep, self.scale)
 
 
 class BatchNorm(NamedTuple):
@@ -118,7 +89,7 @@ class BatchNorm(NamedTuple):
 
 
 class BlockForward(NamedTuple):
-    """Result of block_forward: y, what is kept, and statistics [C, 3]: the mean and biased variance that normalised z
+    """Result of block_forward: y, what is kept, and statistics [C, 3]: the mean and biased variance that normalized z
     and the share of one token in them, one over the tokens of the batch, or 0 for fixed ones."""
 
     y: Tensor
@@ -139,10 +110,10 @@ def log_sum_exp(statistics: Tensor, shards: str) -> Tensor:
     return maximum + total.log()
 
 
-def attend(plan: Plan, x: Tensor, key: Tensor, padding: Tensor | None) -> Attention:
+def attend(plan: Plan, x: Tensor, key: Tensor, norm: DoubleNorm) -> Attention:
     """The attention of x, in the form of the backend."""
-    logits, statistics = plan.passes.logits(x, key, padding)
-    return plan.passes.normalise(logits, log_sum_exp(statistics, plan.shards), plan.group, plan.eps, padding)
+    logits, statistics = plan.passes.logits(x, key, padding=norm.padding)
+    return plan.passes.normalize(logits, log_sum_exp(statistics, plan.shards), norm=norm)
 
 
 @without_autocast
@@ -158,10 +129,9 @@ def forward(
     """o [B, N, H * v] and what is kept, for x [B, N, H * k], key [H, M', k], value [H, v, M'] and bias [H * v]."""
     if padding is not None:
         x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-    attention = attend(plan, x, key, padding)
-    o, _ = plan.passes.values(
-        attention, value, _accumulated(bias), keep, plan.scale, None, plan.group, plan.eps, padding
-    )
+    norm = plan.norm(padding)
+    attention = attend(plan, x, key, norm)
+    o, _ = plan.passes.values(attention, value, norm=norm, bias=_accumulated(bias), dropout=plan.dropout(keep))
     if padding is not None and bias is not None:
         o.masked_fill_(padding.unsqueeze(-1), 0.0)
     return o, attention
@@ -183,16 +153,15 @@ def backward(
     """Gradients of x, key, value and bias for the gradient of o; those of the parameters in accumulate_dtype."""
     if padding is not None:
         x, grad = (a.masked_fill(padding.unsqueeze(-1), 0.0) for a in (x, grad))
-    passes, settings = plan.passes, (plan.group, plan.eps, padding)
+    passes, norm, dropout = plan.passes, plan.norm(padding), plan.dropout(keep)
     grad_value, grad_bias = passes.value_gradient(
-        grad, attention, keep, plan.scale, value.shape, None, *settings, needs_bias
+        grad, attention, shape=value.shape, norm=norm, dropout=dropout, needs_sums=needs_bias
     )
-    without_norm = None, None, None
-    grad_attention, reduced = passes.attention_gradient(
-        grad, attention, value, keep, plan.scale, *without_norm, *settings
-    )
+    grad_attention, reduced = passes.attention_gradient(grad, attention, value=value, norm=norm, dropout=dropout)
     reduced = _sum_of_members(reduced, plan.shards)
-    grad_x, grad_key = passes.logits_gradient(grad_attention, attention, reduced, x, key, None, *settings, needs_x)
+    grad_x, grad_key = passes.logits_gradient(
+        grad_attention, attention, reduced=reduced, x=x, key=key, norm=norm, needs_x=needs_x
+    )
     return grad_x, grad_key, grad_value, grad_bias
 
 
@@ -208,8 +177,8 @@ def block_forward(
 ) -> BlockForward:
     """The block on x [B, N, C], key [M, C], value [C, M]; weight and bias [C] of the BN; fixed [2, C], running mean and
     variance, where plan.batch is not set."""
-    dtype = accumulate_dtype(x.dtype)
-    attention = attend(plan, x, key.unsqueeze(0), None)
+    dtype, norm = accumulate_dtype(x.dtype), plan.norm()
+    attention = attend(plan, x, key.unsqueeze(0), norm)
     v = value.to(dtype)
     if plan.batch:
         batch, moments = _batch_moments(plan, x, attention, v)
@@ -219,7 +188,7 @@ def block_forward(
     factor, _ = _factor(plan, weight, moments[1])
     shift = -moments[0] * factor if bias is None else bias.to(dtype) - moments[0] * factor
     folded = (factor.unsqueeze(1) * v).to(x.dtype).unsqueeze(0)
-    y, signs = plan.passes.values(attention, folded, shift, None, 1.0, x, plan.group, plan.eps, None)
+    y, signs = plan.passes.values(attention, folded, norm=norm, bias=shift, residual=x)
     return BlockForward(y, attention, signs, batch, moments.mT.contiguous())
 
 
@@ -240,29 +209,35 @@ def block_backward(
     """Gradients of x, key, value, weight and bias for grad_y stored as x; those of the parameters in
     accumulate_dtype. Arguments as for block_forward and as kept by it. Where members share the statistics, the
     gradients of the parameters are shares of the whole batch's: their sum over the members is exact."""
-    passes, settings = plan.passes, (plan.group, plan.eps, None)
+    passes, norm = plan.passes, plan.norm()
     v = value.to(statistics.dtype)
     mean, var, share = statistics.unbind(1)
     factor, rstd = _factor(plan, weight, var)
     g, sums = passes.signed(grad_y, signs)
     origin, off = batch.mean if plan.batch else (None, None)
-    product = passes.value_gradient(g, attention, None, 1.0, (1, *v.shape), origin, *settings, False)[0][0]
-    centre = v @ off if plan.batch else mean
-    grad_weight = rstd * ((v * product).sum(1) - centre * sums)
-    inner = constant = None
+    product, _ = passes.value_gradient(g, attention, shape=(1, *v.shape), norm=norm, origin=origin, needs_sums=False)
+    product = product[0]
+    center = v @ off if plan.batch else mean
+    grad_weight = rstd * ((v * product).sum(1) - center * sums)
+    batch_term = None
     if plan.batch:
         joint = _sum_of_members(torch.stack((sums, grad_weight)), plan.members) * share
         through_variance = rstd * joint[1]
         product = product - torch.addmm(joint[0].outer(batch.total), v * through_variance.unsqueeze(1), batch.centred)
         inner = (v * (-factor * through_variance).unsqueeze(1)).mT @ v
-        constant = -(factor * joint[0]) @ v - off @ inner
+        batch_term = BatchTerm(origin, inner, constant=-(factor * joint[0]) @ v - off @ inner)
     grad_value = factor.unsqueeze(1) * product
     folded = (factor.unsqueeze(1) * v).to(x.dtype).unsqueeze(0)
-    grad_attention, reduced = passes.attention_gradient(
-        g, attention, folded, None, 1.0, origin, inner, constant, *settings
-    )
+    grad_attention, reduced = passes.attention_gradient(g, attention, value=folded, norm=norm, batch_term=batch_term)
     grad_x, grad_key = passes.logits_gradient(
-        grad_attention, attention, reduced, x, key.unsqueeze(0), g if needs_x else None, *settings, needs_x
+        grad_attention,
+        attention,
+        reduced=reduced,
+        x=x,
+        key=key.unsqueeze(0),
+        norm=norm,
+        residual_grad=g if needs_x else None,
+        needs_x=needs_x,
     )
     return grad_x, grad_key[0], grad_value, grad_weight, sums
 
@@ -285,7 +260,7 @@ def _factor(plan: Plan, weight: Tensor | None, var: Tensor) -> tuple[Tensor, Ten
 def _batch_moments(plan: Plan, x: Tensor, attention: Attention, v: Tensor) -> tuple[BatchNorm, Tensor]:
     """What is kept of the batch, and mean, variance and share [3, C] of z = A V^T."""
     count = x.shape[0] * x.shape[1]
-    origin, total, second = plan.passes.moments(attention, plan.group, plan.eps, None)
+    origin, total, second = plan.passes.moments(attention, norm=plan.norm())
     if plan.members:
         part = torch.cat((origin, total, second.flatten(), origin.new_full((1,), count)))
         *of_members, counts = gather(part, plan.members).split((*[origin.numel()] * 2, second.numel(), 1), 1)

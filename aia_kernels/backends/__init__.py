@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from .. import schemas
+from ..algorithms.external_attention_passes import FUSED_PASSES
 from ..common.dtypes import DTYPES
 from . import choices, extension
 from .matmul_passes import MatmulPasses
@@ -46,20 +47,6 @@ FAMILIES = {
     "external_attention": schemas.DOUBLE_NORM_PASSES + schemas.RESIDUAL_PASSES,
     "temporal_shift": schemas.SHIFT_PASSES,
 }
-
-#: What external attention's algorithm is written in terms of (algorithms/external_attention.py).
-FUSED_PASSES = (
-    "logits",
-    "normalise",
-    "moments",
-    "values",
-    "signed",
-    "value_gradient",
-    "attention_gradient",
-    "logits_gradient",
-    "empty_attention",
-    "empty_signs",
-)
 
 #: What "auto" tries, in order, by type of device, where nothing was measured (choices.csv); the reference runs
 #: everywhere.
@@ -310,9 +297,9 @@ def passes(name: str, family: str) -> Any:
         family: One of FAMILIES.
 
     Returns:
-        An object with the passes as attributes, by the names of schemas.PASSES, of schemas.SHIFT_PASSES or, for
-        external attention, of its algorithm. Those of Attention in Attention have map_order beside them, and some
-        backends evaluate.
+        An object with the passes as attributes, by the names of schemas.PASSES or of schemas.SHIFT_PASSES, or, for
+        external attention, algorithms.external_attention_passes.Passes. Those of Attention in Attention have map_order
+        beside them, and some backends evaluate.
     """
     if name == "triton":
         return importlib.import_module("..triton", __package__)

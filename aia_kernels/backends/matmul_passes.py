@@ -1,10 +1,10 @@
 """External attention's fused passes, made of the framework's matrix products and a backend's elementary passes.
 
 What a backend takes that has double_norm and residual (schemas.DOUBLE_NORM_PASSES, schemas.RESIDUAL_PASSES) but no
-products of its own. The signatures stand in algorithms/external_attention.py. Logits and A are [B, N, M] contiguous in
-the type of x, and the pair that is kept is A, written over the logits, and its mass. Products over tokens that give a
-parameter's gradient are accumulated in accumulate_dtype; x-sized tensors that lie feature by feature enter as
-transposed operands, without a copy.
+products of its own. The contract stands in algorithms/external_attention_passes.py. Logits and A are [B, N, M]
+contiguous in the type of x, and the pair that is kept is A, written over the logits, and its mass. Products over tokens
+that give a parameter's gradient are accumulated in accumulate_dtype; x-sized tensors that lie feature by feature enter
+as transposed operands, without a copy.
 
 Passes overwrite their operands. Whoever sees the framework's operators, a mode or a tensor of another kind, may have
 kept what they returned; there products are written into tensors made here (out=), of which nobody expects that.
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import schemas
+from ..algorithms.external_attention_passes import Attention, BatchTerm, DoubleNorm, Dropout
 from ..common.dtypes import accumulate_dtype
-
-Attention = tuple[Tensor, Tensor]
 
 #: Columns of a matrix up to which a product takes it as it lies.
 FEW = 15
@@ -41,16 +40,14 @@ class MatmulPasses:
         for name in (*schemas.DOUBLE_NORM_PASSES, *schemas.RESIDUAL_PASSES):
             setattr(self, name, getattr(passes, name))
 
-    def logits(self, x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    def logits(self, x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = _by_heads(x, key.mT)
         return logits, self.column_statistics(logits, padding)
 
-    def normalise(self, logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Attention:
-        return logits, self.double_norm_(logits, lse, group, eps, padding)
+    def normalize(self, logits: Tensor, lse: Tensor, *, norm: DoubleNorm) -> Attention:
+        return logits, self.double_norm_(logits, lse, *norm)
 
-    def moments(
-        self, attention: Attention, group: int, eps: float, padding: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def moments(self, attention: Attention, *, norm: DoubleNorm) -> tuple[Tensor, Tensor, Tensor]:
         a = attention[0].flatten(0, 1)
         origin = a.mean(0, dtype=accumulate_dtype(a.dtype))
         a = a - origin
@@ -60,15 +57,13 @@ class MatmulPasses:
         self,
         attention: Attention,
         value: Tensor,
-        bias: Tensor | None,
-        keep: Tensor | None,
-        scale: float,
-        residual: Tensor | None,
-        group: int,
-        eps: float,
-        padding: Tensor | None,
+        *,
+        norm: DoubleNorm,
+        bias: Tensor | None = None,
+        dropout: Dropout | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        a = _dropped(attention[0], keep, scale)
+        a = _dropped(attention[0], dropout)
         if residual is None:
             o = _by_heads(a, value.mT)
             return (o if bias is None else o.add_(bias)), None
@@ -82,16 +77,14 @@ class MatmulPasses:
         self,
         grad: Tensor,
         attention: Attention,
-        keep: Tensor | None,
-        scale: float,
+        *,
         shape: Sequence[int],
-        origin: Tensor | None,
-        group: int,
-        eps: float,
-        padding: Tensor | None,
+        norm: DoubleNorm,
+        dropout: Dropout | None = None,
+        origin: Tensor | None = None,
         needs_sums: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        a = _dropped(attention[0], keep, scale) if origin is None else attention[0] - origin
+        a = _dropped(attention[0], dropout) if origin is None else attention[0] - origin
         sums = grad.sum((0, 1), dtype=accumulate_dtype(grad.dtype)) if needs_sums else None
         return _over_tokens(grad, a, shape), sums
 
@@ -99,42 +92,38 @@ class MatmulPasses:
         self,
         grad: Tensor,
         attention: Attention,
+        *,
         value: Tensor,
-        keep: Tensor | None,
-        scale: float,
-        origin: Tensor | None,
-        inner: Tensor | None,
-        constant: Tensor | None,
-        group: int,
-        eps: float,
-        padding: Tensor | None,
+        norm: DoubleNorm,
+        dropout: Dropout | None = None,
+        batch_term: BatchTerm | None = None,
     ) -> tuple[Tensor, Tensor]:
         a = attention[0]
-        if inner is None:
+        if batch_term is None:
             grad_attention = _by_heads(grad, value)
-            if keep is not None:
-                grad_attention.mul_(keep).mul_(scale)
+            if dropout is not None:
+                grad_attention.mul_(dropout.keep).mul_(dropout.scale)
         else:
             # The two terms cancel in part: they are added in the type that they come in.
-            through_norm = _mm((a - origin).flatten(0, 1), inner).add_(constant).view_as(a)
-            grad_attention = _times(grad, value[0], added_to=through_norm.to(a.dtype))
-        return grad_attention, self.double_norm_backward_reduce(grad_attention, a, group)
+            origin, inner, constant = batch_term
+            term = _mm((a - origin).flatten(0, 1), inner).add_(constant).view_as(a)
+            grad_attention = _times(grad, value[0], added_to=term.to(a.dtype))
+        return grad_attention, self.double_norm_backward_reduce(grad_attention, a, norm.group)
 
     def logits_gradient(
         self,
         grad_attention: Tensor,
         attention: Attention,
+        *,
         reduced: Tensor,
         x: Tensor,
         key: Tensor,
-        residual_grad: Tensor | None,
-        group: int,
-        eps: float,
-        padding: Tensor | None,
+        norm: DoubleNorm,
+        residual_grad: Tensor | None = None,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor]:
         grad_logits = grad_attention
-        self.double_norm_backward_(grad_logits, *attention, reduced, group)
+        self.double_norm_backward_(grad_logits, *attention, reduced, norm.group)
         grad_key = _over_tokens(grad_logits, x, key.shape)
         if not needs_x:
             return None, grad_key
@@ -143,7 +132,7 @@ class MatmulPasses:
             return grad_x if x.is_contiguous() else torch.empty_like(x).copy_(grad_x), grad_key
         return _times(grad_logits, key[0], by_feature=_by_feature(x), added_to=residual_grad), grad_key
 
-    def empty_attention(self, x: Tensor, columns: int, group: int) -> Attention:
+    def empty_attention(self, x: Tensor, *, columns: int, group: int) -> Attention:
         b, n, _ = x.shape
         dtype = accumulate_dtype(x.dtype)
         return x.new_empty((b, n, columns)), x.new_empty((b, n, columns // group), dtype=dtype)
@@ -167,8 +156,8 @@ def _one_matrix(t: Tensor) -> bool:
     return t.shape[0] == 1 or t.shape[1] == 1 or t.stride(0) == t.shape[1] * t.stride(1)
 
 
-def _dropped(a: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-    return a if keep is None else torch.mul(a, keep, out=torch.empty_like(a)).mul_(scale)
+def _dropped(a: Tensor, dropout: Dropout | None) -> Tensor:
+    return a if dropout is None else torch.mul(a, dropout.keep, out=torch.empty_like(a)).mul_(dropout.scale)
 
 
 def _is_seen(t: Tensor) -> bool:

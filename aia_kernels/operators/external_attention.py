@@ -110,7 +110,7 @@ def fake_attend(x, key, value, bias, padding, keep, group, eps, shards, scale, b
     """What external_attention_forward returns, without values."""
     heads = x.shape[2] // key.shape[2]
     o = x.new_empty((*x.shape[:2], heads * value.shape[1]))
-    return o, *_passes(backend).empty_attention(x, heads * key.shape[1], group)
+    return o, *_passes(backend).empty_attention(x, columns=heads * key.shape[1], group=group)
 
 
 def _fake_attend_backward(grad, x, key, value, *kept_and_settings):
@@ -165,7 +165,7 @@ def fake_block(x, key, value, weight, bias, fixed, eps, batch, norm_eps, members
     passes, (m, c) = _passes(backend), key.shape
     wide = x.new_empty((), dtype=accumulate_dtype(x.dtype))
     kept = (wide.new_empty(shape) for shape in (((2, m), (m,), (m, m)) if batch else ((0,),) * 3))
-    attention, y = passes.empty_attention(x, m, m), torch.empty_like(dense_tokens(x))
+    attention, y = passes.empty_attention(x, columns=m, group=m), torch.empty_like(dense_tokens(x))
     return y, *attention, passes.empty_signs(y), *kept, wide.new_empty((c, 3))
 
 

@@ -1,6 +1,6 @@
 """Triton backend, for CUDA devices and for the Triton interpreter: the passes of attention in attention
 (aia_kernels.schemas), and of external attention the elementary ones (schemas.DOUBLE_NORM_PASSES) and the fused ones
-(aia_kernels.external_attention).
+(aia_kernels.algorithms.external_attention_passes).
 
 Maps keep the storage order of x with the pooled letter struck out.
 """
@@ -8,7 +8,7 @@ Maps keep the storage order of x with the pooled letter struck out.
 from ..common.running_statistics import move_statistics_
 from .double_norm import column_statistics, double_norm_, double_norm_backward_, double_norm_backward_reduce
 from .gate import gate, gate_again, gate_backward, gate_backward_reduce
-from .logits import attention_gradient, empty_attention, logits, normalise
+from .logits import attention_gradient, empty_attention, logits, normalize
 from .pool import pool, unpool, unpool_reduce
 from .recalibrate import recalibrate, recalibrate_reduce
 from .residual import empty_signs, signed
@@ -33,7 +33,7 @@ __all__ = [
     "map_order",
     "moments",
     "move_statistics_",
-    "normalise",
+    "normalize",
     "pool",
     "recalibrate",
     "recalibrate_reduce",

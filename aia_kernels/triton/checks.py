@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..algorithms.external_attention_passes import Attention, DoubleNorm, Dropout
 from ..common import maps
 from ..common.dtypes import accumulate_dtype
-from .columns import Attention, row_count
+from .columns import row_count
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -175,7 +176,7 @@ def check_weights(weight: Sequence[Tensor], n: int, first: Tensor) -> None:
 def check_norms(
     n: int, numbers: dict[str, Sequence[Tensor | None]], eps: Sequence[float], batch: Sequence[bool], first: Tensor
 ) -> None:
-    """What n gates are normalised by: lists of n numbers, which may be absent, and of n eps and flags."""
+    """What n gates are normalized by: lists of n numbers, which may be absent, and of n eps and flags."""
     for name, entries in (("eps", eps), ("batch", batch)):
         _check_entries(name, entries, n)
     for i in range(n):
@@ -227,13 +228,13 @@ def check_memory(name: str, memory: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be {_name_of(like.dtype)} with three axes, not empty, got {described(memory)}")
 
 
-def check_attention(attention: Attention, group: int, eps: float, padding: Tensor | None) -> None:
-    """What is kept of the attention (columns.py): the logits [B, N, M], M columns in groups, and the rows."""
+def check_attention(attention: Attention, norm: DoubleNorm) -> None:
+    """What is kept of the attention (products.py): the logits [B, N, M], M columns in groups, and the rows."""
     logits, rows = attention
-    check_logits("the attention", logits, group, padding)
+    check_logits("the attention", logits, norm.group, norm.padding)
     b, n, m = logits.shape
-    check_contiguous("rows", rows, (b, row_count(n, m, group)), accumulate_dtype(logits.dtype), logits)
-    check_eps(eps)
+    check_contiguous("rows", rows, (b, row_count(n, m, norm.group)), accumulate_dtype(logits.dtype), logits)
+    check_eps(norm.eps)
 
 
 def heads_of(memories: int, columns: int, width: int) -> int:
@@ -248,24 +249,22 @@ def check_heads(logits: Tensor, heads: int, width: int, group: int) -> None:
     check_group("a head", group, width)
 
 
-def check_attended(
-    attention: Attention, name: str, memory: Tensor, columns: int, group: int, eps: float, padding: Tensor | None
-) -> int:
+def check_attended(attention: Attention, name: str, memory: Tensor, columns: int, norm: DoubleNorm) -> int:
     """The attention, and a memory that meets it, whose axis ``columns`` holds a head's columns; returns how many heads
     there are."""
-    check_attention(attention, group, eps, padding)
+    check_attention(attention, norm)
     logits, _ = attention
     check_memory(name, memory, logits)
     width = memory.shape[columns]
     heads = heads_of(memory.shape[0], logits.shape[2], width)
-    check_heads(logits, heads, width, group)
+    check_heads(logits, heads, width, norm.group)
     return heads
 
 
-def check_keep(keep: Tensor | None, logits: Tensor) -> None:
+def check_dropout(dropout: Dropout | None, logits: Tensor) -> None:
     """Dropout's mask, if there is one."""
-    if keep is not None:
-        check_contiguous("keep", keep, logits.shape, torch.uint8, logits)
+    if dropout is not None:
+        check_contiguous("keep", dropout.keep, logits.shape, torch.uint8, logits)
 
 
 def described(t: Tensor) -> str:

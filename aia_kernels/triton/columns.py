@@ -2,13 +2,13 @@
 
 A kernel sees B samples of N tokens by M columns as tiles [BT, BM]. The columns are laid out in a tile so that groups do
 not straddle tiles: a tile holds whole groups, each padded to a power of two, and a group wider than the widest tile
-takes several tiles, its *pieces*. What one program normalises is a *span*: the groups of one tile, or all pieces of one
+takes several tiles, its *pieces*. What one program normalizes is a *span*: the groups of one tile, or all pieces of one
 group. With r the maximum of log P over a token's group,
 
     log P = L - lse        A = exp(log P - r) / norm        norm = eps exp(-r) + sum over the group of exp(log P - r)
 
 so that nothing overflows, and A is right where P itself underflows. A fused kernel makes A from the logits as it needs
-it: r and norm come from its own tile, or, for groups in pieces, from a pass before it (double_norm.normaliser).
+it: r and norm come from its own tile, or, for groups in pieces, from a pass before it (double_norm.normalizer).
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-
-#: What is kept of the attention: logits [B, N, M] and rows [B, row_count] (products.py).
-Attention = tuple[Tensor, Tensor]
 
 #: Columns of the widest tile: wider ones leave a tile of tl.dot too few tokens, or too many elements to a thread.
 WIDEST = 128
@@ -212,8 +209,8 @@ def token_rows(n, C: tl.constexpr):
 
 @triton.jit
 def attention_tile(
-    attention_ptr,
-    rows_ptr,
+    attention_ptr,  # A or the logits, [N, M]
+    rows_ptr,  # [row_count] or None
     n,
     t,
     shown,

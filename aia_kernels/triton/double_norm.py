@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algorithms.external_attention_passes import DoubleNorm
 from ..common.dtypes import accumulate_dtype
 from . import tiles
 from .checks import check_apart, check_contiguous, check_eps, check_logits, check_same
@@ -70,9 +71,9 @@ def span_total(logits_ptr, lse_ptr, t, shown, head, span, C: tl.constexpr, ACC: 
 
 @triton.jit
 def span_product(
-    grad_ptr,
-    attention_ptr,
-    rows_ptr,
+    grad_ptr,  # [N, M]
+    attention_ptr,  # A or the logits, [N, M]
+    rows_ptr,  # [row_count] or None
     n,
     t,
     shown,
@@ -101,7 +102,13 @@ def span_product(
 
 @tiles.launched
 def column_statistics_kernel(
-    logits_ptr, padding_ptr, partial_ptr, n, C: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr
+    logits_ptr,  # [B, N, M]
+    padding_ptr,  # [B, N] or None
+    partial_ptr,  # [B, blocks, 2, M]
+    n,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The statistics of one tile."""
     M: tl.constexpr = column_count(C)
@@ -113,7 +120,14 @@ def column_statistics_kernel(
 
 
 @tiles.launched
-def join_statistics_kernel(partial_ptr, statistics_ptr, blocks, M: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr):
+def join_statistics_kernel(
+    partial_ptr,  # [B, blocks, 2, M]
+    statistics_ptr,  # [B, 2, M]
+    blocks,
+    M: tl.constexpr,
+    BP: tl.constexpr,
+    BM: tl.constexpr,
+):
     """Statistics [B, 2, M] from those of blocks of tokens, partial [B, blocks, 2, M]."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     SPANS: tl.constexpr = tl.cdiv(M, BM)
@@ -137,10 +151,10 @@ def join_statistics_kernel(partial_ptr, statistics_ptr, blocks, M: tl.constexpr,
 
 @tiles.launched
 def double_norm_kernel(
-    logits_ptr,
-    lse_ptr,
-    mass_ptr,
-    padding_ptr,
+    logits_ptr,  # [B, N, M]
+    lse_ptr,  # [B, M]
+    mass_ptr,  # [B, N, M / group]
+    padding_ptr,  # [B, N] or None
     n,
     C: tl.constexpr,
     EPS: tl.constexpr,
@@ -169,11 +183,11 @@ def double_norm_kernel(
 
 
 @tiles.launched
-def normaliser_kernel(
-    logits_ptr,
-    rows_ptr,
+def normalizer_kernel(
+    logits_ptr,  # [B, N, M]
+    rows_ptr,  # [B, rows_stride]
     rows_stride,
-    padding_ptr,
+    padding_ptr,  # [B, N] or None
     n,
     C: tl.constexpr,
     EPS: tl.constexpr,
@@ -194,12 +208,12 @@ def normaliser_kernel(
 
 @tiles.launched
 def backward_reduce_kernel(
-    grad_ptr,
-    attention_ptr,
-    rows_ptr,
+    grad_ptr,  # [B, N, M]
+    attention_ptr,  # A or the logits, [B, N, M]
+    rows_ptr,  # [B, rows_stride] or None
     rows_stride,
-    padding_ptr,
-    partial_ptr,
+    padding_ptr,  # [B, N] or None
+    partial_ptr,  # [B, blocks, M]
     n,
     C: tl.constexpr,
     EPS: tl.constexpr,
@@ -230,7 +244,14 @@ def backward_reduce_kernel(
 
 @tiles.launched
 def backward_kernel(
-    grad_ptr, attention_ptr, mass_ptr, reduced_ptr, n, C: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr
+    grad_ptr,  # [B, N, M]
+    attention_ptr,  # [B, N, M]
+    mass_ptr,  # [B, N, M / group]
+    reduced_ptr,  # [B, M]
+    n,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Q - A * mass * D over grad."""
     M: tl.constexpr = column_count(C)
@@ -279,7 +300,7 @@ def double_norm_backward_reduce(grad: Tensor, attention: Tensor, group: int) -> 
     """D [B, M]: the sums over tokens of Q = A * (grad - the sum of grad * A over a token's group)."""
     check_logits("grad", grad, group)
     check_same("attention", attention, grad, "grad")
-    return backward_reduce(grad, attention, None, columns(1, grad.shape[2], group), 0.0, None)
+    return backward_reduce(grad, attention, None, columns(1, grad.shape[2], group), DoubleNorm(group, 0.0, None))
 
 
 def double_norm_backward_(grad: Tensor, attention: Tensor, mass: Tensor, reduced: Tensor, group: int) -> None:
@@ -295,23 +316,21 @@ def double_norm_backward_(grad: Tensor, attention: Tensor, mass: Tensor, reduced
     start(backward_kernel, grad, n, c, blocks, grad, attention, mass, reduced, BT=bt)
 
 
-def backward_reduce(
-    grad: Tensor, attention: Tensor, rows: Tensor | None, c: Columns, eps: float, padding: Tensor | None
-) -> Tensor:
+def backward_reduce(grad: Tensor, attention: Tensor, rows: Tensor | None, c: Columns, norm: DoubleNorm) -> Tensor:
     """D [B, M] of a stored A, or with rows of the A of logits; then Q overwrites grad."""
     b, n, m = grad.shape
     bt, blocks = token_blocks(grad, n, c)
     partial = grad.new_empty((b, blocks, m), dtype=accumulate_dtype(grad.dtype))
-    arguments = grad, attention, rows, 0 if rows is None else rows.stride(0), as_bytes(padding), partial
-    start(backward_reduce_kernel, grad, n, c, blocks, *arguments, EPS=eps, BT=bt)
+    arguments = grad, attention, rows, 0 if rows is None else rows.stride(0), as_bytes(norm.padding), partial
+    start(backward_reduce_kernel, grad, n, c, blocks, *arguments, EPS=norm.eps, BT=bt)
     return partial.sum(1)
 
 
-def normaliser(logits: Tensor, rows: Tensor, c: Columns, eps: float, padding: Tensor | None) -> None:
+def normalizer(logits: Tensor, rows: Tensor, c: Columns, norm: DoubleNorm) -> None:
     """Completes rows [B, M + 2 * N * M / group], which begin with lse, by r and norm of groups in pieces."""
     bt, blocks = token_blocks(logits, logits.shape[1], c)
-    arguments = logits, rows, rows.stride(0), as_bytes(padding)
-    start(normaliser_kernel, logits, logits.shape[1], c, blocks, *arguments, EPS=eps, BT=bt)
+    arguments = logits, rows, rows.stride(0), as_bytes(norm.padding)
+    start(normalizer_kernel, logits, logits.shape[1], c, blocks, *arguments, EPS=norm.eps, BT=bt)
 
 
 def join_statistics(partial: Tensor) -> Tensor:

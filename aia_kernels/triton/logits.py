@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algorithms.external_attention_passes import Attention, BatchTerm, DoubleNorm, Dropout
 from ..common.dtypes import accumulate_dtype
 from . import tiles
 from .checks import (
     check_attended,
     check_contiguous,
+    check_dropout,
     check_eps,
-    check_keep,
     check_logits,
     check_memory,
     check_sizes,
@@ -22,7 +23,6 @@ from .checks import (
 )
 from .columns import (
     LEAST,
-    Attention,
     Columns,
     as_bytes,
     attention_tile,
@@ -40,7 +40,7 @@ from .columns import (
     token_block,
     tokens_at,
 )
-from .double_norm import backward_reduce, join_statistics, normaliser
+from .double_norm import backward_reduce, join_statistics, normalizer
 from .products import accumulated, load_features, start, tile_count
 
 #: Features of one step of a product over features: 128 bytes, a line of memory.
@@ -49,8 +49,8 @@ STEP = {2: 64, 4: 32, 8: 16}
 
 @triton.jit
 def column_product(
-    x_ptr,
-    weight_ptr,
+    x_ptr,  # [N, H * F] by strides
+    weight_ptr,  # H matrices of F features and M' columns by strides
     t,
     shown,
     head,
@@ -83,11 +83,11 @@ def column_product(
 
 @tiles.launched
 def logits_kernel(
-    x_ptr,
-    key_ptr,
-    padding_ptr,
-    logits_ptr,
-    partial_ptr,
+    x_ptr,  # [B, N, H * F] by strides
+    key_ptr,  # [H, M', F]
+    padding_ptr,  # [B, N] or None
+    logits_ptr,  # [B, N, M]
+    partial_ptr,  # [B, blocks, 2, M]
     n,
     stride_b,
     stride_n,
@@ -115,18 +115,18 @@ def logits_kernel(
 
 @tiles.launched
 def attention_gradient_kernel(
-    grad_ptr,
-    logits_ptr,
-    rows_ptr,
+    grad_ptr,  # [B, N, H * F] by strides
+    logits_ptr,  # [B, N, M]
+    rows_ptr,  # [B, rows_stride]
     rows_stride,
-    value_ptr,
-    keep_ptr,
-    origin_ptr,
-    inner_ptr,
-    constant_ptr,
-    padding_ptr,
-    grad_attention_ptr,
-    partial_ptr,
+    value_ptr,  # [H, F, M']
+    keep_ptr,  # [B, N, M] or None
+    origin_ptr,  # [M] or None
+    inner_ptr,  # [M, M] or None
+    constant_ptr,  # [M] or None
+    padding_ptr,  # [B, N] or None
+    grad_attention_ptr,  # [B, N, M]
+    partial_ptr,  # [B, blocks, M], None for groups in pieces
     n,
     stride_b,
     stride_n,
@@ -178,7 +178,7 @@ def attention_gradient_kernel(
     tl.store(grad_attention_ptr + at, grad.to(TYPE), mask=inside[:, None] & exists[None, :])
 
 
-def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+def logits(x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """L = x key^T [B, N, M] and its column statistics [B, 2, M]. Reads 1 |X|, writes M / d |X|."""
     check_tokens("x", x)
     check_memory("key", key, x)
@@ -199,82 +199,73 @@ def logits(x: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tens
     return out, join_statistics(partial)
 
 
-def normalise(logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Attention:
+def normalize(logits: Tensor, lse: Tensor, *, norm: DoubleNorm) -> Attention:
     """The attention: the logits and lse. For groups in pieces, r and norm are made here. Reads M / d |X| then, else
     nothing."""
-    check_logits("logits", logits, group, padding)
+    check_logits("logits", logits, norm.group, norm.padding)
     m = logits.shape[2]
     check_contiguous("lse", lse, (logits.shape[0], m), accumulate_dtype(logits.dtype), logits)
-    check_eps(eps)
-    c = columns(1, m, group)
+    check_eps(norm.eps)
+    c = columns(1, m, norm.group)
     if pieces.fn(c) == 1:
         return logits, lse
-    _, rows = empty_attention(logits, m, group)
+    _, rows = empty_attention(logits, columns=m, group=norm.group)
     rows[:, :m] = lse
-    normaliser(logits, rows, c, eps, padding)
+    normalizer(logits, rows, c, norm)
     return logits, rows
 
 
-def empty_attention(x: Tensor, columns_: int, group: int) -> Attention:
+def empty_attention(x: Tensor, *, columns: int, group: int) -> Attention:
     """Uninitialised tensors like the attention of x [B, N, d]."""
     b, n, _ = x.shape
-    rows = x.new_empty((b, row_count(n, columns_, group)), dtype=accumulate_dtype(x.dtype))
-    return x.new_empty((b, n, columns_)), rows
+    rows = x.new_empty((b, row_count(n, columns, group)), dtype=accumulate_dtype(x.dtype))
+    return x.new_empty((b, n, columns)), rows
 
 
 def attention_gradient(
     grad: Tensor,
     attention: Attention,
+    *,
     value: Tensor,
-    keep: Tensor | None,
-    scale: float,
-    origin: Tensor | None,
-    inner: Tensor | None,
-    constant: Tensor | None,
-    group: int,
-    eps: float,
-    padding: Tensor | None,
+    norm: DoubleNorm,
+    dropout: Dropout | None = None,
+    batch_term: BatchTerm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Q [B, N, M] = A * (dA - the sum of dA * A over the group), and its column sums D [B, M].
 
     dA = keep * scale * (grad V) + (A - origin) inner + constant. Reads (1 + M / d) |X|, writes M / d |X|.
     """
-    heads = check_attended(attention, "value", value, 2, group, eps, padding)
+    heads = check_attended(attention, "value", value, 2, norm)
     logits, rows = attention
     _, v, width = value.shape
-    check_keep(keep, logits)
+    check_dropout(dropout, logits)
     b, n, m = logits.shape
     check_sizes("grad", grad, (b, n, heads * v), logits.dtype, logits)
-    if len({origin is None, inner is None, constant is None}) > 1:
-        raise ValueError("origin, inner and constant must come together or not at all")
-    if inner is not None:
-        for name, t, sizes in (("origin", origin, (m,)), ("inner", inner, (m, m)), ("constant", constant, (m,))):
-            check_contiguous(name, t, sizes, rows.dtype, logits)
-    c = columns(heads, width, group)
+    if batch_term is not None:
+        _check_batch_term(batch_term, m, rows.dtype, logits)
+        batch_term = batch_term._replace(inner=batch_term.inner.to(logits.dtype))
+    c = columns(heads, width, norm.group)
     bt = _tokens(grad, c, heads * tile_count(c))
     blocks = triton.cdiv(n, bt)
     grad_attention = torch.empty_like(logits)
-    if inner is not None:
-        inner = inner.to(logits.dtype).contiguous()
     in_pieces = pieces.fn(c) > 1
     partial = None if in_pieces else rows.new_empty((b, blocks, heads * width))
+    keep, scale = dropout or (None, 1.0)
     arguments = grad, logits, rows, rows.stride(0), value.expand(heads, -1, -1).contiguous(), keep
-    arguments += origin, inner, constant, as_bytes(padding)
-    constants = {"C": c, "F": v, "EPS": eps, "SCALE": scale, "BT": bt, "STEP": _step(grad, v)}
-    start(
-        attention_gradient_kernel,
-        (logits, grad),
-        b * blocks * heads * tile_count(c),
-        *arguments,
-        grad_attention,
-        partial,
-        n,
-        *grad.stride(),
-        **constants,
-    )
+    arguments += *(batch_term or (None,) * 3), as_bytes(norm.padding), grad_attention, partial, n, *grad.stride()
+    constants = {"C": c, "F": v, "EPS": norm.eps, "SCALE": scale, "BT": bt, "STEP": _step(grad, v)}
+    programs = b * blocks * heads * tile_count(c)
+    start(attention_gradient_kernel, (logits, grad), programs, *arguments, **constants)
     if in_pieces:
-        return grad_attention, backward_reduce(grad_attention, logits, rows, c, eps, padding)
+        return grad_attention, backward_reduce(grad_attention, logits, rows, c, norm)
     return grad_attention, partial.sum(1)
+
+
+def _check_batch_term(term: BatchTerm, m: int, dtype: torch.dtype, first: Tensor) -> None:
+    if any(t is None for t in term):
+        raise ValueError("origin, inner and constant must come together or not at all")
+    for name, t, sizes in zip(BatchTerm._fields, term, ((m,), (m, m), (m,)), strict=True):
+        check_contiguous(name, t, sizes, dtype, first)
 
 
 def _tokens(x: Tensor, c: Columns, others: int) -> int:

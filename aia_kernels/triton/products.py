@@ -18,15 +18,19 @@ TF32 (torch.backends.cuda.matmul). Features may be contiguous or tokens may: str
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algorithms.external_attention_passes import Attention, DoubleNorm, Dropout
 from . import tiles
 from .columns import (
     LEAST,
     Columns,
+    as_bytes,
     attention_tile,
     column_count,
     columns_at,
@@ -49,6 +53,29 @@ WARPS = {2: 4, 4: 8, 8: 4}
 FEATURES = {2: 128, 4: 64, 8: 64}
 
 
+class Factor(NamedTuple):
+    """What multiplies features at each token and column: A, with dropout if that is given, less an origin [M] if that
+    is; or, with grad, the gradient of the logits, which Q = grad [B, N, M] and D = reduced [B, M] give."""
+
+    attention: Attention
+    norm: DoubleNorm
+    columns: Columns
+    dropout: Dropout | None = None
+    origin: Tensor | None = None
+    grad: Tensor | None = None
+    reduced: Tensor | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """logits, rows, rows_stride, grad, reduced, keep, origin and padding of a kernel."""
+        logits, rows = self.attention
+        keep = None if self.dropout is None else self.dropout.keep
+        return logits, rows, rows.stride(0), self.grad, self.reduced, keep, self.origin, as_bytes(self.norm.padding)
+
+    def constants(self) -> dict[str, Any]:
+        """C, EPS and SCALE of a kernel."""
+        return {"C": self.columns, "EPS": self.norm.eps, "SCALE": 1.0 if self.dropout is None else self.dropout.scale}
+
+
 @triton.jit
 def gradient_tile(grad_ptr, logits_ptr, rows_ptr, reduced_ptr, t, shown, m, exists, M: tl.constexpr, ACC: tl.constexpr):
     """The gradient of the logits at a tile, Q - P * D, 0 at padding and outside."""
@@ -61,12 +88,12 @@ def gradient_tile(grad_ptr, logits_ptr, rows_ptr, reduced_ptr, t, shown, m, exis
 
 @triton.jit
 def factor_tile(
-    attention_ptr,
-    rows_ptr,
-    grad_ptr,
-    reduced_ptr,
-    keep_ptr,
-    origin_ptr,
+    attention_ptr,  # logits, [N, M]
+    rows_ptr,  # [row_count]
+    grad_ptr,  # [N, M] or None
+    reduced_ptr,  # [M] or None
+    keep_ptr,  # [N, M] or None
+    origin_ptr,  # [M] or None
     n,
     t,
     shown,
@@ -77,8 +104,7 @@ def factor_tile(
     SCALE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What multiplies the features at a tile of columns: A, with dropout if keep is given, less an origin [M] if that
-    is; or, with grad, the gradient of the logits."""
+    """A Factor at a tile of columns."""
     M: tl.constexpr = column_count(C)
     span, piece = tile // pieces(C), tile % pieces(C)
     m, exists, _ = columns_at(head, span, piece, C)

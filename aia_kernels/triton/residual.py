@@ -73,7 +73,7 @@ def store_signs(
 
 @triton.jit
 def load_signs(
-    signs_ptr,
+    signs_ptr,  # signs_shape(o)
     b,
     n,
     first_t,
@@ -102,10 +102,10 @@ def load_signs(
 
 @tiles.launched
 def signed_kernel(
-    grad_y_ptr,
-    signs_ptr,
-    grad_ptr,
-    partial_ptr,
+    grad_y_ptr,  # [B, N, F] by strides
+    signs_ptr,  # signs_shape(grad_y)
+    grad_ptr,  # as grad_y
+    partial_ptr,  # [P, F]
     batch,
     n,
     stride_b,

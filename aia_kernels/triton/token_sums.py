@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algorithms.external_attention_passes import Attention, DoubleNorm, Dropout
 from . import tiles
-from .checks import check_attention, check_contiguous, check_heads, check_keep, check_sizes, heads_of
+from .checks import check_attention, check_contiguous, check_dropout, check_heads, check_sizes, heads_of
 from .columns import (
     COLUMNS,
     INTERPRETED,
     LEAST,
     PROGRAMS,
-    Attention,
     Columns,
     as_bytes,
     attention_tile,
@@ -26,7 +26,7 @@ from .columns import (
     spans,
     tokens_at,
 )
-from .products import accumulated, factor_tile, most_features, start, tile_count
+from .products import Factor, accumulated, factor_tile, most_features, start, tile_count
 
 #: Tokens of one step of a product over tokens.
 TOKENS = {2: 64, 4: 16, 8: 16}
@@ -37,17 +37,17 @@ SUMMED = 1 << 16 if INTERPRETED else 128
 
 @tiles.launched
 def token_sum_kernel(
-    x_ptr,
-    logits_ptr,
-    rows_ptr,
+    x_ptr,  # [B, N, H * F] by strides
+    logits_ptr,  # [B, N, M]
+    rows_ptr,  # [B, rows_stride]
     rows_stride,
-    grad_ptr,
-    reduced_ptr,
-    keep_ptr,
-    origin_ptr,
-    padding_ptr,
-    partial_ptr,
-    sums_ptr,
+    grad_ptr,  # [B, N, M] or None
+    reduced_ptr,  # [B, M] or None
+    keep_ptr,  # [B, N, M] or None
+    origin_ptr,  # [M] or None
+    padding_ptr,  # [B, N] or None
+    partial_ptr,  # [P, H, F, M'] by STRIDE_F and STRIDE_M
+    sums_ptr,  # [P, H * F] or None
     batch,
     n,
     stride_b,
@@ -64,8 +64,8 @@ def token_sum_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x^T factor over the tokens of this program: partial [P, H, F, M'] with strides of columns and features; factor as
-    factor_tile. With sums, also those of x: [P, H * F]. Program p takes blocks p, p + P, ... of all samples."""
+    """x^T factor over the tokens of this program: partial, factor as factor_tile. With sums, also those of x. Program p
+    takes blocks p, p + P, ... of all samples."""
     M: tl.constexpr = column_count(C)
     WIDTH: tl.constexpr = C.width
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
@@ -111,11 +111,11 @@ def token_sum_kernel(
 
 @tiles.launched
 def attention_sums_kernel(
-    logits_ptr,
-    rows_ptr,
+    logits_ptr,  # [B, N, M]
+    rows_ptr,  # [B, rows_stride]
     rows_stride,
-    padding_ptr,
-    sums_ptr,
+    padding_ptr,  # [B, N] or None
+    sums_ptr,  # [P, M]
     batch,
     n,
     C: tl.constexpr,
@@ -144,13 +144,13 @@ def attention_sums_kernel(
 
 @tiles.launched
 def moments_kernel(
-    logits_ptr,
-    rows_ptr,
+    logits_ptr,  # [B, N, M]
+    rows_ptr,  # [B, rows_stride]
     rows_stride,
-    origin_ptr,
-    padding_ptr,
-    sums_ptr,
-    second_ptr,
+    origin_ptr,  # [M]
+    padding_ptr,  # [B, N] or None
+    sums_ptr,  # [P, M]
+    second_ptr,  # [P, M, M]
     batch,
     n,
     C: tl.constexpr,
@@ -199,49 +199,45 @@ def moments_kernel(
 def value_gradient(
     grad: Tensor,
     attention: Attention,
-    keep: Tensor | None,
-    scale: float,
+    *,
     shape: Sequence[int],
-    origin: Tensor | None,
-    group: int,
-    eps: float,
-    padding: Tensor | None,
+    norm: DoubleNorm,
+    dropout: Dropout | None = None,
+    origin: Tensor | None = None,
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """grad^T A or grad^T (A - origin) for a value of a shape [H, v, M'], or [1, v, M'] for all heads, and if needed the
     sums [H * v] of grad over batch and tokens. Reads (1 + M / d) |X|."""
-    check_attention(attention, group, eps, padding)
+    check_attention(attention, norm)
     logits, rows = attention
     b, n, m = logits.shape
     memories, v, width = shape
     if min(shape) < 1:
         raise ValueError(f"shape must be that of a value, got {list(shape)}")
     heads = heads_of(memories, m, width)
-    check_heads(logits, heads, width, group)
-    check_keep(keep, logits)
+    check_heads(logits, heads, width, norm.group)
+    check_dropout(dropout, logits)
     if origin is not None:
         check_contiguous("origin", origin, (m,), rows.dtype, logits)
     check_sizes("grad", grad, (b, n, heads * v), logits.dtype, logits)
-    c = columns(heads, width, group)
-    gradient, sums = token_sums(
-        grad, attention, None, None, keep, origin, padding, c, eps, scale, needs_sums, by_column=False
-    )
+    factor = Factor(attention, norm, columns(heads, width, norm.group), dropout, origin)
+    gradient, sums = token_sums(grad, factor, needs_sums, by_column=False)
     return gradient.sum_to_size(shape), sums
 
 
-def moments(attention: Attention, group: int, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def moments(attention: Attention, *, norm: DoubleNorm) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of A over all tokens, rounded, [M], and the sums of A' [M] and A'^T A' [M, M], A' = A - that mean. Reads
     2 M / d |X|."""
-    check_attention(attention, group, eps, padding)
+    check_attention(attention, norm)
     logits, rows = attention
     b, n, m = logits.shape
-    c = columns(1, m, group)
+    c, padding = columns(1, m, norm.group), as_bytes(norm.padding)
     tiles, bt = tile_count(c), _summed_tokens(logits, c)
     source = logits, rows, rows.stride(0)
-    constants = {"C": c, "EPS": eps, "BT": bt, "num_warps": 4 if c.block <= COLUMNS else 8}
+    constants = {"C": c, "EPS": norm.eps, "BT": bt, "num_warps": 4 if c.block <= COLUMNS else 8}
     programs = _summing_programs(b, n, bt, tiles)
     partial = rows.new_empty((programs, m))
-    start(attention_sums_kernel, (logits,), programs * tiles, *source, as_bytes(padding), partial, b, n, **constants)
+    start(attention_sums_kernel, (logits,), programs * tiles, *source, padding, partial, b, n, **constants)
     origin = partial.sum(0) / (b * n)
     square = tiles**2
     programs = _summing_programs(b, n, bt, square)
@@ -249,27 +245,14 @@ def moments(attention: Attention, group: int, eps: float, padding: Tensor | None
     if c.block <= COLUMNS:
         # Left alone, the assembler spills a few registers to fit one more program on an SM.
         constants["maxnreg"] = 255
-    arguments = *source, origin, as_bytes(padding), sums, second, b, n
+    arguments = *source, origin, padding, sums, second, b, n
     start(moments_kernel, (logits,), programs * square, *arguments, **constants)
     return origin, sums.sum(0), second.sum(0)
 
 
-def token_sums(
-    x: Tensor,
-    attention: Attention,
-    grad: Tensor | None,
-    reduced: Tensor | None,
-    keep: Tensor | None,
-    origin: Tensor | None,
-    padding: Tensor | None,
-    c: Columns,
-    eps: float,
-    scale: float,
-    needs_sums: bool,
-    by_column: bool,
-) -> tuple[Tensor, Tensor | None]:
+def token_sums(x: Tensor, factor: Factor, needs_sums: bool, by_column: bool) -> tuple[Tensor, Tensor | None]:
     """x^T factor over all tokens, [H, F, M'] or by column [H, M', F], and the sums of x if needed."""
-    logits, rows = attention
+    c, (logits, rows) = factor.columns, factor.attention
     b, n, _ = x.shape
     f = x.shape[2] // c.heads
     bf = max(min(most_features(x, f), accumulated(x) // c.block), LEAST)
@@ -280,23 +263,8 @@ def token_sums(
     partial = rows.new_empty((programs, *shape))
     sums = rows.new_empty((programs, c.heads * f)) if needs_sums else None
     strides = {"STRIDE_M": f, "STRIDE_F": 1} if by_column else {"STRIDE_M": 1, "STRIDE_F": c.width}
-    arguments = (
-        x,
-        logits,
-        rows,
-        rows.stride(0),
-        grad,
-        reduced,
-        keep,
-        origin,
-        as_bytes(padding),
-        partial,
-        sums,
-        b,
-        n,
-        *x.stride(),
-    )
-    constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "BT": bt, "BF": bf}
+    arguments = x, *factor.arguments(), partial, sums, b, n, *x.stride()
+    constants = {**factor.constants(), "F": f, **strides, "BT": bt, "BF": bf}
     start(token_sum_kernel, (logits, x), programs * parts * count * c.heads, *arguments, **constants)
     return partial.sum(0), None if sums is None else sums.sum(0)
 

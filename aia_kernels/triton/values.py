@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algorithms.external_attention_passes import Attention, DoubleNorm, Dropout
 from . import tiles
-from .checks import check_attended, check_contiguous, check_keep, check_sizes
+from .checks import check_attended, check_contiguous, check_dropout, check_sizes
 from .columns import (
-    Attention,
-    Columns,
-    as_bytes,
     column_count,
     columns,
     columns_at,
@@ -22,7 +20,7 @@ from .columns import (
     token_block,
     tokens_at,
 )
-from .products import accumulated, factor_tile, load_features, most_features, start
+from .products import Factor, accumulated, factor_tile, load_features, most_features, start
 from .residual import by_feature, empty_signs, store_signs
 from .token_sums import token_sums
 
@@ -32,18 +30,19 @@ CUT = {2: 64, 4: 32, 8: 32}
 
 @tiles.launched
 def features_kernel(
-    logits_ptr,
-    rows_ptr,
+    logits_ptr,  # [B, N, M]
+    rows_ptr,  # [B, rows_stride]
     rows_stride,
-    grad_ptr,
-    reduced_ptr,
-    keep_ptr,
-    weight_ptr,
-    bias_ptr,
-    residual_ptr,
-    padding_ptr,
-    o_ptr,
-    signs_ptr,
+    grad_ptr,  # [B, N, M] or None
+    reduced_ptr,  # [B, M] or None
+    keep_ptr,  # [B, N, M] or None
+    origin_ptr,  # [M] or None
+    padding_ptr,  # [B, N] or None
+    weight_ptr,  # [H, F, M'] by STRIDE_F and STRIDE_M
+    bias_ptr,  # [H * F] or None
+    residual_ptr,  # [B, N, H * F] by strides, or None
+    o_ptr,  # [B, N, H * F] by strides
+    signs_ptr,  # signs_shape(o) or None
     n,
     residual_b,
     residual_n,
@@ -85,7 +84,7 @@ def features_kernel(
     weight_ptr += head.to(tl.int64) * (F * WIDTH)
     o = tl.zeros([BT, BF], ACC)
     for tile in range(spans(C) * pieces(C)):
-        sources = (logits_ptr, rows_ptr, grad_ptr, reduced_ptr, keep_ptr, None)
+        sources = (logits_ptr, rows_ptr, grad_ptr, reduced_ptr, keep_ptr, origin_ptr)
         factor = factor_tile(*sources, n, t, shown, head, tile, C, EPS, SCALE, ACC)
         m, exists, _ = columns_at(head, tile // pieces(C), tile % pieces(C), C)
         at = (m - head * WIDTH)[:, None] * STRIDE_M + f[None, :] * STRIDE_F
@@ -108,20 +107,18 @@ def features_kernel(
 def values(
     attention: Attention,
     value: Tensor,
-    bias: Tensor | None,
-    keep: Tensor | None,
-    scale: float,
-    residual: Tensor | None,
-    group: int,
-    eps: float,
-    padding: Tensor | None,
+    *,
+    norm: DoubleNorm,
+    bias: Tensor | None = None,
+    dropout: Dropout | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o = A V^T + bias [B, N, H * v], features contiguous, and None; with a residual, relu of the sum, stored as the
     residual, and its signs. Reads M / d |X| (+ 1 |X|), writes 1 |X|."""
-    heads = check_attended(attention, "value", value, 2, group, eps, padding)
+    heads = check_attended(attention, "value", value, 2, norm)
     logits, rows = attention
     _, v, width = value.shape
-    check_keep(keep, logits)
+    check_dropout(dropout, logits)
     b, n, _ = logits.shape
     if bias is not None:
         check_sizes("bias", bias, (heads * v,), rows.dtype, logits)
@@ -133,29 +130,27 @@ def values(
     else:
         o = torch.empty_like(residual)
         signs = empty_signs(o)
-    c = columns(heads, width, group)
-    strides = {"STRIDE_M": 1, "STRIDE_F": width}
-    _features(attention, None, None, keep, value, bias, residual, padding, o, signs, c, strides, eps, scale)
+    factor = Factor(attention, norm, columns(heads, width, norm.group), dropout)
+    _features(factor, value, {"STRIDE_M": 1, "STRIDE_F": width}, bias, residual, o, signs)
     return o, signs
 
 
 def logits_gradient(
     grad_attention: Tensor,
     attention: Attention,
+    *,
     reduced: Tensor,
     x: Tensor,
     key: Tensor,
-    residual_grad: Tensor | None,
-    group: int,
-    eps: float,
-    padding: Tensor | None,
+    norm: DoubleNorm,
+    residual_grad: Tensor | None = None,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """dL key (+ residual_grad), stored as x, if needed, and dL^T x [H, M', k], with dL = Q - P * D.
 
     Reads (2 + 4 M / d) |X|, writes 1 |X|: dL is made twice. It asks nothing of groups, so tiles cut them anywhere.
     """
-    heads = check_attended(attention, "key", key, 1, group, eps, padding)
+    heads = check_attended(attention, "key", key, 1, norm)
     logits, rows = attention
     _, width, k = key.shape
     check_contiguous("grad_attention", grad_attention, logits.shape, logits.dtype, logits)
@@ -164,56 +159,41 @@ def logits_gradient(
     check_sizes("x", x, (b, n, heads * k), logits.dtype, logits)
     if residual_grad is not None:
         check_sizes("residual_grad", residual_grad, x.shape, logits.dtype, logits)
-    c = columns(heads, width, 1)
-    grad_key, _ = token_sums(
-        x, attention, grad_attention, reduced, None, None, padding, c, eps, 1.0, needs_sums=False, by_column=True
-    )
+    factor = Factor(attention, norm, columns(heads, width, 1), grad=grad_attention, reduced=reduced)
+    grad_key, _ = token_sums(x, factor, needs_sums=False, by_column=True)
     grad_key = grad_key.sum_to_size(key.shape)
     if not needs_x:
         return None, grad_key
     grad_x = torch.empty_like(x)
-    strides = {"STRIDE_M": k, "STRIDE_F": 1}
-    sources = attention, grad_attention, reduced, None
-    c = columns(heads, width, 1, CUT[x.element_size()])
-    _features(*sources, key, None, residual_grad, padding, grad_x, None, c, strides, eps, 1.0)
+    factor = factor._replace(columns=columns(heads, width, 1, CUT[x.element_size()]))
+    _features(factor, key, {"STRIDE_M": k, "STRIDE_F": 1}, None, residual_grad, grad_x, None)
     return grad_x, grad_key
 
 
 def _features(
-    attention: Attention,
-    grad: Tensor | None,
-    reduced: Tensor | None,
-    keep: Tensor | None,
+    factor: Factor,
     weight: Tensor,
+    strides: dict[str, int],
     bias: Tensor | None,
     residual: Tensor | None,
-    padding: Tensor | None,
     o: Tensor,
     signs: Tensor | None,
-    c: Columns,
-    strides: dict[str, int],
-    eps: float,
-    scale: float,
 ) -> None:
-    logits, rows = attention
+    """Writes o and the signs: see features_kernel. strides: those of a head's columns and features in weight."""
+    c, (logits, _) = factor.columns, factor.attention
     b, n, _ = logits.shape
     f = o.shape[2] // c.heads
     bf = most_features(o, f)
     parts = triton.cdiv(f, bf)
     bt = token_block(b, n, c.heads * parts, min(128, accumulated(o, 4) // max(bf, c.block)))
-    inputs = grad, reduced, keep, weight.expand(c.heads, -1, -1).contiguous(), bias, residual, as_bytes(padding)
     residual_strides = (0, 0, 0) if residual is None else residual.stride()
-    constants = {"C": c, "F": f, **strides, "EPS": eps, "SCALE": scale, "BT": bt, "BF": bf, "BY_FEATURE": by_feature(o)}
+    arguments = *factor.arguments(), weight.expand(c.heads, -1, -1).contiguous(), bias, residual, o, signs
+    constants = {**factor.constants(), "F": f, **strides, "BT": bt, "BF": bf, "BY_FEATURE": by_feature(o)}
     start(
         features_kernel,
         (logits, o) if residual is None else (logits, o, residual),
         b * triton.cdiv(n, bt) * c.heads * parts,
-        logits,
-        rows,
-        rows.stride(0),
-        *inputs,
-        o,
-        signs,
+        *arguments,
         n,
         *residual_strides,
         *o.stride(),

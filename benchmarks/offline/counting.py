@@ -154,25 +154,24 @@ class Named:
             with self._counter.within(name):
                 out = found(*args, **kwargs)
             if formula := PRODUCTS.get(name):
-                _share(self._counter.launches, before, formula(*args))
+                _share(self._counter.launches, before, formula(*args, **kwargs))
             return out
 
         return call
 
 
-#: Floating-point operations of the products of Triton's fused passes (their signatures:
-#: algorithms/external_attention.py), that no operator tells: twice the tokens of the batch times the elements of the
-#: matrices that each of them meets.
+#: Floating-point operations of the products of Triton's fused passes (algorithms/external_attention_passes.py), that no
+#: operator tells: twice the tokens of the batch times the elements of the matrices that each of them meets.
 PRODUCTS: dict[str, Callable[..., int]] = {
-    "logits": lambda x, key, *_: 2 * _tokens(x) * x.shape[2] * key.shape[1],
-    "moments": lambda attention, *_: 2 * _tokens(attention[0]) * attention[0].shape[2] ** 2,
-    "values": lambda attention, value, *_: 2 * _tokens(attention[0]) * attention[0].shape[2] * value.shape[1],
-    "value_gradient": lambda grad, attention, keep, scale, shape, *_: 2 * _tokens(grad) * grad.shape[2] * shape[2],
-    "attention_gradient": lambda grad, attention, value, keep, scale, origin, inner, *_: (
-        2 * _tokens(grad) * (grad.shape[2] * value.shape[2] + (0 if inner is None else inner.numel()))
+    "logits": lambda x, key, **_: 2 * _tokens(x) * x.shape[2] * key.shape[1],
+    "moments": lambda attention, **_: 2 * _tokens(attention[0]) * attention[0].shape[2] ** 2,
+    "values": lambda attention, value, **_: 2 * _tokens(attention[0]) * attention[0].shape[2] * value.shape[1],
+    "value_gradient": lambda grad, attention, shape, **_: 2 * _tokens(grad) * grad.shape[2] * shape[2],
+    "attention_gradient": lambda grad, attention, value, batch_term=None, **_: (
+        2 * _tokens(grad) * (grad.shape[2] * value.shape[2] + (batch_term.inner.numel() if batch_term else 0))
     ),
-    "logits_gradient": lambda grad, attention, reduced, x, key, *rest: (
-        2 * _tokens(x) * x.shape[2] * key.shape[1] * (1 + bool(rest[-1]))
+    "logits_gradient": lambda grad_attention, attention, x, key, needs_x, **_: (
+        2 * _tokens(x) * x.shape[2] * key.shape[1] * (1 + bool(needs_x))
     ),
 }
 

@@ -1,4 +1,5 @@
-"""The fused passes of external attention on memories of a layer's size; see aia_kernels.external_attention."""
+"""The fused passes of external attention on memories of a layer's size; see
+aia_kernels/algorithms/external_attention_passes.py."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aia_kernels import backends
+from aia_kernels.algorithms.external_attention_passes import DoubleNorm
 from aia_kernels.common.dtypes import accumulate_dtype
 from aia_kernels.common.layouts import as_tokens
 
@@ -22,7 +24,7 @@ def calls(backend: str, case: LayerCase, x: Tensor, grad_y: Tensor) -> dict[str,
     block = x.ndim == 4
     tokens, grad = (as_tokens(x), as_tokens(grad_y)) if block else (x, grad_y)
     columns, group = case.slots
-    settings = group, 1e-9, None
+    norm = DoubleNorm(group, 1e-9, None)
     width, like = tokens.shape[2], {"device": x.device, "dtype": accumulate_dtype(x.dtype)}
     generator = torch.Generator().manual_seed(2)
     key = (torch.randn(1, columns, width, generator=generator) / width**0.5).to(x)
@@ -30,34 +32,37 @@ def calls(backend: str, case: LayerCase, x: Tensor, grad_y: Tensor) -> dict[str,
     shift, residual = torch.zeros(width, **like), tokens if block else None
 
     def attend() -> tuple[Tensor, Tensor]:
-        logits, statistics = passes.logits(tokens, key, None)
-        return passes.normalise(logits, statistics[:, 0] + statistics[:, 1].log(), *settings)
+        logits, statistics = passes.logits(tokens, key, padding=None)
+        return passes.normalize(logits, statistics[:, 0] + statistics[:, 1].log(), norm=norm)
+
+    def values() -> tuple[Tensor, Tensor | None]:
+        return passes.values(attention, value, norm=norm, bias=shift, residual=residual)
+
+    def value_gradient() -> tuple[Tensor, Tensor | None]:
+        return passes.value_gradient(grad, attention, shape=value.shape, norm=norm, origin=origin, needs_sums=True)
 
     def gradient() -> tuple[object, Tensor]:
-        return passes.attention_gradient(grad, attention, value, None, 1.0, None, None, None, *settings)
+        return passes.attention_gradient(grad, attention, value=value, norm=norm)
 
     def back() -> tuple[Tensor, Tensor]:
-        return passes.logits_gradient(gradient()[0], attention, reduced, tokens, key, None, *settings, True)
+        made, _ = gradient()
+        return passes.logits_gradient(made, attention, reduced=reduced, x=tokens, key=key, norm=norm, needs_x=True)
 
     attention = attend()
     reduced = gradient()[1]
     origin = torch.zeros(columns, **like) if block else None
     # Beside each call how often it meets x or o, and how often the attention map.
     found = {
-        "logits": (lambda: passes.logits(tokens, key, None), 1, 1),
-        "logits + normalise": (attend, 1, 3),
-        "values": (lambda: passes.values(attention, value, shift, None, 1.0, residual, *settings), 1 + block, 1),
-        "value_gradient": (
-            lambda: passes.value_gradient(grad, attention, None, 1.0, value.shape, origin, *settings, True),
-            1,
-            1,
-        ),
+        "logits": (lambda: passes.logits(tokens, key, padding=None), 1, 1),
+        "logits + normalize": (attend, 1, 3),
+        "values": (values, 1 + block, 1),
+        "value_gradient": (value_gradient, 1, 1),
         "attention_gradient": (gradient, 1, 2),
         "attention_gradient + logits_gradient": (back, 3, 4),
     }
     if block:
-        _, signs = passes.values(attention, value, shift, None, 1.0, residual, *settings)
-        found["moments"] = (lambda: passes.moments(attention, *settings), 0, 2)
+        _, signs = values()
+        found["moments"] = (lambda: passes.moments(attention, norm=norm), 0, 2)
         found["signed"] = (lambda: passes.signed(grad, signs), 2, 0)
     map_bytes = case.x_bytes * columns // width
     return {

@@ -37,7 +37,7 @@ def test_the_kernels_of_a_case_are_run_on_triton_and_what_raises_is_told(tmp_pat
     passes = backends.passes("triton", "external_attention")
     for name in ("logits", "value_gradient", "moments"):
         one = getattr(passes, name)
-        monkeypatch.setattr(passes, name, lambda *args, name=name, one=one: called.add(name) or one(*args))
+        monkeypatch.setattr(passes, name, lambda *a, name=name, one=one, **k: called.add(name) or one(*a, **k))
     assert warm.share(of, path) == 0
     told = [line.split("\t") for line in path.read_text().splitlines()]
     assert [(line[0], line[2]) for line in told] == [("done", what) for what in warm.WHAT]

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
+from aia_kernels.algorithms.external_attention_passes import BatchTerm, DoubleNorm, Dropout
 from aia_kernels.common.dtypes import accumulate_dtype
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -79,7 +81,7 @@ TABLES = {"few": FEW, "all": CASES}
 
 PRODUCTS = {"logits_kernel", "features_kernel", "token_sum_kernel", "attention_gradient_kernel", "moments_kernel"}
 OF_BLOCK = {"attention_sums_kernel", "moments_kernel", "signed_kernel"}
-IN_PIECES = {"normaliser_kernel", "backward_reduce_kernel"}
+IN_PIECES = {"normalizer_kernel", "backward_reduce_kernel"}
 ELEMENTARY = {"column_statistics_kernel", "double_norm_kernel", "backward_reduce_kernel", "backward_kernel"}
 
 
@@ -137,97 +139,104 @@ def test_wide_accesses(compiled):
         assert row["wide_stores"] >= row["stores_of_x"], row
 
 
+def call_passes(passes, case: Case) -> None:
+    """Every pass that a training step of a case calls, on tensors without data."""
+    dtype = getattr(torch, case.dtype)
+    acc = accumulate_dtype(dtype)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def tokens(features, by_feature):
+        return empty(case.b, features, case.n).mT if by_feature else empty(case.b, case.n, features)
+
+    m = case.heads * case.width
+    x, grad = tokens(case.heads * case.k, case.by_feature), tokens(case.heads * case.v, case.by_feature)
+    key, value = empty(case.heads, case.width, case.k), empty(case.heads, case.v, case.width)
+    bias, lse = empty(case.heads * case.v, dtype=acc), empty(case.b, m, dtype=acc)
+    padding = dropout = batch_term = origin = residual = None
+    if case.masked:
+        padding = empty(case.b, case.n, dtype=torch.bool)
+        dropout = Dropout(empty(case.b, case.n, m, dtype=torch.uint8), 1.25)
+    if case.block:
+        residual, origin = x, empty(m, dtype=acc)
+        batch_term = BatchTerm(origin, empty(m, m, dtype=acc), empty(m, dtype=acc))
+    norm = DoubleNorm(case.group, 1e-9, padding)
+    logits, _ = passes.logits(x, key, padding=padding)
+    attention = passes.normalize(logits, lse, norm=norm)
+    _, signs = passes.values(attention, value, norm=norm, bias=bias, dropout=dropout, residual=residual)
+    if case.block:
+        passes.moments(attention, norm=norm)
+        passes.signed(grad, signs)
+    given = {"norm": norm, "dropout": dropout}
+    passes.value_gradient(grad, attention, shape=value.shape, origin=origin, needs_sums=True, **given)
+    grad_a, reduced = passes.attention_gradient(grad, attention, value=value, batch_term=batch_term, **given)
+    given = {"norm": norm, "residual_grad": residual, "needs_x": True}
+    passes.logits_gradient(grad_a, attention, reduced=reduced, x=x, key=key, **given)
+    if case.block:
+        return
+    passes.column_statistics(logits, padding)
+    mass = passes.double_norm_(logits, lse, *norm)
+    passes.double_norm_backward_reduce(logits, logits, case.group)
+    passes.double_norm_backward_(logits, logits, mass, lse, case.group)
+
+
+def accesses_of_x(launch) -> tuple[int, int]:
+    """The 16-byte loads and stores that a thread needs for the x-sized streams of a launch."""
+    kernel, constants, size = launch.kernel.fn.__name__, launch.constants, launch.arguments[0].element_size()
+    by_name = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+
+    def accesses(length):
+        return constants["BT"] * constants[length] * size // (16 * 32 * constants["num_warps"])
+
+    if kernel in ("logits_kernel", "attention_gradient_kernel"):
+        return accesses("STEP"), 0
+    if kernel == "token_sum_kernel":
+        return accesses("BF"), 0
+    if kernel == "features_kernel":
+        return accesses("BF") if by_name["residual_ptr"] is not None else 0, accesses("BF")
+    if kernel == "signed_kernel":
+        return accesses("BF"), accesses("BF")
+    return 0, 0
+
+
+def row(name: str, launch, capability: int, code) -> dict:
+    """What is held of one kernel of a case."""
+    kernel = launch.kernel.fn.__name__
+    loads, stores = accesses_of_x(launch)
+    by_name = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    numbers = {name: value for name, value in dataclasses.asdict(code).items() if name != "instructions"}
+    return {
+        "case": name,
+        "kernel": kernel,
+        "capability": capability,
+        "spills": code.count("LDL", "STL"),
+        # The moments of A are taken about its mean, which a first launch finds.
+        "only_sums": kernel == "moments_kernel" and by_name["origin_ptr"] is None,
+        "tensor_cores": code.count("HMMA", "HGMMA", "UTCHMMA", "DMMA"),
+        "loads_of_x": loads,
+        "stores_of_x": stores,
+        "wide_loads": code.count("LDG", "LDGSTS", wide=True),
+        "wide_stores": code.count("STG", wide=True),
+        **numbers,
+    }
+
+
 def main(table: str, *names: str) -> None:
     """Print a row of JSON for each kernel of the named cases of a table: runs in its own process."""
-    import torch
-
     from aia_kernels import triton as passes
     from aia_kernels.triton import tiles
     from benchmarks.offline import triton_compile
-
-    def call(case: Case) -> None:
-        dtype = getattr(torch, case.dtype)
-        acc = accumulate_dtype(dtype)
-
-        def empty(*shape, dtype=dtype):
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        def tokens(features, by_feature):
-            return empty(case.b, features, case.n).mT if by_feature else empty(case.b, case.n, features)
-
-        m = case.heads * case.width
-        x, grad = tokens(case.heads * case.k, case.by_feature), tokens(case.heads * case.v, case.by_feature)
-        key, value = empty(case.heads, case.width, case.k), empty(case.heads, case.v, case.width)
-        bias, lse = empty(case.heads * case.v, dtype=acc), empty(case.b, m, dtype=acc)
-        padding = keep = origin = inner = constant = residual = None
-        if case.masked:
-            padding = empty(case.b, case.n, dtype=torch.bool)
-            keep = empty(case.b, case.n, m, dtype=torch.uint8)
-        if case.block:
-            residual, origin, inner, constant = x, empty(m, dtype=acc), empty(m, m, dtype=acc), empty(m, dtype=acc)
-        settings = case.group, 1e-9, padding
-        logits, _ = passes.logits(x, key, padding)
-        attention = passes.normalise(logits, lse, *settings)
-        _, signs = passes.values(attention, value, bias, keep, 1.25, residual, *settings)
-        if case.block:
-            passes.moments(attention, *settings)
-            passes.signed(grad, signs)
-        passes.value_gradient(grad, attention, keep, 1.25, value.shape, origin, *settings, True)
-        through_norm = origin, inner, constant
-        grad_a, reduced = passes.attention_gradient(grad, attention, value, keep, 1.25, *through_norm, *settings)
-        passes.logits_gradient(grad_a, attention, reduced, x, key, residual, *settings, True)
-        if case.block:
-            return
-        passes.column_statistics(logits, padding)
-        mass = passes.double_norm_(logits, lse, *settings)
-        passes.double_norm_backward_reduce(logits, logits, case.group)
-        passes.double_norm_backward_(logits, logits, mass, lse, case.group)
-
-    def row(name, launch, capability):
-        code = triton_compile.machine_code(launch, capability)
-        kernel, constants, size = launch.kernel.fn.__name__, launch.constants, launch.arguments[0].element_size()
-        by_name = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
-        threads = 32 * constants["num_warps"]
-
-        def accesses(*lengths):
-            elements = constants["BT"]
-            for length in lengths:
-                elements *= constants[length]
-            return elements * size // (16 * threads)
-
-        loads = stores = 0
-        if kernel in ("logits_kernel", "attention_gradient_kernel"):
-            loads = accesses("STEP")
-        elif kernel == "token_sum_kernel":
-            loads = accesses("BF")
-        elif kernel == "features_kernel":
-            loads, stores = accesses("BF") if by_name["residual_ptr"] is not None else 0, accesses("BF")
-        elif kernel == "signed_kernel":
-            loads = stores = accesses("BF")
-        numbers = {name: value for name, value in dataclasses.asdict(code).items() if name != "instructions"}
-        return {
-            "case": name,
-            "kernel": kernel,
-            "capability": capability,
-            "spills": code.count("LDL", "STL"),
-            # The moments of A are taken about its mean, which a first launch finds.
-            "only_sums": kernel == "moments_kernel" and by_name["origin_ptr"] is None,
-            "tensor_cores": code.count("HMMA", "HGMMA", "UTCHMMA", "DMMA"),
-            "loads_of_x": loads,
-            "stores_of_x": stores,
-            "wide_loads": code.count("LDG", "LDGSTS", wide=True),
-            "wide_stores": code.count("STG", wide=True),
-            **numbers,
-        }
 
     for name in names:
         case = TABLES[table][name]
         torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
         with triton_compile.recorded(tiles) as launches:
-            call(case)
+            call_passes(passes, case)
         for capability in case.capabilities:
             for launch in launches:
-                print(json.dumps(row(name, launch, capability)))
+                code = triton_compile.machine_code(launch, capability)
+                print(json.dumps(row(name, launch, capability, code)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pass_cases import DEVICE, epsilon
 from plain_double_norm import PlainDoubleNorm
 from torch import Tensor
 
+from aia_kernels.algorithms.external_attention_passes import BatchTerm, DoubleNorm, Dropout
 from aia_kernels.backends.matmul_passes import MatmulPasses
 from aia_kernels.common.dtypes import accumulate_dtype
 
@@ -86,30 +87,30 @@ class Inputs:
 
     def __init__(self, case: Case):
         c, self.case = case, case
-        self.settings = c.group, c.eps
         m = c.heads * c.width
         self.acc = accumulate_dtype(c.dtype)
-        self.padding = self.keep = self.bias = self.origin = self.inner = self.constant = None
+        self.padding = self.dropout = self.batch_term = self.origin = None
         if c.masked:
             self.padding = torch.rand(c.b, c.n, device=DEVICE) < 0.3
             self.padding[-1] = c.b > 1
-            self.keep = (torch.rand(c.b, c.n, m, device=DEVICE) < 0.7).to(torch.uint8)
-        self.scale = 1 / 0.7
+            self.dropout = Dropout((torch.rand(c.b, c.n, m, device=DEVICE) < 0.7).to(torch.uint8), 1 / 0.7)
+        self.norm = DoubleNorm(c.group, c.eps, self.padding)
         self.x = self.tokens(c.heads * c.k, c.by_feature)
         self.grad = self.tokens(c.heads * c.v, c.by_feature and c.block)
         self.key, self.value = self.random(c.heads, c.width, c.k), self.random(c.heads, c.v, c.width)
         self.bias = self.random(c.heads * c.v, dtype=self.acc)
         if c.block:
-            self.inner, self.constant = self.random(m, m, dtype=self.acc), self.random(m, dtype=self.acc)
+            inner, constant = self.random(m, m, dtype=self.acc), self.random(m, dtype=self.acc)
             self.origin = torch.rand(m, dtype=torch.float64).to(self.acc).to(DEVICE)
+            self.batch_term = BatchTerm(self.origin, inner, constant)
         self.residual = self.x if c.block else None
         logits = self.random(c.b, c.n, m)
         shown = logits.double() if self.padding is None else logits.double().masked_fill(self.hidden, -torch.inf)
         lse = shown.logsumexp(1).to(self.acc)
-        self.attention = passes.normalise(logits.clone(), lse, *self.settings, self.padding)
+        self.attention = passes.normalize(logits.clone(), lse, norm=self.norm)
         self.t = (logits.double() - lse.double().unsqueeze(1)).nan_to_num(0, 0, 0)
         exact = MatmulPasses(PlainDoubleNorm())
-        self.a, _ = exact.normalise(logits.double(), lse.double(), *self.settings, self.padding)
+        self.a, _ = exact.normalize(logits.double(), lse.double(), norm=self.norm)
         self.eps = epsilon(self.acc)
         low = c.dtype != self.acc
         #: A rounding to the type of the product, relative, and absolute below its normal numbers.
@@ -139,7 +140,23 @@ class Inputs:
         return per_head.transpose(0, 1).flatten(1).unflatten(0, (self.case.b, self.case.n))
 
     def dropped(self, a: Tensor) -> Tensor:
-        return a if self.keep is None else a * self.keep * self.scale
+        return a if self.dropout is None else a * self.dropout.keep * self.dropout.scale
+
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        given = {"bias": self.bias, "dropout": self.dropout, "residual": self.residual}
+        return passes.values(self.attention, self.value, norm=self.norm, **given)
+
+    def value_gradient(self, needs_sums: bool) -> tuple[Tensor, Tensor | None]:
+        given = {"dropout": self.dropout, "origin": self.origin, "needs_sums": needs_sums}
+        return passes.value_gradient(self.grad, self.attention, shape=self.value.shape, norm=self.norm, **given)
+
+    def attention_gradient(self) -> tuple[Tensor, Tensor]:
+        given = {"dropout": self.dropout, "batch_term": self.batch_term}
+        return passes.attention_gradient(self.grad, self.attention, value=self.value, norm=self.norm, **given)
+
+    def logits_gradient(self, grad_attention: Tensor, **given) -> tuple[Tensor | None, Tensor]:
+        given = {"x": self.x, "key": self.key, "norm": self.norm} | given
+        return passes.logits_gradient(grad_attention, self.attention, **given)
 
     def shifted(self) -> tuple[Tensor, Tensor]:
         """A - origin and its error."""
@@ -155,7 +172,7 @@ class Inputs:
 
 def test_logits(case):
     i = Inputs(case)
-    logits, statistics = passes.logits(i.x, i.key, i.padding)
+    logits, statistics = passes.logits(i.x, i.key, padding=i.padding)
     x, key = i.by_head(i.x), i.key.double().mT
     within(logits, i.by_token(x @ key), i.by_token((case.k + 8) * i.eps * (x.abs() @ key.abs())))
     statistics_within(statistics, logits, i.padding)
@@ -164,7 +181,7 @@ def test_logits(case):
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.heads == 1], indirect=True)
 def test_moments(case):
     i = Inputs(case)
-    origin, sums, second = passes.moments(i.attention, *i.settings, i.padding)
+    origin, sums, second = passes.moments(i.attention, norm=i.norm)
     a, error = i.a.flatten(0, 1), i.a_error.flatten(0, 1)
     terms = a.shape[0] + 8
     within(origin, a.mean(0), error.mean(0) + terms * i.eps * a.mean(0))
@@ -178,7 +195,7 @@ def test_moments(case):
 
 def test_values(case):
     i = Inputs(case)
-    o, signs = passes.values(i.attention, i.value, i.bias, i.keep, i.scale, i.residual, *i.settings, i.padding)
+    o, signs = i.values()
     want, error = i.product(i.by_head(i.dropped(i.a)), i.by_head(i.dropped(i.a_error)), i.value.mT, case.width)
     want, error = i.by_token(want) + i.bias.double(), i.by_token(error)
     error = error + 4 * i.eps * (want.abs() + i.bias.double().abs())
@@ -200,29 +217,26 @@ def test_values(case):
 
 def test_value_gradient(case):
     i = Inputs(case)
-    arguments = i.grad, i.attention, i.keep, i.scale, i.value.shape, i.origin, *i.settings, i.padding
-    got, sums = passes.value_gradient(*arguments, True)
+    got, sums = i.value_gradient(True)
     factors = i.shifted() if case.block else (i.dropped(i.a), i.dropped(i.a_error))
     want, error = i.product(*(i.by_head(t).mT for t in factors), i.by_head(i.grad), case.b * case.n)
     within(got, want.mT, error.mT)
     assert got.dtype == sums.dtype == i.acc
     flat = i.grad.double().flatten(0, 1)
     within(sums, flat.sum(0), (flat.shape[0] + 8) * i.eps * flat.abs().sum(0))
-    again, absent = passes.value_gradient(*arguments, False)
+    again, absent = i.value_gradient(False)
     assert torch.equal(again, got) and absent is None
 
 
 def test_attention_gradient(case):
     i = Inputs(case)
-    got, reduced = passes.attention_gradient(
-        i.grad, i.attention, i.value, i.keep, i.scale, i.origin, i.inner, i.constant, *i.settings, i.padding
-    )
+    got, reduced = i.attention_gradient()
     grad, value = i.by_head(i.grad), i.value.double()
     want, error = (i.dropped(i.by_token(t)) for t in (grad @ value, (case.v + 10) * i.eps * grad.abs() @ value.abs()))
     if case.block:
-        through, through_error = i.product(*i.shifted(), i.inner, case.width)
-        want = want + through + i.constant.double()
-        error = error + through_error + 4 * i.eps * (want.abs() + i.constant.double().abs())
+        through, through_error = i.product(*i.shifted(), i.batch_term.inner, case.width)
+        want = want + through + i.batch_term.constant.double()
+        error = error + through_error + 4 * i.eps * (want.abs() + i.batch_term.constant.double().abs())
     # For groups in pieces the gradient of A is stored on the way.
     error = error + i.low * want.abs()
 
@@ -244,9 +258,9 @@ def test_logits_gradient(case):
         q.masked_fill_(i.hidden, 0.0)
     reduced = i.random(case.b, case.heads * case.width, dtype=i.acc)
     residual_grad = i.tokens(case.k, case.by_feature) if case.block else None
-    arguments = q.clone(), i.attention, reduced, i.x, i.key, residual_grad, *i.settings, i.padding
+    given = {"reduced": reduced, "residual_grad": residual_grad}
     logits = i.attention[0].clone()
-    grad_x, grad_key = passes.logits_gradient(*arguments, True)
+    grad_x, grad_key = i.logits_gradient(q.clone(), needs_x=True, **given)
     assert torch.equal(i.attention[0], logits)
     p = i.t.exp() if i.padding is None else i.t.exp().masked_fill(i.hidden, 0.0)
     through = p * reduced.double().unsqueeze(1)
@@ -261,22 +275,19 @@ def test_logits_gradient(case):
     within(grad_x, want, bound)
     want, bound = i.product(i.by_head(grad).mT, i.by_head(error).mT, i.by_head(i.x), case.b * case.n)
     within(grad_key, want, bound)
-    absent, again = passes.logits_gradient(q.clone(), *arguments[1:], False)
+    absent, again = i.logits_gradient(q.clone(), needs_x=False, **given)
     assert absent is None and torch.equal(again, grad_key)
 
 
 def everything(i: Inputs) -> list[Tensor]:
     """The results of all fused passes."""
-    c, settings = i.case, (*i.settings, i.padding)
-    o, signs = passes.values(i.attention, i.value, i.bias, i.keep, i.scale, i.residual, *settings)
-    results = [*passes.logits(i.x, i.key, i.padding), o]
-    results += passes.value_gradient(i.grad, i.attention, i.keep, i.scale, i.value.shape, i.origin, *settings, True)
-    terms = i.origin, i.inner, i.constant
-    grad, reduced = passes.attention_gradient(i.grad, i.attention, i.value, i.keep, i.scale, *terms, *settings)
+    o, signs = i.values()
+    results = [*passes.logits(i.x, i.key, padding=i.padding), o, *i.value_gradient(True)]
+    grad, reduced = i.attention_gradient()
     results += grad.clone(), reduced
-    results += passes.logits_gradient(grad, i.attention, reduced, i.x, i.key, i.residual, *settings, True)
-    if c.block:
-        results += passes.moments(i.attention, *settings)
+    results += i.logits_gradient(grad, reduced=reduced, residual_grad=i.residual, needs_x=True)
+    if i.case.block:
+        results += passes.moments(i.attention, norm=i.norm)
         results += passes.signed(i.grad, signs)
     return results
 
@@ -315,10 +326,11 @@ def test_extreme_logits(dtype, group):
         x[0, ::3] = {"both signs": -1.0, "equal": 1.0, "dominant": 0.0}[kind]
         key = torch.full((1, group, 1), 1e4, dtype=dtype, device=DEVICE)
         key[0, 1:] = 1e4 if kind == "equal" else -1e4
-        logits, statistics = passes.logits(x, key, None)
-        attention = passes.normalise(logits, lse_of(statistics), group, 0.0, None)
+        logits, statistics = passes.logits(x, key, padding=None)
+        norm = DoubleNorm(group, 0.0, None)
+        attention = passes.normalize(logits, lse_of(statistics), norm=norm)
         value = torch.ones(1, 3, group, dtype=dtype, device=DEVICE)
-        o, _ = passes.values(attention, value, None, None, 1.0, None, group, 0.0, None)
+        o, _ = passes.values(attention, value, norm=norm)
         assert ((o.double() - 1).abs() <= (group + 8) * epsilon(dtype)).all()
 
 
@@ -330,12 +342,13 @@ def test_nan_and_infinity():
     results = []
     for used, convert in ((passes, lambda t: t), (plain, Tensor.double)):
         x, key, value, bias = map(convert, (i.x, i.key, i.value, i.bias))
-        logits, statistics = used.logits(x, key, None)
-        attention = used.normalise(logits, lse_of(statistics), *i.settings, None)
-        o, signs = used.values(attention, value, bias, None, 1.0, x, *i.settings, None)
+        logits, statistics = used.logits(x, key, padding=None)
+        attention = used.normalize(logits, lse_of(statistics), norm=i.norm)
+        o, signs = used.values(attention, value, norm=i.norm, bias=bias, residual=x)
         g, _ = used.signed(convert(i.grad), signs)
-        grad, reduced = used.attention_gradient(g, attention, value, None, 1.0, None, None, None, *i.settings, None)
-        grad_x, grad_key = used.logits_gradient(grad, attention, reduced, x, key, g.clone(), *i.settings, None, True)
+        grad, reduced = used.attention_gradient(g, attention, value=value, norm=i.norm)
+        given = {"reduced": reduced, "x": x, "key": key, "norm": i.norm, "residual_grad": g.clone()}
+        grad_x, grad_key = used.logits_gradient(grad, attention, **given, needs_x=True)
         results.append([statistics, o, g, reduced, grad_x, grad_key])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got.isnan(), want.isnan())
@@ -345,17 +358,15 @@ def test_nan_and_infinity():
 def test_no_token():
     """A member of a process group may hold no token at all."""
     i = Inputs(CASES["groups of one"])
-    x, grad = i.x[:, :0], i.grad[:, :0]
-    logits, statistics = passes.logits(x, i.key, None)
+    i.x, i.grad = i.x[:, :0], i.grad[:, :0]
+    logits, statistics = passes.logits(i.x, i.key, padding=None)
     assert (statistics[:, 0] == -torch.inf).all() and (statistics[:, 1] == 0).all()
-    attention = passes.normalise(logits, i.attention[1], *i.settings, None)
-    o, _ = passes.values(attention, i.value, i.bias, None, 1.0, None, *i.settings, None)
-    grad_value, sums = passes.value_gradient(grad, attention, None, 1.0, i.value.shape, None, *i.settings, None, True)
-    grad_a, reduced = passes.attention_gradient(
-        grad, attention, i.value, None, 1.0, None, None, None, *i.settings, None
-    )
-    grad_x, grad_key = passes.logits_gradient(grad_a, attention, reduced, x, i.key, None, *i.settings, None, True)
-    assert o.shape == (2, 0, 2) and grad_x.shape == x.shape
+    i.attention = passes.normalize(logits, i.attention[1], norm=i.norm)
+    o, _ = i.values()
+    grad_value, sums = i.value_gradient(True)
+    grad_a, reduced = i.attention_gradient()
+    grad_x, grad_key = i.logits_gradient(grad_a, reduced=reduced, needs_x=True)
+    assert o.shape == (2, 0, 2) and grad_x.shape == i.x.shape
     assert all((t == 0).all() for t in (grad_value, sums, reduced, grad_key))
 
 
@@ -374,5 +385,5 @@ def test_strided_rows():
 def test_empty_attention(case):
     """What is kept has the shapes and types that the fakes of the layer operators promise."""
     i = Inputs(case)
-    for kept, empty in zip(i.attention, passes.empty_attention(i.x, case.width, case.group), strict=True):
+    for kept, empty in zip(i.attention, passes.empty_attention(i.x, columns=case.width, group=case.group), strict=True):
         assert kept.shape == empty.shape and kept.dtype == empty.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia_kernels
 from aia_kernels import Norm, backends, functional, schemas
+from aia_kernels.algorithms.external_attention_passes import FUSED_PASSES, Passes
 from aia_kernels.backends import choices, extension
+from aia_kernels.backends.matmul_passes import MatmulPasses
 
 X = torch.randn(4, 3, 4, 5)
 
@@ -194,13 +197,21 @@ def test_a_backend_that_lacks_a_family_says_so_and_keeps_the_other(monkeypatch):
         functional.double_normalize(torch.randn(5, 4))
 
 
-def test_every_compiled_backend_has_every_fused_pass():
-    from aia_kernels.backends.matmul_passes import MatmulPasses
+def signatures(passes) -> dict[str, inspect.Signature]:
+    """Those of the fused passes of a class or a module, as their caller sees them."""
+    found = {}
+    for name in FUSED_PASSES:
+        signature = inspect.signature(getattr(passes, name))
+        parameters = [p for p in signature.parameters.values() if p.name != "self"]
+        found[name] = signature.replace(parameters=parameters)
+    return found
 
-    assert all(callable(getattr(MatmulPasses, name)) for name in backends.FUSED_PASSES)
+
+def test_every_compiled_backend_has_every_fused_pass():
+    """With the names, the order, the kinds, the defaults and the types that the contract says."""
+    assert signatures(MatmulPasses) == signatures(Passes)
     skip_unless_runnable("triton", "cpu", "external_attention")
-    passes = backends.passes("triton", "external_attention")
-    assert all(callable(getattr(passes, name)) for name in backends.FUSED_PASSES)
+    assert signatures(backends.passes("triton", "external_attention")) == signatures(Passes)
 
 
 def test_unknown_family():
