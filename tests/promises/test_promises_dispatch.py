@@ -181,8 +181,8 @@ def test_the_chosen_backend_runs_external_attention():
 
 
 def test_a_backend_that_lacks_a_family_says_so_and_keeps_the_other(monkeypatch):
-    missing = {"attention_in_attention": (), "external_attention": ("double_norm_",)}
-    monkeypatch.setattr(backends, "_missing_passes", lambda _key, family: missing[family])
+    missing = {"external_attention": ("double_norm_",)}
+    monkeypatch.setattr(backends, "_missing_passes", lambda _key, family: missing.get(family, ()))
     for name in ("why_not", "_resolve"):
         monkeypatch.setattr(backends, name, getattr(backends, name).__wrapped__)
     skip_unless_runnable("cpu", "cpu")
