@@ -67,7 +67,7 @@ class MatmulPasses:
         if residual is None:
             o = _by_heads(a, value.mT)
             return (o if bias is None else o.add_(bias)), None
-        z = _times(a, value[0].mT, by_feature=not residual.is_contiguous())
+        z = _times(a, value[0].mT, by_feature=_by_feature(residual))
         return z, self.residual_relu_(z, residual, bias)
 
     def signed(self, grad_y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
