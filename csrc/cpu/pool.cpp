@@ -12,35 +12,35 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
           int index_bytes, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const int64_t packed = x.packed(context);
-  with_index(index_bytes, [&](auto index) {
-    using I = decltype(index);
-    const auto emit = [&](int64_t clip, int64_t offset, const SumAndMax<A>& total, int64_t length, int lanes) {
-      A* maximum = pooled + clip * 2 * packed + offset;
-      store(maximum, total.max, lanes);
-      store(maximum + packed, total.sum * (A(1) / static_cast<A>(length)), lanes);
-      store_index<A>(static_cast<I*>(argmax) + clip * packed + offset, total.argmax, lanes);
-    };
-    if (context == kChannel && lanes_along_positions(x, gate.context)) {
-      reduce_channel_rows<A, SumAndMax<A>>(
-          x, begin, end,
-          [&](const Tile& at) {
-            const A* g = gate.context ? map_row<A>(x, at, gate.maps, packed) : nullptr;
-            return [source = data + tile_offset(x, at), stride = x.stride_c, g](int64_t c, int64_t i, auto n) {
-              const Vec<A> value = load_channel(source, stride, c, i, n);
-              return g ? value * load(g + i, n) : value;
-            };
-          },
-          emit);
-    } else {
-      reduce<A, SumAndMax<A>>(
-          x, context, begin, end,
-          [&](const Tile& at, Vec<A>* tile) {
-            load_tile(x, at, data, tile);
-            if (gate.context) multiply_by_gate<A>(x, at, gate, tile, tile);
-          },
-          emit);
-    }
-  });
+  const auto emit = [&](int64_t clip, int64_t offset, const SumAndMax<A>& total, int64_t length, int lanes) {
+    A* maximum = pooled + clip * 2 * packed + offset;
+    store(maximum, total.max, lanes);
+    store(maximum + packed, total.sum * (A(1) / static_cast<A>(length)), lanes);
+    // Here and not around the whole: the reductions, which are large, are then compiled for one index type.
+    with_index(index_bytes, [&](auto index) {
+      store_index<A>(static_cast<decltype(index)*>(argmax) + clip * packed + offset, total.argmax, lanes);
+    });
+  };
+  if (context == kChannel && lanes_along_positions(x, gate.context)) {
+    reduce_channel_rows<A, SumAndMax<A>>(
+        x, begin, end,
+        [&](const Tile& at) {
+          const A* g = gate.context ? map_row<A>(x, at, gate.maps, packed) : nullptr;
+          return [source = data + tile_offset(x, at), stride = x.stride_c, g](int64_t c, int64_t i, auto n) {
+            const Vec<A> value = load_channel(source, stride, c, i, n);
+            return g ? value * load(g + i, n) : value;
+          };
+        },
+        emit);
+  } else {
+    reduce<A, SumAndMax<A>>(
+        x, context, begin, end,
+        [&](const Tile& at, Vec<A>* tile) {
+          load_tile(x, at, data, tile);
+          if (gate.context) multiply_by_gate<A>(x, at, gate, tile, tile);
+        },
+        emit);
+  }
 }
 
 template <class T>
