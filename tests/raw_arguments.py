@@ -54,7 +54,7 @@ def launches_refused() -> Iterator[None]:
     """No Triton kernel starts: what would have started one raises."""
     from aia_kernels.triton import tiles
 
-    with mock.patch.object(tiles, "start", side_effect=RuntimeError(NO_DEVICE)):
+    with mock.patch.object(tiles, "launch", side_effect=RuntimeError(NO_DEVICE)):
         yield
 
 

@@ -278,7 +278,7 @@ def column_statistics(logits: Tensor, padding: Tensor | None) -> Tensor:
     c = columns(1, m, 1)
     bt, blocks = token_blocks(logits, n, c)
     partial = logits.new_empty((logits.shape[0], blocks, 2, m), dtype=accumulate_dtype(logits.dtype))
-    start(column_statistics_kernel, logits, n, c, blocks, logits, as_bytes(padding), partial, BT=bt)
+    launch(column_statistics_kernel, logits, n, c, blocks, logits, as_bytes(padding), partial, BT=bt)
     return join_statistics(partial)
 
 
@@ -292,7 +292,7 @@ def double_norm_(logits: Tensor, lse: Tensor, group: int, eps: float, padding: T
     c = columns(1, m, group)
     mass = lse.new_empty((b, n, m // group))
     bt, blocks = token_blocks(logits, n, c)
-    start(double_norm_kernel, logits, n, c, blocks, logits, lse, mass, as_bytes(padding), EPS=eps, BT=bt)
+    launch(double_norm_kernel, logits, n, c, blocks, logits, lse, mass, as_bytes(padding), EPS=eps, BT=bt)
     return mass
 
 
@@ -313,7 +313,7 @@ def double_norm_backward_(grad: Tensor, attention: Tensor, mass: Tensor, reduced
     check_apart("grad", grad, attention=attention, mass=mass, reduced=reduced)
     c = columns(1, m, group)
     bt, blocks = token_blocks(grad, n, c)
-    start(backward_kernel, grad, n, c, blocks, grad, attention, mass, reduced, BT=bt)
+    launch(backward_kernel, grad, n, c, blocks, grad, attention, mass, reduced, BT=bt)
 
 
 def backward_reduce(grad: Tensor, attention: Tensor, rows: Tensor | None, c: Columns, norm: DoubleNorm) -> Tensor:
@@ -322,7 +322,7 @@ def backward_reduce(grad: Tensor, attention: Tensor, rows: Tensor | None, c: Col
     bt, blocks = token_blocks(grad, n, c)
     partial = grad.new_empty((b, blocks, m), dtype=accumulate_dtype(grad.dtype))
     arguments = grad, attention, rows, 0 if rows is None else rows.stride(0), as_bytes(norm.padding), partial
-    start(backward_reduce_kernel, grad, n, c, blocks, *arguments, EPS=norm.eps, BT=bt)
+    launch(backward_reduce_kernel, grad, n, c, blocks, *arguments, EPS=norm.eps, BT=bt)
     return partial.sum(1)
 
 
@@ -330,7 +330,7 @@ def normalizer(logits: Tensor, rows: Tensor, c: Columns, norm: DoubleNorm) -> No
     """Completes rows [B, M + 2 * N * M / group], which begin with lse, by r and norm of groups in pieces."""
     bt, blocks = token_blocks(logits, logits.shape[1], c)
     arguments = logits, rows, rows.stride(0), as_bytes(norm.padding)
-    start(normalizer_kernel, logits, logits.shape[1], c, blocks, *arguments, EPS=norm.eps, BT=bt)
+    launch(normalizer_kernel, logits, logits.shape[1], c, blocks, *arguments, EPS=norm.eps, BT=bt)
 
 
 def join_statistics(partial: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ def join_statistics(partial: Tensor) -> Tensor:
     rows = min(triton.next_power_of_2(max(blocks, 1)), ELEMENTS // 2 // block)
     arguments = partial, statistics, blocks
     constants = {"M": m, "BP": rows, "BM": block, "num_warps": 4}
-    tiles.start(join_statistics_kernel, partial, (b * triton.cdiv(m, block),), *arguments, **constants)
+    tiles.launch(join_statistics_kernel, partial, (b * triton.cdiv(m, block),), *arguments, **constants)
     return statistics
 
 
@@ -352,7 +352,7 @@ def token_blocks(x: Tensor, n: int, c: Columns) -> tuple[int, int]:
     return block, triton.cdiv(n, block)
 
 
-def start(kernel, x: Tensor, n: int, c: Columns, blocks: int, *args, **constants) -> None:
+def launch(kernel, x: Tensor, n: int, c: Columns, blocks: int, *args, **constants) -> None:
     """Run one program for each block of tokens and span of x [B, N, M]."""
     grid = (x.shape[0] * blocks * c.heads * spans.fn(c),)
-    tiles.start(kernel, x, grid, *args, n, C=c, **constants, WIDE=is_wide(n * column_count.fn(c)), num_warps=4)
+    tiles.launch(kernel, x, grid, *args, n, C=c, **constants, WIDE=is_wide(n * column_count.fn(c)), num_warps=4)

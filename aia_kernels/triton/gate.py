@@ -306,8 +306,8 @@ def gate(
     norm, statistics = pooled.new_empty((n, 4)), pooled.new_empty((n, 3))
     given, programs = _given(pooled, scale, shift, mean, var, batch), partial.shape[1]
     constants = {"EPS": tuple(eps), "USES_BATCH": tuple(batch), "BLOCK": triton.next_power_of_2(programs)}
-    tiles.start(norm_kernel, z, (1,), partial, given, norm, statistics, programs, **constants)
-    _start(activate_kernel, z, dims, FLAT, z, norm, z)
+    tiles.launch(norm_kernel, z, (1,), partial, given, norm, statistics, programs, **constants)
+    _launch(activate_kernel, z, dims, FLAT, z, norm, z)
     return z, norm, statistics
 
 
@@ -318,7 +318,7 @@ def gate_again(pooled: Tensor, weight: Sequence[Tensor], norm: Tensor, dims: Seq
     check_contiguous("norm", norm, (n, 4), pooled.dtype, pooled)
     z, _ = _conv(pooled, weight, dims)
     found = torch.empty_like(z)
-    _start(activate_kernel, z, dims, FLAT, z, norm, found)
+    _launch(activate_kernel, z, dims, FLAT, z, norm, found)
     return found, z
 
 
@@ -326,7 +326,7 @@ def gate_backward_reduce(grad_gate: Tensor, z: Tensor, norm: Tensor, dims: Seque
     """[n, 2]: sums over batch and map of du and of du * xhat."""
     _check_gradient(grad_gate, z, norm, dims)
     partial = _partial(z, dims, FLAT, 2)
-    _start(backward_reduce_kernel, z, dims, FLAT, grad_gate, z, norm, partial)
+    _launch(backward_reduce_kernel, z, dims, FLAT, grad_gate, z, norm, partial)
     return partial.sum(1)
 
 
@@ -351,8 +351,8 @@ def gate_backward(
         sums = gate_backward_reduce(grad_gate, z, norm, dims)
     grad_z, grad_pooled = torch.empty_like(z), torch.empty_like(pooled)
     partial = _partial(z, dims, TAPPED, 54)
-    _start(grad_z_kernel, z, dims, FLAT, grad_gate, z, norm, sums, statistics, grad_z)
-    _start(conv_backward_kernel, z, dims, TAPPED, grad_z, pooled, _arranged(weight, z), grad_pooled, partial)
+    _launch(grad_z_kernel, z, dims, FLAT, grad_gate, z, norm, sums, statistics, grad_z)
+    _launch(conv_backward_kernel, z, dims, TAPPED, grad_z, pooled, _arranged(weight, z), grad_pooled, partial)
     total = partial.sum(1).view(-1, 1, 2, 3, 3, 3)
     grad_weight = [torch.empty_like(w).copy_(grad) for w, grad in zip(weight, total, strict=True)]
     return grad_pooled, grad_weight, sums.to(weight[0].dtype)
@@ -370,7 +370,7 @@ def _conv(pooled: Tensor, weight: Sequence[Tensor], dims: Sequence[int]) -> tupl
     """z [B, M], and the count, mean and squared deviations of each program's part [n, P, 3]."""
     z = pooled.new_empty((pooled.shape[0], pooled.shape[2]))
     partial = _partial(z, dims, TAPPED, 3)
-    _start(conv_kernel, z, dims, TAPPED, pooled, _arranged(weight, z), z, partial)
+    _launch(conv_kernel, z, dims, TAPPED, pooled, _arranged(weight, z), z, partial)
     return z, partial
 
 
@@ -409,8 +409,8 @@ def _partial(z: Tensor, dims: Sequence[int], block: int, width: int) -> Tensor:
     return z.new_empty((len(dims) // 3, _programs(z, dims, block), width))
 
 
-def _start(kernel, z: Tensor, dims: Sequence[int], block: int, *args) -> None:
+def _launch(kernel, z: Tensor, dims: Sequence[int], block: int, *args) -> None:
     """Launch P programs for each map."""
     grid = (_programs(z, dims, block), len(dims) // 3)
     warps = 8 if z.element_size() == 8 else 4
-    tiles.start(kernel, z, grid, *args, z.shape[0], DIMS=tuple(dims), M=z.shape[1], BLOCK=block, num_warps=warps)
+    tiles.launch(kernel, z, grid, *args, z.shape[0], DIMS=tuple(dims), M=z.shape[1], BLOCK=block, num_warps=warps)

@@ -41,7 +41,7 @@ from .columns import (
     tokens_at,
 )
 from .double_norm import backward_reduce, join_statistics, normalizer
-from .products import accumulated, load_features, start, tile_count
+from .products import accumulated, launch, load_features, tile_count
 
 #: Features of one step of a product over features: 128 bytes, a line of memory.
 STEP = {2: 64, 4: 32, 8: 16}
@@ -195,7 +195,7 @@ def logits(x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, T
     partial = x.new_empty((b, blocks, 2, heads * width), dtype=accumulate_dtype(x.dtype))
     arguments = x, key.expand(heads, -1, -1).contiguous(), as_bytes(padding), out, partial, n, *x.stride()
     constants = {"C": c, "F": k, "BT": bt, "STEP": _step(x, k)}
-    start(logits_kernel, (out, x), b * blocks * heads * spans.fn(c), *arguments, **constants)
+    launch(logits_kernel, (out, x), b * blocks * heads * spans.fn(c), *arguments, **constants)
     return out, join_statistics(partial)
 
 
@@ -255,7 +255,7 @@ def attention_gradient(
     arguments += *(batch_term or (None,) * 3), as_bytes(norm.padding), grad_attention, partial, n, *grad.stride()
     constants = {"C": c, "F": v, "EPS": norm.eps, "SCALE": scale, "BT": bt, "STEP": _step(grad, v)}
     programs = b * blocks * heads * tile_count(c)
-    start(attention_gradient_kernel, (logits, grad), programs, *arguments, **constants)
+    launch(attention_gradient_kernel, (logits, grad), programs, *arguments, **constants)
     if in_pieces:
         return grad_attention, backward_reduce(grad_attention, logits, rows, c, norm)
     return grad_attention, partial.sum(1)

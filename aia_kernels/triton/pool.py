@@ -207,11 +207,11 @@ def pool(x: Tensor, context: int, gate: Tensor | None, gate_context: int) -> tup
     constants = {"CONTEXT": context, "GATE": gate_context, "STAGES": 2 if gate_context else 3}
     tile = tiles.tile(x, whole="TW", looped="H") if context == maps.SPACETIME else None
     if tile:
-        tiles.launch(pool_kernel, x, tile, *arguments, **constants, registers=255)
+        tiles.launch_tiles(pool_kernel, x, tile, *arguments, **constants, registers=255)
     else:
         for axis in maps.POOLED_AXES[context]:
             tile = tiles.tile(x, looped=axis)
-            tiles.launch(pool_over_kernel, x, tile, *arguments, **constants, AXIS="TCHW".index(axis))
+            tiles.launch_tiles(pool_over_kernel, x, tile, *arguments, **constants, AXIS="TCHW".index(axis))
     return pooled, argmax
 
 
@@ -234,7 +234,7 @@ def unpool(
     check_optional_gate("inner_gate", inner_gate, "inner_gate_context", inner_gate_context, grad_y)
     check_optional_unpooled("inner_", inner_grad_pooled, inner_argmax, inner_context, grad_y)
     grad_x = torch.empty_like(grad_y)
-    tiles.launch(
+    tiles.launch_tiles(
         unpool_kernel,
         grad_y,
         tiles.elementwise(grad_y),

@@ -142,11 +142,11 @@ def most_features(x: Tensor, features: int) -> int:
     return max(min(FEATURES[x.element_size()], triton.next_power_of_2(features)), LEAST)
 
 
-def start(kernel, sized: tuple[Tensor, ...], programs: int, *args, **constants) -> None:
+def launch(kernel, sized: tuple[Tensor, ...], programs: int, *args, **constants) -> None:
     """Launch, with 64-bit offsets inside a sample where one of the tensors [B, N, d] takes them."""
     x = sized[0]
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     constants["PRECISION"] = "tf32" if tf32 else "ieee"
     wide = is_wide(max(extent(t) for t in sized))
     constants.setdefault("num_warps", WARPS[x.element_size()])
-    tiles.start(kernel, x, (programs,), *args, **constants, WIDE=wide)
+    tiles.launch(kernel, x, (programs,), *args, **constants, WIDE=wide)

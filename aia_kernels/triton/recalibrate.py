@@ -100,7 +100,7 @@ def recalibrate(x: Tensor, gate: Tensor, context: int) -> Tensor:
     check_activation("x", x)
     check_gate("gate", gate, "context", context, x)
     y = torch.empty_like(x)
-    tiles.launch(recalibrate_kernel, x, tiles.elementwise(x), x, gate, y, CONTEXT=context)
+    tiles.launch_tiles(recalibrate_kernel, x, tiles.elementwise(x), x, gate, y, CONTEXT=context)
     return y
 
 
@@ -124,9 +124,9 @@ def product_sum(x: Tensor, factor: Tensor, argmax: Tensor | None, factor_context
     constants = {"FACTOR": factor_context, "CONTEXT": context, "most_warps": 16 if factor_context else 8}
     tile = tiles.tile(x, whole="TW", looped="H") if context == maps.SPACETIME else None
     if tile:
-        tiles.launch(product_sum_kernel, x, tile, *arguments, **constants, registers=255)
+        tiles.launch_tiles(product_sum_kernel, x, tile, *arguments, **constants, registers=255)
     else:
         for axis in maps.POOLED_AXES[context]:
             tile = tiles.tile(x, looped=axis)
-            tiles.launch(product_sum_over_kernel, x, tile, *arguments, **constants, AXIS="TCHW".index(axis))
+            tiles.launch_tiles(product_sum_over_kernel, x, tile, *arguments, **constants, AXIS="TCHW".index(axis))
     return out

@@ -154,7 +154,7 @@ def signed(grad_y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     wide = is_wide(extent(grad_y))
     arguments = grad_y, signs, grad, partial, b, n, *grad_y.stride()
     constants = {"F": c, "BT": bt, "BF": bf, "BY_FEATURE": across, "WIDE": wide}
-    tiles.start(signed_kernel, grad_y, (programs * parts,), *arguments, **constants, num_warps=4)
+    tiles.launch(signed_kernel, grad_y, (programs * parts,), *arguments, **constants, num_warps=4)
     return grad, partial.sum(0)
 
 

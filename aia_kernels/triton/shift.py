@@ -66,7 +66,7 @@ def temporal_shift(x: Tensor, fold: int, reverse: bool) -> Tensor:
     # Elements that the channels before a fold's end take, and after how many the channels begin anew.
     per_channel = {"TCHW": h * w, "THWC": 1, "CTHW": t * h * w}[order]
     y = torch.empty_like(x)
-    tiles.start(
+    tiles.launch(
         temporal_shift_kernel,
         x,
         (x.shape[0] * triton.cdiv(t * frame, BLOCK),),

@@ -105,14 +105,14 @@ def elementwise(x: Tensor) -> Tile:
 launched = triton.jit(do_not_specialize=("batch", "programs", "blocks"))
 
 
-def launch(kernel, x: Tensor, tile: Tile, *args, most_warps: int = 8, registers: int = 128, **constants) -> None:
+def launch_tiles(kernel, x: Tensor, tile: Tile, *args, most_warps: int = 8, registers: int = 128, **constants) -> None:
     """Run one program for each tile of x.
 
     A full tile gets the most warps. Without a limit on the registers of a thread, the assembler spills a few to fit one
     more program on an SM; with the limit it does not.
     """
     warps = min(max(math.prod(tile.block) * most_warps // 4096, 1), most_warps)
-    start(
+    launch(
         kernel,
         x,
         (x.shape[0] * math.prod(tile.count),),
@@ -124,7 +124,7 @@ def launch(kernel, x: Tensor, tile: Tile, *args, most_warps: int = 8, registers:
     )
 
 
-def start(kernel, x: Tensor, grid: tuple[int, ...], *args, **constants) -> None:
+def launch(kernel, x: Tensor, grid: tuple[int, ...], *args, **constants) -> None:
     """Launch on the device of x and its current stream; nothing if the grid is empty."""
     if 0 in grid:
         return

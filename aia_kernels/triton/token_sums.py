@@ -26,7 +26,7 @@ from .columns import (
     spans,
     tokens_at,
 )
-from .products import Factor, accumulated, factor_tile, most_features, start, tile_count
+from .products import Factor, accumulated, factor_tile, launch, most_features, tile_count
 
 #: Tokens of one step of a product over tokens.
 TOKENS = {2: 64, 4: 16, 8: 16}
@@ -237,7 +237,7 @@ def moments(attention: Attention, *, norm: DoubleNorm) -> tuple[Tensor, Tensor, 
     constants = {"C": c, "EPS": norm.eps, "BT": bt, "num_warps": 4 if c.block <= COLUMNS else 8}
     programs = _summing_programs(b, n, bt, tiles)
     partial = rows.new_empty((programs, m))
-    start(attention_sums_kernel, (logits,), programs * tiles, *source, padding, partial, b, n, **constants)
+    launch(attention_sums_kernel, (logits,), programs * tiles, *source, padding, partial, b, n, **constants)
     origin = partial.sum(0) / (b * n)
     square = tiles**2
     programs = _summing_programs(b, n, bt, square)
@@ -246,7 +246,7 @@ def moments(attention: Attention, *, norm: DoubleNorm) -> tuple[Tensor, Tensor, 
         # Left alone, the assembler spills a few registers to fit one more program on an SM.
         constants["maxnreg"] = 255
     arguments = *source, origin, padding, sums, second, b, n
-    start(moments_kernel, (logits,), programs * square, *arguments, **constants)
+    launch(moments_kernel, (logits,), programs * square, *arguments, **constants)
     return origin, sums.sum(0), second.sum(0)
 
 
@@ -265,7 +265,7 @@ def token_sums(x: Tensor, factor: Factor, needs_sums: bool, by_column: bool) -> 
     strides = {"STRIDE_M": f, "STRIDE_F": 1} if by_column else {"STRIDE_M": 1, "STRIDE_F": c.width}
     arguments = x, *factor.arguments(), partial, sums, b, n, *x.stride()
     constants = {**factor.constants(), "F": f, **strides, "BT": bt, "BF": bf}
-    start(token_sum_kernel, (logits, x), programs * parts * count * c.heads, *arguments, **constants)
+    launch(token_sum_kernel, (logits, x), programs * parts * count * c.heads, *arguments, **constants)
     return partial.sum(0), None if sums is None else sums.sum(0)
 
 

@@ -20,7 +20,7 @@ from .columns import (
     token_block,
     tokens_at,
 )
-from .products import Factor, accumulated, factor_tile, load_features, most_features, start
+from .products import Factor, accumulated, factor_tile, launch, load_features, most_features
 from .residual import by_feature, empty_signs, store_signs
 from .token_sums import token_sums
 
@@ -189,7 +189,7 @@ def _features(
     residual_strides = (0, 0, 0) if residual is None else residual.stride()
     arguments = *factor.arguments(), weight.expand(c.heads, -1, -1).contiguous(), bias, residual, o, signs
     constants = {**factor.constants(), "F": f, **strides, "BT": bt, "BF": bf, "BY_FEATURE": by_feature(o)}
-    start(
+    launch(
         features_kernel,
         (logits, o) if residual is None else (logits, o, residual),
         b * triton.cdiv(n, bt) * c.heads * parts,

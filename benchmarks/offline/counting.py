@@ -196,7 +196,7 @@ def _triton_noted(counter: Counter) -> Iterator[None]:
 
     from . import triton_source
 
-    def start(kernel, x, grid, *args, **constants) -> None:
+    def launch(kernel, x, grid, *args, **constants) -> None:
         if 0 in grid:
             return
         given = dict(zip(kernel.arg_names, args, strict=False))
@@ -204,7 +204,7 @@ def _triton_noted(counter: Counter) -> Iterator[None]:
         inputs, outputs = ([given[n] for n in names if isinstance(given.get(n), Tensor)] for names in (reads, writes))
         counter.note(triton_source.name_of(kernel), inputs, outputs)
 
-    with mock.patch.object(tiles, "start", start):
+    with mock.patch.object(tiles, "launch", launch):
         yield
 
 

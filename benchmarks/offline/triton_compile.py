@@ -64,12 +64,12 @@ class MachineCode:
 def recorded(tiles):
     """Collect launches instead of making them; the passes may then be called with tensors on the meta device."""
     launches = []
-    original = tiles.start
-    tiles.start = lambda kernel, x, grid, *args, **constants: launches.append(Launch(kernel, args, constants))
+    original = tiles.launch
+    tiles.launch = lambda kernel, x, grid, *args, **constants: launches.append(Launch(kernel, args, constants))
     try:
         yield launches
     finally:
-        tiles.start = original
+        tiles.launch = original
 
 
 def activation(order: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
