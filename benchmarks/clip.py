@@ -89,7 +89,7 @@ def filter_bank() -> Tensor:
     return bank / bank.flatten(1).norm(dim=1)[:, None, None, None]
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Zero mean and unit variance of every channel: a BatchNorm2d at its initialisation, in training."""
     return F.batch_norm(x, None, None, training=True)
 
@@ -97,12 +97,12 @@ def normalise(x: Tensor) -> Tensor:
 def features(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Feature maps of the four stages, by name ("64x56x56", ...), from images [N, 3, 224, 224]."""
     generator = torch.Generator().manual_seed(seed)
-    x = normalise(F.conv2d(images - 0.5, filter_bank(), stride=2, padding=3))
-    x = normalise(F.max_pool2d(x, 3, stride=2, padding=1))
+    x = normalize(F.conv2d(images - 0.5, filter_bank(), stride=2, padding=3))
+    x = normalize(F.max_pool2d(x, 3, stride=2, padding=1))
     stages = [x]
     for _ in range(3):
         channels = x.shape[1]
         weight = torch.randn(2 * channels, channels, 3, 3, generator=generator) * math.sqrt(2 / (9 * channels))
-        x = normalise(F.conv2d(F.relu(x), weight, stride=2, padding=1))
+        x = normalize(F.conv2d(F.relu(x), weight, stride=2, padding=1))
         stages.append(x)
     return {"x".join(map(str, x.shape[1:])): x for x in stages}

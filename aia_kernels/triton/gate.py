@@ -97,7 +97,7 @@ def load_taps(weight_ptr, m, CHANNEL: tl.constexpr):
 
 
 @triton.jit
-def normalise(z, norm_ptr, m):
+def normalize(z, norm_ptr, m):
     """xhat = (z - mean) * rstd."""
     return (z - tl.load(norm_ptr + 4 * m)) * tl.load(norm_ptr + 4 * m + 1)
 
@@ -196,7 +196,7 @@ def activate_kernel(z_ptr, norm_ptr, gate_ptr, batch, DIMS: tl.constexpr, M: tl.
     start, size = place(m, DIMS)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
         at, exists = elements(task, start, size, M, BLOCK)
-        xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        xhat = normalize(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
         tl.store(gate_ptr + at, activate(xhat, norm_ptr, m), mask=exists)
 
 
@@ -211,7 +211,7 @@ def backward_reduce_kernel(
     sum_du, sum_du_xhat = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
         at, exists = elements(task, start, size, M, BLOCK)
-        xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        xhat = normalize(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
         gate = activate(xhat, norm_ptr, m)
         du = tl.load(grad_gate_ptr + at, mask=exists, other=0) * gate * (1 - gate)
         sum_du += du
@@ -244,7 +244,7 @@ def grad_z_kernel(
     mean_du_xhat = tl.where(share > 0, tl.load(sums_ptr + 2 * m + 1) * share, 0.0)
     for task in range(tl.program_id(0), batch * tl.cdiv(size, BLOCK), tl.num_programs(0)):
         at, exists = elements(task, start, size, M, BLOCK)
-        xhat = normalise(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
+        xhat = normalize(tl.load(z_ptr + at, mask=exists, other=0), norm_ptr, m)
         gate = activate(xhat, norm_ptr, m)
         du = tl.load(grad_gate_ptr + at, mask=exists, other=0) * gate * (1 - gate)
         # A product with zero is left out: an infinite z would make a NaN of it.

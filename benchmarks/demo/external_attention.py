@@ -37,7 +37,7 @@ def widened(x: Tensor, channels: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(channels, x.shape[1], 1, 1, generator=generator) / x.shape[1] ** 0.5
     x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-    return clip.normalise(F.conv2d(x, weight.to(x)))
+    return clip.normalize(F.conv2d(x, weight.to(x)))
 
 
 def rows(stages: dict[str, Tensor]) -> list[Row]:
@@ -68,11 +68,11 @@ def pixel_features(image: Tensor) -> Tensor:
     _, height, width = image.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     red, green, blue = blurred.unbind(1)
-    colour = clip.normalise(torch.stack((red + green + blue, red - green, red + green - 2 * blue), 1))
+    colour = clip.normalize(torch.stack((red + green + blue, red - green, red + green - 2 * blue), 1))
     colour = (
         colour * torch.tensor([1.0, 2.0, 2.0])[:, None, None]
     )  # the hue says more of what a pixel is than the light
-    parts = [colour, 0.5 * clip.normalise(texture), 0.7 * torch.stack((y, x))[None]]
+    parts = [colour, 0.5 * clip.normalize(texture), 0.7 * torch.stack((y, x))[None]]
     return F.normalize(torch.cat(parts, 1), dim=1)
 
 
