@@ -235,78 +235,92 @@ __attribute__((noinline)) A normalise_from_maximum(const T* logits, const A* lse
   return eps + sum * std::exp(maximum);
 }
 
-template <class T, class A = Accumulate<T>>
-void double_norm(const Tokens& at, T* logits, const A* lse, double given_eps, A* mass, int64_t begin, int64_t end) {
-  const A eps = static_cast<A>(given_eps);
-  with_vectors(at.group, [&](auto count) {
-    Groups<A, 1, count> groups(at.M, at.group);
-    std::unique_ptr<A[]> attention(new A[vectors(at.group) * kLanes]);
-    const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
-    for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
-      T* x = logits + token * at.M;
-      A* token_mass = mass + token * at.groups();
-      if (at.padding && at.padding[token]) {
-        for_columns(at.M, [&](int64_t c, auto lanes) { store(x + c, Vec<A>{}, lanes); });
-        std::fill_n(token_mass, at.groups(), eps);
-        continue;
-      }
-      const A* origin = lse + token / at.N * at.M;
-      groups([&](int64_t c, auto lanes) { return exponential<A>(load(x + c, lanes) - load(origin + c, lanes)); },
-             [&](int64_t g, A sum) -> Group<A, 1> {
-               token_mass[g] = sum + eps;
-               if (sum >= kSafeMass<A>) [[likely]]
-                 return {{A(1) / (sum + eps)}};
-               const int64_t c = g * at.group;
-               token_mass[g] = normalise_from_maximum(x + c, origin + c, at.group, eps, attention.get());
-               return {{A(1)}, attention.get()};
-             },
-             [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(x + c, p * factor[0], lanes); });
+// What the passes below do with groups of kVectors vectors (with_vectors). Each is a function of its own: inlined side
+// by side into one, the registers of the hot loops are shared out worse, which costs 7 to 10 %.
+template <int kVectors, class T, class A = Accumulate<T>>
+__attribute__((noinline)) void double_norm_of(const Tokens& at, T* logits, const A* lse, A eps, A* mass, int64_t begin,
+                                              int64_t end) {
+  Groups<A, 1, kVectors> groups(at.M, at.group);
+  std::unique_ptr<A[]> attention(new A[vectors(at.group) * kLanes]);
+  const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
+  for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
+    T* x = logits + token * at.M;
+    A* token_mass = mass + token * at.groups();
+    if (at.padding && at.padding[token]) {
+      for_columns(at.M, [&](int64_t c, auto lanes) { store(x + c, Vec<A>{}, lanes); });
+      std::fill_n(token_mass, at.groups(), eps);
+      continue;
     }
-  });
+    const A* origin = lse + token / at.N * at.M;
+    groups([&](int64_t c, auto lanes) { return exponential<A>(load(x + c, lanes) - load(origin + c, lanes)); },
+           [&](int64_t g, A sum) -> Group<A, 1> {
+             token_mass[g] = sum + eps;
+             if (sum >= kSafeMass<A>) [[likely]]
+               return {{A(1) / (sum + eps)}};
+             const int64_t c = g * at.group;
+             token_mass[g] = normalise_from_maximum(x + c, origin + c, at.group, eps, attention.get());
+             return {{A(1)}, attention.get()};
+           },
+           [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(x + c, p * factor[0], lanes); });
+  }
+}
+
+template <int kVectors, class T, class A = Accumulate<T>>
+__attribute__((noinline)) void backward_reduce_of(const Tokens& at, const T* grad, const T* attention, A* partial,
+                                                  int64_t begin, int64_t end) {
+  const Split split = sums_split(at);
+  Buffer<A> sums(vectors(split.columns));
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Block block(at, split, unit);
+    Groups<A, 1, kVectors> groups(block.columns, at.group);
+    std::fill_n(static_cast<Vec<A>*>(sums), vectors(block.columns), Vec<A>{});
+    for (int64_t n = block.first; n < block.last; ++n) {
+      const int64_t start = (block.b * at.N + n) * at.M + block.c;
+      const T *g = grad + start, *a = attention + start;
+      groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
+             [](int64_t, A sum) -> Group<A, 1> { return {{sum}}; },
+             [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&sum)[1]) {
+               sums[c / kLanes] += product - load(a + c, lanes) * sum[0];
+             });
+    }
+    A* out = partial + (block.b * split.chunks + block.chunk) * at.M + block.c;
+    for_columns(block.columns, [&](int64_t c, auto lanes) { store(out + c, sums[c / kLanes], lanes); });
+  }
+}
+
+template <int kVectors, class T, class A = Accumulate<T>>
+__attribute__((noinline)) void backward_of(const Tokens& at, T* grad, const T* attention, const A* mass,
+                                           const A* reduced, int64_t begin, int64_t end) {
+  Groups<A, 2, kVectors> groups(at.M, at.group);
+  const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
+  for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
+    T* g = grad + token * at.M;
+    const T* a = attention + token * at.M;
+    const A *token_mass = mass + token * at.groups(), *d = reduced + token / at.N * at.M;
+    groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
+           [&](int64_t i, A sum) -> Group<A, 2> { return {{sum, token_mass[i]}}; },
+           [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&f)[2]) {
+             store(g + c, product - load(a + c, lanes) * (f[0] + f[1] * load(d + c, lanes)), lanes);
+           });
+  }
+}
+
+template <class T, class A = Accumulate<T>>
+void double_norm(const Tokens& at, T* logits, const A* lse, double eps, A* mass, int64_t begin, int64_t end) {
+  with_vectors(at.group,
+               [&](auto count) { double_norm_of<count>(at, logits, lse, static_cast<A>(eps), mass, begin, end); });
 }
 
 template <class T, class A = Accumulate<T>>
 void double_norm_backward_reduce(const Tokens& at, const T* grad, const T* attention, A* partial, int64_t begin,
                                  int64_t end) {
-  with_vectors(at.group, [&](auto count) {
-    const Split split = sums_split(at);
-    Buffer<A> sums(vectors(split.columns));
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const Block block(at, split, unit);
-      Groups<A, 1, count> groups(block.columns, at.group);
-      std::fill_n(static_cast<Vec<A>*>(sums), vectors(block.columns), Vec<A>{});
-      for (int64_t n = block.first; n < block.last; ++n) {
-        const int64_t start = (block.b * at.N + n) * at.M + block.c;
-        const T *g = grad + start, *a = attention + start;
-        groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
-               [](int64_t, A sum) -> Group<A, 1> { return {{sum}}; },
-               [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&sum)[1]) {
-                 sums[c / kLanes] += product - load(a + c, lanes) * sum[0];
-               });
-      }
-      A* out = partial + (block.b * split.chunks + block.chunk) * at.M + block.c;
-      for_columns(block.columns, [&](int64_t c, auto lanes) { store(out + c, sums[c / kLanes], lanes); });
-    }
-  });
+  with_vectors(at.group, [&](auto count) { backward_reduce_of<count>(at, grad, attention, partial, begin, end); });
 }
 
 template <class T, class A = Accumulate<T>>
 void double_norm_backward(const Tokens& at, T* grad, const T* attention, const A* mass, const A* reduced, int64_t begin,
                           int64_t end) {
-  with_vectors(at.group, [&](auto count) {
-    Groups<A, 2, count> groups(at.M, at.group);
-    const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
-    for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
-      T* g = grad + token * at.M;
-      const T* a = attention + token * at.M;
-      const A *token_mass = mass + token * at.groups(), *d = reduced + token / at.N * at.M;
-      groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
-             [&](int64_t i, A sum) -> Group<A, 2> { return {{sum, token_mass[i]}}; },
-             [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&f)[2]) {
-               store(g + c, product - load(a + c, lanes) * (f[0] + f[1] * load(d + c, lanes)), lanes);
-             });
-    }
-  });
+  with_vectors(at.group, [&](auto count) { backward_of<count>(at, grad, attention, mass, reduced, begin, end); });
 }
 
 template <class T>

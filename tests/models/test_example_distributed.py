@@ -36,4 +36,4 @@ def test_quick(tmp_path):
     assert float(re.search(r"losses apart: at most (\S+)", done.stdout)[1]) < 1e-4
     assert done.stdout.count("picture:") == 1
     assert picture.stat().st_size > 10_000
-    assert done.stderr.count("100%|") > 0
+    assert "100%|" not in done.stderr  # no terminal is there

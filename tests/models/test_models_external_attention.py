@@ -481,7 +481,7 @@ def test_quick_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--device", "cpu", "--output", str(picture)])
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     said = capsys.readouterr()
-    assert EXAMPLES[name] in said.out and "100%|" in said.err
+    assert EXAMPLES[name] in said.out and "100%|" not in said.err  # no terminal is there
     # A few steps of float32 in two orders of summation; Adam divides by what may be small.
     assert all(float(apart) < 1e-2 for apart in re.findall(r"losses apart: at most (\S+)", said.out))
     assert picture.stat().st_size > 20_000

@@ -45,10 +45,10 @@ CASES = {
     "7x7 bf16": ("TCHW", "bfloat16", (8, 8, 512, 7, 7), (90,)),
 }
 
-#: Of those, in every run: each GPU, type and order once.
+#: Of those, in every run: each type and order once, on the two kinds of GPU that differ most.
 FEW = {
     name: (*CASES[name][:-1], (capability,))
-    for name, capability in {"56x56 fp32": 90, "56x56 bf16 channels_last": 80, "14x14 bf16": 100}.items()
+    for name, capability in {"56x56 fp32": 100, "56x56 bf16 channels_last": 80}.items()
 }
 TABLES = {"few": FEW, "all": CASES}
 
