@@ -33,10 +33,8 @@ def update_running_statistics(
     with torch.no_grad():
         if one_by_one or None in momenta or len(momenta) > 1:
             _move_one_by_one(updated)
-        elif move is not None:
-            move(means, variances, tracked, latest, *momenta)
         else:
-            move_statistics_(means, variances, tracked, latest, *momenta)
+            (move or move_statistics_)(means, variances, tracked, latest, *momenta)
 
 
 def _shared(buffers: Sequence[Tensor]) -> bool:

@@ -7,7 +7,7 @@ fixed statistics. shards and members name process groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -197,31 +197,20 @@ def _block_autograd(ctx, grad_y: Tensor | None, *_):
     return grad_x, *_typed(grads, parameters), *(None,) * 6
 
 
-def _register(name: str, functions: Sequence[Callable]) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """The operators of a layer, forward and backward. functions: the implementation and fake of each, then the set-up
-    and gradient of autograd."""
-    forward, fake, backward, fake_backward, setup, gradient = functions
-    names = f"{name}_forward", f"{name}_backward"
-    operators = (
-        register(names[0], _SCHEMAS[names[0]], forward, fake),
-        register(names[1], _SCHEMAS[names[1]], backward, fake_backward),
-    )
-    differentiate(names[0], setup, gradient, names[1])
-    return operators
+def _register(name: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
+    return register(name, _SCHEMAS[name], implementation, fake)
 
 
-double_normalize_forward, double_normalize_backward = _register(
-    "double_normalize",
-    (
-        *(_normalize, fake_normalize, _normalize_backward, _fake_normalize_backward),
-        *(_normalize_setup, _normalize_autograd),
-    ),
+double_normalize_forward = _register("double_normalize_forward", _normalize, fake_normalize)
+double_normalize_backward = _register("double_normalize_backward", _normalize_backward, _fake_normalize_backward)
+differentiate("double_normalize_forward", _normalize_setup, _normalize_autograd, "double_normalize_backward")
+
+external_attention_forward = _register("external_attention_forward", _attend, fake_attend)
+external_attention_backward = _register("external_attention_backward", _attend_backward, _fake_attend_backward)
+differentiate("external_attention_forward", _attend_setup, _attend_autograd, "external_attention_backward")
+
+external_attention_block_forward = _register("external_attention_block_forward", _block, fake_block)
+external_attention_block_backward = _register(
+    "external_attention_block_backward", _block_backward, _fake_block_backward
 )
-external_attention_forward, external_attention_backward = _register(
-    "external_attention",
-    (_attend, fake_attend, _attend_backward, _fake_attend_backward, _attend_setup, _attend_autograd),
-)
-external_attention_block_forward, external_attention_block_backward = _register(
-    "external_attention_block",
-    (_block, fake_block, _block_backward, _fake_block_backward, _block_setup, _block_autograd),
-)
+differentiate("external_attention_block_forward", _block_setup, _block_autograd, "external_attention_block_backward")
