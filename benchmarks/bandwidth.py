@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from . import measure, records, timing
+from . import measure, progress, records, timing
 from .gpus import Machine, known
 
 COLUMNS = [
@@ -84,7 +83,7 @@ def candidates(device: str, nbytes: int) -> list[Candidate]:
 def measured(device: str, nbytes: int, rounds: int, seconds: float) -> list[dict]:
     """A row for each candidate whose result is right, and for each that is wrong without a time."""
     where, rows = measure.machine(device), []
-    for one in tqdm(candidates(device, nbytes), unit="kernel", leave=False, dynamic_ncols=True, disable=None):
+    for one in progress.bar(candidates(device, nbytes), unit="kernel", leave=False):
         one.call()
         row = dict(zip(COLUMNS, one[:4], strict=False)) | {"mb": f"{one.bytes_moved / 1e6:.1f}"} | where
         if not one.right():

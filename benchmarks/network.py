@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import aia_kernels
 from aia_kernels.models import AIAResNet
 from aia_kernels.models.resnet import TEMPORAL, UNITS
 
-from . import clip, measure, providers, records, timing
+from . import clip, measure, progress, providers, records, timing
 from .published import attention_in_attention, temporal_shift
 
 FORMS = ("plain", "published", "fused")
@@ -166,9 +165,8 @@ def measure_network(
     if not images.is_contiguous():
         for convolution in (m for network in networks.values() for m in network.modules() if type(m) is nn.Conv2d):
             convolution.to(memory_format=torch.channels_last)  # the units' are of another rank
-    with tqdm(
-        total=3 + 2 * (len(layers) + 3 if stages else 1), unit="measurement", leave=False, dynamic_ncols=True
-    ) as bar:
+    total = 3 + 2 * (len(layers) + 3 if stages else 1)
+    with progress.bar(total=total, unit="measurement", leave=False) as bar:
         bar.set_description("numbers")
         errors, inputs = output_errors(networks, images, wrap)
         bar.update(2)

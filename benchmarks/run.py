@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import bandwidth, measure, passes, providers, records, registry, table, timing, watch
+from . import bandwidth, measure, passes, progress, providers, records, registry, table, timing, watch
 from .gpus import Machine
 from .offline import roofline
 from .providers import Checked, Provider
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     where = measure.machine(options.device)
     machine = bandwidth.machine(where["device"], options.results, records.RESULTS)
-    bar, made = tqdm(cases, unit="case", dynamic_ncols=True, disable=None), []
+    bar, made = progress.bar(cases, unit="case"), []
 
     def note(case: Case, found: dict, is_lost: Callable[[], bool]) -> None:
         """Write a row; if the device is lost with it, go on in a new process."""

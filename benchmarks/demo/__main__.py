@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import aia_kernels
 
-from .. import clip, measure, network
+from .. import clip, measure, network, progress
 from . import attention_in_attention, external_attention, table
 
 SECONDS = 35  # for the table, about: rows take fewer samples when time runs short
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table.HEADER)
     rows = [*attention_in_attention.rows(stages), *external_attention.rows(stages)]
     start, wrong = time.perf_counter(), 0
-    bar = tqdm(rows, unit="row", leave=False, dynamic_ncols=True, disable=None)  # quiet where the output is no terminal
+    bar = progress.bar(rows, unit="row", leave=False)
     for i, row in enumerate(bar):
         bar.set_description(f"{row.name} {row.stage}")
         left = SECONDS - (time.perf_counter() - start)

@@ -27,9 +27,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from .. import measure, passes, records, registry, table
+from .. import measure, passes, progress, records, registry, table
 from ..gpus import EAGER_US, GRAPH_US, SHOWN, Machine
 from ..registry import Case
 from . import counting
@@ -161,7 +160,7 @@ def is_shown(case: Case) -> bool:
 def all_rows(families: Iterable[str], words: str = "") -> list[dict]:
     chosen = [case for family in families for case in cases(family) if all(word in str(case) for word in words.split())]
     found = []
-    for case in tqdm(chosen, unit="case", leave=False, dynamic_ncols=True):
+    for case in progress.bar(chosen, unit="case", leave=False):
         for provider in PROVIDERS:
             found += rows(case, provider, parts=provider != "published" and is_shown(case))
     return found

@@ -305,13 +305,14 @@ except AttributeError as error:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_benchmark(tmp_path):
+def test_the_benchmark(tmp_path, capsys):
     """Wrong numbers would be an exit status; both modes, all forms and all parts come out."""
     pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
     from benchmarks import network, records
 
     for more in ([], ["--whole", "--temporal", "tsm", "--unit", "CplusST"]):
         assert network.main(["--quick", "--device", "cpu", "--results", str(tmp_path), *more]) == 0
+        assert capsys.readouterr().err == "", "progress is for terminals"
     rows = records.read(records.path(tmp_path, "network"))
     parts = ["network", "stem", "layer1", "layer2", "head"]
     assert len(rows) == 2 * 3 * (len(parts) + 1)
