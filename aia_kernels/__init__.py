@@ -13,7 +13,7 @@ aia_kernels.functional. In the papers' networks: aia_kernels.models.
 from . import functional, models
 from .algorithms.attention_in_attention import AttentionInAttentionFunction
 from .backends import available_backends, set_backend, use_backend
-from .convert import convert, to_reference
+from .convert import convert, fuse, fuse_backend, to_reference
 from .modules import (
     ST,
     C,
@@ -49,6 +49,8 @@ __all__ = [
     "convert",
     "decompositions",
     "functional",
+    "fuse",
+    "fuse_backend",
     "models",
     "set_backend",
     "to_reference",

@@ -15,20 +15,25 @@ import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, Interpreter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from .. import backends
 
-# Of the largest number of a result, if above 1. Both compute the same sums in float64 in another order, some with
+# Both compute the same sums in float64 in another order, some with
 # projections multiplied first, which leaves 1e-12. The least thing to tell apart, one more or less eps of 1e-9 in a
 # double normalisation, moves the outputs for published._tokens by over 1e-5.
-_TOLERANCE = 1e-7
+TOLERANCE = 1e-7
+
+#: The same for forwards that cast to float32 somewhere.
+SINGLE_TOLERANCE = 1e-5
 
 #: Methods that a class may override without changing what a layer keeps, stores or does beside its forward.
 _HARMLESS = {
@@ -81,17 +86,27 @@ def signature(module: nn.Module) -> Any:
     )
 
 
+#: Makes the input of a module, or its inputs, in float64 on the CPU.
+Example = Callable[[nn.Module, torch.Generator], Tensor | tuple[Tensor, ...]]
+
+
+def blank(module: nn.Module, training: bool, device: str = "cpu") -> nn.Module:
+    """A copy of a module with any values, on a device: for what must not happen to the module itself."""
+    return _Blank(device, training).copy(module)
+
+
 def difference(
     module: nn.Module,
     layer: type[nn.Module],
     settings: Mapping[str, Any],
-    example: Callable[[nn.Module, torch.Generator], Tensor],
-    of_other_rank: Callable[[nn.Module, torch.Generator], Tensor] | None = None,
+    example: Example,
+    of_other_rank: Example | None = None,
+    tolerance: float = TOLERANCE,
 ) -> str | None:
     """How the forward of a module differs from that of a fused layer with the same submodules and settings, or None.
 
-    example: makes the input, in float64 on the CPU. of_other_rank: makes one that the forward may refuse, but must not
-    compute otherwise than the fused layer.
+    of_other_rank: makes an input that the forward may refuse, but must not compute otherwise than the fused layer.
+    tolerance: of the largest number of a result, if above 1.
     """
     with _undisturbed():
         generator = torch.Generator().manual_seed(0)
@@ -99,48 +114,83 @@ def difference(
         examples = [(example(module, generator), False)]
         if of_other_rank is not None:
             examples.append((of_other_rank(module, generator), True))
-        for x, may_fail in examples:
+        for made, may_fail in examples:
+            inputs = made if isinstance(made, tuple) else (made,)
             for training, marked in ((False, False), (True, False), (True, True)):
                 copies = [_Copier(numbers, generator, training, marked).copy(module) for _ in range(2)]
                 try:
                     copies[1].__class__ = layer
                 except TypeError as error:
-                    return f"Python cannot exchange its class: {_line(error)}"
+                    return f"Python cannot exchange its class: {line(error)}"
                 vars(copies[1]).update(settings)
                 when = "with a marked dropout" if marked else "in training" if training else "in evaluation"
-                if (reason := _unlike_in_a_run(*copies, layer, x, may_fail, when)) is not None:
+                if (reason := _unlike_in_a_run(*copies, inputs, may_fail, when, tolerance)) is not None:
                     return reason
     return None
 
 
-def _unlike_in_a_run(
-    own: nn.Module, fused: nn.Module, layer: type[nn.Module], x: Tensor, may_fail: bool, when: str
+def graph_difference(
+    module: nn.Module, before: Graph, after: Graph, shapes: Sequence[tuple[int, ...] | None]
 ) -> str | None:
-    """How the runs of two copies on x differ, or None."""
-    before = dict(_observed(own))
+    """How two graphs of a module differ on random inputs of these shapes, or None: also where they are not compared,
+    because a shape is unknown, all together are large, or the first does not run in float64."""
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) < len(shapes) or not known or sum(map(math.prod, known)) > 2**18:
+        return None
+    with _undisturbed():
+        generator = torch.Generator().manual_seed(0)
+        numbers: dict[Hashable, Tensor] = {}
+        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in known]
+        results = []
+        for graph in (before, after):
+            copier = _Copier(numbers, generator, module.training, False)
+            root = nn.Module()
+            for held in ("_parameters", "_buffers"):
+                of = getattr(module, held).items()
+                getattr(root, held).update({name: copier.tensor(name, p, id(p)) for name, p in of})
+            root._modules.update({name: copier.copy(child) for name, child in module.named_children()})
+            torch.manual_seed(0)
+            try:
+                results.append(tree_leaves(Interpreter(root, graph=graph).run(*inputs)))
+            except Exception as error:
+                return f"the fused graph fails: {type(error).__name__}: {line(error)}" if results else None
+        for found, expected in zip(*results, strict=True):
+            if isinstance(expected, Tensor):
+                distance = _distance(found, expected)
+                if not distance <= SINGLE_TOLERANCE * max(1.0, expected.abs().max().item()):
+                    return f"its result differs from that of the fused graph by up to {distance:.2g}"
+    return None
+
+
+def _unlike_in_a_run(
+    own: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...], may_fail: bool, when: str, tolerance: float
+) -> str | None:
+    """How the runs of two copies on the same inputs differ, or None."""
+    before, layer = dict(_observed(own)), type(fused)
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     try:
-        found = _run(own, x)
+        found = _run(own, inputs)
     except Exception as error:
         if may_fail:
             return None
-        return f"its forward fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {_line(error)}"
+        return f"its forward fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
     if isinstance(found, str):
         return f"its forward returns {found}, expected a tensor"
     after = dict(_observed(own))
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         return f"its forward changes {', '.join(changed)}, which {layer.__name__} does not"
     try:
-        expected = _run(fused, x)
+        expected = _run(fused, inputs)
     except Exception as error:
-        return f"{layer.__name__} fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {_line(error)}"
+        return f"{layer.__name__} fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
     if found.keys() != expected.keys():
         return f"its forward changes {', '.join(sorted(found.keys() ^ expected.keys()))}"
     for name, value in expected.items():
         distance = _distance(found[name], value)
-        if not distance <= _TOLERANCE * max(1.0, value.abs().max().item()):
+        if not distance <= tolerance * max(1.0, value.abs().max().item()):
             return (
                 f"its {name} differs from that of {layer.__name__} by up to {distance:.2g} {when} on an input of shape "
-                f"{tuple(x.shape)}"
+                f"{shapes}"
             )
     return None
 
@@ -256,6 +306,21 @@ class _Copier:
         return self.known[key]
 
 
+class _Blank(_Copier):
+    """Copies whose tensors have any values. On the meta device they have none; on the CPU torch imports less."""
+
+    def __init__(self, device: str, training: bool):
+        super().__init__({}, torch.Generator(), training, False)
+        self.device = device
+
+    def tensor(self, name: str, tensor: Tensor | None, key: Hashable) -> Tensor | None:
+        if tensor is not None and key not in self.known:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            trained = isinstance(tensor, nn.Parameter) or isinstance(key, tuple)
+            self.known[key] = nn.Parameter(empty) if trained else empty
+        return None if tensor is None else self.known[key]
+
+
 def _computed(module: nn.Module, name: str, parts: nn.Module) -> Tensor:
     """A parametrised tensor, computed as in evaluation: in training some parametrizations change each time."""
     modes = [(part, part.training) for part in parts.modules()]
@@ -295,16 +360,21 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     return r
 
 
-def _run(module: nn.Module, x: Tensor) -> dict[str, Tensor] | str:
-    """The output, the gradients, the input and the buffers afterwards; or what came instead of a tensor."""
-    x = x.clone().requires_grad_()
-    given = x * 1.0  # not a leaf, so that a forward may write into it
-    y = module(given)
+def _run(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor] | str:
+    """The output, the gradients, the inputs and the buffers afterwards; or what came instead of a tensor."""
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    given = [x * 1.0 for x in inputs]  # not leaves, so that a forward may write into them
+    torch.manual_seed(0)  # of both runs
+    y = module(*given)
     if not isinstance(y, Tensor):
         return f"a {type(y).__name__}"
     # A scalar, as torch imports its symbolic shapes, which takes seconds on a busy machine, for any other gradient.
     (y * torch.linspace(-1.0, 1.5, y.numel(), dtype=y.dtype, device="cpu").view(y.shape).sin()).sum().backward()
-    tensors = {"y": y.detach(), "gradient of x": x.grad, "input": given.detach()}
+    tensors = {"y": y.detach()}
+    for i, (x, x_given) in enumerate(zip(inputs, given, strict=True)):
+        which = "" if len(inputs) == 1 else f" {i}"
+        grad = torch.zeros_like(x) if x.grad is None else x.grad
+        tensors |= {f"gradient of x{which}": grad, f"input{which}": x_given.detach()}
     for name, p in module.named_parameters():
         tensors[f"gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
     return tensors | {name: b.double() for name, b in module.named_buffers()}
@@ -317,7 +387,7 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(distance) else distance
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     first, *_ = str(error).splitlines() or [""]
     return first if len(first) <= 160 else f"{first[:157]}..."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,22 +38,14 @@ class LeftAlone(NamedTuple):
     reason: str
 
 
-class Exchange(NamedTuple):
-    """How to undo one conversion: the module, its class before, and the attributes that it was given."""
-
-    module: nn.Module
-    kind: type[nn.Module]
-    added: tuple[str, ...]
-
-
 @dataclass(repr=False)
 class Report:
-    """The result of convert; it prints well.
+    """The result of convert and of fuse; it prints well.
 
     Attributes:
         model: The object that was given.
-        converted: The layers that were exchanged.
-        left_alone: The layers that look like published ones and were left as they are.
+        converted: The layers that were exchanged; of a graph, the calls.
+        left_alone: What comes close to a published layer, or to external attention, and was left as it is.
         already_fused: The names of layers of this package that the model had before.
     """
 
@@ -60,25 +53,27 @@ class Report:
     converted: list[Converted] = field(default_factory=list)
     left_alone: list[LeftAlone] = field(default_factory=list)
     already_fused: list[str] = field(default_factory=list)
-    _exchanges: list[Exchange] = field(default_factory=list)
+    _ways_back: list[Callable[[], None]] = field(default_factory=list)
+    _by: str = "convert"
 
     def undo(self) -> nn.Module:
-        """Give every converted layer its own class back. What was trained since stays trained.
+        """Give every converted layer its own class back, and a graph its own nodes. What was trained since stays
+        trained.
 
         Returns:
             The model.
         """
-        while self._exchanges:
-            module, kind, added = self._exchanges.pop()
-            module.__class__ = kind
-            for name in added:
-                delattr(module, name)
+        while self._ways_back:
+            self._ways_back.pop()()
         return self.model
 
     def __str__(self) -> str:
         if not (self.converted or self.left_alone or self.already_fused):
-            return "aia_kernels.convert: the model has none of the published layers and is unchanged"
-        lines = [f"aia_kernels.convert: {_count(self.converted)} converted, {_count(self.left_alone)} left alone"]
+            return (
+                f"aia_kernels.{self._by}: the model is unchanged; no forward in it divides a softmax by its sum over "
+                "another axis, and no layer has the submodules of a published one"
+            )
+        lines = [f"aia_kernels.{self._by}: {_count(self.converted)} converted, {_count(self.left_alone)} left alone"]
         if self.already_fused:
             lines[0] += f", {_count(self.already_fused)} fused before"
         if not self.converted:
@@ -106,3 +101,16 @@ def _grouped(entries: list[Converted] | list[LeftAlone]) -> list[str]:
         lines.append(f"  {len(listed)} x {head}")
         lines += textwrap.wrap(", ".join(listed), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All modules of a model, each with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def class_name(module: nn.Module) -> str:
+    """The full name of the class of a module."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"

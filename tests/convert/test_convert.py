@@ -221,7 +221,10 @@ class TestWhereLayersStand:
         assert (
             str(report)
             == repr(report)
-            == ("aia_kernels.convert: the model has none of the published layers and is unchanged")
+            == (
+                "aia_kernels.convert: the model is unchanged; no forward in it divides a softmax by its sum over "
+                "another axis, and no layer has the submodules of a published one"
+            )
         )
 
     def test_twice(self):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from convert_cases import TokenPerformer, assert_same_objects, tensors
+from convert_cases import TokenPerformer, assert_same_objects, assert_same_step, tensors
 from torch import nn
 
 import aia_kernels
@@ -184,7 +186,6 @@ LEFT_ALONE = {
     "hooks": (hooked, "C_conv has hooks"),
     "hooks on a part without parameters": (pooling_hooked, "sigmoid has hooks"),
     "patched instance": (patched, "its forward was replaced on the instance"),
-    "more arguments": (lambda: Masked(6, 4), r"its forward takes \(x, mask=None\)"),
     "more results": (lambda: Pair(6, 4), "its forward returns a tuple"),
     "traced": (traced, "it is a TorchScript module"),
     "a Linear of another library": (
@@ -192,34 +193,33 @@ LEFT_ALONE = {
         r"mk is a test_convert_look_alikes\.Linear, expected a Linear",
     ),
     "container": (Container, "it has no forward"),
-    "memories of other sizes": (
-        changed(lambda: external.ExternalAttention(6, 4), mv=nn.Linear(4, 5)),
-        "mv.out_features: got 5",
-    ),
-    "no eps": (NoEps, "its y differs from that of TokenExternalAttention"),
-    "other eps": (OtherEps, "its y differs"),
     "other norm over slots": (L2, "its y differs"),
-    "dropout elsewhere": (LateDropout, "with a marked dropout"),
-    "adapted linear": (changed(TokenPerformer, proj=LowRank(5, 5)), "proj is a LowRank that must be called"),
-    "token memories without bias": (
-        changed(TokenPerformer, linear_1=nn.Linear(6, 5, bias=False)),
-        "linear_1.bias: got None",
-    ),
     "other heads": (
         with_attributes(lambda: external.MultiHeadExternalAttention(6, 2), num_heads=4),
         "num_heads: got 4",
-    ),
-    "no dropout": (
-        changed(lambda: external.MultiHeadExternalAttention(6, 2), attn_drop=nn.Identity()),
-        "attn_drop is a Identity, expected a Dropout",
     ),
     "strided": (
         changed(lambda: external.ExternalAttention2d(6, 5), conv1=nn.Conv2d(6, 6, 1, stride=2)),
         "conv1.stride: got",
     ),
+}
+
+#: Those that are no published layers, but have their double normalisation; and the sizes of an input.
+REWRITTEN = {
+    "more arguments": (lambda: Masked(6, 4), (2, 9, 6)),
+    "memories of other sizes": (changed(lambda: external.ExternalAttention(6, 4), mv=nn.Linear(4, 5)), (2, 9, 6)),
+    "no eps": (NoEps, (2, 9, 7)),
+    "other eps": (OtherEps, (2, 9, 7)),
+    "dropout elsewhere": (LateDropout, (2, 9, 7)),
+    "adapted linear": (changed(TokenPerformer, proj=LowRank(5, 5)), (2, 9, 7)),
+    "token memories without bias": (changed(TokenPerformer, linear_1=nn.Linear(6, 5, bias=False)), (2, 9, 7)),
+    "no dropout": (
+        changed(lambda: external.MultiHeadExternalAttention(6, 2), attn_drop=nn.Identity()),
+        (2, 9, 6),
+    ),
     "more layers": (
         changed(lambda: external.ExternalAttention2d(6, 5), conv2=nn.Sequential(nn.Conv2d(6, 6, 1))),
-        "conv2 has 1 submodules",
+        (2, 6, 3, 4),
     ),
 }
 
@@ -243,6 +243,17 @@ class TestLookAlikes:
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(why)
         assert_same_objects(model, before)
+
+    @pytest.mark.parametrize("name", REWRITTEN)
+    def test_rewritten_and_the_same(self, name):
+        make, sizes = REWRITTEN[name]
+        module = make().double()
+        own = copy.deepcopy(module)
+        report = aia_kernels.convert(module)
+        assert not report.left_alone
+        assert len(report.converted) == 1
+        assert not type(module).__module__.startswith("aia_kernels")
+        assert_same_step(module, own, torch.randn(sizes, dtype=torch.float64))
 
     def test_the_same_class_with_another_setting(self):
         """What was found out about one layer holds for those alone that are built and set alike."""

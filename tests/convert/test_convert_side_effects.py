@@ -150,9 +150,14 @@ def test_the_port_on_tokens_and_on_maps(sizes, form):
 
 
 def test_another_rank_counts_where_the_forward_takes_it():
-    report = aia_kernels.convert(LastAxis())
-    assert not report.converted and "(2, 3, 4, 6)" in str(report)
-    assert aia_kernels.convert(TokensAlone()).converted
+    """It is no published layer then, but it is found all the same."""
+    model = LastAxis()
+    report = aia_kernels.convert(model)
+    assert [entry.now for entry in report.converted] == ["external_attention"]
+    for sizes in ((2, 9, 6), (2, 3, 4, 6)):
+        x = torch.randn(sizes)
+        torch.testing.assert_close(model(x), LastAxis.forward(model, x))
+    assert [entry.now for entry in aia_kernels.convert(TokensAlone()).converted] == ["ExternalAttention"]
 
 
 @pytest.mark.parametrize("form", [lambda m: m, watched, counted, aia_kernels.to_reference])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from . import behaviour
+from .flow import is_rewritten, rewrite_forwards
 from .published import FUSED_LAYERS, Form, find_form
-from .report import Converted, Exchange, LeftAlone, Report
+from .report import Converted, Report, class_name, names_of
 
 
 def convert(model: nn.Module) -> Report:
@@ -40,22 +42,22 @@ def convert(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = names_of(model)
     report = Report(model)
     tried: dict[Any, type[nn.Module] | str] = {}
+    reasons: dict[nn.Module, str] = {}
     for module, known_as in names.items():
-        if type(module) in FUSED_LAYERS:
+        if type(module) in FUSED_LAYERS or is_rewritten(module):
             report.already_fused += known_as[:1]
         elif (form := find_form(module)) is not None:
-            before = _name(type(module))
+            before = class_name(module)
             found = _fused_layer(module, form, tried)
             if isinstance(found, str):
-                report.left_alone.append(LeftAlone(tuple(known_as), before, found))
+                reasons[module] = found
             else:
-                report._exchanges.append(_exchange(module, found, form))
+                report._ways_back.append(_exchange(module, found, form))
                 report.converted.append(Converted(tuple(known_as), before, found.__name__))
+    rewrite_forwards(report, names, reasons)
     return report
 
 
@@ -90,14 +92,17 @@ def _hooked(module: nn.Module) -> str | None:
     return None
 
 
-def _exchange(module: nn.Module, layer: type[nn.Module], form: Form) -> Exchange:
+def _exchange(module: nn.Module, layer: type[nn.Module], form: Form) -> Callable[[], None]:
+    """Give a module the class of a fused layer; the result takes it back."""
     kind, settings = type(module), form.settings(module)
     module.__class__ = layer
     added = tuple(name for name in settings if name not in vars(module))
     for name in added:
         setattr(module, name, settings[name])
-    return Exchange(module, kind, added)
 
+    def undo() -> None:
+        module.__class__ = kind
+        for name in added:
+            delattr(module, name)
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return undo

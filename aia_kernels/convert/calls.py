@@ -1,0 +1,209 @@
+"""What a rewritten graph calls in the place of what was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..common.autocast import autocast_dtype, no_autocast
+from ..common.tracing import is_traced
+from ..functional.external_attention import double_normalize, external_attention, external_attention_block
+from ..modules.submodules import norm_of
+from ..reference import Norm
+
+
+class Form(NamedTuple):
+    """How the axes of external attention are arranged in a network.
+
+    batch, tokens, feature: the axes of x, whose features are those of all heads. heads: their number H. of: what makes
+    the heads: "x", the first product ("inner") or the product with the keys ("key"). apart: whether the heads share the
+    values, each has its own result. out: for each axis of the result, which of (*batch, *tokens, heads, feature) are
+    joined in it; the heads stand there where they are apart and no product follows.
+    """
+
+    batch: tuple[int, ...]
+    tokens: tuple[int, ...]
+    feature: int
+    heads: int
+    of: str
+    apart: bool
+    out: tuple[tuple[int, ...], ...]
+
+
+def normalize(logits: Tensor, tokens: int, slots: int, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """A softmax over one axis, divided by eps and its sum over another.
+
+    Args:
+        logits: Any shape, floating-point.
+        tokens: The axis of the softmax.
+        slots: The axis of the sum.
+        eps: Added to the sum.
+        dtype: The type to which the softmax casts the logits; None: their own or, under autocast, float32, as torch's.
+
+    Returns:
+        A, in the shape of the logits, and contiguous where they are: what follows may want to view it as they are.
+    """
+    if dtype is None and autocast_dtype(logits) is not None:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+    moved = (logits if dtype is None else logits.to(dtype)).movedim((tokens, slots), (-2, -1))
+    attention = double_normalize(moved, eps=eps).movedim((-2, -1), (tokens, slots))
+    return attention.contiguous() if logits.is_contiguous() else attention
+
+
+def matrix(weight: Tensor, sizes: tuple[int, int], transposed: bool, heads: int, rows: bool, columns: bool) -> Tensor:
+    """A weight as the matrix [out, in], the heads outermost.
+
+    Args:
+        weight: Of these sizes, but for axes of length one.
+        sizes: [out, in], or [in, out] where transposed.
+        transposed: See sizes.
+        heads: Their number.
+        rows: Whether the heads are innermost in the rows now.
+        columns: Whether they are in the columns.
+
+    Returns:
+        The matrix, a view where that is possible.
+    """
+    found = weight.reshape(sizes)
+    found = found.mT if transposed else found
+    if rows:
+        found = found.unflatten(0, (-1, heads)).transpose(0, 1).flatten(0, 1)
+    if columns:
+        found = found.unflatten(1, (-1, heads)).transpose(1, 2).flatten(1)
+    return found
+
+
+def attend(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    form: Form,
+    eps: float,
+    dropout: nn.Dropout | float | None = None,
+) -> Tensor:
+    """External attention with the products around it.
+
+    Args:
+        x: Any arrangement of samples, tokens and features.
+        weights: Of the inner, key, value and outer product, [out, in] each, the heads outermost; inner and outer may be
+            None.
+        biases: Of the same, each may be None.
+        form: The arrangement.
+        eps: Added to the sum over slots.
+        dropout: Of the attention map: a module, its probability, or None.
+
+    Returns:
+        o, arranged as the form says, and contiguous unless x is channels_last.
+    """
+    inner, key, value, outer = weights
+    if isinstance(dropout, nn.Module):
+        dropout = dropout.p if dropout.training else 0.0
+    sizes = [x.shape[i] for i in (*form.batch, *form.tokens)]
+    samples, tokens = math.prod(sizes[: len(form.batch)]), math.prod(sizes[len(form.batch) :])
+    rows = x.permute(*form.batch, *form.tokens, form.feature).reshape(samples, tokens, x.shape[form.feature])
+    slots = key.shape[0] // (form.heads if form.of == "key" else 1)
+    if _folds(rows, weights, form):
+        with no_autocast(x):
+            key, value, bias = _folded(weights, biases, form)
+        o = external_attention(rows, key, value, value_bias=bias, eps=eps, group=slots, dropout=dropout or 0.0)
+    else:
+        key = _without_effect(key, *biases[:2])
+        q = rows if inner is None else F.linear(rows, inner)
+        o = external_attention(q, key, value, heads=form.heads, value_bias=biases[2], eps=eps, dropout=dropout or 0.0)
+        if outer is not None:
+            o = F.linear(o, outer, biases[3])
+    if form.apart and outer is None:
+        sizes.append(form.heads)
+    axes = [i for axis in form.out for i in axis]
+    full = [*sizes, o.shape[-1] // (form.heads if form.apart and outer is None else 1)]
+    y = o.reshape(full).permute(axes).reshape([math.prod(full[i] for i in axis) for axis in form.out])
+    return y if _is_channels_last(x) else y.contiguous()
+
+
+def block(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    norm: _BatchNorm | tuple | None,
+    eps: float,
+) -> Tensor:
+    """relu(BN(o) + x) on maps x [B, C, ...]: external attention with the products around it, one head.
+
+    Args:
+        x: [B, C, ...] with one to three axes of positions.
+        weights: As of attend.
+        biases: As of attend; with a norm the last product has none.
+        norm: The batch norm; or running mean and variance, weight, bias, training, momentum and eps, as
+            torch.nn.functional.batch_norm takes them; or None for none.
+        eps: Added to the sum over slots.
+
+    Returns:
+        y, shaped and stored as x.
+    """
+    with no_autocast(x):
+        form = Form((0,), (), 1, 1, "key", False, ())
+        key, value, bias = _folded(weights, biases, form)
+        if norm is None:
+            zeros, ones = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+            described = Norm(None, bias, zeros, ones, training=False, eps=0.0)
+        elif isinstance(norm, _BatchNorm):
+            described = norm_of(norm)
+        else:
+            mean, var, gain, shift, training, momentum, norm_eps = norm
+            described = Norm(gain, shift, mean, var, None, training, momentum, norm_eps)
+    maps = x if x.ndim == 4 else x.flatten(2).unsqueeze(-1)
+    return external_attention_block(maps, key, value, described, eps=eps).view_as(x)
+
+
+def _folds(rows: Tensor, weights: Sequence[Tensor | None], form: Form) -> bool:
+    """Whether the products beside the memories are multiplied with them before they meet the tokens. With heads that is
+    a choice, made by counting multiplications, as in MultiHeadExternalAttention."""
+    inner, key, _, outer = weights
+    if form.heads == 1 or form.of == "key" or not form.apart:
+        return True
+    if form.of == "x" or outer is None:
+        return False
+    wide, narrow = inner.shape
+    slots, back = key.shape[0], outer.shape[0]
+    folded = form.heads * slots * (narrow + back)
+    by_heads = wide * (narrow + slots) + outer.shape[1] * (back + slots)
+    once = 0.0 if is_traced() else slots * (wide * narrow + outer.shape[1] * back) / (rows.shape[0] * rows.shape[1])
+    return folded + once <= by_heads
+
+
+def _folded(
+    weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], form: Form
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """K [H * S, d], V [v, H * S] and the bias of o of the products around a double normalisation."""
+    inner, key, value, outer = weights
+    if inner is not None:
+        heads = form.heads if form.of == "inner" else 1
+        key = torch.matmul(key, inner.unflatten(0, (heads, -1))).flatten(0, 1)
+    *_, bias, last = biases
+    if outer is not None:
+        heads = form.heads if form.apart else 1
+        back = outer.unflatten(1, (heads, -1))
+        value = (back @ value).flatten(1)
+        if bias is not None:
+            bias = back.sum(1) @ bias
+        bias = bias if last is None else last if bias is None else bias + last
+    return _without_effect(key, *biases[:2]), value, bias
+
+
+def _without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
+    """The keys, joined to biases without effect, constants to the softmax over tokens, that get gradients of zero."""
+    for bias in biases:
+        if bias is not None:
+            key = key + bias.flatten()[:0].sum().to(key.dtype)
+    return key
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)

@@ -1,0 +1,270 @@
+"""External attention found by what flows in a module, not by names: its own forward is recorded and rewritten.
+
+The module gets a class of its own, derived from that which it had, whose forward is the rewritten one. Everything else
+stays: parameters, submodules, hooks, methods. Inputs that the recorded forward does not hold for, of another rank or
+with further arguments, go to the forward that the module had.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+
+from ..modules.submodules import must_be_called
+from . import behaviour
+from .examples import Shapes, example_of, likely_shapes
+from .graphs import casts_to_single, method_of, record, rewrite, shapes_of, source_of
+from .normalizations import Missed
+from .published import FUSED_LAYERS
+from .report import Converted, LeftAlone, Report, class_name
+from .spellings import Reader
+
+#: What the code of a forward names if there can be something to find.
+_TELLING = ("softmax", "sigmoid")
+
+
+class Recipe(NamedTuple):
+    """How the forward of a module was rewritten.
+
+    kind: its class before. sources: the code of the forward and the names that it uses, by training mode. ranks: the
+    number of axes of each input that it holds for. read: the submodules whose parameters it reads without calling them.
+    """
+
+    kind: type[nn.Module]
+    sources: Mapping[bool, tuple[str, Mapping[str, Any]]]
+    ranks: tuple[int, ...]
+    read: tuple[str, ...]
+
+
+class Flow(NamedTuple):
+    """What was made of a module: the class that computes the same, and the names of the functions that it calls."""
+
+    layer: type[nn.Module]
+    calls: tuple[str, ...]
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether the forward of a module has been rewritten."""
+    return hasattr(type(module), "_recipe")
+
+
+def own_class(module: nn.Module) -> Any:
+    """The class that a module has, or had before its forward was rewritten."""
+    recipe: Recipe | None = getattr(type(module), "_recipe", None)
+    return type(module) if recipe is None else recipe.kind
+
+
+def rewrite_forwards(
+    report: Report,
+    names: Mapping[nn.Module, list[str]],
+    reasons: Mapping[nn.Module, str],
+    seen: Mapping[nn.Module, Shapes] | None = None,
+) -> None:
+    """Rewrite the forwards of those modules of a model in which external attention flows, and report what was done.
+
+    Args:
+        report: Of what was done before; what is done here is added.
+        names: The modules and their names.
+        reasons: Why those that look like published layers are none. It is reported unless something is found here.
+        seen: The shapes of the inputs of modules, where they are known.
+    """
+    done: dict[nn.Module, Flow | Missed | str] = {}
+    tried: dict[Any, Flow | Missed | str | None] = {}
+    # Those inside come first, so that what is around calls them. A module without parameters, a normalisation of one's
+    # own, comes last: where it stands between two products, all of them are one call.
+    inside_first = [*names][::-1]
+    for module in sorted(inside_first, key=lambda module: next(module.parameters(), None) is None):
+        if is_rewritten(module) or type(module) in FUSED_LAYERS or not may_hold(module):
+            continue
+        shapes = None if seen is None else seen.get(module)
+        key = behaviour.signature(module), shapes
+        if key not in tried:
+            tried[key] = rewritten(module, shapes)
+        if (found := tried[key]) is not None:
+            done[module] = found
+            if isinstance(found, Flow):
+                report._ways_back.append(functools.partial(setattr, module, "__class__", type(module)))
+                module.__class__ = found.layer
+    for module, known_as in names.items():
+        told = done.get(module)
+        if isinstance(told, Flow):
+            report.converted.append(Converted(tuple(known_as), class_name(module), " and ".join(told.calls)))
+        elif reason := told.reason if isinstance(told, Missed) else reasons.get(module, told):
+            report.left_alone.append(LeftAlone(tuple(known_as), class_name(module), reason))
+
+
+def may_hold(module: nn.Module) -> bool:
+    """Whether the forward of a module, its other methods and the functions that these call name a softmax, or a module
+    that is one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    for child in module.children():
+        if isinstance(child, (nn.Softmax, nn.Softmax2d)) or (_is_open(child) and may_hold(child)):
+            return True
+    return any(word in name.lower() for name in _names(own_class(module)) for word in _TELLING)
+
+
+@functools.cache
+def _names(kind: Any) -> frozenset[str]:
+    """What is named in the methods of a class of modules, and in the functions that they call."""
+    kinds = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "aia_kernels."))]
+    found: set[str] = set()
+    waiting = [f for base in kinds for f in vars(base).values() if inspect.isfunction(f)]
+    seen: set[Any] = set()
+    while waiting:
+        function = waiting.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        names = set(_names_in(function.__code__))
+        found |= names
+        called = (function.__globals__.get(name) for name in names)
+        waiting += [f for f in called if inspect.isfunction(f) and not f.__module__.startswith("torch")]
+    return frozenset(found)
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+def rewritten(module: nn.Module, seen: Shapes | None = None) -> Flow | Missed | str | None:
+    """The class that gives a module the same forward by fused calls; or what comes close to external attention in it;
+    or why nothing is known of it; or None, where nothing comes close.
+
+    Args:
+        module: Any module; it is not changed.
+        seen: The shapes of its inputs, where they are known.
+    """
+    if "forward" in module.__dict__:
+        return None
+    if (inputs := _inputs(module)) is None:
+        return None
+    first = _attempt(module, inputs, seen, opened=False)
+    if isinstance(first, Flow) and "double_normalize" not in first.calls:
+        return first
+    second = _attempt(module, inputs, seen, opened=True)
+    if isinstance(second, Flow) and (not isinstance(first, Flow) or "double_normalize" not in second.calls):
+        return second
+    return second if isinstance(second, Missed) and not isinstance(first, Flow) else first or second
+
+
+def _inputs(module: nn.Module) -> int | None:
+    """How many inputs a forward takes that have no default; None if it takes none, or keywords alone."""
+    parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
+    needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(needed) if 1 <= len(needed) <= 4 and parameters[: len(needed)] == needed else None
+
+
+def _attempt(module: nn.Module, inputs: int, seen: Shapes | None, opened: bool) -> Flow | Missed | str | None:
+    """One attempt, with the forwards of submodules recorded in their places or not."""
+    graphs: dict[bool, Graph] = {}
+    calls: list[str] = []
+    read: set[str] = set()
+    likely = [seen] if seen is not None else list(likely_shapes(module, inputs))
+    for training in (True, False):
+        copy = behaviour.blank(module, training)
+        kind: Any = type(copy)
+        copy.__class__ = _taking(kind, inputs)
+        try:
+            graph = record(copy, lambda name: _is_called(module.get_submodule(name), opened))
+        except Exception as error:
+            if not {"sum", "normalize"} & _names(own_class(module)):
+                return None
+            return f"its forward cannot be recorded by torch.fx: {type(error).__name__}: {behaviour.line(error)}"
+        tried = ((shapes, shapes_of(copy, graph, shapes)) for shapes in likely)
+        shapes, known = next(((shapes, known) for shapes, known in tried if known is not None), (None, {}))
+        before = _called(graph)
+        fused, missed = rewrite(Reader(module, graph, known))
+        if not fused:
+            return missed[0] if missed else None
+        if shapes is None:
+            return "its forward runs on no input that its parameters suggest; fuse(model, *inputs) is told one"
+        likely, graphs[training], calls = [shapes], graph, [call.now for call in fused]
+        read |= before - _called(graph)
+    sources = {training: source_of(graph) for training, graph in graphs.items()}
+    recipe = Recipe(own_class(module), sources, tuple(map(len, likely[0])), tuple(sorted(read)))
+    layer, examples = rewritten_class(recipe), (example_of(likely[0]), example_of(likely[0], longer=True))
+    single = any(casts_to_single(graph) for graph in graphs.values())
+    tolerance = behaviour.SINGLE_TOLERANCE if single else behaviour.TOLERANCE
+    reason = behaviour.difference(module, layer, {}, *examples, tolerance)
+    return Flow(layer, tuple(calls)) if reason is None else reason
+
+
+def _called(graph: Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _is_called(module: nn.Module, opened: bool) -> bool:
+    """Whether a recorded forward calls a submodule, whose hooks then see it."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if is_rewritten(module) or any(kind.__module__.startswith("aia_kernels.") for kind in type(module).__mro__):
+        return True
+    return not opened and not _is_open(module)
+
+
+def _is_open(module: nn.Module) -> bool:
+    """Whether a submodule is recorded in its place in any case: a sequence, or one without parameters."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return type(module).forward is nn.Sequential.forward or next(module.parameters(), None) is None
+
+
+@functools.cache
+def _taking(kind: Any, inputs: int) -> type[nn.Module]:
+    """A class whose forward takes so many inputs and no more: what has a default keeps it."""
+    names = ", ".join("xyzw"[:inputs])
+    space: dict[str, Any] = {"kind": kind}
+    exec(f"def forward(self, {names}):\n    return kind.forward(self, {names})", space)
+    return type(kind.__name__, (kind,), {"forward": space["forward"], "__module__": kind.__module__})
+
+
+def rewritten_class(recipe: Recipe) -> type[nn.Module]:
+    """The class of a recipe: that which the module had, with another forward."""
+    kind = recipe.kind
+    forwards = {training: method_of(*source) for training, source in recipe.sources.items()}
+    names = list(inspect.signature(kind.forward).parameters)[1 : 1 + len(recipe.ranks)]
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        given = (*inputs, *(named[name] for name in names[len(inputs) :] if name in named))
+        expected = len(given) == len(inputs) + len(named) == len(recipe.ranks)
+        if not expected or not _holds(self, given, recipe):
+            return kind.forward(self, *inputs, **named)
+        return forwards[self.training](self, *given)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        state = tuple(kind.__reduce_ex__(self, protocol))[2:]
+        return _new, (recipe,), *state
+
+    members: Any = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": kind.__module__,
+        "_recipe": recipe,
+    }
+    layer = type(kind.__name__, (kind,), members | {"__qualname__": kind.__qualname__, "__doc__": kind.__doc__})
+    return layer
+
+
+def _holds(module: nn.Module, inputs: tuple[Any, ...], recipe: Recipe) -> bool:
+    """Whether a rewritten forward holds for these inputs and for the submodules as they are now."""
+    return all(
+        isinstance(x, Tensor) and x.ndim == rank for x, rank in zip(inputs, recipe.ranks, strict=True)
+    ) and not any(must_be_called(module.get_submodule(name)) for name in recipe.read)
+
+
+def _new(recipe: Recipe) -> nn.Module:
+    """An empty module of a recipe, for copies and pickles."""
+    layer = rewritten_class(recipe)
+    return layer.__new__(layer)

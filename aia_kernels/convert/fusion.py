@@ -1,0 +1,106 @@
+"""fuse: external attention found by what flows, in a model or in a graph."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from . import behaviour
+from .examples import Shapes, likely_shapes
+from .flow import rewrite_forwards
+from .graphs import known_shapes, rewrite, shapes_of
+from .report import Converted, LeftAlone, Report, names_of
+from .spellings import Reader
+
+
+def fuse(model: nn.Module, *inputs: Any) -> Report:
+    """Put fused calls in the place of external attention, wherever it is written, and say what became of what.
+
+    It is found by what flows, not by names: a softmax over the tokens, divided by its sum over the slots, and the
+    linear maps around them. A softmax over the slots, divided by its sum over the tokens, is found as well.
+
+    A graph, as torch.fx.symbolic_trace and the module() of a torch.export.ExportedProgram give it, is rewritten in
+    place. Of any other model each forward that has a softmax is recorded and rewritten. The module gets a class derived
+    from its own, and keeps its parameters, submodules, keys, hooks and settings; inputs of another rank or with further
+    arguments go to its own forward. Before a forward is rewritten, it is compared with the new one on small random
+    inputs: outputs, gradients and buffers, in evaluation and in training. A graph is compared with what it was before
+    where its inputs have at most 2**18 elements together.
+
+    Args:
+        model: Any module.
+        *inputs: Inputs of the model, for their shapes. Without them, and in a graph that knows no shapes, inputs are
+            tried that the parameters suggest.
+
+    Returns:
+        What was fused, what comes close and was left alone, and why; its undo() takes everything back.
+
+    Raises:
+        TypeError: The model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    report = Report(model, _by="fuse")
+    if isinstance(model, GraphModule):
+        _fuse_graph(model, inputs, report)
+    else:
+        rewrite_forwards(report, names_of(model), {}, _seen(model, inputs) if inputs else None)
+    return report
+
+
+def _fuse_graph(module: GraphModule, inputs: tuple[Any, ...], report: Report) -> None:
+    graph, before = module.graph, copy.deepcopy(module.graph)
+    shapes = _shapes_in(module, graph, inputs)
+    starts = [shapes.get(node) for node in graph.nodes if node.op == "placeholder"]
+    fused, missed = rewrite(Reader(module, graph, shapes))
+    if fused and (reason := behaviour.graph_difference(module, before, graph, starts)) is not None:
+        module.graph = before
+        report.left_alone += [LeftAlone((call.node.name,), call.before, reason) for call in fused]
+        return
+    report.converted += [Converted((node.name,), old, new) for node, old, new in fused]
+    report.left_alone += [LeftAlone((node.name,), node.name, reason) for node, reason in missed]
+    if fused:
+        module.recompile()
+        report._ways_back.append(functools.partial(setattr, module, "graph", before))
+
+
+def _shapes_in(module: GraphModule, graph: Graph, inputs: tuple[Any, ...]) -> dict:
+    """The shapes in a graph: those of inputs, those that it knows, or those of inputs that are likely."""
+    if not inputs and (known := known_shapes(graph)):
+        return known
+    root = nn.Module()
+    blank = {name: behaviour.blank(child, child.training, "meta") for name, child in module.named_children()}
+    root._modules.update(blank)
+    for held, of in ((root._parameters, module._parameters), (root._buffers, module._buffers)):
+        held.update({name: None if p is None else p.detach().to("meta") for name, p in of.items()})
+    if inputs:
+        likely: Any = [tuple(tuple(x.shape) for x in inputs)]
+    else:
+        needed = [node for node in graph.nodes if node.op == "placeholder" and not node.args]
+        likely = likely_shapes(module, len(needed))
+    for shapes in likely:
+        found = shapes_of(root, graph, shapes, "meta")
+        if found is not None:
+            return found
+    return {}
+
+
+def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[nn.Module, Shapes]:
+    """The shapes of the inputs of each module in one call of a copy of a model on the meta device."""
+    seen: dict[nn.Module, Shapes] = {}
+    blank = behaviour.blank(model, False, "meta")
+    originals = dict(zip(blank.modules(), model.modules(), strict=True))
+
+    def see(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if all(isinstance(x, Tensor) for x in given):
+            seen.setdefault(originals[module], tuple(tuple(x.shape) for x in given))
+
+    for module in blank.modules():
+        module.register_forward_pre_hook(see)
+    with torch.no_grad(), torch.device("meta"):
+        blank(*(x.to("meta") if isinstance(x, Tensor) else x for x in inputs))
+    return seen

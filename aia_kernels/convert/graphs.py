@@ -1,0 +1,247 @@
+"""Graphs of what a module computes: how they are recorded, the shapes in them, and how they are rewritten."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Interpreter, Node, Tracer
+
+from . import calls
+from .normalizations import Missed, Normalization, find_normalizations
+from .products import Product
+from .regions import Region, find_region, is_number, is_size, single_softmaxes
+from .spellings import Reader, spelling
+
+
+class _Tracer(Tracer):
+    """Records a forward and those of the modules that it calls, but for torch's own and those that is_called names."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, is_called: Callable[[str], bool]):
+        super().__init__()
+        self.is_called = is_called
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return self.is_called(name) or super().is_leaf_module(module, name)
+
+
+def record(module: nn.Module, is_called: Callable[[str], bool]) -> Graph:
+    """The graph of the forward of a module, in its mode. Whatever the forward does to the module, it does it here too:
+    give it a copy.
+
+    Args:
+        module: Any module.
+        is_called: Whether the graph is to call a submodule of this name, as it always does torch's own.
+
+    Returns:
+        The graph.
+
+    Raises:
+        Exception: The forward cannot be recorded: it depends on the values of tensors, or calls what takes no proxies.
+    """
+    return _Tracer(is_called).trace(module)
+
+
+def known_shapes(graph: Graph) -> dict[Node, tuple[int, ...]]:
+    """The shapes that an exporter or a compiler has left in a graph."""
+    found = {}
+    for node in graph.nodes:
+        value = node.meta.get("val", node.meta.get("example_value"))
+        if isinstance(value, Tensor):
+            sizes = tuple(size if isinstance(size, int) else size.node.hint for size in value.shape)
+            if all(size is not None for size in sizes):
+                found[node] = sizes
+    return found
+
+
+def casts_to_single(graph: Graph) -> bool:
+    """Whether a graph casts something to float32."""
+    named = (torch.float32 in (*node.args, *node.kwargs.values()) for node in graph.nodes)
+    return any(named) or any(spelling(node) == "float" for node in graph.nodes)
+
+
+class _Shapes(Interpreter):
+    """Runs a graph and keeps the shape of each result."""
+
+    def __init__(self, module: nn.Module, graph: Graph):
+        super().__init__(module, graph=graph)
+        self.found: dict[Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n] = tuple(result.shape)
+        return result
+
+
+def shapes_of(
+    module: nn.Module, graph: Graph, inputs: Iterable[tuple[int, ...]], device: str = "cpu"
+) -> dict[Node, tuple[int, ...]] | None:
+    """The shape of every tensor in a graph, for a module on a device and inputs of these shapes; None where the graph
+    does not run on them.
+    """
+    shapes = _Shapes(module, graph)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        with torch.no_grad(), torch.device(device), torch.autocast("cpu", enabled=False):
+            shapes.run(*(torch.zeros(shape, dtype=dtype) for shape in inputs))
+    except Exception:
+        return None
+    return shapes.found
+
+
+class Fused(NamedTuple):
+    """A call that was put into a graph: its node, what stood there, and the name of the function that it calls."""
+
+    node: Node
+    before: str
+    now: str
+
+
+def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
+    """Put fused calls into a graph, in place.
+
+    Returns:
+        The calls; and what came close, and was left.
+    """
+    fused: list[Fused] = []
+    missed: list[Missed] = []
+    for found in [*find_normalizations(reader), *single_softmaxes(reader)]:
+        if isinstance(found, Missed):
+            missed.append(found)
+            continue
+        before = f"{found.softmax.name} to {found.end.name}"
+        if (region := find_region(reader, found)) is not None:
+            now = "external_attention" if region.block is None else "external_attention_block"
+            fused.append(Fused(_attend(reader, found, region), before, now))
+        else:
+            fused.append(Fused(_normalize(reader.graph, found), before, "double_normalize"))
+    if fused:
+        _remove_numbers(reader)
+    return fused, missed
+
+
+def _attend(reader: Reader, found: Normalization, region: Region) -> Node:
+    """Put one call in the place of a region."""
+    graph, block = reader.graph, region.block
+    nodes = region.nodes if block is None else (*region.nodes, *block.nodes)
+    with graph.inserting_before(nodes[-1]):
+        products = region.inner, region.key, region.value, region.outer
+        weights = tuple(
+            None if p is None else _matrix(graph, p, region.form.heads, *innermost)
+            for p, innermost in zip(products, region.innermost, strict=True)
+        )
+        biases = tuple(None if p is None else _tensor(graph, p.bias) for p in products)
+        if block is None:
+            dropout = _dropout(reader, region.dropout)
+            new = graph.call_function(calls.attend, (region.x, weights, biases, region.form, found.eps, dropout))
+        else:
+            norm = _norm(reader, block.norm)
+            new = graph.call_function(calls.block, (region.x, weights, biases, norm, found.eps))
+    _replace(nodes[-1], new)
+    for node in nodes[:-1]:
+        for user in list(node.users):
+            if is_size(reader, user) and reader.shapes[node] == reader.shapes[region.x]:
+                user.replace_input_with(node, region.x)
+    remove_with_sizes(reader, nodes)
+    return new
+
+
+def _dropout(reader: Reader, node: Node | None) -> Any:
+    """What calls.attend takes of a dropout that is a module or a function."""
+    if node is None:
+        return None
+    return reader.dropout_of(node) if reader.module(node) is None else reader.graph.get_attr(str(node.target))
+
+
+def _norm(reader: Reader, node: Node | None) -> Any:
+    """What calls.block takes of a batch norm that is a module or a function."""
+    if node is None or reader.module(node) is not None:
+        return None if node is None else reader.graph.get_attr(str(node.target))
+    names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    if node.target is not torch.nn.functional.batch_norm:  # torch.batch_norm, as ATen has it
+        names = ["weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"]
+    defaults = {"training": False, "momentum": 0.1, "eps": 1e-5}
+    given = {n: reader.argument(node, i, n, default=defaults.get(n)) for i, n in enumerate(names, 1)}
+    return tuple(given[n] for n in ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"))
+
+
+def _matrix(graph: Graph, product: Product, heads: int, rows: bool, columns: bool) -> Node:
+    weight = _tensor(graph, product.weight)
+    return graph.call_function(calls.matrix, (weight, product.sizes, product.transposed, heads, rows, columns))
+
+
+def _tensor(graph: Graph, held: Node | str | None) -> Node | None:
+    return graph.get_attr(held) if isinstance(held, str) else held
+
+
+def _replace(old: Node, new: Node) -> None:
+    new.meta = {name: value for name, value in old.meta.items() if name in ("val", "example_value")}
+    old.replace_all_uses_with(new)
+
+
+def _normalize(graph: Graph, found: Normalization) -> Node:
+    """Put a double normalisation of the logits, moved as its map was moved, in the place of one that was found."""
+    logits, numerator = found.softmax.all_input_nodes[0], found.numerator
+    if numerator is found.softmax:
+        numerator = logits
+    arguments = (numerator, found.tokens, found.slots, found.eps, found.dtype)
+    with graph.inserting_before(found.end):
+        new = graph.call_function(calls.normalize, arguments)
+    _replace(found.end, new)
+    found.softmax.replace_all_uses_with(logits)
+    remove([found.end, *found.inner, found.softmax])
+    return new
+
+
+def _remove_numbers(reader: Reader) -> None:
+    """Remove sizes, and numbers made of them, that nothing uses any more."""
+    for node in reversed(reader.graph.nodes):
+        if not node.users and is_number(reader, node):
+            reader.graph.erase_node(node)
+
+
+def remove(nodes: Iterable[Node]) -> None:
+    """Remove those nodes of which nothing is left that uses them."""
+    for node in sorted(set(nodes), reverse=True):
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+def remove_with_sizes(reader: Reader, nodes: Iterable[Node]) -> None:
+    """Remove nodes, and the numbers that were asked of them for one another."""
+    nodes = set(nodes)
+    waiting = list(nodes)
+    while waiting:
+        for user in waiting.pop().users:
+            if user not in nodes and user not in reader.shapes:
+                nodes.add(user)
+                waiting.append(user)
+    remove(nodes)
+
+
+class Imported(NamedTuple):
+    """Stands for a module of Python, which cannot be pickled."""
+
+    name: str
+
+
+def source_of(graph: Graph) -> tuple[str, Mapping[str, Any]]:
+    """The source of a graph as a method forward, and the names that it uses."""
+    code = graph.python_code("self")
+    named = {n: Imported(v.__name__) if isinstance(v, types.ModuleType) else v for n, v in code.globals.items()}
+    return code.src, named
+
+
+def method_of(source: str, names: Mapping[str, Any]) -> Callable[..., Any]:
+    """The method forward of a source."""
+    found = ((n, importlib.import_module(v.name) if isinstance(v, Imported) else v) for n, v in names.items())
+    space: dict[str, Any] = dict(found)
+    exec(source, space)
+    return space["forward"]

@@ -1,0 +1,329 @@
+"""External attention around a double normalisation: the products before and after it, and what their axes are.
+
+    x -> [inner] -> key -> double normalisation -> value -> [outer]
+
+with axes moved, joined and split in between, heads among them, and a dropout on the map. Axes are followed from x on,
+so it does not matter how a network arranges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch.fx import Node
+
+from .axes import Atom, Axis, after, leaves, named
+from .calls import Form
+from .normalizations import Missed, Normalization
+from .products import Product, applied, product_of
+from .spellings import Reader
+
+_LAYOUT = ("identity", "reshape", "permute")
+
+
+class Block(NamedTuple):
+    """What follows a region where one call computes it too: relu(BN(o) + x), or without BN.
+
+    norm: the call of the batch norm, or None. nodes: from behind the region to the ReLU.
+    """
+
+    norm: Node | None
+    nodes: tuple[Node, ...]
+
+
+class Region(NamedTuple):
+    """What one call can compute.
+
+    x: where it starts. end: the node with its result. nodes: all in between, that with the result too. inner, key,
+    value, outer: the products; the first and the last may be absent. dropout: a call, or None. form:
+    how the axes are arranged. innermost: for each of the four products, whether its rows, and whether its columns, have
+    the heads innermost. block: what follows, or None.
+    """
+
+    x: Node
+    end: Node
+    nodes: tuple[Node, ...]
+    inner: Product | None
+    key: Product
+    value: Product
+    outer: Product | None
+    dropout: Node | None
+    form: Form
+    innermost: tuple[tuple[bool, bool], ...]
+    block: Block | None = None
+
+
+def find_region(reader: Reader, found: Normalization) -> Region | None:
+    """The largest region around a double normalisation that one call can compute."""
+    if found.dtype is not None:
+        return None
+    for before, after_ in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        upward = _upward(reader, found, before)
+        downward = _downward(reader, found, after_)
+        if upward is None or downward is None:
+            continue
+        if (region := _Walk(reader, found, *upward, *downward).region()) is not None:
+            return region
+    return None
+
+
+def single_softmaxes(reader: Reader) -> Iterator[Missed]:
+    """The softmaxes between two products with parameters that no sum follows."""
+    for node in reader.graph.nodes:
+        if reader.operation(node) != "softmax" or not isinstance(reader.operand(node), Node):
+            continue
+        key = product_of(reader, _through(reader, reader.operand(node))[1])
+        below: Node | None = node
+        while below is not None and (below is node or reader.operation(below) in (*_LAYOUT, "dropout")):
+            users = [user for user in below.users if not is_size(reader, user)]
+            below = users[0] if len(users) == 1 else None
+        if key is not None and below is not None and (value := product_of(reader, below)) is not None:
+            yield Missed(
+                node,
+                f"{node.name} is the only normalisation between {key.node.name} and {value.node.name}: external "
+                "attention divides the softmax over the tokens by its sum over the slots, as "
+                "functional.double_normalize does",
+            )
+
+
+def _through(reader: Reader, node: Node) -> tuple[list[Node], Node]:
+    """The nodes that only arrange axes, from a node on against the flow, and what they arrange."""
+    path = []
+    while reader.operation(node) in _LAYOUT and isinstance(reader.operand(node), Node):
+        path.append(node)
+        node = reader.operand(node)
+    return path, node
+
+
+def _upward(reader: Reader, found: Normalization, more: int) -> tuple[Node, list[Node], list[Product]] | None:
+    """x, the nodes from x to the logits, and the products among them: the key and, where more is 1, one before it."""
+    path, node = _through(reader, reader.operand(found.softmax))
+    products: list[Product] = []
+    for _ in range(1 + more):
+        product = product_of(reader, node)
+        if product is None:
+            break
+        rest, node = _through(reader, product.source)
+        path += [product.node, *rest]
+        products.insert(0, product)
+    return (node, path[::-1], products) if len(products) == 1 + more else None
+
+
+def _downward(reader: Reader, found: Normalization, more: int) -> tuple[list[Node], list[Product], Node | None] | None:
+    """The nodes after a normalisation up to its last product, the products among them, and the dropout."""
+    node, path = found.end, []
+    products: list[Product] = []
+    dropout: Node | None = None
+    while len(products) < 1 + more:
+        data = [user for user in node.users if not is_size(reader, user)]
+        if len(data) != 1:
+            return None
+        (user,) = data
+        path.append(user)
+        if reader.operation(user) == "dropout" and not products and not dropout:
+            dropout = user
+        elif (product := product_of(reader, user)) is not None and product.source is node:
+            products.append(product)
+        elif reader.operation(user) not in _LAYOUT or reader.operand(user) is not node:
+            return None
+        node = user
+    return path, products, dropout
+
+
+def is_size(reader: Reader, node: Node) -> bool:
+    """Whether a node asks for the sizes of a tensor alone."""
+    return reader.operation(node) in ("size", "shape")
+
+
+def is_number(reader: Reader, node: Node) -> bool:
+    """Whether a node makes a size, or a number of sizes, and does nothing else."""
+    made = reader.operation(node) in ("size", "shape", "getitem", "mul", "floordiv", "add", "sub")
+    return made and not reader.changes_in_place(node)
+
+
+class _Walk:
+    """Follows the axes from x to the end, and reads off what they are."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        found: Normalization,
+        x: Node,
+        up: list[Node],
+        before: list[Product],
+        down: list[Node],
+        behind: list[Product],
+        dropout: Node | None,
+    ):
+        self.reader, self.found, self.x, self.dropout = reader, found, x, dropout
+        self.products = {p.node: p for p in (*before, *behind)}
+        self.inner, self.key = (None, *before)[-2:]
+        self.value, self.outer = (*behind, None)[:2]
+        between = [found.softmax, *(n for n in reader.graph.nodes if n in found.inner), found.end]
+        self.nodes = (*up, *between, *down)
+        moved = _through(reader, found.numerator)[0][::-1]
+        self.steps = [*up, *moved, found.end, *down]
+        self.read: dict[Node, Axis] = {}  # the axis that each product contracts, and that it makes
+        self.made: dict[Node, Axis] = {}
+
+    def region(self) -> Region | None:
+        if self.x not in self.reader.shapes or not self._is_closed():
+            return None
+        axes = self._follow()
+        region = None if axes is None else self._read_off(axes)
+        if region is None or axes is None or (block := self._block(region, axes)) is None:
+            return region
+        return region._replace(block=block)
+
+    def _block(self, region: Region, axes: list[Axis]) -> Block | None:
+        """The batch norm, residual and ReLU that follow a region, where one call computes them too."""
+        form, product = region.form, self.outer or self.value
+        positions = tuple(range(2, len(self.start)))
+        if (form.batch, form.feature, form.tokens, form.heads) != ((0,), 1, positions, 1) or self.dropout is not None:
+            return None
+        if not positions or self.made[product.node][0].size != self.reader.shapes[self.x][1]:
+            return None
+        expected = [self.start[0], self.made[product.node], *self.start[2:]]
+        node, norm, added, nodes = region.end, None, False, []
+        followed: list[Axis] | None = axes
+        while True:
+            users = [user for user in node.users if not is_size(self.reader, user)]
+            if len(users) != 1 or followed is None or not self._only_sizes_of_x(node):
+                return None
+            (user,) = users
+            nodes.append(user)
+            operation = self.reader.operation(user)
+            if operation == "relu" and added:
+                return Block(norm, tuple(nodes))
+            if operation == "batch_norm" and norm is None and product.bias is None and not added:
+                norm = user
+            elif operation == "add" and not added and set(user.all_input_nodes) == {node, self.x}:
+                added = len(user.args) == 2 and not user.kwargs
+                if not added or [leaves(a) for a in followed] != [leaves(a) for a in expected]:
+                    return None
+            elif operation in _LAYOUT and not added and self.reader.operand(user) is node:
+                followed = after(self.reader, user, followed)
+            else:
+                return None
+            node = user
+
+    def _only_sizes_of_x(self, node: Node) -> bool:
+        """Whether the sizes that are asked of a node are those of x."""
+        asked = any(is_size(self.reader, user) for user in node.users)
+        return not asked or self.reader.shapes.get(node) == self.reader.shapes[self.x]
+
+    def _is_closed(self) -> bool:
+        """Whether nothing else needs a result from inside, but for sizes that x has as well."""
+        inside, shapes = set(self.nodes), self.reader.shapes
+        for node in self.nodes[:-1]:
+            for user in set(node.users) - inside:
+                if not is_size(self.reader, user):
+                    return False
+                if shapes.get(node) != shapes[self.x] and not self._serves(user, inside):
+                    return False
+        return True
+
+    def _serves(self, node: Node, inside: set[Node]) -> bool:
+        """Whether a number is used inside alone."""
+        if not node.users:
+            return is_number(self.reader, node)
+        return all(u in inside or (u not in self.reader.shapes and self._serves(u, inside)) for u in node.users)
+
+    def _follow(self) -> list[Axis] | None:
+        self.start = named(self.reader.shapes[self.x], "x")
+        axes: list[Axis] | None = self.start
+        for node in self.steps:
+            if axes is None:
+                return None
+            if node is self.found.end:
+                self.tokens, self.slots = axes[self.found.tokens], axes[self.found.slots]
+            elif (product := self.products.get(node)) is not None:
+                self.read[node] = axes[product.axis]
+                axes = applied(product, axes)
+                self.made[node] = axes[product.axis]
+            elif node is not self.dropout:
+                axes = after(self.reader, node, axes)
+        return axes
+
+    def _read_off(self, axes: list[Axis]) -> Region | None:
+        first = self.inner or self.key
+        feature = next(i for i, axis in enumerate(self.start) if leaves(axis)[:1] == leaves(self.read[first.node])[:1])
+        places: dict[Atom, int] = {}  # the atoms of x that are whole axes
+        for i, axis in enumerate(self.start):
+            if i != feature:
+                if len(leaves(axis)) != 1:
+                    return None
+                places[leaves(axis)[0]] = i
+        tokens = leaves(self.tokens)
+        if not tokens or not all(atom in places for atom in tokens):
+            return None
+        heads = self._heads(feature)
+        if heads is None:
+            return None
+        atoms, count, of, swaps = heads
+        batch = tuple(i for atom, i in places.items() if atom not in tokens)
+        order = [*(next(a for a in places if places[a] == i) for i in batch), *tokens]
+        last = (self.outer or self.value).node
+        kept = () if self.outer is not None or not atoms or not self._keeps(atoms) else atoms
+        known = [*order, *kept, *leaves(self.made[last])]
+        if len(kept) > 1 or len(leaves(self.made[last])) != 1:
+            return None
+        flat = [leaves(axis) for axis in axes]
+        if sorted(map(id, known)) != sorted(id(atom) for axis in flat for atom in axis):
+            return None
+        out = tuple(tuple(known.index(atom) for atom in axis) for axis in flat)
+        places_of_tokens = tuple(places[atom] for atom in tokens)
+        form = Form(batch, places_of_tokens, feature, count, of, bool(atoms) and self._keeps(atoms), out)
+        return Region(
+            *(self.x, self.steps[-1], self.nodes, self.inner, self.key, self.value, self.outer, self.dropout),
+            form,
+            swaps,
+        )
+
+    def _keeps(self, heads: Axis) -> bool:
+        """Whether the value product leaves the heads apart."""
+        return not set(heads) & set(leaves(self.read[self.value.node]))
+
+    def _heads(self, feature: int) -> tuple[Axis, int, str, tuple[tuple[bool, bool], ...]] | None:
+        """The atoms of the heads, their number, where they come from, and which rows and columns have them innermost;
+        None for what no call computes."""
+        slots, contracted = leaves(self.slots), leaves(self.read[self.key.node])
+        whole = leaves(self.made[self.inner.node] if self.inner else self.start[feature])
+        made = leaves(self.made[self.key.node])
+        if self.inner is not None and leaves(self.read[self.inner.node]) != leaves(self.start[feature]):
+            return None
+        split, apart = _split(whole, contracted), _split(made, slots)
+        if split is None or apart is None or (split[0] and apart[0]):
+            return None
+        heads, of = (split, "inner" if self.inner else "x") if split[0] else (apart, "key")
+        atoms, innermost = heads
+        count = 1
+        for atom in atoms:
+            count *= atom.size
+        rows, columns = [False] * 4, [False] * 4
+        rows[0 if of == "inner" else 1] = innermost
+        if of == "x" and innermost:
+            return None
+        joined = _split(leaves(self.read[self.value.node]), slots)
+        if joined is None or joined[0] not in ((), atoms):
+            return None
+        columns[2] = joined[1]
+        keeps = not joined[0]
+        if self.outer is not None:
+            back = _split(leaves(self.read[self.outer.node]), leaves(self.made[self.value.node]))
+            if back is None or back[0] != (atoms if keeps else ()):
+                return None
+            columns[3] = back[1]
+        if atoms and ((of == "x" and not keeps) or (of == "key" and keeps and self.outer is None)):
+            return None
+        return atoms, count, of, tuple(zip(rows, columns, strict=True))
+
+
+def _split(whole: Axis, part: Axis) -> tuple[Axis, bool] | None:
+    """The atoms of an axis beside a part of it, and whether they stand behind it, innermost."""
+    if whole[len(whole) - len(part) :] == part:
+        return whole[: len(whole) - len(part)], False
+    if whole[: len(part)] == part:
+        return whole[len(part) :], True
+    return None
