@@ -359,6 +359,19 @@ class NormalizedByAModule(nn.Module):
         return self.mv(self.normalization(self.mk(x)))
 
 
+class MapToo(nn.Module):
+    """The map is returned as well."""
+
+    def __init__(self, c=6, slots=5):
+        super().__init__()
+        self.mk, self.mv = nn.Linear(c, slots, bias=False), nn.Linear(slots, c, bias=False)
+
+    def forward(self, x):
+        attn = torch.softmax(self.mk(x), dim=1)
+        attn = attn / (1e-9 + attn.sum(dim=2, keepdim=True))
+        return self.mv(attn), attn
+
+
 class ResultAndMore(nn.Module):
     """Optional arguments, and a batch whose size is asked of the result of a product."""
 
@@ -367,12 +380,13 @@ class ResultAndMore(nn.Module):
         self.q, self.mk, self.mv = nn.Conv2d(c, c, 1), nn.Conv1d(c, slots, 1), nn.Conv1d(slots, c, 1)
 
     def forward(self, x, mask=None, scale=1.0):
+        assert x.dim() == 4 and len(x.shape) == 4
         q = self.q(x)
         attn = self.mk(q.view(q.size(0), q.size(1), -1)).softmax(-1)
         if mask is not None:
             attn = attn.masked_fill(mask, 0.0)
         attn = attn / (attn.sum(1, keepdim=True) + 1e-9)
-        return scale * self.mv(attn).view(q.size(0), -1, q.shape[2], q.shape[3])
+        return scale * self.mv(attn).view(*q.shape[:2], *q.shape[2:])
 
 
 MAPS, TOKENS, POINTS, VOLUMES = (3, 6, 4, 5), (3, 9, 6), (3, 6, 9), (2, 6, 3, 4, 5)
@@ -403,5 +417,6 @@ KINDS = {
     SinglePrecisionSoftmax: (NORMALIZE, TOKENS),
     NormsAround: (ATTEND, TOKENS),
     NormalizedByAModule: (ATTEND, TOKENS),
+    MapToo: (NORMALIZE, TOKENS),
     ResultAndMore: (ATTEND, MAPS),
 }

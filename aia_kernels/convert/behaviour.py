@@ -102,11 +102,12 @@ def difference(
     example: Example,
     of_other_rank: Example | None = None,
     tolerance: float = TOLERANCE,
+    several: bool = False,
 ) -> str | None:
     """How the forward of a module differs from that of a fused layer with the same submodules and settings, or None.
 
     of_other_rank: makes an input that the forward may refuse, but must not compute otherwise than the fused layer.
-    tolerance: of the largest number of a result, if above 1.
+    tolerance: of the largest number of a result, if above 1. several: whether the forward may return several tensors.
     """
     with _undisturbed():
         generator = torch.Generator().manual_seed(0)
@@ -124,7 +125,7 @@ def difference(
                     return f"Python cannot exchange its class: {line(error)}"
                 vars(copies[1]).update(settings)
                 when = "with a marked dropout" if marked else "in training" if training else "in evaluation"
-                if (reason := _unlike_in_a_run(*copies, inputs, may_fail, when, tolerance)) is not None:
+                if (reason := _unlike_in_a_run(*copies, inputs, may_fail, when, tolerance, several)) is not None:
                     return reason
     return None
 
@@ -163,13 +164,19 @@ def graph_difference(
 
 
 def _unlike_in_a_run(
-    own: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...], may_fail: bool, when: str, tolerance: float
+    own: nn.Module,
+    fused: nn.Module,
+    inputs: tuple[Tensor, ...],
+    may_fail: bool,
+    when: str,
+    tolerance: float,
+    several: bool,
 ) -> str | None:
     """How the runs of two copies on the same inputs differ, or None."""
     before, layer = dict(_observed(own)), type(fused)
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     try:
-        found = _run(own, inputs)
+        found = _run(own, inputs, several)
     except Exception as error:
         if may_fail:
             return None
@@ -180,7 +187,7 @@ def _unlike_in_a_run(
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         return f"its forward changes {', '.join(changed)}, which {layer.__name__} does not"
     try:
-        expected = _run(fused, inputs)
+        expected = _run(fused, inputs, several)
     except Exception as error:
         return f"{layer.__name__} fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
     if found.keys() != expected.keys():
@@ -360,17 +367,19 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     return r
 
 
-def _run(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor] | str:
-    """The output, the gradients, the inputs and the buffers afterwards; or what came instead of a tensor."""
+def _run(module: nn.Module, inputs: tuple[Tensor, ...], several: bool) -> dict[str, Tensor] | str:
+    """The outputs, the gradients, the inputs and the buffers afterwards; or what came instead of a tensor."""
     inputs = tuple(x.clone().requires_grad_() for x in inputs)
     given = [x * 1.0 for x in inputs]  # not leaves, so that a forward may write into them
     torch.manual_seed(0)  # of both runs
     y = module(*given)
-    if not isinstance(y, Tensor):
+    results = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)]
+    if not isinstance(y, Tensor) and not (several and results):
         return f"a {type(y).__name__}"
     # A scalar, as torch imports its symbolic shapes, which takes seconds on a busy machine, for any other gradient.
-    (y * torch.linspace(-1.0, 1.5, y.numel(), dtype=y.dtype, device="cpu").view(y.shape).sin()).sum().backward()
-    tensors = {"y": y.detach()}
+    weights = [torch.linspace(-1.0, 1.5, y.numel(), dtype=y.dtype, device="cpu").view(y.shape).sin() for y in results]
+    sum((y * weight).sum() for y, weight in zip(results, weights, strict=True)).backward()
+    tensors = {"y" if len(results) == 1 else f"y {i}": y.detach() for i, y in enumerate(results)}
     for i, (x, x_given) in enumerate(zip(inputs, given, strict=True)):
         which = "" if len(inputs) == 1 else f" {i}"
         grad = torch.zeros_like(x) if x.grad is None else x.grad

@@ -101,29 +101,58 @@ def attend(
     Returns:
         o, arranged as the form says, and contiguous unless x is channels_last.
     """
-    inner, key, value, outer = weights
     if isinstance(dropout, nn.Module):
         dropout = dropout.p if dropout.training else 0.0
+    dropout = dropout or 0.0
     sizes = [x.shape[i] for i in (*form.batch, *form.tokens)]
     samples, tokens = math.prod(sizes[: len(form.batch)]), math.prod(sizes[len(form.batch) :])
     rows = x.permute(*form.batch, *form.tokens, form.feature).reshape(samples, tokens, x.shape[form.feature])
-    slots = key.shape[0] // (form.heads if form.of == "key" else 1)
-    if _folds(rows, weights, form):
-        with no_autocast(x):
-            key, value, bias = _folded(weights, biases, form)
-        o = external_attention(rows, key, value, value_bias=bias, eps=eps, group=slots, dropout=dropout or 0.0)
-    else:
-        key = _without_effect(key, *biases[:2])
-        q = rows if inner is None else F.linear(rows, inner)
-        o = external_attention(q, key, value, heads=form.heads, value_bias=biases[2], eps=eps, dropout=dropout or 0.0)
-        if outer is not None:
-            o = F.linear(o, outer, biases[3])
-    if form.apart and outer is None:
-        sizes.append(form.heads)
-    axes = [i for axis in form.out for i in axis]
-    full = [*sizes, o.shape[-1] // (form.heads if form.apart and outer is None else 1)]
-    y = o.reshape(full).permute(axes).reshape([math.prod(full[i] for i in axis) for axis in form.out])
-    return y if _is_channels_last(x) else y.contiguous()
+    if not _folds(rows, weights, form):
+        o = _by_heads(rows, weights, biases, form, eps, dropout)
+        if weights[3] is None:
+            sizes.append(form.heads)
+        return _arranged(o.reshape(*sizes, -1), form, x)
+    with no_autocast(x):
+        key, value, bias = _folded(weights, biases, form)
+    slots = weights[1].shape[0] // (form.heads if form.of == "key" else 1)
+    if dropout or not _is_channels_first(x, form):
+        o = external_attention(rows, key, value, value_bias=bias, eps=eps, group=slots, dropout=dropout)
+        return _arranged(o.reshape(*sizes, -1), form, x)
+    # The last product writes the features outermost, as its result is wanted: no copy turns it.
+    attention = double_normalize(rows @ key.mT, eps=eps, group=slots)
+    o = value @ attention.mT
+    o = o if bias is None else o + bias.unsqueeze(1)
+    return o.reshape([math.prod((*sizes, o.shape[1])[i] for i in axis) for axis in form.out])
+
+
+def _by_heads(
+    rows: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    form: Form,
+    eps: float,
+    dropout: float,
+) -> Tensor:
+    """o of tokens [B, N, d] with the products beside the memories as products of their own."""
+    inner, key, value, outer = weights
+    q = rows if inner is None else F.linear(rows, inner)
+    settings = {"heads": form.heads, "value_bias": biases[2], "eps": eps, "dropout": dropout}
+    o = external_attention(q, _without_effect(key, *biases[:2]), value, **settings)
+    return o if outer is None else F.linear(o, outer, biases[3])
+
+
+def _arranged(o: Tensor, form: Form, x: Tensor) -> Tensor:
+    """o, [*batch, *tokens, ..., features], with the axes that the form says."""
+    arranged = o.permute([i for axis in form.out for i in axis])
+    arranged = arranged.reshape([math.prod(o.shape[i] for i in axis) for axis in form.out])
+    return arranged if _is_channels_last(x) else arranged.contiguous()
+
+
+def _is_channels_first(x: Tensor, form: Form) -> bool:
+    """Whether the result is wanted as [*batch, features, *tokens]."""
+    count = len(form.batch)
+    wanted, feature = [i for axis in form.out for i in axis], count + len(form.tokens)
+    return wanted == [*range(count), feature, *range(count, feature)] and not _is_channels_last(x)
 
 
 def block(

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from ..modules.submodules import must_be_called
 from . import behaviour
 from .examples import Shapes, example_of, likely_shapes
-from .graphs import casts_to_single, method_of, record, rewrite, shapes_of, source_of
+from .graphs import DoesNotRun, casts_to_single, method_of, record, rewrite, source_of
 from .normalizations import Missed
 from .published import FUSED_LAYERS
 from .report import Converted, LeftAlone, Report, class_name
@@ -172,23 +172,18 @@ def _attempt(module: nn.Module, inputs: int, seen: Shapes | None, opened: bool) 
     read: set[str] = set()
     likely = [seen] if seen is not None else list(likely_shapes(module, inputs))
     for training in (True, False):
-        copy = behaviour.blank(module, training)
-        kind: Any = type(copy)
-        copy.__class__ = _taking(kind, inputs)
-        try:
-            graph = record(copy, lambda name: _is_called(module.get_submodule(name), opened))
-        except Exception as error:
-            if not {"sum", "normalize"} & _names(own_class(module)):
-                return None
-            return f"its forward cannot be recorded by torch.fx: {type(error).__name__}: {behaviour.line(error)}"
-        tried = ((shapes, shapes_of(copy, graph, shapes)) for shapes in likely)
-        shapes, known = next(((shapes, known) for shapes, known in tried if known is not None), (None, {}))
+        recorded = _recorded(module, inputs, training, opened, likely)
+        if isinstance(recorded, Exception):
+            told = f"{type(recorded).__name__}: {behaviour.line(recorded)}"
+            suspicious = {"sum", "normalize"} & _names(own_class(module))
+            return f"its forward cannot be recorded by torch.fx: {told}" if suspicious else None
+        if recorded is None:
+            return "its forward runs on no input that its parameters suggest; fuse(model, *inputs) is told one"
+        graph, known, shapes = recorded
         before = _called(graph)
         fused, missed = rewrite(Reader(module, graph, known))
         if not fused:
             return missed[0] if missed else None
-        if shapes is None:
-            return "its forward runs on no input that its parameters suggest; fuse(model, *inputs) is told one"
         likely, graphs[training], calls = [shapes], graph, [call.now for call in fused]
         read |= before - _called(graph)
     sources = {training: source_of(graph) for training, graph in graphs.items()}
@@ -196,8 +191,27 @@ def _attempt(module: nn.Module, inputs: int, seen: Shapes | None, opened: bool) 
     layer, examples = rewritten_class(recipe), (example_of(likely[0]), example_of(likely[0], longer=True))
     single = any(casts_to_single(graph) for graph in graphs.values())
     tolerance = behaviour.SINGLE_TOLERANCE if single else behaviour.TOLERANCE
-    reason = behaviour.difference(module, layer, {}, *examples, tolerance)
+    reason = behaviour.difference(module, layer, {}, *examples, tolerance, several=True)
     return Flow(layer, tuple(calls)) if reason is None else reason
+
+
+def _recorded(
+    module: nn.Module, inputs: int, training: bool, opened: bool, likely: list[Shapes]
+) -> tuple[Graph, Mapping[Node, tuple[int, ...]], Shapes] | Exception | None:
+    """The graph of a forward, the shapes in it, and those of its inputs, the first of the likely ones on which it runs;
+    None if it runs on none of them; or what prevents that it is recorded."""
+    reason: Exception | None = None
+    for shapes in likely:
+        copy = behaviour.blank(module, training)
+        kind: Any = type(copy)
+        copy.__class__ = _taking(kind, inputs)
+        try:
+            return *record(copy, lambda name: _is_called(module.get_submodule(name), opened), shapes), shapes
+        except DoesNotRun:
+            continue
+        except Exception as error:
+            reason = reason or error
+    return reason
 
 
 def _called(graph: Graph) -> set[str]:

@@ -83,7 +83,7 @@ def _shapes_in(module: GraphModule, graph: Graph, inputs: tuple[Any, ...]) -> di
         needed = [node for node in graph.nodes if node.op == "placeholder" and not node.args]
         likely = likely_shapes(module, len(needed))
     for shapes in likely:
-        found = shapes_of(root, graph, shapes, "meta")
+        found = shapes_of(root, graph, shapes)
         if found is not None:
             return found
     return {}

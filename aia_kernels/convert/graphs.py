@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Interpreter, Node, Tracer
+from torch.fx import Graph, Interpreter, Node, Proxy, Tracer
+from torch.fx.node import map_arg
 
 from . import calls
 from .normalizations import Missed, Normalization, find_normalizations
@@ -18,34 +20,107 @@ from .regions import Region, find_region, is_number, is_size, single_softmaxes
 from .spellings import Reader, spelling
 
 
+class DoesNotRun(Exception):
+    """A forward does not run on the inputs that were tried."""
+
+
+class _Proxy(Proxy):
+    """Stands for a value of which the number of axes, or of sizes, is known."""
+
+    def __len__(self) -> int:
+        return len(self.tracer.values[self.node])
+
+    @property
+    def ndim(self) -> int:
+        return self.tracer.values[self.node].ndim
+
+    @property
+    def shape(self) -> Proxy:
+        return self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
+
+    def dim(self) -> int:
+        return self.ndim
+
+
 class _Tracer(Tracer):
-    """Records a forward and those of the modules that it calls, but for torch's own and those that is_called names."""
+    """Records a forward and those of the modules that it calls, but for torch's own and those that is_called names.
+
+    It computes what it records, so that code may ask for the number of axes, and loop over sizes.
+    """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, is_called: Callable[[str], bool]):
+    def __init__(self, is_called: Callable[[str], bool], inputs: Iterable[Tensor]):
         super().__init__()
-        self.is_called = is_called
+        self.is_called, self.inputs = is_called, iter(inputs)
+        self.values: dict[Node, Any] = {}
+        self.computing = False
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return self.is_called(name) or super().is_leaf_module(module, name)
 
+    def proxy(self, node: Node) -> Proxy:
+        return _Proxy(node, self)
 
-def record(module: nn.Module, is_called: Callable[[str], bool]) -> Graph:
-    """The graph of the forward of a module, in its mode. Whatever the forward does to the module, it does it here too:
-    give it a copy.
+    def create_node(self, *arguments: Any, **named: Any) -> Node:
+        node = super().create_node(*arguments, **named)
+        if node.op != "output":
+            self.computing = True
+            try:
+                with torch.no_grad():
+                    self.values[node] = self._value(node)
+            except Exception as error:
+                raise DoesNotRun(error) from error
+            finally:
+                self.computing = False
+        return node
+
+    def _value(self, node: Node) -> Any:
+        args, kwargs = (map_arg(given, self.values.__getitem__) for given in (node.args, node.kwargs))
+        if node.op == "placeholder":
+            return next(self.inputs)
+        if node.op == "get_attr":
+            return functools.reduce(getattr, str(node.target).split("."), self.root)
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def iter(self, obj: Proxy) -> Iterator:
+        found = self.values.get(obj.node)
+        return (obj[i] for i in range(len(found))) if isinstance(found, tuple) else super().iter(obj)
+
+
+def record(
+    module: nn.Module, is_called: Callable[[str], bool], inputs: Iterable[tuple[int, ...]]
+) -> tuple[Graph, dict[Node, tuple[int, ...]]]:
+    """The graph of the forward of a module, in its mode, and the shape of every tensor in it. Whatever the forward does
+    to the module, it does it here too: give it a copy.
 
     Args:
-        module: Any module.
+        module: Any module on the CPU.
         is_called: Whether the graph is to call a submodule of this name, as it always does torch's own.
+        inputs: The shapes of the inputs.
 
     Returns:
-        The graph.
+        The graph, and the shapes.
 
     Raises:
+        DoesNotRun: The forward does not take such inputs.
         Exception: The forward cannot be recorded: it depends on the values of tensors, or calls what takes no proxies.
     """
-    return _Tracer(is_called).trace(module)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        tracer = _Tracer(is_called, (torch.zeros(shape, dtype=dtype, device="cpu") for shape in inputs))
+        graph = tracer.trace(module)
+    return graph, {node: tuple(v.shape) for node, v in tracer.values.items() if isinstance(v, Tensor)}
 
 
 def known_shapes(graph: Graph) -> dict[Node, tuple[int, ...]]:
@@ -80,16 +155,14 @@ class _Shapes(Interpreter):
         return result
 
 
-def shapes_of(
-    module: nn.Module, graph: Graph, inputs: Iterable[tuple[int, ...]], device: str = "cpu"
-) -> dict[Node, tuple[int, ...]] | None:
-    """The shape of every tensor in a graph, for a module on a device and inputs of these shapes; None where the graph
-    does not run on them.
+def shapes_of(module: nn.Module, graph: Graph, inputs: Iterable[tuple[int, ...]]) -> dict[Node, tuple[int, ...]] | None:
+    """The shape of every tensor in a graph, for a module on the meta device and inputs of these shapes; None where the
+    graph does not run on them.
     """
     shapes = _Shapes(module, graph)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     try:
-        with torch.no_grad(), torch.device(device), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.device("meta"), torch.autocast("cpu", enabled=False):
             shapes.run(*(torch.zeros(shape, dtype=dtype) for shape in inputs))
     except Exception:
         return None

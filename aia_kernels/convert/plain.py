@@ -15,6 +15,7 @@ from ..functional.checks import check_clips
 from ..modules.external_attention import EPS
 from ..reference.shift import temporal_shift
 from .behaviour import overridden
+from .flow import is_rewritten, own_class
 
 
 def _clips(x: Tensor, num_segments: int) -> Tensor:
@@ -210,8 +211,9 @@ def to_reference(model: nn.Module) -> nn.Module:
     """Make every fused layer in a model a plain PyTorch module, in place.
 
     The result calls its submodules and PyTorch's own operators, in the published order and whatever the backend: for
-    torch.onnx.export, TensorRT, torch.fx, quantisation and TorchScript. Layers keep their parameters, buffers, keys,
-    settings, modes and hooks. convert makes them fused again.
+    torch.onnx.export, TensorRT, torch.fx, quantisation and TorchScript. A module whose forward fuse or convert has
+    rewritten gets its own back. Layers keep their parameters, buffers, keys, settings, modes and hooks. convert makes
+    them fused again.
 
     Args:
         model: Any module. The layers may be nested, shared, wrapped, or the model itself.
@@ -228,6 +230,9 @@ def to_reference(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     exchanges, unknown = {}, []
     for name, module in model.named_modules():
+        if is_rewritten(module):
+            exchanges[module] = own_class(module)
+            continue
         layer = next((kind for kind in type(module).__mro__ if kind in PLAIN_LAYERS), None)
         if layer is None or type(module) in PLAIN_LAYERS.values():
             continue

@@ -186,7 +186,6 @@ LEFT_ALONE = {
     "hooks": (hooked, "C_conv has hooks"),
     "hooks on a part without parameters": (pooling_hooked, "sigmoid has hooks"),
     "patched instance": (patched, "its forward was replaced on the instance"),
-    "more results": (lambda: Pair(6, 4), "its forward returns a tuple"),
     "traced": (traced, "it is a TorchScript module"),
     "a Linear of another library": (
         changed(lambda: external.ExternalAttention(6, 4), mk=type("Linear", (nn.Module,), {})()),
@@ -254,6 +253,15 @@ class TestLookAlikes:
         assert len(report.converted) == 1
         assert not type(module).__module__.startswith("aia_kernels")
         assert_same_step(module, own, torch.randn(sizes, dtype=torch.float64))
+
+    def test_more_results(self):
+        module = Pair(6, 4)
+        x = torch.randn(2, 9, 6)
+        expected, _ = module(x)
+        assert len(aia_kernels.convert(module).converted) == 1
+        found, nothing = module(x)
+        torch.testing.assert_close(found, expected)
+        assert nothing is None
 
     def test_the_same_class_with_another_setting(self):
         """What was found out about one layer holds for those alone that are built and set alike."""
