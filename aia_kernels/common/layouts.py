@@ -61,7 +61,7 @@ def with_dense_clips(x: Tensor, num_segments: int) -> Tensor:
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """The view [B, N, C], N = H * W, of maps [B, C, H, W]."""
+    """The view [B, N, C], N = H * W, of maps [B, C, H, W]; of points and volumes alike."""
     return x.flatten(2).mT
 
 
@@ -71,8 +71,9 @@ def as_maps(tokens: Tensor, x: Tensor) -> Tensor:
 
 
 def with_dense_maps(x: Tensor) -> Tensor:
-    """x [B, C, H, W] itself if it is contiguous or channels_last, else a contiguous copy."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    """x [B, C, H, W], of any number of positions' axes, itself if it is contiguous or channels_last, else a contiguous
+    copy."""
+    dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
     return x.resolve_neg() if dense else x.contiguous()
 
 

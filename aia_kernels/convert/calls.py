@@ -51,8 +51,7 @@ def normalize(logits: Tensor, tokens: int, slots: int, eps: float, dtype: torch.
     """
     if dtype is None and autocast_dtype(logits) is not None:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-    moved = (logits if dtype is None else logits.to(dtype)).movedim((tokens, slots), (-2, -1))
-    attention = double_normalize(moved, eps=eps).movedim((-2, -1), (tokens, slots))
+    attention = double_normalize(logits if dtype is None else logits.to(dtype), dims=(tokens, slots), eps=eps)
     return attention.contiguous() if logits.is_contiguous() else attention
 
 
@@ -186,8 +185,7 @@ def block(
         else:
             mean, var, gain, shift, training, momentum, norm_eps = norm
             described = Norm(gain, shift, mean, var, None, training, momentum, norm_eps)
-    maps = x if x.ndim == 4 else x.flatten(2).unsqueeze(-1)
-    return external_attention_block(maps, key, value, described, eps=eps).view_as(x)
+    return external_attention_block(x, key, value, described, eps=eps)
 
 
 def _folds(rows: Tensor, weights: Sequence[Tensor | None], form: Form) -> bool:

@@ -210,14 +210,14 @@ def _checked(reader: Reader, found: Normalization, path: list[Node]) -> Normaliz
         return Missed(
             end,
             f"{told}: both go over one axis, so the second does nothing. External attention takes the softmax over the "
-            "tokens and the sum over the slots: functional.double_normalize on logits [..., N, M]",
+            "tokens and the sum over the slots: functional.double_normalize(logits, dims=(tokens, slots))",
         )
     batch = moved_axis(reader, softmax, path, 0) if path else 0
     if rank != 2 and slots == batch:
         return Missed(
             end,
             f"{told}: axis 0 is the batch, so its samples are not independent. External attention sums over the slots "
-            "of each token: functional.double_normalize on logits [..., N, M]",
+            "of each token: functional.double_normalize(logits, dims=(tokens, slots))",
         )
     region = {softmax, *found.inner}
     used = sorted({user.name for node in region for user in node.users if user not in region | {end}})

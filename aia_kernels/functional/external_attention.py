@@ -37,6 +37,7 @@ FAMILY = "external_attention"
 def double_normalize(
     logits: Tensor,
     *,
+    dims: tuple[int, int] = (-2, -1),
     group: int | None = None,
     eps: float = 0.0,
     padding_mask: Tensor | None = None,
@@ -47,14 +48,19 @@ def double_normalize(
     Args:
         logits: [..., N, M], N tokens by M slots; float32, bfloat16, float16 or float64, normalised in float32 or
             float64.
+        dims: The axis of the softmax and that of the sum, the tokens and the slots where the logits are [..., N, M].
+            Logits [B, M, N] have (-1, -2). The opposite order, a softmax over slots and then a sum over tokens, has
+            (-1, -2) for [..., N, M].
         group: The slots are normalised in consecutive groups of this many (RTFormer); None means all M together.
         eps: Added to the sum over slots.
-        padding_mask: Boolean, the shape of the logits without M, or [B, N] with B the first of the leading axes. True
-            where a token takes no part: it weighs nothing and its A is 0. A sample of such tokens alone gives zeros.
+        padding_mask: Boolean, the shape of the logits [..., N, M] without M, or [B, N] with B the first of the leading
+            axes. True where a token takes no part: it weighs nothing and its A is 0. A sample of such tokens alone
+            gives zeros.
         process_group: Its members hold the tokens in shards, each at least one, and A is a shard of the whole's.
 
     Returns:
-        A, contiguous, in the shape and type of the logits.
+        A, in the shape and type of the logits; contiguous for the default dims, otherwise a view of such a tensor with
+        its axes moved.
 
     Raises:
         TypeError, ValueError: With the name of the argument, what came and what is expected.
@@ -63,6 +69,9 @@ def double_normalize(
     check_tensor("logits", logits)
     if logits.ndim < 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., N, M]")
+    if (axes := _checked_dims(dims, logits.ndim)) != (logits.ndim - 2, logits.ndim - 1):
+        settings = {"group": group, "eps": eps, "padding_mask": padding_mask, "process_group": process_group}
+        return double_normalize(logits.movedim(axes, (-2, -1)), **settings).movedim((-2, -1), axes)
     if sharded.is_distributed(logits):
         settings = {"group": group, "eps": eps}
         return sharded.double_normalize(double_normalize, logits, padding_mask, process_group, **settings)
@@ -205,7 +214,7 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
 
     Args:
         x: [B, C, H, W], contiguous or channels_last (other strides cost a copy); float32, bfloat16, float16 or float64.
-            Its H * W positions are the tokens.
+            Its H * W positions are the tokens. Points [B, C, N] and volumes [B, C, D, H, W] are taken alike.
         key: K, [S, C], one group of S slots.
         value: V, [C, S].
         norm: BN over C channels, in training by the statistics of batch and positions. Its running statistics are
@@ -220,8 +229,8 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
         RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     check_tensor("x", x)
-    if x.ndim != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W]")
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W], [B, C, N] or [B, C, D, H, W]")
     if sharded.is_distributed(x):
         return sharded.external_attention_block(external_attention_block, x, key, value, norm, eps)
     c = x.shape[1]
@@ -344,6 +353,16 @@ def _checked_heads(heads: int, x: Tensor) -> int:
     if d % heads:
         raise ValueError(f"x: got {d} features, expected a multiple of heads = {heads}")
     return heads
+
+
+def _checked_dims(dims: tuple[int, int], rank: int) -> tuple[int, int]:
+    """The axes of the softmax and of the sum, counted from the first."""
+    if not isinstance(dims, (tuple, list)) or len(dims) != 2:
+        raise ValueError(f"dims: got {dims!r}, expected the axis of the softmax and that of the sum")
+    first, second = (check_integer("dims", dim) for dim in dims)
+    if not all(-rank <= dim < rank for dim in (first, second)) or first % rank == second % rank:
+        raise ValueError(f"dims: got {dims!r}, expected two axes of the {rank} of the logits")
+    return first % rank, second % rank
 
 
 def _check_slots(name: str, slots: int) -> None:

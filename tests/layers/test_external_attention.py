@@ -41,6 +41,18 @@ def test_double_normalize_as_published(eps, group, external_on):
     torch.testing.assert_close(*(torch.autograd.grad(a, logits, grad)[0] for a in (found, expected)), **EXACT)
 
 
+@pytest.mark.parametrize("dims", [(-1, -2), (1, 3), (3, 0), (-4, 2)])
+def test_double_normalize_over_other_axes(dims, external_on):
+    """The axes of the softmax and of the sum, by either sign: channels first, slots before tokens, or any two."""
+    logits = torch.randn(2, 3, 7, 6, dtype=torch.float64, device=external_on[1], requires_grad=True)
+    found = functional.double_normalize(logits, dims=dims, eps=1e-9)
+    p = logits.softmax(dims[0])
+    expected = p / (1e-9 + p.sum(dims[1], keepdim=True))
+    torch.testing.assert_close(found, expected, **EXACT)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad(a, logits, grad)[0] for a in (found, expected)), **EXACT)
+
+
 def test_heads_as_published(external_on):
     """EAMLP's flow: one pair of memories with biases, shared by the heads; the bias of the keys has no effect."""
     x, key, value = (torch.randn(*s, dtype=torch.float64, device=external_on[1]) for s in ((2, 7, 6), (8, 3), (5, 8)))
@@ -120,6 +132,26 @@ def test_block_as_its_batch_norm_says(change, train, external_on):
             results.append({"y": y.detach(), "grad x": leaf.grad} | dict(m.named_buffers()))
             results[-1] |= {key: p.grad for key, p in m.named_parameters()}
         assert_same(*results)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("axes", [1, 3], ids=["points", "volumes"])
+@pytest.mark.parametrize("train", [True, False])
+def test_block_on_points_and_volumes(axes, last, train, external_on):
+    """They are maps of one row, in their own storage."""
+    block = make("block", SIZES["small"], device=external_on[1]).train(train)
+    same = copy.deepcopy(block)
+    maps, grad_y = (make_input("block", SIZES["small"], seed=seed, device=external_on[1]) for seed in (0, 1))
+    results = []
+    for m, shape in ((block, (-1,) if axes == 1 else (2, 1, -1)), (same, (1, -1))):
+        x, g = (a.flatten(2).unflatten(2, shape) for a in (maps, grad_y))
+        x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x).requires_grad_()
+        y = m(x)
+        assert y.stride() == x.stride()
+        y.backward(g)
+        results.append({"y": y.detach().flatten(2), "grad x": x.grad.flatten(2)} | dict(m.named_buffers()))
+        results[-1] |= {key: p.grad for key, p in m.named_parameters()}
+    assert_same(*results)
 
 
 def test_nearly_constant_attention_keeps_its_variance(external_on):
