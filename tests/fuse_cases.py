@@ -359,6 +359,62 @@ class NormalizedByAModule(nn.Module):
         return self.mv(self.normalization(self.mk(x)))
 
 
+class Scaled(nn.Module):
+    """The logits are scaled."""
+
+    def __init__(self, c=6, slots=5):
+        super().__init__()
+        self.mk, self.mv, self.scale = nn.Linear(c, slots), nn.Linear(slots, c), c**-0.5
+
+    def forward(self, x):
+        attn = (self.mk(x / 2) * self.scale).softmax(1)
+        return self.mv(attn / (attn.sum(2, keepdim=True) + 1e-9))
+
+
+class MemoriesOfHeads(nn.Module):
+    """Each head has memories of its own."""
+
+    def __init__(self, heads=3, slots=5, d=2):
+        super().__init__()
+        self.heads = heads
+        self.mk, self.mv = nn.Parameter(torch.randn(heads, slots, d)), nn.Parameter(torch.randn(heads, slots, d))
+
+    def forward(self, x):
+        q = x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        attn = torch.einsum("bhnd,hsd->bhns", q, self.mk).softmax(2)
+        attn = attn / attn.sum(-1, keepdim=True)
+        return torch.einsum("bhns,hsd->bhnd", attn, self.mv).transpose(1, 2).flatten(2)
+
+
+class ListOfHeads(nn.Module):
+    """Each head is a layer of its own."""
+
+    def __init__(self, heads=2, slots=5, d=3):
+        super().__init__()
+        self.mk = nn.ModuleList(nn.Linear(d, slots) for _ in range(heads))
+        self.mv = nn.ModuleList(nn.Linear(slots, d) for _ in range(heads))
+
+    def forward(self, x):
+        results = []
+        for part, mk, mv in zip(x.chunk(len(self.mk), -1), self.mk, self.mv, strict=True):
+            attn = mk(part).softmax(1)
+            results.append(mv(attn / (attn.sum(2, keepdim=True) + 1e-9)))
+        return torch.cat(results, -1)
+
+
+class ToldSizes(nn.Module):
+    """Tokens, with the height and the width of their map."""
+
+    def __init__(self, c=6, slots=5):
+        super().__init__()
+        self.mk, self.mv = nn.Linear(c, slots), nn.Linear(slots, c)
+
+    def forward(self, x, H, W):
+        attn = self.mk(x).softmax(1)
+        attn = attn / (1e-9 + attn.sum(2, keepdim=True))
+        return self.mv(attn).transpose(1, 2).reshape(x.shape[0], -1, H, W)
+
+
 class MapToo(nn.Module):
     """The map is returned as well."""
 
@@ -417,6 +473,10 @@ KINDS = {
     SinglePrecisionSoftmax: (NORMALIZE, TOKENS),
     NormsAround: (ATTEND, TOKENS),
     NormalizedByAModule: (ATTEND, TOKENS),
+    Scaled: (ATTEND, TOKENS),
+    MemoriesOfHeads: (NORMALIZE, TOKENS),
+    ListOfHeads: (ATTEND, TOKENS),
+    ToldSizes: (ATTEND, TOKENS, 3, 3),
     MapToo: (NORMALIZE, TOKENS),
     ResultAndMore: (ATTEND, MAPS),
 }

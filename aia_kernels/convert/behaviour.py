@@ -86,8 +86,8 @@ def signature(module: nn.Module) -> Any:
     )
 
 
-#: Makes the input of a module, or its inputs, in float64 on the CPU.
-Example = Callable[[nn.Module, torch.Generator], Tensor | tuple[Tensor, ...]]
+#: Makes the input of a module, or a tuple of its inputs: tensors in float64 on the CPU, and integers.
+Example = Callable[[nn.Module, torch.Generator], Any]
 
 
 def blank(module: nn.Module, training: bool, device: str = "cpu") -> nn.Module:
@@ -109,7 +109,7 @@ def difference(
     of_other_rank: makes an input that the forward may refuse, but must not compute otherwise than the fused layer.
     tolerance: of the largest number of a result, if above 1. several: whether the forward may return several tensors.
     """
-    with _undisturbed():
+    with undisturbed():
         generator = torch.Generator().manual_seed(0)
         numbers: dict[Hashable, Tensor] = {}
         examples = [(example(module, generator), False)]
@@ -138,7 +138,7 @@ def graph_difference(
     known = [shape for shape in shapes if shape is not None]
     if len(known) < len(shapes) or not known or sum(map(math.prod, known)) > 2**18:
         return None
-    with _undisturbed():
+    with undisturbed():
         generator = torch.Generator().manual_seed(0)
         numbers: dict[Hashable, Tensor] = {}
         inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in known]
@@ -166,7 +166,7 @@ def graph_difference(
 def _unlike_in_a_run(
     own: nn.Module,
     fused: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor | int, ...],
     may_fail: bool,
     when: str,
     tolerance: float,
@@ -174,7 +174,7 @@ def _unlike_in_a_run(
 ) -> str | None:
     """How the runs of two copies on the same inputs differ, or None."""
     before, layer = dict(_observed(own)), type(fused)
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+    shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else str(x) for x in inputs)
     try:
         found = _run(own, inputs, several)
     except Exception as error:
@@ -367,10 +367,10 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     return r
 
 
-def _run(module: nn.Module, inputs: tuple[Tensor, ...], several: bool) -> dict[str, Tensor] | str:
+def _run(module: nn.Module, inputs: tuple[Tensor | int, ...], several: bool) -> dict[str, Tensor] | str:
     """The outputs, the gradients, the inputs and the buffers afterwards; or what came instead of a tensor."""
-    inputs = tuple(x.clone().requires_grad_() for x in inputs)
-    given = [x * 1.0 for x in inputs]  # not leaves, so that a forward may write into them
+    inputs = tuple(x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in inputs)
+    given = [x * 1.0 if isinstance(x, Tensor) else x for x in inputs]  # no leaves: a forward may write into them
     torch.manual_seed(0)  # of both runs
     y = module(*given)
     results = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)]
@@ -381,6 +381,8 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], several: bool) -> dict[s
     sum((y * weight).sum() for y, weight in zip(results, weights, strict=True)).backward()
     tensors = {"y" if len(results) == 1 else f"y {i}": y.detach() for i, y in enumerate(results)}
     for i, (x, x_given) in enumerate(zip(inputs, given, strict=True)):
+        if not isinstance(x, Tensor):
+            continue
         which = "" if len(inputs) == 1 else f" {i}"
         grad = torch.zeros_like(x) if x.grad is None else x.grad
         tensors |= {f"gradient of x{which}": grad, f"input{which}": x_given.detach()}
@@ -402,7 +404,7 @@ def line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """The settings of a fresh process, whatever the caller has set; the caller's random numbers go on as before."""
     with (
         backends.use_backend("reference"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-#: The shape of each input of a module.
-Shapes = tuple[tuple[int, ...], ...]
+#: The shape of each input of a module, or the number that it is.
+Shapes = tuple[tuple[int, ...] | int, ...]
 
 _BATCH = 4
 
@@ -16,39 +17,61 @@ _BATCH = 4
 _SPATIAL = ((3, 4), (5, 7), (9, 11), (13, 15), (17, 19))
 
 
-def likely_shapes(module: nn.Module, inputs: int) -> Iterator[Shapes]:
-    """Shapes that inputs of a module may have, the likeliest first: tokens and maps of as many features as the
-    parameters suggest. No two axes have the same length."""
-    sizes = {n for p in module.parameters() for n in p.shape}
-    usable = [(h, w) for h, w in _SPATIAL if not {_BATCH, h, w, h * w} & sizes or (h, w) == _SPATIAL[-1]]
-    h, w = usable[0]
-    if not sizes:
-        yield from (((*lead, h * w, 7),) * inputs for lead in ((_BATCH,), (_BATCH, 2), ()))
-    for features in _features(module):
-        for shape in (
-            (_BATCH, h * w, features),
-            (_BATCH, features, h, w),
-            (_BATCH, features, h * w),
-            (_BATCH, h, w, features),
-            (_BATCH, features, 2, h, w),
-            (h * w, features),
-        ):
-            yield (shape,) * inputs
+#: What arguments are called that tell tokens the height and the width of their map.
+_HEIGHT, _WIDTH = ("h", "height"), ("w", "width")
+
+
+def likely_shapes(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Shapes, Shapes]]:
+    """Shapes that the inputs of a module may have, by their names, the likeliest first: tokens and maps of as many
+    features as the parameters suggest. No two axes have the same length. With each of them come shapes with another
+    batch and other tokens, for which a recorded forward must hold as well."""
+    features = _features(module)
+    sizes = {n for p in module.parameters() for n in p.shape} | {*features}
+    usable = [(h, w) for h, w in _SPATIAL if not {_BATCH, h, w, h * w} & sizes]
+    first, second = (*usable, *_SPATIAL[-2:])[:2]
+    yield from zip(
+        _arranged(features, inputs, _BATCH, *first), _arranged(features, inputs, _BATCH - 1, *second), strict=True
+    )
+
+
+def _arranged(features: Sequence[int], inputs: Sequence[str], b: int, h: int, w: int) -> Iterator[Shapes]:
+    """Shapes for each number of features, of tokens, maps, points, maps with the features last, volumes and tokens of
+    one sample. Without any, of tokens, tokens of two heads and tokens of one sample."""
+
+    def of_all(*shape: int) -> Shapes:
+        return tuple(h if name.lower() in _HEIGHT else w if name.lower() in _WIDTH else shape for name in inputs)
+
+    if not features:
+        yield from (of_all(*lead, h * w, 7) for lead in ((b,), (b, 2), ()))
+    for c in features:
+        yield of_all(b, h * w, c)
+        yield of_all(b, c, h, w)
+        yield of_all(b, c, h * w)
+        yield of_all(b, h, w, c)
+        yield of_all(b, c, 2, h, w)
+        yield of_all(h * w, c)
 
 
 def _features(module: nn.Module) -> list[int]:
-    """The numbers of features that the submodules take, in their order, then the lengths of the parameters."""
+    """The numbers of features that the submodules take, in their order, then the lengths of the parameters; then
+    multiples of these, by numbers that the module has, and by usual numbers of heads."""
     taken = [getattr(child, "in_features", getattr(child, "in_channels", None)) for child in module.modules()]
     lengths = [n for p in module.parameters() for n in reversed(p.shape) if p.ndim > 1]
-    return [n for n in dict.fromkeys((*taken, *lengths)) if isinstance(n, int) and n > 1]
+    likely = [n for n in dict.fromkeys((*taken, *lengths)) if isinstance(n, int) and n > 1]
+    own = [n for n in vars(module).values() if type(n) is int and 1 < n <= 64]
+    heads = dict.fromkeys((*own, 2, 4, 8))
+    return list(dict.fromkeys((*likely, *(n * count for n in likely[:3] for count in heads))))
 
 
-def example_of(shapes: Shapes, longer: bool = False) -> Callable[[nn.Module, torch.Generator], tuple[Tensor, ...]]:
-    """Makes random inputs of these shapes, or of others of the same ranks."""
+def example_of(shapes: Shapes, large: bool = False) -> Callable[[nn.Module, torch.Generator], tuple[Any, ...]]:
+    """Makes random inputs of these shapes, or larger ones."""
 
-    def make(module: nn.Module, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def make(module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
+        scale = 8.0 if large else 1.0
         return tuple(
-            torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * (8.0 if longer else 1.0)
+            shape
+            if isinstance(shape, int)
+            else scale * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
             for shape in shapes
         )
 

@@ -34,12 +34,13 @@ class Recipe(NamedTuple):
     """How the forward of a module was rewritten.
 
     kind: its class before. sources: the code of the forward and the names that it uses, by training mode. ranks: the
-    number of axes of each input that it holds for. read: the submodules whose parameters it reads without calling them.
+    number of axes of each input that it holds for, None for an integer. read: the submodules whose parameters it reads
+    without calling them.
     """
 
     kind: type[nn.Module]
     sources: Mapping[bool, tuple[str, Mapping[str, Any]]]
-    ranks: tuple[int, ...]
+    ranks: tuple[int | None, ...]
     read: tuple[str, ...]
 
 
@@ -86,7 +87,11 @@ def rewrite_forwards(
         shapes = None if seen is None else seen.get(module)
         key = behaviour.signature(module), shapes
         if key not in tried:
-            tried[key] = rewritten(module, shapes)
+            try:
+                with behaviour.undisturbed():
+                    tried[key] = rewritten(module, shapes)
+            except Exception as error:  # whatever a forward of anybody's does: it is left alone
+                tried[key] = f"its flow cannot be followed: {type(error).__name__}: {behaviour.line(error)}"
         if (found := tried[key]) is not None:
             done[module] = found
             if isinstance(found, Flow):
@@ -95,7 +100,9 @@ def rewrite_forwards(
     for module, known_as in names.items():
         told = done.get(module)
         if isinstance(told, Flow):
-            report.converted.append(Converted(tuple(known_as), class_name(module), " and ".join(told.calls)))
+            report.converted.append(
+                Converted(tuple(known_as), class_name(module), " and ".join(dict.fromkeys(told.calls)))
+            )
         elif reason := told.reason if isinstance(told, Missed) else reasons.get(module, told):
             report.left_alone.append(LeftAlone(tuple(known_as), class_name(module), reason))
 
@@ -158,19 +165,19 @@ def rewritten(module: nn.Module, seen: Shapes | None = None) -> Flow | Missed | 
     return second if isinstance(second, Missed) and not isinstance(first, Flow) else first or second
 
 
-def _inputs(module: nn.Module) -> int | None:
-    """How many inputs a forward takes that have no default; None if it takes none, or keywords alone."""
+def _inputs(module: nn.Module) -> list[str] | None:
+    """The names of what a forward takes that has no default; None if it takes nothing, or keywords alone."""
     parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
     needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(needed) if 1 <= len(needed) <= 4 and parameters[: len(needed)] == needed else None
+    return [p.name for p in needed] if 1 <= len(needed) <= 4 and parameters[: len(needed)] == needed else None
 
 
-def _attempt(module: nn.Module, inputs: int, seen: Shapes | None, opened: bool) -> Flow | Missed | str | None:
+def _attempt(module: nn.Module, inputs: list[str], seen: Shapes | None, opened: bool) -> Flow | Missed | str | None:
     """One attempt, with the forwards of submodules recorded in their places or not."""
     graphs: dict[bool, Graph] = {}
     calls: list[str] = []
     read: set[str] = set()
-    likely = [seen] if seen is not None else list(likely_shapes(module, inputs))
+    likely = [(seen, seen)] if seen is not None else list(likely_shapes(module, inputs))
     for training in (True, False):
         recorded = _recorded(module, inputs, training, opened, likely)
         if isinstance(recorded, Exception):
@@ -187,8 +194,13 @@ def _attempt(module: nn.Module, inputs: int, seen: Shapes | None, opened: bool) 
         likely, graphs[training], calls = [shapes], graph, [call.now for call in fused]
         read |= before - _called(graph)
     sources = {training: source_of(graph) for training, graph in graphs.items()}
-    recipe = Recipe(own_class(module), sources, tuple(map(len, likely[0])), tuple(sorted(read)))
-    layer, examples = rewritten_class(recipe), (example_of(likely[0]), example_of(likely[0], longer=True))
+    recipe = Recipe(
+        own_class(module),
+        sources,
+        tuple(None if isinstance(shape, int) else len(shape) for shape in likely[0][0]),
+        tuple(sorted(read)),
+    )
+    layer, examples = rewritten_class(recipe), (example_of(likely[0][0]), example_of(likely[0][1], large=True))
     single = any(casts_to_single(graph) for graph in graphs.values())
     tolerance = behaviour.SINGLE_TOLERANCE if single else behaviour.TOLERANCE
     reason = behaviour.difference(module, layer, {}, *examples, tolerance, several=True)
@@ -196,17 +208,17 @@ def _attempt(module: nn.Module, inputs: int, seen: Shapes | None, opened: bool) 
 
 
 def _recorded(
-    module: nn.Module, inputs: int, training: bool, opened: bool, likely: list[Shapes]
-) -> tuple[Graph, Mapping[Node, tuple[int, ...]], Shapes] | Exception | None:
+    module: nn.Module, inputs: list[str], training: bool, opened: bool, likely: list[tuple[Shapes, Shapes]]
+) -> tuple[Graph, Mapping[Node, tuple[int, ...]], tuple[Shapes, Shapes]] | Exception | None:
     """The graph of a forward, the shapes in it, and those of its inputs, the first of the likely ones on which it runs;
     None if it runs on none of them; or what prevents that it is recorded."""
     reason: Exception | None = None
     for shapes in likely:
         copy = behaviour.blank(module, training)
         kind: Any = type(copy)
-        copy.__class__ = _taking(kind, inputs)
+        copy.__class__ = _taking(kind, len(inputs))
         try:
-            return *record(copy, lambda name: _is_called(module.get_submodule(name), opened), shapes), shapes
+            return *record(copy, lambda name: _is_called(module.get_submodule(name), opened), shapes[0]), shapes
         except DoesNotRun:
             continue
         except Exception as error:
@@ -274,7 +286,8 @@ def rewritten_class(recipe: Recipe) -> type[nn.Module]:
 def _holds(module: nn.Module, inputs: tuple[Any, ...], recipe: Recipe) -> bool:
     """Whether a rewritten forward holds for these inputs and for the submodules as they are now."""
     return all(
-        isinstance(x, Tensor) and x.ndim == rank for x, rank in zip(inputs, recipe.ranks, strict=True)
+        isinstance(x, int) if rank is None else isinstance(x, Tensor) and x.ndim == rank
+        for x, rank in zip(inputs, recipe.ranks, strict=True)
     ) and not any(must_be_called(module.get_submodule(name)) for name in recipe.read)
 
 

@@ -81,7 +81,7 @@ def _shapes_in(module: GraphModule, graph: Graph, inputs: tuple[Any, ...]) -> di
         likely: Any = [tuple(tuple(x.shape) for x in inputs)]
     else:
         needed = [node for node in graph.nodes if node.op == "placeholder" and not node.args]
-        likely = likely_shapes(module, len(needed))
+        likely = (shapes for shapes, _ in likely_shapes(module, [str(node.target) for node in needed]))
     for shapes in likely:
         found = shapes_of(root, graph, shapes)
         if found is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ class _Proxy(Proxy):
     """Stands for a value of which the number of axes, or of sizes, is known."""
 
     def __len__(self) -> int:
-        return len(self.tracer.values[self.node])
+        found = self.tracer.values[self.node]
+        return len(found) if isinstance(found, torch.Size) else super().__len__()
 
     @property
     def ndim(self) -> int:
@@ -50,7 +52,7 @@ class _Tracer(Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, is_called: Callable[[str], bool], inputs: Iterable[Tensor]):
+    def __init__(self, is_called: Callable[[str], bool], inputs: Iterable[Any]):
         super().__init__()
         self.is_called, self.inputs = is_called, iter(inputs)
         self.values: dict[Node, Any] = {}
@@ -95,11 +97,12 @@ class _Tracer(Tracer):
 
     def iter(self, obj: Proxy) -> Iterator:
         found = self.values.get(obj.node)
-        return (obj[i] for i in range(len(found))) if isinstance(found, tuple) else super().iter(obj)
+        fixed = isinstance(found, torch.Size) or spelling(obj.node) == "chunk"
+        return (obj[i] for i in range(len(found))) if fixed and isinstance(found, tuple) else super().iter(obj)
 
 
 def record(
-    module: nn.Module, is_called: Callable[[str], bool], inputs: Iterable[tuple[int, ...]]
+    module: nn.Module, is_called: Callable[[str], bool], inputs: Iterable[tuple[int, ...] | int]
 ) -> tuple[Graph, dict[Node, tuple[int, ...]]]:
     """The graph of the forward of a module, in its mode, and the shape of every tensor in it. Whatever the forward does
     to the module, it does it here too: give it a copy.
@@ -107,7 +110,7 @@ def record(
     Args:
         module: Any module on the CPU.
         is_called: Whether the graph is to call a submodule of this name, as it always does torch's own.
-        inputs: The shapes of the inputs.
+        inputs: The shapes of the inputs; a number stands for itself.
 
     Returns:
         The graph, and the shapes.
@@ -118,7 +121,8 @@ def record(
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     with torch.autocast("cpu", enabled=False):
-        tracer = _Tracer(is_called, (torch.zeros(shape, dtype=dtype, device="cpu") for shape in inputs))
+        values = (i if isinstance(i, int) else torch.zeros(i, dtype=dtype, device="cpu") for i in inputs)
+        tracer = _Tracer(is_called, values)
         graph = tracer.trace(module)
     return graph, {node: tuple(v.shape) for node, v in tracer.values.items() if isinstance(v, Tensor)}
 
@@ -163,7 +167,7 @@ def shapes_of(module: nn.Module, graph: Graph, inputs: Iterable[tuple[int, ...]]
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     try:
         with torch.no_grad(), torch.device("meta"), torch.autocast("cpu", enabled=False):
-            shapes.run(*(torch.zeros(shape, dtype=dtype) for shape in inputs))
+            shapes.run(*(i if isinstance(i, int) else torch.zeros(i, dtype=dtype) for i in inputs))
     except Exception:
         return None
     return shapes.found
@@ -207,7 +211,9 @@ def _attend(reader: Reader, found: Normalization, region: Region) -> Node:
     with graph.inserting_before(nodes[-1]):
         products = region.inner, region.key, region.value, region.outer
         weights = tuple(
-            None if p is None else _matrix(graph, p, region.form.heads, *innermost)
+            None
+            if p is None
+            else _matrix(graph, p, region.scale if p is region.key else 1.0, region.form.heads, *innermost)
             for p, innermost in zip(products, region.innermost, strict=True)
         )
         biases = tuple(None if p is None else _tensor(graph, p.bias) for p in products)
@@ -245,9 +251,10 @@ def _norm(reader: Reader, node: Node | None) -> Any:
     return tuple(given[n] for n in ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"))
 
 
-def _matrix(graph: Graph, product: Product, heads: int, rows: bool, columns: bool) -> Node:
+def _matrix(graph: Graph, product: Product, scale: float, heads: int, rows: bool, columns: bool) -> Node:
     weight = _tensor(graph, product.weight)
-    return graph.call_function(calls.matrix, (weight, product.sizes, product.transposed, heads, rows, columns))
+    found = graph.call_function(calls.matrix, (weight, product.sizes, product.transposed, heads, rows, columns))
+    return found if scale == 1.0 else graph.call_function(operator.mul, (found, scale))
 
 
 def _tensor(graph: Graph, held: Node | str | None) -> Node | None:

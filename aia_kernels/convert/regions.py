@@ -38,7 +38,7 @@ class Region(NamedTuple):
     x: where it starts. end: the node with its result. nodes: all in between, that with the result too. inner, key,
     value, outer: the products; the first and the last may be absent. dropout: a call, or None. form:
     how the axes are arranged. innermost: for each of the four products, whether its rows, and whether its columns, have
-    the heads innermost. block: what follows, or None.
+    the heads innermost. scale: what the logits are multiplied with. block: what follows, or None.
     """
 
     x: Node
@@ -51,6 +51,7 @@ class Region(NamedTuple):
     dropout: Node | None
     form: Form
     innermost: tuple[tuple[bool, bool], ...]
+    scale: float
     block: Block | None = None
 
 
@@ -87,24 +88,38 @@ def single_softmaxes(reader: Reader) -> Iterator[Missed]:
             )
 
 
-def _through(reader: Reader, node: Node) -> tuple[list[Node], Node]:
-    """The nodes that only arrange axes, from a node on against the flow, and what they arrange."""
+def _through(reader: Reader, node: Node, scaled: bool = False) -> tuple[list[Node], Node]:
+    """The nodes that only arrange axes, or multiply with a number, from a node on against the flow, and what they
+    arrange."""
     path = []
-    while reader.operation(node) in _LAYOUT and isinstance(reader.operand(node), Node):
+    while isinstance(reader.operand(node) if isinstance(node, Node) else None, Node) and (
+        reader.operation(node) in _LAYOUT or (scaled and _scale(reader, node) is not None)
+    ):
         path.append(node)
         node = reader.operand(node)
     return path, node
 
 
+def _scale(reader: Reader, node: Node) -> float | None:
+    """The number with which a node multiplies a tensor, or None."""
+    operation = reader.operation(node)
+    if operation not in ("mul", "div") or len(node.args) != 2 or node.kwargs or not isinstance(node.args[0], Node):
+        return None
+    number = node.args[1]
+    if not isinstance(number, (int, float)) or not number:
+        return None
+    return float(number) if operation == "mul" else 1.0 / number
+
+
 def _upward(reader: Reader, found: Normalization, more: int) -> tuple[Node, list[Node], list[Product]] | None:
     """x, the nodes from x to the logits, and the products among them: the key and, where more is 1, one before it."""
-    path, node = _through(reader, reader.operand(found.softmax))
+    path, node = _through(reader, reader.operand(found.softmax), scaled=True)
     products: list[Product] = []
     for _ in range(1 + more):
         product = product_of(reader, node)
         if product is None:
             break
-        rest, node = _through(reader, product.source)
+        rest, node = _through(reader, product.source, scaled=True)
         path += [product.node, *rest]
         products.insert(0, product)
     return (node, path[::-1], products) if len(products) == 1 + more else None
@@ -231,6 +246,7 @@ class _Walk:
         return all(u in inside or (u not in self.reader.shapes and self._serves(u, inside)) for u in node.users)
 
     def _follow(self) -> list[Axis] | None:
+        self.scale = 1.0
         self.start = named(self.reader.shapes[self.x], "x")
         axes: list[Axis] | None = self.start
         for node in self.steps:
@@ -242,13 +258,18 @@ class _Walk:
                 self.read[node] = axes[product.axis]
                 axes = applied(product, axes)
                 self.made[node] = axes[product.axis]
+            elif (scale := _scale(self.reader, node)) is not None:
+                self.scale *= scale
             elif node is not self.dropout:
                 axes = after(self.reader, node, axes)
         return axes
 
     def _read_off(self, axes: list[Axis]) -> Region | None:
         first = self.inner or self.key
-        feature = next(i for i, axis in enumerate(self.start) if leaves(axis)[:1] == leaves(self.read[first.node])[:1])
+        contracted = set(leaves(self.read[first.node]))
+        feature = next((i for i, axis in enumerate(self.start) if contracted <= set(leaves(axis))), None)
+        if feature is None:
+            return None
         places: dict[Atom, int] = {}  # the atoms of x that are whole axes
         for i, axis in enumerate(self.start):
             if i != feature:
@@ -279,6 +300,7 @@ class _Walk:
             *(self.x, self.steps[-1], self.nodes, self.inner, self.key, self.value, self.outer, self.dropout),
             form,
             swaps,
+            self.scale,
         )
 
     def _keeps(self, heads: Axis) -> bool:

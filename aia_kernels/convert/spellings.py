@@ -23,6 +23,7 @@ _SAME = {
     "iadd": "add",
     "idiv": "div",
     "itruediv": "div",
+    "linalg_norm": "norm",
     "linalg_vector_norm": "norm",
     "moveaxis": "movedim",
     "multiply": "mul",

@@ -29,20 +29,23 @@ def build(kind, dtype=torch.float64):
 
 def inputs_of(kind, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype) for sizes in KINDS[kind][1:]]
+    return [
+        given if isinstance(given, int) else torch.randn(given, generator=generator, dtype=torch.float64).to(dtype)
+        for given in KINDS[kind][1:]
+    ]
 
 
 def step(module, inputs):
     """The output, every gradient, and the buffers of one step."""
     module.zero_grad()
-    inputs = [x.clone().requires_grad_() for x in inputs]
+    inputs = [x if isinstance(x, int) else x.clone().requires_grad_() for x in inputs]
     torch.manual_seed(3)
     y = module(*inputs)
     y = torch.cat([part.flatten() for part in y]) if isinstance(y, tuple) else y
     y.sin().sum().backward()
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
     named = {name.removeprefix("_orig_mod."): tensor for name, tensor in (*grads.items(), *module.named_buffers())}
-    return {"y": y.detach(), **dict(enumerate(x.grad for x in inputs)), **named}
+    return {"y": y.detach(), **dict(enumerate(x.grad for x in inputs if isinstance(x, torch.Tensor))), **named}
 
 
 def assert_same_steps(found, expected, inputs, **tolerance):
