@@ -415,6 +415,20 @@ class ToldSizes(nn.Module):
         return self.mv(attn).transpose(1, 2).reshape(x.shape[0], -1, H, W)
 
 
+class ChangedInPlace(nn.Module):
+    """x is written to after the memories have seen it."""
+
+    def __init__(self, c=6, slots=5):
+        super().__init__()
+        self.mk, self.mv = nn.Linear(c, slots), nn.Linear(slots, c)
+
+    def forward(self, x):
+        x = x * 2
+        attn = self.mk(x).softmax(1)
+        x.mul_(3)
+        return self.mv(attn / (attn.sum(2, keepdim=True) + 1e-9)) + x
+
+
 class MapToo(nn.Module):
     """The map is returned as well."""
 

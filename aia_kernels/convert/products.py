@@ -57,7 +57,7 @@ def _layer(reader: Reader, node: Node, operation: str) -> Product | None:
         shape = shape_of(reader, weight)
         plain = operation == "linear" or _is_plain(reader, node, shape)
     source, rank = reader.operand(node), reader.rank(node)
-    if not plain or shape is None or rank is None or (operation == "conv" and rank != len(shape)):
+    if not plain or shape is None or len(shape) < 2 or rank is None or (operation == "conv" and rank != len(shape)):
         return None
     axis = rank - 1 if operation == "linear" else 1
     return Product(node, source, axis, weight, shape[:2], False, bias)

@@ -8,12 +8,13 @@ so it does not matter how a network arranges them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch.fx import Node
 
-from .axes import Atom, Axis, after, leaves, named
+from .axes import Axis, after, leaves, named
 from .calls import Form
 from .normalizations import Missed, Normalization
 from .products import Product, applied, product_of
@@ -36,9 +37,9 @@ class Region(NamedTuple):
     """What one call can compute.
 
     x: where it starts. end: the node with its result. nodes: all in between, that with the result too. inner, key,
-    value, outer: the products; the first and the last may be absent. dropout: a call, or None. form:
-    how the axes are arranged. innermost: for each of the four products, whether its rows, and whether its columns, have
-    the heads innermost. scale: what the logits are multiplied with. block: what follows, or None.
+    value, outer: the products; the first and the last may be absent. dropout: a call, or None. form: how the axes are
+    arranged. innermost: for each of the four products, whether its rows, and whether its columns, have the heads
+    innermost. scale: what the logits are multiplied with. block: what follows, or None.
     """
 
     x: Node
@@ -229,8 +230,10 @@ class _Walk:
         return not asked or self.reader.shapes.get(node) == self.reader.shapes[self.x]
 
     def _is_closed(self) -> bool:
-        """Whether nothing else needs a result from inside, but for sizes that x has as well."""
+        """Whether nothing else needs a result from inside, but for sizes that x has as well; and x stays what it is."""
         inside, shapes = set(self.nodes), self.reader.shapes
+        if any(self.reader.changes_in_place(user) and self.reader.operand(user) is self.x for user in self.x.users):
+            return False
         for node in self.nodes[:-1]:
             for user in set(node.users) - inside:
                 if not is_size(self.reader, user):
@@ -265,85 +268,67 @@ class _Walk:
         return axes
 
     def _read_off(self, axes: list[Axis]) -> Region | None:
-        first = self.inner or self.key
-        contracted = set(leaves(self.read[first.node]))
+        """The region with what its axes are, from those of its result; None for what no call computes."""
+        contracted = set(leaves(self.read[(self.inner or self.key).node]))
         feature = next((i for i, axis in enumerate(self.start) if contracted <= set(leaves(axis))), None)
-        if feature is None:
+        whole = [leaves(axis) for i, axis in enumerate(self.start) if i != feature]
+        if feature is None or any(len(atoms) != 1 for atoms in whole):
             return None
-        places: dict[Atom, int] = {}  # the atoms of x that are whole axes
-        for i, axis in enumerate(self.start):
-            if i != feature:
-                if len(leaves(axis)) != 1:
-                    return None
-                places[leaves(axis)[0]] = i
+        places = {leaves(axis)[0]: i for i, axis in enumerate(self.start) if i != feature}
         tokens = leaves(self.tokens)
-        if not tokens or not all(atom in places for atom in tokens):
-            return None
         heads = self._heads(feature)
-        if heads is None:
+        if heads is None or not tokens or not all(atom in places for atom in tokens):
             return None
-        atoms, count, of, swaps = heads
-        batch = tuple(i for atom, i in places.items() if atom not in tokens)
-        order = [*(next(a for a in places if places[a] == i) for i in batch), *tokens]
-        last = (self.outer or self.value).node
-        kept = () if self.outer is not None or not atoms or not self._keeps(atoms) else atoms
-        known = [*order, *kept, *leaves(self.made[last])]
-        if len(kept) > 1 or len(leaves(self.made[last])) != 1:
+        atoms, of, innermost = heads
+        apart = bool(atoms) and self._keeps(atoms)
+        kept, made = atoms if apart and self.outer is None else (), leaves(self.made[(self.outer or self.value).node])
+        batch = tuple(atom for atom in places if atom not in tokens)
+        known, flat = [*batch, *tokens, *kept, *made], [leaves(axis) for axis in axes]
+        found = [atom for axis in flat for atom in axis]
+        if len(kept) > 1 or len(made) != 1 or len(found) != len(known) or set(found) != set(known):
             return None
-        flat = [leaves(axis) for axis in axes]
-        if sorted(map(id, known)) != sorted(id(atom) for axis in flat for atom in axis):
-            return None
-        out = tuple(tuple(known.index(atom) for atom in axis) for axis in flat)
-        places_of_tokens = tuple(places[atom] for atom in tokens)
-        form = Form(batch, places_of_tokens, feature, count, of, bool(atoms) and self._keeps(atoms), out)
-        return Region(
-            *(self.x, self.steps[-1], self.nodes, self.inner, self.key, self.value, self.outer, self.dropout),
-            form,
-            swaps,
-            self.scale,
+        form = Form(
+            *(tuple(places[atom] for atom in part) for part in (batch, tokens)),
+            *(feature, math.prod(atom.size for atom in atoms), of, apart),
+            tuple(tuple(known.index(atom) for atom in axis) for axis in flat),
         )
+        products = self.inner, self.key, self.value, self.outer
+        return Region(self.x, self.steps[-1], self.nodes, *products, self.dropout, form, innermost, self.scale)
 
     def _keeps(self, heads: Axis) -> bool:
         """Whether the value product leaves the heads apart."""
         return not set(heads) & set(leaves(self.read[self.value.node]))
 
-    def _heads(self, feature: int) -> tuple[Axis, int, str, tuple[tuple[bool, bool], ...]] | None:
-        """The atoms of the heads, their number, where they come from, and which rows and columns have them innermost;
-        None for what no call computes."""
-        slots, contracted = leaves(self.slots), leaves(self.read[self.key.node])
-        whole = leaves(self.made[self.inner.node] if self.inner else self.start[feature])
-        made = leaves(self.made[self.key.node])
+    def _heads(self, feature: int) -> tuple[Axis, str, tuple[tuple[bool, bool], ...]] | None:
+        """The atoms of the heads, what makes them (Form.of), and for each product whether its rows and its columns have
+        them innermost; None for what no call computes."""
         if self.inner is not None and leaves(self.read[self.inner.node]) != leaves(self.start[feature]):
             return None
-        split, apart = _split(whole, contracted), _split(made, slots)
-        if split is None or apart is None or (split[0] and apart[0]):
+        features = _split(self.made[self.inner.node] if self.inner else self.start[feature], self.read[self.key.node])
+        slots = _split(self.made[self.key.node], self.slots)
+        joined = _split(self.read[self.value.node], self.slots)
+        if features is None or slots is None or joined is None or (features[0] and slots[0]):
             return None
-        heads, of = (split, "inner" if self.inner else "x") if split[0] else (apart, "key")
-        atoms, innermost = heads
-        count = 1
-        for atom in atoms:
-            count *= atom.size
-        rows, columns = [False] * 4, [False] * 4
-        rows[0 if of == "inner" else 1] = innermost
-        if of == "x" and innermost:
+        (atoms, innermost), of = (features, "inner" if self.inner else "x") if features[0] else (slots, "key")
+        apart = not joined[0]
+        if joined[0] not in ((), atoms) or (of == "x" and (innermost or not apart)):
             return None
-        joined = _split(leaves(self.read[self.value.node]), slots)
-        if joined is None or joined[0] not in ((), atoms):
-            return None
+        rows, columns = [of == "inner" and innermost, of == "key" and innermost, False, False], [False] * 4
         columns[2] = joined[1]
-        keeps = not joined[0]
         if self.outer is not None:
-            back = _split(leaves(self.read[self.outer.node]), leaves(self.made[self.value.node]))
-            if back is None or back[0] != (atoms if keeps else ()):
+            back = _split(self.read[self.outer.node], self.made[self.value.node])
+            if back is None or back[0] != (atoms if apart else ()):
                 return None
             columns[3] = back[1]
-        if atoms and ((of == "x" and not keeps) or (of == "key" and keeps and self.outer is None)):
+        elif atoms and of == "key" and apart:
             return None
-        return atoms, count, of, tuple(zip(rows, columns, strict=True))
+        return atoms, of, tuple(zip(rows, columns, strict=True))
 
 
 def _split(whole: Axis, part: Axis) -> tuple[Axis, bool] | None:
-    """The atoms of an axis beside a part of it, and whether they stand behind it, innermost."""
+    """The atoms of an axis beside a part of it, and whether they stand behind it, innermost; None if it has no such
+    part."""
+    whole, part = leaves(whole), leaves(part)
     if whole[len(whole) - len(part) :] == part:
         return whole[: len(whole) - len(part)], False
     if whole[: len(part)] == part:

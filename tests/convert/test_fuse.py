@@ -341,6 +341,14 @@ class TestNetworks:
         assert [entry.now for entry in report.converted] == ["external_attention"] * 4, report
         torch.testing.assert_close(graph_module(images), expected, **EXACT)
 
+    def test_a_change_in_place(self):
+        """One call would read x after it was changed."""
+        model = fuse_cases.ChangedInPlace().double()
+        graph_module, x = torch.fx.symbolic_trace(model), torch.randn(2, 9, 6, dtype=torch.float64)
+        report = aia_kernels.fuse(graph_module, x)
+        assert [entry.now for entry in report.converted] == ["double_normalize"]
+        torch.testing.assert_close(graph_module(x), model(x), **EXACT)
+
     @pytest.mark.parametrize("kind", [fuse_cases.HeadsByOtherNames, fuse_cases.OnPoints, fuse_cases.OtherOrder])
     def test_compiled(self, kind):
         """A network that was never converted; values, gradients and buffers of a step, two times."""
