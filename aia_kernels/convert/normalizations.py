@@ -49,6 +49,20 @@ def find_normalizations(reader: Reader) -> Iterator[Normalization | Missed]:
     for node in reader.graph.nodes:
         if (parts := _division(reader, node)) is not None and (found := _read(reader, node, *parts)) is not None:
             yield found
+        elif (order := _order(reader, node)) is not None:
+            yield Missed(
+                node,
+                f"{node.name} divides a softmax by its L{order:g} norm: external attention divides by the sum, "
+                "torch.nn.functional.normalize with p=1",
+            )
+
+
+def _order(reader: Reader, node: Node) -> float | None:
+    """The order, other than 1, of the norm with which a node normalises a softmax."""
+    if reader.operation(node) != "normalize" or reader.operation(reader.operand(node)) != "softmax":
+        return None
+    order = reader.argument(node, 1, "p", default=2.0)
+    return order if isinstance(order, (int, float)) and order != 1 else None
 
 
 def _division(reader: Reader, node: Node) -> tuple[Node, Node, int, float, set[Node]] | None:

@@ -192,7 +192,7 @@ LEFT_ALONE = {
         r"mk is a test_convert_look_alikes\.Linear, expected a Linear",
     ),
     "container": (Container, "it has no forward"),
-    "other norm over slots": (L2, "its y differs"),
+    "other norm over slots": (L2, "normalize divides a softmax by its L2 norm"),
     "other heads": (
         with_attributes(lambda: external.MultiHeadExternalAttention(6, 2), num_heads=4),
         "num_heads: got 4",

@@ -55,6 +55,18 @@ def assert_same_steps(found, expected, inputs, **tolerance):
         torch.testing.assert_close(found[name], value, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+class Unknown(nn.Module):
+    """Takes 7 * 11 features, which nothing says."""
+
+    def __init__(self):
+        super().__init__()
+        self.mk, self.mv = nn.Linear(7, 5), nn.Linear(5, 7)
+
+    def forward(self, x):
+        attn = self.mk(x.unflatten(2, (7, 11)).transpose(2, 3).transpose(1, 2)).softmax(2)
+        return self.mv(attn / attn.sum(3, keepdim=True))
+
+
 class TestKinds:
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
     def test_is_found_and_computes_the_same(self, kind):
@@ -144,6 +156,14 @@ class TestKinds:
         bound = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
         assert model.to(dtype)(x.to(dtype)).dtype == dtype
+
+    def test_inputs_that_no_parameter_suggests(self):
+        model = nn.Sequential(nn.Linear(3, 77), Unknown())
+        own, x = copy.deepcopy(model), torch.randn(2, 9, 3)
+        assert "fuse(model, *inputs) is told one" in str(aia_kernels.fuse(model))
+        report = aia_kernels.fuse(model, x)
+        assert [entry.names for entry in report.converted] == [("1",)]
+        torch.testing.assert_close(model(x), own(x), **SINGLE)
 
     def test_inside_a_network_and_shared(self):
         layer = build(fuse_cases.NormsAround)
@@ -251,6 +271,7 @@ LOOK_ALIKES = {
     "the batch": (lambda x: (a := x.softmax(1)) / a.sum(0, keepdim=True), "axis 0 is the batch"),
     "the batch, moved": (lambda x: (a := x.softmax(1).mT.transpose(0, 1)) / a.sum(1, keepdim=True), "axis 0 is"),
     "sigmoid": (lambda x: (a := x.sigmoid()) / a.sum(2, keepdim=True), "its map is a sigmoid"),
+    "L2": (lambda x: F.normalize(x.softmax(1), dim=2), "divides a softmax by its L2 norm"),
     "exp": (lambda x: (a := x.exp()) / a.sum(2, keepdim=True), "its map is a exp"),
     "read in between": (lambda x: (a := x.softmax(1)) / a.sum(2, keepdim=True) + a, "add reads the map before"),
     "split tokens": (
@@ -262,7 +283,6 @@ LOOK_ALIKES = {
 #: What only looks like it from afar: nothing is said.
 UNRELATED = {
     "softmax": lambda x: x.softmax(1),
-    "L2": lambda x: F.normalize(x.softmax(1), dim=2),
     "of another": lambda x: x.softmax(1) / x.sum(2, keepdim=True),
     "two axes": lambda x: (a := x.softmax(1)) / a.sum((1, 2), keepdim=True),
     "mean": lambda x: (a := x.softmax(1)) / a.mean(2, keepdim=True),
