@@ -103,8 +103,17 @@ def rewrite_forwards(
             report.converted.append(
                 Converted(tuple(known_as), class_name(module), " and ".join(dict.fromkeys(told.calls)))
             )
-        elif reason := told.reason if isinstance(told, Missed) else reasons.get(module, told):
+        elif reason := _likeliest(reasons.get(module), told):
             report.left_alone.append(LeftAlone(tuple(known_as), class_name(module), reason))
+
+
+def _likeliest(as_published: str | None, told: Missed | str | None) -> str | None:
+    """The reason that helps: what comes close to external attention; else why it is not the published layer of which it
+    has the submodules, but where that was only tried on inputs that are not its own."""
+    if isinstance(told, Missed):
+        return told.reason
+    fails = as_published is not None and as_published.startswith("its forward fails")
+    return told if as_published is None or (fails and told) else as_published
 
 
 def may_hold(module: nn.Module) -> bool:

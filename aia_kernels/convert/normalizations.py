@@ -55,6 +55,10 @@ def find_normalizations(reader: Reader) -> Iterator[Normalization | Missed]:
                 f"{node.name} divides a softmax by its L{order:g} norm: external attention divides by the sum, "
                 "torch.nn.functional.normalize with p=1",
             )
+        elif reader.operation(node) == "softmax" and reader.operation(reader.operand(node)) == "softmax":
+            yield Missed(
+                node, f"{node.name} is a softmax of a softmax: external attention divides the first by its sum instead"
+            )
 
 
 def _order(reader: Reader, node: Node) -> float | None:

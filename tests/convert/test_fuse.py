@@ -272,6 +272,7 @@ LOOK_ALIKES = {
     "the batch, moved": (lambda x: (a := x.softmax(1).mT.transpose(0, 1)) / a.sum(1, keepdim=True), "axis 0 is"),
     "sigmoid": (lambda x: (a := x.sigmoid()) / a.sum(2, keepdim=True), "its map is a sigmoid"),
     "L2": (lambda x: F.normalize(x.softmax(1), dim=2), "divides a softmax by its L2 norm"),
+    "softmax twice": (lambda x: x.softmax(1).softmax(2), "softmax_1 is a softmax of a softmax"),
     "exp": (lambda x: (a := x.exp()) / a.sum(2, keepdim=True), "its map is a exp"),
     "read in between": (lambda x: (a := x.softmax(1)) / a.sum(2, keepdim=True) + a, "add reads the map before"),
     "split tokens": (
@@ -410,6 +411,22 @@ class TestLookAlikes:
         report = aia_kernels.fuse(torch.fx.symbolic_trace(Spelling(UNRELATED[name])), torch.randn(2, 6, 6))
         assert not report.converted and not report.left_alone
         assert "the model is unchanged" in str(report)
+
+    def test_of_a_published_name_on_other_inputs(self):
+        """Not what goes wrong when it is given the tokens of the published layer."""
+
+        class Loop(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mk, self.mv = nn.Linear(6, 5), nn.Linear(5, 6)
+
+            def forward(self, x):
+                _, h, w, c = x.shape
+                attn = torch.stack([self.mk(sample.view(h * w, c)) for sample in x]).softmax(1)
+                return self.mv(attn / attn.sum(2, keepdim=True))
+
+        ((_, _, reason),) = aia_kernels.convert(Loop()).left_alone
+        assert reason.startswith("its forward cannot be recorded by torch.fx: TraceError")
 
     def test_not_a_module(self):
         with pytest.raises(TypeError, match="model: got int"):
