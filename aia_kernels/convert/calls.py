@@ -121,7 +121,7 @@ def attend(
     attention = double_normalize(rows @ key.mT, eps=eps, group=slots)
     o = value @ attention.mT
     o = o if bias is None else o + bias.unsqueeze(1)
-    return o.reshape([math.prod((*sizes, o.shape[1])[i] for i in axis) for axis in form.out])
+    return o.reshape([math.prod([(*sizes, o.shape[1])[i] for i in axis]) for axis in form.out])
 
 
 def _by_heads(
@@ -143,7 +143,7 @@ def _by_heads(
 def _arranged(o: Tensor, form: Form, x: Tensor) -> Tensor:
     """o, [*batch, *tokens, ..., features], with the axes that the form says."""
     arranged = o.permute([i for axis in form.out for i in axis])
-    arranged = arranged.reshape([math.prod(o.shape[i] for i in axis) for axis in form.out])
+    arranged = arranged.reshape([math.prod([o.shape[i] for i in axis]) for axis in form.out])
     return arranged if _is_channels_last(x) else arranged.contiguous()
 
 

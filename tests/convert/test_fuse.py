@@ -185,6 +185,15 @@ class TestKinds:
         assert type(model) is fuse_cases.NoActivation
         assert_same_steps(model, own, inputs_of(fuse_cases.NoActivation), **EXACT)
 
+    @pytest.mark.parametrize("kind", [fuse_cases.HeadsByOtherNames, fuse_cases.NoOutput, fuse_cases.ResultAndMore])
+    def test_compiled_in_one_graph(self, kind):
+        torch._dynamo.reset()
+        model, own = build(kind), build(kind)
+        aia_kernels.fuse(model)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_same_steps(compiled, own, inputs_of(kind), **EXACT)
+        torch._dynamo.reset()
+
     def test_copies_and_pickles(self):
         model = build(fuse_cases.NoActivation)
         aia_kernels.fuse(model)
