@@ -213,10 +213,10 @@ class Groups {
 template <class Body>
 void with_vectors(int64_t group, Body&& body) {
   switch (group) {
-    case 1 * kLanes: return body(std::integral_constant<int, 1>{});
-    case 2 * kLanes: return body(std::integral_constant<int, 2>{});
-    case 4 * kLanes: return body(std::integral_constant<int, 4>{});
-    case 8 * kLanes: return body(std::integral_constant<int, 8>{});
+    case 16: return body(std::integral_constant<int, 16 / kLanes>{});
+    case 32: return body(std::integral_constant<int, 32 / kLanes>{});
+    case 64: return body(std::integral_constant<int, 64 / kLanes>{});
+    case 128: return body(std::integral_constant<int, 128 / kLanes>{});
     default: return body(std::integral_constant<int, 0>{});
   }
 }

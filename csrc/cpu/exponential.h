@@ -1,4 +1,4 @@
-// exp of sixteen lanes, to two units in the last place: 0 where the result is no normal number, infinity beyond the
+// exp of every lane, to two units in the last place: 0 where the result is no normal number, infinity beyond the
 // largest one, NaN for NaN.
 //
 // exp(x) = 2^n * exp(r), n = round(x / ln2), |r| <= ln2 / 2, and exp(r) = 1 + r + r^2 * q(r) with q the Chebyshev

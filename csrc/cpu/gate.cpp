@@ -235,12 +235,15 @@ void conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double
     convolve(maps, slab, pooled, weight, out);
     const A sum = sum_over<A>(plane, [&](int64_t i, auto n) { return load(out + i, n); });
     const A mean = sum / static_cast<A>(plane);
+    Vec<A> deviations{};  // of which the sum tells how far the rounded mean is off
     const A squares = sum_over<A>(plane, [&](int64_t i, auto n) {
       const Vec<A> deviation = keep<A>(load(out + i, n) - mean, n);
+      deviations += deviation;
       return deviation * deviation;
     });
+    const double count = static_cast<double>(plane), off = sum_lanes<A>(deviations) / count;
     double* moments = partial + slab.index * kMomentPartials;
-    moments[0] = static_cast<double>(plane), moments[1] = mean, moments[2] = squares;
+    moments[0] = count, moments[1] = mean + off, moments[2] = squares - off * off * count;
   });
 }
 

@@ -1,11 +1,13 @@
-// Sixteen lanes of an accumulation type, and the conversions between them and the storage types.
+// A vector of lanes of an accumulation type, and the conversions between them and the storage types.
 //
-// Plain GCC/Clang vector extensions: the same source becomes AVX-512, AVX2, SSE2 or NEON code by compiler flags alone.
+// GCC/Clang vector extensions, as wide as the registers of the level: of wider ones GCC makes scalar code. Intrinsics
+// stand behind a few of the names, where a compiler does not find the instruction.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "passes.h"
 
@@ -19,17 +21,27 @@
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
+// As many as a register holds floats; doubles take two registers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+using AllLanes = std::make_integer_sequence<int, kLanes>;
+
 template <class A>
 struct LaneTypes;
 template <>
 struct LaneTypes<float> {
-  typedef float V __attribute__((vector_size(64)));
-  typedef int32_t I __attribute__((vector_size(64)));
+  typedef float V __attribute__((vector_size(4 * kLanes)));
+  typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 };
 template <>
 struct LaneTypes<double> {
-  typedef double V __attribute__((vector_size(128)));
-  typedef int64_t I __attribute__((vector_size(128)));
+  typedef double V __attribute__((vector_size(8 * kLanes)));
+  typedef int64_t I __attribute__((vector_size(8 * kLanes)));
 };
 template <class A>
 using Vec = typename LaneTypes<A>::V;
@@ -60,15 +72,19 @@ AIA_INLINE IVec<A> splat_index(int64_t index) {
   return IVec<A>{} + static_cast<IndexOf<A>>(index);
 }
 
+template <class A, int... lane>
+AIA_INLINE IVec<A> iota_of(std::integer_sequence<int, lane...>) {
+  return IVec<A>{lane...};
+}
 template <class A>
 AIA_INLINE IVec<A> iota() {
-  return IVec<A>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return iota_of<A>(AllLanes{});
 }
 
 namespace detail {
 
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 
 template <class To, class From>
 AIA_INLINE To bit_cast(const From& from) {
@@ -78,12 +94,24 @@ AIA_INLINE To bit_cast(const From& from) {
   return to;
 }
 
+AIA_INLINE U32 widen(U16 bits) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // of which GCC makes five instructions
+  return bit_cast<U32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#elif defined(__SSE2__) && !defined(__AVX2__)
+  return bit_cast<U32>(_mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits)), __m128i{}));
+#else
+  return __builtin_convertvector(bits, U32);
+#endif
+}
+
 AIA_INLINE Vec<float> widen_f16(U16 bits) {
 #if defined(__AVX512F__)
   return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
 #else
   // Shifting the exponent field into place leaves it 112 too small; the product corrects that, subnormals included.
-  const U32 wide = __builtin_convertvector(bits, U32);
+  const U32 wide = widen(bits);
   const U32 magnitude = (wide & 0x7fffu) << 13;
   const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
   const U32 special = bit_cast<U32>((wide & 0x7c00u) == 0x7c00u);
@@ -95,6 +123,8 @@ AIA_INLINE Vec<float> widen_f16(U16 bits) {
 AIA_INLINE U16 narrow_f16(Vec<float> v) {
 #if defined(__AVX512F__)
   return bit_cast<U16>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return bit_cast<U16>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const U32 bits = bit_cast<U32>(v);
   const U32 magnitude = bits & 0x7fffffffu;
@@ -133,7 +163,7 @@ AIA_INLINE Vec<double> load(const double* p) {
 AIA_INLINE Vec<float> load(const bf16* p) {
   detail::U16 bits;
   __builtin_memcpy(&bits, p, sizeof bits);
-  return detail::bit_cast<Vec<float>>(__builtin_convertvector(bits, detail::U32) << 16);
+  return detail::bit_cast<Vec<float>>(detail::widen(bits) << 16);
 }
 AIA_INLINE Vec<float> load(const f16* p) {
   detail::U16 bits;
@@ -152,10 +182,22 @@ AIA_INLINE void store(f16* p, Vec<float> v) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+namespace detail {
+
+AIA_INLINE __m256i first_lanes(int n) { return bit_cast<__m256i>(iota<float>() < splat_index<float>(n)); }
+
+}  // namespace detail
+#endif
+
 // The first n lanes; the others load as zero and are not stored. A full count takes the direct path.
 template <class T>
 AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
   if (n >= kLanes) return load(p);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return detail::bit_cast<Vec<float>>(_mm256_maskload_ps(p, detail::first_lanes(n)));
+#endif
   T part[kLanes] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
   return load(part);
@@ -163,6 +205,10 @@ AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
 template <class T>
 AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, int n) {
   if (n >= kLanes) return store(p, v);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm256_maskstore_ps(p, detail::first_lanes(n), detail::bit_cast<__m256>(v));
+#endif
   T part[kLanes];
   store(part, v);
   for (int i = 0; i < n; ++i) p[i] = part[i];
@@ -201,6 +247,16 @@ AIA_INLINE IVec<A> load_index(const Index* p, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
     return detail::bit_cast<IVec<A>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
+    return detail::bit_cast<IVec<A>>(_mm256_cvtepu8_epi32(_mm_loadu_si64(p)));
+  if constexpr (sizeof(Index) == 2 && sizeof(A) == 4)
+    return detail::bit_cast<IVec<A>>(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
+    const __m128i words = _mm_unpacklo_epi8(_mm_loadu_si32(p), __m128i{});
+    return detail::bit_cast<IVec<A>>(_mm_unpacklo_epi16(words, __m128i{}));
+  }
 #endif
   IVec<A> wide;
   for (int i = 0; i < kLanes; ++i) wide[i] = p[i];
@@ -212,6 +268,21 @@ AIA_INLINE void store_index(Index* p, IVec<A> index, int n) {
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
     if (n >= kLanes)
       return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(detail::bit_cast<__m512i>(index)));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
+    if (n >= kLanes) {
+      const __m256i all = detail::bit_cast<__m256i>(index);
+      const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+      return _mm_storeu_si64(p, _mm_packus_epi16(words, words));
+    }
+  }
+#elif defined(__SSE2__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
+    if (n >= kLanes) {
+      const __m128i all = detail::bit_cast<__m128i>(index), words = _mm_packs_epi32(all, all);
+      return _mm_storeu_si32(p, _mm_packus_epi16(words, words));
+    }
   }
 #endif
   for (int i = 0; i < n; ++i) p[i] = static_cast<Index>(index[i]);
@@ -231,9 +302,9 @@ AIA_INLINE void max_first(Vec<A> v, IVec<A> index, Vec<A>& best, IVec<A>& best_i
     return;
   }
 #endif
-  const IVec<A> take = ~(v <= best) & (best == best);
-  best = take ? v : best;
-  best_index = take ? index : best_index;
+  const IVec<A> keep = (v <= best) | (best != best);
+  best = keep ? best : v;
+  best_index = keep ? best_index : index;
 }
 
 // v + addend in the lanes where the condition holds.
@@ -242,14 +313,22 @@ AIA_INLINE Vec<A> add_where(IVec<A> condition, Vec<A> v, Vec<A> addend) {
   return v + (condition ? addend : Vec<A>{});
 }
 
+namespace detail {
+
+template <class A, int d, int... lane>
+AIA_INLINE A sum_halves(Vec<A> v, std::integer_sequence<int, lane...> lanes) {
+  if constexpr (d == 0)
+    return v[0];
+  else
+    return sum_halves<A, d / 2>(v + __builtin_shufflevector(v, v, (lane ^ d)...), lanes);
+}
+
+}  // namespace detail
+
 // Halves added to halves. In shuffles: GCC makes branches and memory of the loop that says the same.
 template <class A>
 AIA_INLINE A sum_lanes(Vec<A> v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  return v[0];
+  return detail::sum_halves<A, kLanes / 2>(v, AllLanes{});
 }
 
 // a > b ? a : b and a < b ? a : b, so b where one is NaN: one instruction, of which GCC makes two.
@@ -270,47 +349,61 @@ AIA_INLINE Vec<A> smaller(Vec<A> a, Vec<A> b) {
   return a < b ? a : b;
 }
 
-// {left[15], right[0 .. 14]} and {left[1 .. 15], right[0]}.
+namespace detail {
+
+template <int first, class V, int... lane>
+AIA_INLINE V lanes_from(V left, V right, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(left, right, (first + lane)...);
+}
+
+// Rows i and i + d of a matrix change their blocks of d lanes: what lies above the diagonal with what lies below.
+template <int d, class V, int... lane>
+AIA_INLINE void swap_blocks(V& upper, V& lower, std::integer_sequence<int, lane...>) {
+  const V a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, (lane & d ? lane - d + kLanes : lane)...);
+  lower = __builtin_shufflevector(a, b, (lane & d ? lane + kLanes : lane + d)...);
+}
+
+// Within each four lanes, those from `first` on of a and of b in turns, `run` at a time.
+template <int first, int run, class V, int... lane>
+AIA_INLINE V interleave(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(
+      a, b, ((lane & ~3) + first + (lane & 3) / (2 * run) * run + lane % run + (lane & run ? kLanes : 0))...);
+}
+
+template <int d, class V>
+AIA_INLINE void swap_all_blocks(V (&r)[kLanes]) {
+  if constexpr (d >= 4) {
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & d)) swap_blocks<d>(r[i], r[i + d], AllLanes{});
+    swap_all_blocks<d / 2>(r);
+  }
+}
+
+}  // namespace detail
+
+// {left[last], right[0 .. last - 1]} and {left[1 .. last], right[0]}.
 template <class A>
 AIA_INLINE Vec<A> shift_up(Vec<A> left, Vec<A> right) {
-  return __builtin_shufflevector(left, right, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+  return detail::lanes_from<kLanes - 1>(left, right, AllLanes{});
 }
 template <class A>
 AIA_INLINE Vec<A> shift_down(Vec<A> left, Vec<A> right) {
-  return __builtin_shufflevector(left, right, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+  return detail::lanes_from<1>(left, right, AllLanes{});
 }
 
-// 16 x 16 transpose in place, by halving: at distance s, blocks of s lanes change places between rows i and i + s.
+// Transpose in place: blocks of four lanes change places, and then the lanes of each block.
 template <class V>
 AIA_INLINE void transpose(V (&r)[kLanes]) {
-#define AIA_SWAP(i, s, ...)              \
-  {                                      \
-    const V low = r[i], high = r[i + s]; \
-    constexpr int d = s;                 \
-    r[i] = AIA_LOW(low, high, d);        \
-    r[i + s] = AIA_HIGH(low, high, d);   \
+  constexpr AllLanes lanes;
+  detail::swap_all_blocks<kLanes / 2>(r);
+  for (int i = 0; i < kLanes; i += 4) {
+    const V a = detail::interleave<0, 1>(r[i], r[i + 1], lanes), b = detail::interleave<2, 1>(r[i], r[i + 1], lanes);
+    const V c = detail::interleave<0, 1>(r[i + 2], r[i + 3], lanes);
+    const V d = detail::interleave<2, 1>(r[i + 2], r[i + 3], lanes);
+    r[i] = detail::interleave<0, 2>(a, c, lanes), r[i + 1] = detail::interleave<2, 2>(a, c, lanes);
+    r[i + 2] = detail::interleave<0, 2>(b, d, lanes), r[i + 3] = detail::interleave<2, 2>(b, d, lanes);
   }
-#define AIA_LANE_LOW(l, d) (((l) & (d)) ? (l) - (d) + kLanes : (l))
-#define AIA_LANE_HIGH(l, d) (((l) & (d)) ? (l) + kLanes : (l) + (d))
-#define AIA_ALL(f, d)                                                                                           \
-  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), f(10, d), f(11, d), \
-      f(12, d), f(13, d), f(14, d), f(15, d)
-#define AIA_LOW(a, b, d) __builtin_shufflevector(a, b, AIA_ALL(AIA_LANE_LOW, d))
-#define AIA_HIGH(a, b, d) __builtin_shufflevector(a, b, AIA_ALL(AIA_LANE_HIGH, d))
-#define AIA_STAGE(s, i0, i1, i2, i3, i4, i5, i6, i7) \
-  AIA_SWAP(i0, s)                                    \
-  AIA_SWAP(i1, s) AIA_SWAP(i2, s) AIA_SWAP(i3, s) AIA_SWAP(i4, s) AIA_SWAP(i5, s) AIA_SWAP(i6, s) AIA_SWAP(i7, s)
-  AIA_STAGE(8, 0, 1, 2, 3, 4, 5, 6, 7)
-  AIA_STAGE(4, 0, 1, 2, 3, 8, 9, 10, 11)
-  AIA_STAGE(2, 0, 1, 4, 5, 8, 9, 12, 13)
-  AIA_STAGE(1, 0, 2, 4, 6, 8, 10, 12, 14)
-#undef AIA_STAGE
-#undef AIA_HIGH
-#undef AIA_LOW
-#undef AIA_ALL
-#undef AIA_LANE_HIGH
-#undef AIA_LANE_LOW
-#undef AIA_SWAP
 }
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

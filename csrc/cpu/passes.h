@@ -22,7 +22,8 @@ struct Volume {
   int64_t B, T, C, H, W;
   int64_t stride_b, stride_t, stride_c, stride_p;
   Scalar scalar;
-  int64_t blocks = 1;  // of channels in a unit of a reduction over space and time
+  int64_t lanes;       // of a vector, at the level in force: the tables of passes tell
+  int64_t blocks = 1;  // of channels, a vector wide, in a unit of a reduction over space and time
 
   int64_t map_t() const { return H * W * C; }
   int64_t map_h() const { return T * W * C; }
@@ -41,29 +42,35 @@ inline int64_t slabs(const PackedDims& maps) {
   return sum;
 }
 
-constexpr int kLanes = 16, kScalars = 4;
-// Vectors of a tile: two buffers of 16 KiB of float lanes stay in the L1 cache. A reduction has accumulators
-// three times as large besides, so its tiles are half as large.
-constexpr int64_t kTileVectors = 256, kReductionVectors = 128;
+constexpr int kScalars = 4;
+// Elements of a tile: two buffers of 16 KiB of floats stay in the L1 cache. A reduction has accumulators three times as
+// large besides, so its tiles are half as large.
+constexpr int64_t kTileElements = 4096, kReductionElements = 2048;
+inline int64_t tile_vectors(const Volume& x) { return kTileElements / x.lanes; }
+inline int64_t reduction_vectors(const Volume& x) { return kReductionElements / x.lanes; }
 
 // Rows of a plane in one tile of so many positions, and blocks of lanes along the channels of x.
 inline int64_t tile_rows(const Volume& x, int64_t positions) {
   const int64_t rows = std::clamp<int64_t>(positions / x.W, 1, x.H);
   return rows < x.H && rows > 4 ? rows / 4 * 4 : rows;  // the reductions walk four rows side by side
 }
-inline int64_t channel_blocks(const Volume& x) { return (x.C + kLanes - 1) / kLanes; }
+inline int64_t channel_blocks(const Volume& x) { return (x.C + x.lanes - 1) / x.lanes; }
+
+// Channels whose spacetime maps share cache lines: the elementwise passes meet them frame by frame.
+constexpr int64_t kLineChannels = 16;
+inline int64_t line_groups(const Volume& x) { return (x.C + kLineChannels - 1) / kLineChannels; }
 
 // Where channels lie side by side, a tile takes as many blocks of them as it can: memory is met in order, in long
 // pieces. A reduction over space and time has an accumulator for each, and takes x.blocks.
 inline bool channels_side_by_side(const Volume& x) { return x.stride_c == 1 && x.C > 1; }
 inline int64_t tile_blocks(const Volume& x) {
-  return channels_side_by_side(x) ? std::clamp<int64_t>(kTileVectors / x.W, 1, channel_blocks(x)) : 1;
+  return channels_side_by_side(x) ? std::clamp<int64_t>(tile_vectors(x) / x.W, 1, channel_blocks(x)) : 1;
 }
 
 // Whether a pass that meets maps of contexts up to `highest` runs its lanes along positions instead of channels: it
 // meets no spacetime map, and the positions lie adjacent in planes of at least a vector.
 inline bool lanes_along_positions(const Volume& x, int highest) {
-  return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= kLanes;
+  return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= x.lanes;
 }
 
 // Rows of a frame in one unit of a pass that meets all its channels. Along positions each channel is one run:
@@ -71,7 +78,7 @@ inline bool lanes_along_positions(const Volume& x, int highest) {
 constexpr int64_t kRunPositions = 1024;
 inline int64_t unit_rows(const Volume& x, int highest) {
   if (lanes_along_positions(x, highest)) return std::clamp<int64_t>(kRunPositions / x.W, 1, x.H);
-  return tile_rows(x, channels_side_by_side(x) ? kTileVectors / tile_blocks(x) : kReductionVectors);
+  return tile_rows(x, channels_side_by_side(x) ? tile_vectors(x) / tile_blocks(x) : reduction_vectors(x));
 }
 inline int64_t row_units(const Volume& x, int highest) {
   return x.B * x.T * ((x.H + unit_rows(x, highest) - 1) / unit_rows(x, highest));
@@ -79,18 +86,19 @@ inline int64_t row_units(const Volume& x, int highest) {
 
 // Units of a pass over x that meets maps of contexts up to `highest`. Where it reduces over channels: rows of every
 // frame. Over space and time: x.blocks blocks of channels of every clip. Elementwise: rows of every frame where
-// channels lie side by side, blocks of channels of every frame with lanes along positions, else blocks of every clip.
+// channels lie side by side, blocks of channels of every frame with lanes along positions, else groups of every clip.
 inline int64_t reduction_units(const Volume& x, int context, int highest) {
   return context == kChannel ? row_units(x, highest) : x.B * ((channel_blocks(x) + x.blocks - 1) / x.blocks);
 }
 inline int64_t elementwise_units(const Volume& x, int highest) {
   if (channels_side_by_side(x)) return row_units(x, highest);
-  return x.B * channel_blocks(x) * (lanes_along_positions(x, highest) ? x.T : 1);
+  return lanes_along_positions(x, highest) ? x.B * x.T * channel_blocks(x) : x.B * line_groups(x);
 }
 
 struct PoolPasses {
   static const PoolPasses base[kScalars], v3[kScalars], v4[kScalars];
 
+  int lanes;
   void (*pool)(const Volume&, const void* x, const Gate&, int context,
                void* pooled,  // [B, 2, M]: maximum, mean
                void* argmax,  // [B, M], of index_bytes each
@@ -105,6 +113,7 @@ struct PoolPasses {
 struct RecalibratePasses {
   static const RecalibratePasses base[kScalars], v3[kScalars], v4[kScalars];
 
+  int lanes;
   void (*recalibrate)(const Volume&, const void* x, const Gate&, void* y, int64_t begin, int64_t end);
   void (*recalibrate_reduce)(const Volume&, const void* grad_y, const void* x, int context,
                              void* grad_gate,  // [B, M]

@@ -114,7 +114,7 @@ void unpool_reduce(const Volume& x, const T* data, const Unpooled& from, int gat
 }
 
 template <class T>
-constexpr PoolPasses kPasses = {untyped<pool<T>>, untyped<unpool<T>>, untyped<unpool_reduce<T>>};
+constexpr PoolPasses kPasses = {kLanes, untyped<pool<T>>, untyped<unpool<T>>, untyped<unpool_reduce<T>>};
 
 }  // namespace
 

@@ -58,7 +58,7 @@ void recalibrate_reduce(const Volume& x, const T* grad_y, const T* data, int con
 }
 
 template <class T>
-constexpr RecalibratePasses kPasses = {untyped<recalibrate<T>>, untyped<recalibrate_reduce<T>>};
+constexpr RecalibratePasses kPasses = {kLanes, untyped<recalibrate<T>>, untyped<recalibrate_reduce<T>>};
 
 }  // namespace
 

@@ -17,7 +17,7 @@ struct Sum {
 
   AIA_INLINE void add(Vec<A> v, IVec<A>) { sum += v; }
   AIA_INLINE void add_where(IVec<A> valid, Vec<A> v, IVec<A>) { sum += valid ? v : Vec<A>{}; }
-  // Sixteen accumulators, one per position with lanes along channels, into one with lanes along the positions.
+  // Accumulators, one per position with lanes along channels, into one with lanes along the positions.
   static Sum across_lanes(const Sum* from) {
     Vec<A> sums[kLanes];
     for (int i = 0; i < kLanes; ++i) sums[i] = from[i].sum;
@@ -96,7 +96,7 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
   std::unique_ptr<Accumulator[]> over_t(new Accumulator[all_t]), over_h(new Accumulator[all_h]);
   for (int64_t unit = begin; unit < end; ++unit) {
     std::fill_n(over_h.get(), all_h, Accumulator{});
-    for_each_tile(x, unit, x.blocks, kReductionVectors / x.blocks, [&](const Tile& at) {
+    for_each_tile(x, unit, x.blocks, reduction_vectors(x) / x.blocks, [&](const Tile& at) {
       fill(at, static_cast<Vec<A>*>(values));
       if (at.t == 0) std::fill_n(over_t.get(), all_t, Accumulator{});
       for (int64_t k = 0; k < at.blocks; ++k) {

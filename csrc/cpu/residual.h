@@ -19,9 +19,9 @@ struct Rows {
   int64_t length() const { return maps ? N : C; }
 };
 
-// Elements of one unit, a multiple of the vector's so that no two units share a byte of signs.
+// Elements of one unit, a multiple of every vector's and of a byte of signs', which no two units share.
 inline int64_t unit_elements(const Rows& z) {
-  constexpr int64_t kElements = 32768, kUnits = 64, kStep = 2 * kLanes;
+  constexpr int64_t kElements = 32768, kUnits = 64, kStep = 32;
   return std::max(kElements, ((z.numel() + kUnits - 1) / kUnits + kStep - 1) / kStep * kStep);
 }
 inline int64_t element_units(const Rows& z) { return (z.numel() + unit_elements(z) - 1) / unit_elements(z); }

@@ -7,8 +7,13 @@
 
 namespace aia::cpu {
 
+constexpr int64_t kShiftChannels = 16;
+
 // Units of the shift: blocks of channels of every frame or, where channels lie side by side, rows of every frame.
-inline int64_t shift_units(const Volume& x) { return x.B * x.T * (channels_side_by_side(x) ? x.H : channel_blocks(x)); }
+inline int64_t shift_units_of_frame(const Volume& x) {
+  return channels_side_by_side(x) ? x.H : (x.C + kShiftChannels - 1) / kShiftChannels;
+}
+inline int64_t shift_units(const Volume& x) { return x.B * x.T * shift_units_of_frame(x); }
 
 // The first fold channels of y [B, T, C, H, W] come `step` frames from their own (1 or -1), the next fold from as far
 // on the other side, and the rest from their own; 0 where there is no such frame. See aia_kernels/schemas.py.
@@ -29,10 +34,10 @@ inline void temporal_shift(const Volume& x, int64_t itemsize, const char* data, 
   };
   for (int64_t unit = begin; unit < end; ++unit) {
     const bool side_by_side = channels_side_by_side(x);
-    const int64_t split = side_by_side ? x.H : channel_blocks(x), frame = unit / split, t = frame % x.T;
+    const int64_t split = shift_units_of_frame(x), frame = unit / split, t = frame % x.T;
     const int64_t start = frame / x.T * x.stride_b + t * x.stride_t;
-    const int64_t first = side_by_side ? 0 : unit % split * kLanes;
-    const int64_t last = side_by_side ? x.C : std::min(x.C, first + kLanes);
+    const int64_t first = side_by_side ? 0 : unit % split * kShiftChannels;
+    const int64_t last = side_by_side ? x.C : std::min(x.C, first + kShiftChannels);
     int64_t c = first;
     for (int64_t part = 0; part < 3; ++part) {
       const int64_t n = std::min(ends[part], last) - c;

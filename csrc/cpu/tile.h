@@ -1,8 +1,8 @@
-// Tiles of x: the positions of a few rows of one plane, sixteen channels wide or a few times that, held as
-// [positions][blocks][16 channels].
+// Tiles of x: the positions of a few rows of one plane, a vector of channels wide or a few times that, held as
+// [positions][blocks][channels of a vector].
 //
 // Lanes are channels in every pass that meets a spacetime map. Where x is stored with its channels apart the tile is
-// one block wide and transposed on the way in and out, about five vector operations per sixteen elements; after that
+// one block wide and transposed on the way in and out, a few vector operations per vector; after that
 // every loop runs over whole vectors without a remainder, be the plane 56 wide or 7.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace aia::cpu::AIA_CPU_LEVEL {
 
 // Where a tile lies: rows [h, h + rows) of frame t of clip b, `blocks` blocks of channels from c on, the last of them
 // with `lanes` channels. `ahead` is the distance in elements to the tile that will be read next: the hardware does not
-// prefetch sixteen short runs at a time.
+// prefetch so many short runs at a time.
 struct Tile {
   int64_t b, t, c, h, rows, blocks;
   int lanes;
@@ -37,10 +37,10 @@ inline Tile tile_at(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h,
 // Vectors of the largest tile of a pass.
 inline int64_t row_capacity(const Volume& x) { return unit_rows(x, kSpacetime) * x.W * tile_blocks(x); }
 inline int64_t elementwise_capacity(const Volume& x) {
-  return channels_side_by_side(x) ? row_capacity(x) : tile_rows(x, kTileVectors) * x.W;
+  return channels_side_by_side(x) ? row_capacity(x) : tile_rows(x, tile_vectors(x)) * x.W;
 }
 inline int64_t reduction_capacity(const Volume& x, int context) {
-  return context == kChannel ? row_capacity(x) : tile_rows(x, kReductionVectors / x.blocks) * x.W * x.blocks;
+  return context == kChannel ? row_capacity(x) : tile_rows(x, reduction_vectors(x) / x.blocks) * x.W * x.blocks;
 }
 
 template <class A>
@@ -157,9 +157,9 @@ void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
         for (int c = 0; c < lanes; ++c) target[c * stride_c + i] = part[c];
       }
     } else {
-      // Whole planes are contiguous. The hardware prefetches lines written in order, but not sixteen runs in turn.
-      T packed[kLanes * kTileVectors];
-      const bool whole = n == stride_c && n <= kTileVectors;
+      // Whole planes are contiguous. The hardware prefetches lines written in order, but not so many runs in turn.
+      T packed[kTileElements];
+      const bool whole = n == stride_c && n * kLanes <= kTileElements;
       T* rows = whole ? packed : target;
       for (int64_t i = 0; i < n; i += kLanes) {
         const int64_t first = std::min(i, n - kLanes);
@@ -201,13 +201,24 @@ void for_each_tile_of_rows(const Volume& x, int64_t unit, Each&& each) {
   }
 }
 
-// The tiles of a unit of an elementwise pass (elementwise_units). Calls each(tile).
+// The tiles of a unit of an elementwise pass (elementwise_units). Where channels lie apart: rows outermost, as above,
+// and blocks of channels that share lines of the maps innermost. Calls each(tile).
 template <class Each>
 void for_each_elementwise_tile(const Volume& x, int64_t unit, Each&& each) {
-  if (channels_side_by_side(x))
-    for_each_tile_of_rows(x, unit, each);
-  else
-    for_each_tile(x, unit, 1, kTileVectors, each);
+  if (channels_side_by_side(x)) return for_each_tile_of_rows(x, unit, each);
+  const int64_t rows = tile_rows(x, tile_vectors(x)), first = unit % line_groups(x) * kLineChannels;
+  const int64_t last = std::min(x.C, first + kLineChannels);
+  for (int64_t h = 0; h < x.H; h += rows)
+    for (int64_t t = 0; t < x.T; ++t)
+      for (int64_t c = first; c < last; c += kLanes) {
+        const int64_t b = unit / line_groups(x);
+        Tile at = tile_at(x, b, t, c, h, rows, 1);
+        const Tile next = c + kLanes < last ? tile_at(x, b, t, c + kLanes, h, rows, 1)
+                          : t + 1 < x.T     ? tile_at(x, b, t + 1, first, h, rows, 1)
+                                            : tile_at(x, b, 0, first, h + rows, rows, 1);
+        at.ahead = tile_offset(x, next) - tile_offset(x, at);
+        each(at);
+      }
 }
 
 // Calls body with a value of the index type.

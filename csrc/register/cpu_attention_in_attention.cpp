@@ -68,14 +68,15 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<
   const Activation a = activation_of(x, "x");
   check_context(context, "context");
   const Gate inner = gate_of(gate, gate_context, "gate_context", a, x, "gate");
-  const Volume v = volume_of(a);
+  const PoolPasses& pass = passes<PoolPasses>(a.scalar);
+  const Volume v = volume_of(a, pass.lanes);
   Tensor pooled = new_map(x, {a.B, 2}, a, context, accumulate_type(x));
   Tensor argmax = new_map(x, {a.B}, a, context, index_type(a, context));
   const auto index_bytes = static_cast<int>(argmax.element_size());
   const void* data = x.const_data_ptr();
   void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(context), inner.context), [&](int64_t begin, int64_t end) {
-    passes<PoolPasses>(v.scalar).pool(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
+    pass.pool(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
   });
   return {pooled, argmax};
 }
@@ -85,14 +86,14 @@ Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_poole
               std::optional<Tensor> inner_grad_pooled, std::optional<Tensor> inner_argmax, int64_t inner_context) {
   const aia::UnpoolArguments given(grad_y, gate, grad_pooled, argmax, context, inner_gate, inner_gate_context,
                                    inner_grad_pooled, inner_argmax, inner_context);
-  const Volume v = volume_of(given.grad_y);
+  const PoolPasses& pass = passes<PoolPasses>(given.grad_y.scalar);
+  const Volume v = volume_of(given.grad_y, pass.lanes);
   Tensor grad_x = output_like(grad_y);
   const void* data = grad_y.const_data_ptr();
   void* out = grad_x.mutable_data_ptr();
   const int highest = std::max({given.outer.context, given.inner_gate.context, given.inner.context});
   parallel(aia::cpu::elementwise_units(v, highest), [&](int64_t begin, int64_t end) {
-    passes<PoolPasses>(v.scalar).unpool(v, data, given.gate, given.outer, given.inner_gate, given.inner, out, begin,
-                                        end);
+    pass.unpool(v, data, given.gate, given.outer, given.inner_gate, given.inner, out, begin, end);
   });
   return grad_x;
 }
@@ -102,12 +103,13 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
   const Activation a = activation_of(x, "x");
   const Unpooled from = unpooled_of(grad_pooled, argmax, context, "context", a, x, "grad_pooled", "argmax");
   check_context(gate_context, "gate_context");
-  const Volume v = volume_of(a);
+  const PoolPasses& pass = passes<PoolPasses>(a.scalar);
+  const Volume v = volume_of(a, pass.lanes);
   Tensor grad_gate = new_map(x, {a.B}, a, gate_context, accumulate_type(x));
   const void* data = x.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
-    passes<PoolPasses>(v.scalar).unpool_reduce(v, data, from, static_cast<int>(gate_context), out, begin, end);
+    pass.unpool_reduce(v, data, from, static_cast<int>(gate_context), out, begin, end);
   });
   return grad_gate;
 }
@@ -115,13 +117,13 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
 Tensor recalibrate(const Tensor& x, const Tensor& gate, int64_t context) {
   const Activation a = activation_of(x, "x");
   const Gate outer = gate_of(gate, context, "context", a, x, "gate");
-  const Volume v = volume_of(a);
+  const RecalibratePasses& pass = passes<RecalibratePasses>(a.scalar);
+  const Volume v = volume_of(a, pass.lanes);
   Tensor y = output_like(x);
   const void* data = x.const_data_ptr();
   void* out = y.mutable_data_ptr();
-  parallel(aia::cpu::elementwise_units(v, outer.context), [&](int64_t begin, int64_t end) {
-    passes<RecalibratePasses>(v.scalar).recalibrate(v, data, outer, out, begin, end);
-  });
+  parallel(aia::cpu::elementwise_units(v, outer.context),
+           [&](int64_t begin, int64_t end) { pass.recalibrate(v, data, outer, out, begin, end); });
   return y;
 }
 
@@ -129,14 +131,14 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   const Activation a = activation_of(x, "x");
   check_same(grad_y, x, "grad_y", "x");
   check_context(context, "context");
-  const Volume v = volume_of(a);
+  const RecalibratePasses& pass = passes<RecalibratePasses>(a.scalar);
+  const Volume v = volume_of(a, pass.lanes);
   Tensor grad_gate = new_map(x, {a.B}, a, context, accumulate_type(x));
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   const auto to = static_cast<int>(context);
-  parallel(aia::cpu::reduction_units(v, to, to), [&](int64_t begin, int64_t end) {
-    passes<RecalibratePasses>(v.scalar).recalibrate_reduce(v, grad, data, to, out, begin, end);
-  });
+  parallel(aia::cpu::reduction_units(v, to, to),
+           [&](int64_t begin, int64_t end) { pass.recalibrate_reduce(v, grad, data, to, out, begin, end); });
   return grad_gate;
 }
 
