@@ -142,7 +142,7 @@ def _names(kind: Any) -> frozenset[str]:
         names = set(_names_in(function.__code__))
         found |= names
         called = (function.__globals__.get(name) for name in names)
-        waiting += [f for f in called if inspect.isfunction(f) and not f.__module__.startswith("torch")]
+        waiting += [f for f in called if inspect.isfunction(f) and not (f.__module__ or "").startswith("torch")]
     return frozenset(found)
 
 
