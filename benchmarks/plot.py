@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import sys
 from pathlib import Path
 
@@ -199,6 +201,45 @@ def passes(rows: list[dict], stages: list[str], path: Path) -> None:
     figure.legend(handles, providers, loc="outside upper center", ncols=len(providers), frameon=False, fontsize=9)
     figure.supylabel("time, copies of x", fontsize=9)
     save(figure, rows, path)
+
+
+def ratios(file: Path) -> None:
+    """Heat maps of what benchmarks.ratios wrote: a row for each mode, a column for each layer, next to its CSV."""
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    at = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
+    sides = {
+        layer: [list(dict.fromkeys(row[key] for row in found)) for key in ("settings", "sizes")]
+        for layer, found in at.items()
+    }
+    widths = [1.6 + 0.42 * len(sizes) for _, sizes in sides.values()]
+    height = 1.5 + 0.27 * max(len(settings) for settings, _ in sides.values())
+    figure, axes = pyplot.subplots(
+        2,
+        len(layers),
+        figsize=(sum(widths), 2 * height),
+        squeeze=False,
+        layout="constrained",
+        width_ratios=widths,
+    )
+    norm = matplotlib.colors.LogNorm(0.5, 8, clip=True)
+    for (i, mode), (j, layer) in itertools.product(enumerate(registry.MODES), enumerate(layers)):
+        axis, (settings, sizes) = axes[i][j], sides[layer]
+        cells = [[float("nan")] * len(sizes) for _ in settings]
+        for row in select(at[layer], mode=mode):
+            cells[settings.index(row["settings"])][sizes.index(row["sizes"])] = float(row["ratio"])
+        axis.imshow(cells, cmap="YlGnBu", norm=norm, aspect="auto")
+        for y, x in itertools.product(range(len(settings)), range(len(sizes))):
+            if (value := cells[y][x]) == value:
+                # Red where a user would lose more than noise.
+                colour = BUDGET if value < 0.95 else "white" if norm(value) > 0.6 else "black"
+                axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=6.5, color=colour)
+        axis.set_yticks(range(len(settings)), settings, fontsize=7)
+        axis.set_xticks(range(len(sizes)), sizes, fontsize=7, rotation=90)
+        axis.set_title(f"{layer}, {MODE_NAMES[mode]}", fontsize=9, loc="left")
+    figure.suptitle("Times faster than published, by settings (down) and input (across)", fontsize=11)
+    save(figure, rows, file.with_suffix(".png"))
 
 
 def save(figure, rows: list[dict], path: Path) -> None:

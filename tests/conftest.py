@@ -193,6 +193,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fused_at_any_size(monkeypatch) -> None:
+    """Inputs of tests are small; "auto" would leave external attention to plain PyTorch (test_small_calls.py)."""
+    monkeypatch.setattr("aia_kernels.backends.choices.CALL_COST", float("-inf"))
+
+
 @pytest.fixture
 def uninitialised_memory_is_nan() -> Iterator[None]:
     """torch.empty and its kin return NaN and largest integers: an unwritten element shows."""

@@ -276,6 +276,22 @@ def select(device: torch.device | str, dtype: torch.dtype, family: str) -> str:
     return _resolve(chosen_backend(), device, dtype, family)
 
 
+def plain_is_faster(device: torch.device, rows: int, slots: int, products: int = 0, calls: int = 1) -> bool:
+    """Tell whether "auto" leaves a call of external attention to plain PyTorch, as there is too little to fuse.
+
+    Args:
+        device: That of the tensors. Only on a CPU is this a question: elsewhere launches cost more than calls.
+        rows: As of choices.fusing_pays.
+        slots: As of choices.fusing_pays.
+        products: As of choices.fusing_pays.
+        calls: As of choices.fusing_pays.
+
+    Returns:
+        Whether it does; never where a backend is named.
+    """
+    return device.type == "cpu" and chosen_backend() == "auto" and not choices.fusing_pays(rows, slots, products, calls)
+
+
 # What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -1,8 +1,11 @@
-"""The measured table by which ``auto`` chooses a GPU backend: choices.csv, which benchmarks/choices.py writes.
+"""What ``auto`` goes by: on a GPU a measured table, on a CPU a count of what fusing saves.
 
-A row says for a device (by the name torch gives it), a family and a type in which order the backends are to be tried,
-with the times that decided it, relative to the best one's in the same case. A device without a row gets the order of
-backends.AUTO.
+The table is choices.csv, which benchmarks/choices.py writes. A row says for a device (by the name torch gives it), a
+family and a type in which order the backends are to be tried, with the times that decided it, relative to the best
+one's in the same case. A device without a row gets the order of backends.AUTO.
+
+The count is for external attention, whose published flow is a handful of operators: where there is little to save,
+calling the fused passes costs more (fusing_pays). benchmarks/ratios.py measures both on either side of the choice.
 """
 
 from __future__ import annotations
@@ -29,3 +32,26 @@ def measured_order(device_name: str, family: str, dtype: str) -> tuple[str, ...]
     wanted = {"device": device_name, "family": family, "dtype": dtype}
     rows = [row for row in read() if all(row[column] == value for column, value in wanted.items())]
     return tuple(rows[-1]["order"].split()) if rows else None
+
+
+#: In multiplications of a matrix product on one core: what a call of the fused passes costs over plain PyTorch, a tenth
+#: of a millisecond, and what they save for an element of the attention map, one nanosecond.
+CALL_COST, ELEMENT_GAIN = 4_000_000, 30
+#: The lanes of a vector of the passes at AVX2. They lie along slots, and where these are fewer, most of them are idle.
+LANES = 8
+
+
+def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> bool:
+    """Tell whether the fused passes of external attention are faster than plain PyTorch on a CPU.
+
+    Args:
+        rows: Of the attention map, over batch and heads.
+        slots: Normalised together in a row.
+        products: The multiplications that folding leaves out, less those that it costs.
+        calls: What the call costs, in CALL_COST.
+
+    Returns:
+        Whether what is saved is worth the cost of the call.
+    """
+    gain = ELEMENT_GAIN * rows * slots if slots >= LANES else 0
+    return gain + products > calls * CALL_COST

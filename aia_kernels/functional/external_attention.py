@@ -24,7 +24,7 @@ from ..algorithms import external_attention as algorithm
 from ..algorithms.external_attention import Plan
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.layouts import as_maps, as_tokens, contiguous, with_dense_maps, with_rows
-from ..common.tracing import is_traced, needs_reference
+from ..common.tracing import is_symbolic, is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
 from . import sharded
@@ -83,7 +83,7 @@ def double_normalize(
     if logits.numel() == 0:
         _refuse_an_empty_shard("logits", logits, process_group)
         return logits.contiguous() * 1.0
-    backend, transformed = _path(logits, logits.dtype)
+    backend, transformed = _path(logits, logits.dtype, logits.numel() // group, group, process_group)
     if backend == "reference" or transformed:
         return reference.double_normalize(logits, group, eps, padding, process_group)
     flat = logits.reshape(-1, *logits.shape[-2:])
@@ -166,7 +166,9 @@ def external_attention(
     _check_process_group(process_group)
     dtype = autocast_dtype(x) or x.dtype
     x, key, value = x.to(dtype), _stacked(memory_key).to(dtype), _stacked(memory_value).to(dtype)
-    bias = None if value_bias is None else value_bias.to(dtype).expand(heads, -1).flatten()
+    bias = None if value_bias is None else value_bias.to(dtype)
+    if bias is not None and (heads > 1 or bias.ndim > 1):
+        bias = bias.expand(heads, -1).flatten()
     if key_bias is not None and key_bias.requires_grad:
         # An empty sum is 0 whatever stands in the bias, and so is its gradient.
         key = key + key_bias.flatten()[:0].sum().to(dtype)
@@ -191,7 +193,7 @@ def _attend(
 ) -> Tensor:
     """o [B, N, H * v] by one of the paths, for x [B, N, H * k], key [H or 1, S, k], value [H or 1, v, S] and bias
     [H * v], not empty and of one type. Dropout: A * keep * scale takes the place of A, keep [B, N, H * S]."""
-    backend, transformed = _path(x, x.dtype)
+    backend, transformed = _path(x, x.dtype, _map_elements(x, key) // group, group, process_group)
     with no_autocast(x):
         if backend == "reference" or transformed:
             settings = group, eps, padding, keep, scale, process_group
@@ -252,7 +254,7 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
         if members is not None:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
         return _nothing(torch.empty_like(x), x, key, value, norm.weight, norm.bias)
-    backend, transformed = _path(x, dtype)
+    backend, transformed = backends.select(x.device, dtype, FAMILY), needs_reference()
     with no_autocast(x):
         if backend == "reference" or transformed:
             tokens, statistics = reference.external_attention_block(as_tokens(x), key, value, norm, eps)
@@ -285,9 +287,21 @@ def _block_through_passes(
     return as_maps(result.y, x), result.statistics
 
 
-def _path(x: Tensor, dtype: torch.dtype) -> tuple[str, bool]:
-    """The backend, and whether the call needs the reference whatever it is."""
-    return backends.select(x.device, dtype, FAMILY), needs_reference()
+def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: Any) -> tuple[str, bool]:
+    """The backend, and whether the call needs the reference whatever it is.
+
+    The size decides only where it is known and nobody shares the call: the members of a process group must exchange the
+    same, and may hold different numbers of tokens.
+    """
+    backend, transformed = backends.select(x.device, dtype, FAMILY), needs_reference()
+    if process_group is None and not is_symbolic() and backends.plain_is_faster(x.device, rows, slots):
+        backend = "reference"
+    return backend, transformed
+
+
+def _map_elements(x: Tensor, key: Tensor) -> int:
+    """The elements of the attention map of x [B, N, H * k] and key [H or 1, S, k]."""
+    return x.numel() // key.shape[2] * key.shape[1]
 
 
 def _dropout_mask(sizes: tuple[int, ...], dropout: float, device: torch.device) -> tuple[Tensor | None, float]:
@@ -328,7 +342,7 @@ def _nothing(y: Tensor, *inputs: Tensor | None) -> Tensor:
 
 def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     """A parameter has one of the shapes, the device of x and its type; under autocast also float32."""
-    if p is None:
+    if p is None or (_is_ordinary(p) and p.dtype == x.dtype and p.device == x.device and p.shape in shapes):
         return
     check_tensor(name, p)
     sharded.refuse_distributed(name, p)
@@ -340,6 +354,11 @@ def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple
     if all(tuple(p.shape) != tuple(shape) for shape in shapes):
         expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name}: got shape {tuple(p.shape)}, expected {expected}")
+
+
+def _is_ordinary(t: Tensor) -> bool:
+    """Whether check_tensor takes t as it would nearly all that come, told at a glance."""
+    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and not t.is_nested
 
 
 def _checked_heads(heads: int, x: Tensor) -> int:

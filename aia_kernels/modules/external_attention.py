@@ -8,7 +8,8 @@ see it, so it has no effect and a gradient of zero.
 
 The submodules hold parameters, mode and settings, and may be frozen, parametrised or converted as usual. The layer
 reads them and does not call them. If a submodule has hooks or is of another kind (quantised, adapted, replaced), all of
-them are called in the published order, with the double normalisation between them.
+them are called in the published order, with the double normalisation between them. So they are where "auto" counts that
+there is too little to fuse (backends.plain_is_faster); a draw of dropout is the same on every path, and so excepted.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.autocast import autocast_dtype, no_autocast
-from ..common.tracing import is_traced
+from ..common.tracing import is_symbolic, is_traced
 from ..functional.checks import check_integer
 from ..functional.external_attention import double_normalize, external_attention, external_attention_block
 from ..functional.sharded import is_distributed
-from .submodules import can_be_read, is_pointwise, must_be_called, norm_of
+from ..reference import published_double_normalize
+from .submodules import can_be_read, is_pointwise, must_be_called, norm_of, published_is_faster
 
 #: What EANet and EAMLP add to the sum over slots.
 EPS = 1e-9
@@ -72,7 +74,10 @@ class ExternalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if getattr(x, "ndim", 3) > 3 or not all(can_be_read(linear, nn.Linear) for linear in (self.mk, self.mv)):
             return self._through_submodules(x)
-        return external_attention(x, self.mk.weight, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
+        key = self.mk.weight  # read once, as it may be parametrised
+        if _are_tokens(x, key) and published_is_faster(x, self.mk, x.shape[0] * x.shape[1], key.shape[0]):
+            return self.mv(published_double_normalize(self.mk(x)))
+        return external_attention(x, key, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x, or_more=True)
@@ -105,6 +110,9 @@ class ExternalAttention2d(nn.Module):
         TypeError, ValueError: A size is no integer of at least 1.
     """
 
+    #: What a step with statistics of the batch costs, in choices.CALL_COST: the moments of A are many small operators.
+    BATCH_CALLS = 4
+
     def __init__(self, c: int, k: int = 64):
         super().__init__()
         _check_at_least_one(c=c, k=k)
@@ -123,12 +131,30 @@ class ExternalAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._foldable():
             return self._through_submodules(x)
+        if self._published_is_faster(x):
+            return self._through_submodules(x, plain=True)
         conv2, norm = self.conv2
         with no_autocast(x):
             key = self.linear_0.weight.flatten(1) @ self.conv1.weight.flatten(1)
             key = _without_effect(key, self.conv1.bias, self.linear_0.bias)
             value = conv2.weight.flatten(1) @ self.linear_1.weight.flatten(1)
         return external_attention_block(x, key, value, norm_of(norm), eps=EPS)
+
+    def _published_is_faster(self, x: Tensor) -> bool:
+        """By counting: folding leaves out 2 c^2 multiplications per position, and costs 2 c^2 k a call.
+
+        Not where a call is recorded: torch's batch norm changes what selective checkpointing may have kept.
+        """
+        weight, norm = self.linear_0._parameters.get("weight"), self.conv2[1]
+        if weight is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4 or is_traced():
+            return False
+        (k, c), positions = weight.shape[:2], x.numel() // max(1, x.shape[1])
+        if x.shape[1] != c or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
+            return False
+        if any(t is not None and t.dtype != x.dtype for t in (norm.running_mean, norm.weight)):
+            return False
+        calls = self.BATCH_CALLS if norm.training else 1
+        return published_is_faster(x, self.linear_0, positions, k, 2 * c * c * (positions - k), calls)
 
     def _foldable(self) -> bool:
         if not can_be_read(self.conv2, nn.Sequential) or len(self.conv2) != 2:
@@ -142,11 +168,14 @@ class ExternalAttention2d(nn.Module):
             and self.conv2[0].bias is None
         )
 
-    def _through_submodules(self, x: Tensor) -> Tensor:
+    def _through_submodules(self, x: Tensor, plain: bool = False) -> Tensor:
         logits = self.linear_0(self.conv1(x).flatten(2))
-        attention = double_normalize(logits.mT, eps=EPS).mT
+        if plain:
+            attention = published_double_normalize(logits, EPS, tokens=2, slots=1)
+        else:
+            attention = double_normalize(logits, dims=(2, 1), eps=EPS)
         z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
-        return (z + x).relu()
+        return (x + z).relu()  # stored as x, which comes first
 
 
 class MultiHeadExternalAttention(nn.Module):
@@ -202,27 +231,33 @@ class MultiHeadExternalAttention(nn.Module):
             return self._through_submodules(x)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
         trans_dims = self.trans_dims.weight  # read once, as it may be parametrised
-        attend = self._folded if self._folding_pays(x, trans_dims) else self._by_heads
+        saved = self._products_saved(x, trans_dims)
+        if saved is not None and not is_symbolic() and not dropout:
+            rows = x.shape[0] * x.shape[1] * self.num_heads
+            if published_is_faster(x, self.trans_dims, rows, self.k, max(0, saved)):
+                return self._through_submodules(x, plain=True)
+        attend = self._folded if saved is None or saved >= 0 else self._by_heads
         return self.proj_drop(attend(x, trans_dims, dropout))
 
-    def _folding_pays(self, x: Tensor, trans_dims: Tensor) -> bool:
-        """Whether folding takes fewer multiplications, of N tokens, w features of all heads and k slots:
+    def _products_saved(self, x: Tensor, trans_dims: Tensor) -> int | None:
+        """The multiplications that folding saves, of N tokens, w features of all heads and k slots:
 
-            folded      N * 2 heads k dim, and once k w dim for each of both matrices
+            folded      N * 2 heads k dim, and once 2 k w dim for both matrices
             by heads    N * 2 (dim w + w k)
 
         On a CPU the form of fewer multiplications was the faster one, in eval and for a step. Tokens are not
-        counted while a program is traced, which holds for any number of them. DTensors are folded, as torch's linear
-        takes no shards of uneven sizes; and what does not fit, which is then refused.
+        counted while a program is traced, which holds for any number of them. None for DTensors, which are folded, as
+        torch's linear takes no shards of uneven sizes; and for what does not fit, which is then refused.
         """
         width, dim = trans_dims.shape
         if is_distributed(x) or getattr(x, "ndim", 0) != 3 or x.shape[2] != dim or not x.numel():
-            return True
+            return None
         if x.device != trans_dims.device or (x.dtype != trans_dims.dtype and autocast_dtype(x) is None):
-            return True
-        folded, by_heads = self.num_heads * self.k * dim, width * (dim + self.k)
-        once = 0.0 if is_traced() else self.k * width * dim / (x.shape[0] * x.shape[1])
-        return folded + once <= by_heads
+            return None
+        per_token = 2 * (width * (dim + self.k) - self.num_heads * self.k * dim)
+        if is_symbolic():
+            return per_token
+        return per_token * x.shape[0] * x.shape[1] - 2 * self.k * width * dim
 
     def _folded(self, x: Tensor, trans_dims: Tensor, dropout: float) -> Tensor:
         with no_autocast(x):
@@ -251,10 +286,11 @@ class MultiHeadExternalAttention(nn.Module):
         )
         return nn.functional.linear(o, self.proj.weight, self.proj.bias)
 
-    def _through_submodules(self, x: Tensor) -> Tensor:
+    def _through_submodules(self, x: Tensor, plain: bool = False) -> Tensor:
         _check_tokens(x)
         heads = self.trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
-        attention = self.attn_drop(double_normalize(self.linear_0(heads), eps=EPS))
+        normalize = published_double_normalize if plain else double_normalize
+        attention = self.attn_drop(normalize(self.linear_0(heads), eps=EPS))
         return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
 
 
@@ -308,20 +344,27 @@ class TokenExternalAttention(nn.Module):
         if not _readable((key, value, self.proj), self.attn_drop):
             return self._through_submodules(x)
         q = self.q_linear(x)
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        memory_key = key.weight  # read once, as it may be parametrised
+        ordinary = not dropout and _are_tokens(q, memory_key)
+        if ordinary and published_is_faster(q, key, q.shape[0] * q.shape[1], memory_key.shape[0]):
+            return self._attend(q, plain=True)
         with no_autocast(x):
             folded = self.proj.weight @ value.weight
             bias: Tensor | None = self.proj.bias
             if value.bias is not None:
                 bias = nn.functional.linear(value.bias, self.proj.weight, bias)
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        o = external_attention(q, key.weight, folded, key_bias=key.bias, value_bias=bias, eps=EPS, dropout=dropout)
+        o = external_attention(q, memory_key, folded, key_bias=key.bias, value_bias=bias, eps=EPS, dropout=dropout)
         return q + self.proj_drop(o)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x)
+        return self._attend(self.q_linear(x))
+
+    def _attend(self, q: Tensor, plain: bool = False) -> Tensor:
         key, value = self._memories()
-        q = self.q_linear(x)
-        attention = self.attn_drop(double_normalize(key(q), eps=EPS))
+        normalize = published_double_normalize if plain else double_normalize
+        attention = self.attn_drop(normalize(key(q), eps=EPS))
         return q + self.proj_drop(self.proj(value(attention)))
 
 
@@ -334,6 +377,13 @@ class TransformerTokenExternalAttention(TokenExternalAttention):
 def _check_tokens(x: Tensor, or_more: bool = False) -> None:
     if x.ndim < 3 or (x.ndim > 3 and not or_more):
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, d]")
+
+
+def _are_tokens(x: Any, key: Tensor) -> bool:
+    """Whether x is what an ordinary call brings: [B, N, d], not empty, for a key memory [S, d]."""
+    return (
+        isinstance(x, Tensor) and not is_distributed(x) and x.ndim == 3 and x.shape[2] == key.shape[1] and x.numel() > 0
+    )
 
 
 def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import backends
+from ..common.autocast import autocast_dtype
+from ..common.tracing import is_symbolic, needs_reference
 from ..functional.sharded import is_distributed
 from ..reference import Norm
 
@@ -24,6 +27,8 @@ _PLAIN_FORWARDS = (
     _BatchNorm.forward,
     nn.SyncBatchNorm.forward,
 )
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, type(None))
 
 
 def must_be_called(module: nn.Module) -> bool:
@@ -39,13 +44,40 @@ def must_be_called(module: nn.Module) -> bool:
         or _has_any_global_hook()
         or type(module).forward not in _PLAIN_FORWARDS
         or "forward" in module.__dict__
-        or any(is_traceable_wrapper_subclass(p) and not is_distributed(p) for p in module._parameters.values())
+        or any(map(_knows_one_product, module._parameters.values()))
     )
+
+
+def _knows_one_product(p: Any) -> bool:
+    return type(p) not in _PLAIN_TENSORS and is_traceable_wrapper_subclass(p) and not is_distributed(p)
 
 
 def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a submodule is of a kind and need not be called: its parameters and settings say what it does."""
     return isinstance(module, kind) and not must_be_called(module)
+
+
+def published_is_faster(x: Tensor, linear: nn.Module, *work: int) -> bool:
+    """Whether a layer of external attention had better call its submodules, as published: there is little to fuse
+    (backends.plain_is_faster), and they take x as it is, in a type in which their sums lose nothing.
+
+    Args:
+        x: Not empty, of sizes that fit.
+        linear: Of the submodules that whose weight the layer has read. A parametrised weight must not be read twice:
+            that of spectral_norm moves each time.
+        work: The arguments of choices.fusing_pays: rows, slots, products, calls.
+    """
+    weight = linear._parameters.get("weight")
+    return (
+        weight is not None
+        and not is_symbolic()
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and backends.plain_is_faster(x.device, *work)
+        and autocast_dtype(x) is None
+        and not needs_reference()
+    )
 
 
 def is_pointwise(conv: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The specification: both families in plain PyTorch. Imports nothing but torch and the maps' bookkeeping."""
 
 from .attention_in_attention import UNITS, Unit, attention_in_attention, compose
-from .double_norm import double_normalize
+from .double_norm import double_normalize, published_double_normalize
 from .external_attention import external_attention, external_attention_block
 from .gate import Gate
 from .norm import Norm
@@ -17,5 +17,6 @@ __all__ = [
     "double_normalize",
     "external_attention",
     "external_attention_block",
+    "published_double_normalize",
     "temporal_shift",
 ]

@@ -58,17 +58,23 @@ def external_attention(
         o, [B, N, H * v], in the type of x.
     """
     heads = x.shape[2] // key.shape[2]
-    key, value = key.expand(heads, -1, -1), value.expand(heads, -1, -1)
     if padding is not None:
         x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-    logits = torch.einsum("bnhk,hmk->bnhm", x.unflatten(-1, (heads, -1)), key).flatten(2)
-    attention = double_normalize(logits, group, eps, padding, process_group)
+    attention = double_normalize(_by_heads(x, key, heads), group, eps, padding, process_group)
     if keep is not None:
         attention = attention * keep * scale
-    o = torch.einsum("bnhm,hvm->bnhv", attention.unflatten(-1, (heads, -1)), value).flatten(2)
+    o = _by_heads(attention, value, heads)
     if bias is not None:
         o = o + bias.to(o.dtype)
     return o if padding is None else o.masked_fill(padding.unsqueeze(-1), 0.0)
+
+
+def _by_heads(x: Tensor, matrices: Tensor, heads: int) -> Tensor:
+    """Each head's features of x [B, N, H * p] times the transpose of its matrix of [H or 1, q, p]: [B, N, H * q]."""
+    if heads == 1:
+        return x @ matrices[0].mT
+    by_head = x.unflatten(-1, (heads, -1))
+    return torch.einsum("bnhp,hqp->bnhq", by_head, matrices.expand(heads, -1, -1)).flatten(2)
 
 
 def second_moments(attention: Tensor, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:

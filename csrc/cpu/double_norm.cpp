@@ -213,6 +213,7 @@ class Groups {
 template <class Body>
 void with_vectors(int64_t group, Body&& body) {
   switch (group) {
+    case kLanes <= 8 ? 8 : 0: return body(std::integral_constant<int, kLanes <= 8 ? 8 / kLanes : 0>{});
     case 16: return body(std::integral_constant<int, 16 / kLanes>{});
     case 32: return body(std::integral_constant<int, 32 / kLanes>{});
     case 64: return body(std::integral_constant<int, 64 / kLanes>{});

@@ -141,7 +141,7 @@ class TestBadInput:
             ("plain", lambda x: x[..., :-1], ValueError),
             ("plain", lambda x: x.int(), TypeError),
             ("plain", lambda x: x.float(), TypeError),
-            ("block", lambda x: x.flatten(2), ValueError),
+            ("block", lambda x: x.flatten(1), ValueError),
             ("block", lambda x: x[:, :-1], ValueError),
             ("block", lambda x: x[:1, :, :1, :1], ValueError),
             ("block", lambda x: x.float(), TypeError),

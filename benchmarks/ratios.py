@@ -1,0 +1,161 @@
+"""How many times faster than the published flow each layer is, over the sizes that networks have: rows and a heat map.
+
+    python -m benchmarks.ratios [--layers NAMES] [--results DIR]
+
+One thread, fp32, contiguous, eval and a training step. Both forms are sampled in turns, by processor time, which a busy
+machine disturbs least. A cell below one is a size at which a user would lose. What aia_kernels/backends/choices.py goes by was
+found here. Numbers are not checked: the tests and benchmarks.run do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import measure, plot, progress, records
+from .providers import build, on_backend
+from .registry import MODES, Case
+from .registry.attention_in_attention import UnitCase
+from .registry.external_attention import LayerCase
+
+COLUMNS = [
+    *("layer", "settings", "sizes", "mode", "ratio", "low", "high", "published_ms", "fused_ms"),
+    *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
+]
+#: Processor seconds of a sample, at least, and the turns that each form gets.
+SAMPLE, ROUNDS = 0.004, 7
+#: Multiplications and bytes of x beyond which a size is left out: the published flow would take many seconds.
+MOST_PRODUCTS, MOST_BYTES = 1e11, 300e6
+
+#: Samples and tokens in each.
+TOKENS = ((1, 1), (1, 50), (8, 197), (64, 49), (1, 4096), (8, 4096), (1, 65536), (1, 1_000_000))
+WIDTHS = (16, 64, 256, 512, 1024)
+SLOTS = (1, 8, 64, 512)
+#: Maps of the block: samples, height, width.
+MAPS = ((1, 2, 2), (8, 7, 7), (1, 16, 16), (1, 33, 31), (1, 65, 65), (4, 64, 64), (1, 256, 256))
+#: Published heads of widths: EAMLP's own networks are among them.
+HEADS = (
+    (64, 1),
+    (64, 4),
+    (256, 4),
+    (256, 8),
+    (256, 32),
+    (384, 6),
+    (384, 12),
+    (384, 32),
+    (768, 12),
+    (768, 24),
+    (1024, 8),
+)
+#: Clips, frames, height and width of a unit's input.
+CLIPS = ((1, 1, 7, 7), (1, 8, 7, 7), (8, 8, 7, 7), (1, 8, 14, 14), (8, 8, 14, 14), (1, 8, 28, 28), (8, 4, 28, 28))
+CLIPS += ((1, 8, 56, 56), (8, 8, 56, 56), (1, 8, 112, 112), (8, 1, 28, 28))
+CHANNELS = (8, 64, 256, 512, 2048)
+
+
+class Cell(NamedTuple):
+    """One size of one layer: its name, what it is built with and the sizes of x as the map names them, and the case."""
+
+    layer: str
+    settings: str
+    sizes: str
+    case: Case
+
+
+def cells() -> Iterator[Cell]:
+    """Every size of the space that can be measured in seconds."""
+    plain = [({"d_model": d, "S": s}, f"{d}, {s}") for d, s in itertools.product(WIDTHS, SLOTS)]
+    multi_head = [({"dim": d, "num_heads": h}, f"{d}, {h}") for d, h in HEADS]
+    block = [({"c": c, "k": k}, f"{c}, {k}") for c, k in itertools.product(WIDTHS, (8, 64))]
+    for layer, places in (("ExternalAttention", plain), ("MultiHeadExternalAttention", multi_head)):
+        for (arguments, settings), (b, n) in itertools.product(places, TOKENS):
+            yield from _cell(layer, arguments, settings, (b, n, next(iter(arguments.values()))), f"{b} x {n}")
+    for (arguments, settings), (b, h, w) in itertools.product(block, MAPS):
+        yield from _cell("ExternalAttention2d", arguments, settings, (b, arguments["c"], h, w), f"{b} x {h}x{w}")
+    for unit, c, (b, t, h, w) in itertools.product(("C", "ST", "CinST", "STinC"), CHANNELS, CLIPS):
+        case = UnitCase(unit, "", b, "fp32", "contiguous", (c, h, w), t)
+        if case.x_bytes <= MOST_BYTES:
+            yield Cell(unit, str(c), f"{b} x {t}x{h}x{w}", case)
+
+
+def _cell(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...], name: str) -> Iterator[Cell]:
+    case = LayerCase(layer, "", sizes[0], "fp32", "contiguous", sizes, tuple(arguments.items()))
+    width = next(iter(arguments.values()))
+    tokens, columns = math.prod(sizes) // width, case.slots[0]
+    if tokens * width * (columns + 8 * width) <= MOST_PRODUCTS and 4 * tokens * max(columns, width) <= MOST_BYTES:
+        yield Cell(layer, settings, name, case)
+
+
+def measured(cell: Cell, mode: str) -> tuple[list[float], list[float]]:
+    """Processor seconds of a call of the published and of the fused layer, a sample of each a turn."""
+    provider, x = on_backend("auto"), cell.case.make_input()
+    torch.manual_seed(0)
+    layers = cell.case.published(), build(provider, cell.case, "cpu")
+    with provider.context():
+        if mode == "eval":
+            calls = [measure.evaluation(layer, x) for layer in layers]
+        else:
+            grad_y = torch.ones_like(layers[0](x).detach())
+            calls = [measure.training_step(layer, x, grad_y) for layer in layers]
+        for call in calls:
+            call()
+        counts = [max(1, round(SAMPLE / max(_seconds(call, 1), 1e-6))) for call in calls]
+        taken: tuple[list[float], list[float]] = [], []
+        for _, (call, count, seconds) in itertools.product(range(ROUNDS), zip(calls, counts, taken, strict=True)):
+            seconds.append(_seconds(call, count))
+    return taken
+
+
+def _seconds(call: Callable[[], object], count: int) -> float:
+    begin = time.process_time()
+    for _ in range(count):
+        call()
+    return (time.process_time() - begin) / count
+
+
+def row(cell: Cell, mode: str) -> dict:
+    """What is written of a cell: the ratio of the medians, and the quartiles of the ratios turn by turn."""
+    published, fused = measured(cell, mode)
+    low, _, high = statistics.quantiles((a / b for a, b in zip(published, fused, strict=True)), n=4)
+    medians = [statistics.median(seconds) for seconds in (published, fused)]
+    return {
+        **{"layer": cell.layer, "settings": cell.settings, "sizes": cell.sizes, "mode": mode},
+        **{"ratio": f"{medians[0] / medians[1]:.2f}", "low": f"{low:.2f}", "high": f"{high:.2f}"},
+        **{"published_ms": f"{1e3 * medians[0]:.4f}", "fused_ms": f"{1e3 * medians[1]:.4f}"},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.split("\n\n")[0])
+    known = list(dict.fromkeys(cell.layer for cell in cells()))
+    parser.add_argument("--layers", nargs="+", choices=known, default=known, metavar="LAYER")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="DIR")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    where = measure.machine("cpu")
+    wanted = [cell for cell in cells() if cell.layer in chosen.layers]
+    file = chosen.results / "ratios.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS)
+        writer.writeheader()
+        for cell in progress.bar(wanted):
+            for mode in MODES:
+                writer.writerow(row(cell, mode) | where)
+            opened.flush()
+    plot.ratios(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

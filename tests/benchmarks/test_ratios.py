@@ -1,0 +1,37 @@
+"""The map of ratios: its space, a row for each cell and mode, and the picture."""
+
+import csv
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+
+from benchmarks import ratios
+
+
+def test_the_space_has_every_layer_and_the_sizes_at_its_ends():
+    found = list(ratios.cells())
+    assert {cell.layer for cell in found} >= {"ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"}
+    assert {cell.layer for cell in found} >= {"C", "ST", "CinST", "STinC"}
+    plain = {(cell.settings, cell.sizes) for cell in found if cell.layer == "ExternalAttention"}
+    assert {("16, 1", "1 x 1"), ("16, 1", "1 x 1000000"), ("1024, 512", "64 x 49")} <= plain
+    assert all(cell.case.x_bytes <= ratios.MOST_BYTES for cell in found)
+
+
+def test_rows_and_picture(tmp_path, monkeypatch):
+    small = [next(c for c in ratios.cells() if c.layer == layer) for layer in ("ExternalAttention", "CinST")]
+    monkeypatch.setattr(ratios, "cells", lambda: iter(small))
+    monkeypatch.setattr(ratios, "ROUNDS", 2)
+    threads = torch.get_num_threads()
+    try:
+        assert ratios.main(["--results", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    with (tmp_path / "ratios.csv").open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [(row["layer"], row["mode"]) for row in rows] == [(c.layer, m) for c in small for m in ("eval", "step")]
+    for row in rows:
+        ratio = float(row["published_ms"]) / float(row["fused_ms"])
+        assert abs(ratio - float(row["ratio"])) <= 0.006 and float(row["low"]) <= float(row["high"])
+    assert (tmp_path / "ratios.png").stat().st_size > 1000
