@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import aia_kernels
 from aia_kernels.models import AIAResNet
 from aia_kernels.models.resnet import TEMPORAL, UNITS
 
-from . import clip, measure, progress, providers, records, timing
+from . import clip, measure, progress, providers, records, registry, timing
 from .published import attention_in_attention, temporal_shift
 
 FORMS = ("plain", "published", "fused")
@@ -195,7 +196,8 @@ def measure_network(
                 measured[mode] = timing.interleave(runs, rounds, seconds, device)
                 bar.update()
             for form in FORMS:
-                measured["kept"][form] = measure.kept_bytes(parts[form][part], x)
+                failed = any(measured[mode][form].error for mode in ("eval", "step"))
+                measured["kept"][form] = math.nan if failed else measure.kept_bytes(parts[form][part], x)
     return found, right
 
 
@@ -207,7 +209,7 @@ def _mode(module: nn.Module, training: bool) -> contextlib.AbstractContextManage
 def line(part: str, found: dict, right: bool) -> str:
     cells = f"{part:9}" + "".join(f"{found['error'][form]:8.0e}" for form in ("published", "fused")) + " "
     for mode in ("eval", "step"):
-        plain, slow, fast = (found[mode][form].median * 1e3 for form in FORMS)
+        plain, slow, fast = (milliseconds(found[mode][form]) for form in FORMS)
         cells += f"{plain:7.1f}{slow:9.1f}{fast:8.1f}" + (f"{slow / fast:6.2f}x " if right else "  wrong ")
     return cells + f"{found['kept']['published'] / 1e6:6.0f}{found['kept']['fused'] / 1e6:7.0f}"
 
@@ -237,11 +239,20 @@ def _report(
     print(FOOTNOTE)
     for mode, text in (("eval", "eval"), ("step", "a training step")):
         times = found[WHOLE][mode]
-        plain, slow, fast = (times[form].median for form in FORMS)
+        plain, slow, fast = (milliseconds(times[form]) for form in FORMS)
         print(f"Slower than without units, {text}: published {slow / plain - 1:.0%}, fused {fast / plain - 1:.0%}.")
     if not right:
         print("The fused numbers are wrong.", file=sys.stderr)
-    return found, right
+    samples = [(form, cells[mode][form]) for cells in found.values() for mode in registry.MODES for form in FORMS]
+    failed = {form: times.error for form, times in samples if times.error}
+    for form, error in failed.items():
+        print(f"{form} cannot be timed: {error}", file=sys.stderr)
+    return found, right and not failed
+
+
+def milliseconds(samples: timing.Samples) -> float:
+    """The median; NaN where the form raised."""
+    return math.nan if samples.error else samples.median * 1e3
 
 
 def precision_of(autocast: bool) -> str:
@@ -265,20 +276,23 @@ def rows(found: dict[str, dict], right: bool, images: Tensor, name: str, segment
         for mode in ("eval", "step"):
             for form in FORMS:
                 times = cells[mode][form]
-                low, high = times.quartiles
                 row = dict.fromkeys(records.COLUMNS, "") | where
                 row |= {"kind": "network", "name": name, "stage": part, "clips": len(images) // segments}
                 row |= {"dtype": precision_of(autocast), "layout": layout, "mode": mode, "timed": times.timed}
                 row |= {"samples": len(times.seconds)}
                 row |= {"wall_ms": f"{statistics.median(times.wall) * 1e3:.4f}" if times.wall else ""}
                 row |= {"provider": backend if form == "fused" else form}
+                if times.error:
+                    made.append(row | {"error": times.error})
+                    continue
+                low, high = times.quartiles
                 row |= {"median_ms": f"{times.median * 1e3:.4f}", "q25_ms": f"{low * 1e3:.4f}"}
                 row |= {"q75_ms": f"{high * 1e3:.4f}"}
                 if form != "plain":
                     row |= {"max_error": f"{cells['error'][form]:.2e}"}
                 if form == "fused":
                     row |= {"correct": "yes" if right else "no"}
-                    if right:
+                    if right and not cells[mode]["published"].error:
                         row["speedup"] = f"{cells[mode]['published'].median / times.median:.2f}"
                 if mode == "step":
                     row["kept_mb"] = f"{cells['kept'][form] / 1e6:.3f}"

@@ -3,8 +3,8 @@
     python -m benchmarks.ratios [--layers NAMES] [--results DIR]
 
 One thread, fp32, contiguous, eval and a training step. Both forms are sampled in turns, by processor time, which a busy
-machine disturbs least. A cell below one is a size at which a user would lose. What aia_kernels/backends/choices.py goes by was
-found here. Numbers are not checked: the tests and benchmarks.run do that.
+machine disturbs least. A cell below one is a size at which a user would lose. What aia_kernels/backends/choices.py goes
+by was found here. Numbers are not checked: the tests and benchmarks.run do that.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import csv
 import functools
 import os
 import pickle
@@ -319,6 +320,31 @@ def test_the_benchmark(tmp_path, capsys):
     assert [row["stage"] for row in records.select(rows, mode="step", provider="published")] == [*parts, "network"]
     fused = [row for row in rows if row["provider"] not in ("plain", "published")]
     assert all(row["correct"] == "yes" and float(row["speedup"]) > 0 for row in fused)
+
+
+def test_a_form_that_cannot_be_timed_is_told_and_the_others_are_measured(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+    from benchmarks import network, records
+
+    made = network.training_step
+
+    def broken(module, x, grad_y):
+        def raises():
+            raise RuntimeError("out of memory")
+
+        is_published = any(isinstance(part, published.CinST) for part in module.modules())
+        return raises if is_published else made(module, x, grad_y)
+
+    monkeypatch.setattr(network, "training_step", broken)
+    assert network.main(["--quick", "--whole", "--device", "cpu", "--results", str(tmp_path)]) == 1
+    assert "published cannot be timed: RuntimeError: out of memory" in capsys.readouterr().err
+    with records.path(tmp_path, "network").open(newline="") as opened:
+        rows = [row for row in csv.DictReader(opened) if row["mode"] == "step"]
+    assert [(row["provider"], bool(row["median_ms"]), bool(row["error"])) for row in rows] == [
+        ("plain", True, False),
+        ("published", False, True),
+        (aia_kernels.backends.select("cpu", torch.float32, "attention_in_attention"), True, False),
+    ]
 
 
 def test_the_published_form():
