@@ -212,8 +212,9 @@ class Groups {
 // Calls body with the number of vectors in a group as a constant, 0 for a group that is held in memory.
 template <class Body>
 void with_vectors(int64_t group, Body&& body) {
+  if constexpr (kLanes <= 8)
+    if (group == 8) return body(std::integral_constant<int, 8 / kLanes>{});
   switch (group) {
-    case kLanes <= 8 ? 8 : 0: return body(std::integral_constant<int, kLanes <= 8 ? 8 / kLanes : 0>{});
     case 16: return body(std::integral_constant<int, 16 / kLanes>{});
     case 32: return body(std::integral_constant<int, 32 / kLanes>{});
     case 64: return body(std::integral_constant<int, 64 / kLanes>{});
