@@ -59,8 +59,8 @@ def double_normalize(
         process_group: Its members hold the tokens in shards, each at least one, and A is a shard of the whole's.
 
     Returns:
-        A, in the shape and type of the logits; contiguous for the default dims, otherwise a view of such a tensor with
-        its axes moved.
+        A, in the shape and type of the logits. It is contiguous for the default dims; for others it may be a view of
+        such a tensor with its axes moved.
 
     Raises:
         TypeError, ValueError: With the name of the argument, what came and what is expected.
@@ -70,6 +70,9 @@ def double_normalize(
     if logits.ndim < 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., N, M]")
     if (axes := _checked_dims(dims, logits.ndim)) != (logits.ndim - 2, logits.ndim - 1):
+        if group is None and padding_mask is None and process_group is None and _is_left_to_torch(logits):
+            _check_eps(eps)
+            return reference.published_double_normalize(logits, eps, *axes)
         settings = {"group": group, "eps": eps, "padding_mask": padding_mask, "process_group": process_group}
         return double_normalize(logits.movedim(axes, (-2, -1)), **settings).movedim((-2, -1), axes)
     if sharded.is_distributed(logits):
@@ -297,6 +300,19 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
     if process_group is None and not is_symbolic() and backends.plain_is_faster(x.device, rows, slots):
         backend = "reference"
     return backend, transformed
+
+
+def _is_left_to_torch(logits: Tensor) -> bool:
+    """Whether plain PyTorch normalises logits whose slots lie apart, as "auto" has it on a CPU. The passes have their
+    lanes along the slots, so they would be turned and turned back, which costs more than the passes save."""
+    return (
+        not sharded.is_distributed(logits)
+        and not is_symbolic()
+        and not needs_reference()
+        and logits.dtype in (torch.float32, torch.float64)
+        and logits.numel() > 0
+        and backends.plain_is_faster(logits.device, rows=0, slots=1)
+    )
 
 
 def _map_elements(x: Tensor, key: Tensor) -> int:

@@ -133,6 +133,24 @@ def test_functions():
         assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-9])
+@pytest.mark.parametrize("sizes", [(2, 5, 9), (2, 64, 3000)])
+def test_slots_that_lie_apart_are_not_turned(sizes, eps, passes):
+    logits = torch.randn(sizes, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(sizes, dtype=torch.float64)
+
+    def step():
+        a = functional.double_normalize(logits, dims=(2, 1), eps=eps)
+        return a.detach(), *torch.autograd.grad((a * weight).sum(), logits)
+
+    found = step()
+    assert passes.calls == 0
+    with aia_kernels.use_backend("cpu"):
+        expected = step()
+    assert passes.calls == 1
+    assert_close(found, expected, **EXACT)
+
+
 def test_a_mass_that_underflows():
     """Published code divides zero by zero here."""
     x = torch.zeros(1, 2, 3, dtype=torch.float32)
