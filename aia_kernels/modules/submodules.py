@@ -67,9 +67,9 @@ def published_is_faster(x: Tensor, linear: nn.Module, *work: int) -> bool:
             that of spectral_norm moves each time.
         work: The arguments of choices.fusing_pays: rows, slots, products, calls.
     """
-    weight = linear._parameters.get("weight")
+    weight: Any = linear._parameters.get("weight")
     return (
-        weight is not None
+        type(weight) in (Tensor, nn.Parameter)  # a DTensor takes no plain x, and is refused by name
         and not is_symbolic()
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == weight.dtype
