@@ -32,10 +32,11 @@ COLUMNS = [
     *("layer", "settings", "sizes", "mode", "ratio", "low", "high", "published_ms", "fused_ms"),
     *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
 ]
-#: Processor seconds of a sample, at least, and the turns that each form gets.
-SAMPLE, ROUNDS = 0.004, 7
+#: Processor seconds of a sample, at least; the turns that each form gets, at most; and seconds after which no further
+#: turn begins once each form has had three.
+SAMPLE, ROUNDS, PATIENCE = 0.004, 7, 1.0
 #: Multiplications and bytes of x beyond which a size is left out: the published flow would take many seconds.
-MOST_PRODUCTS, MOST_BYTES = 1e11, 300e6
+MOST_PRODUCTS, MOST_BYTES = 3e10, 300e6
 
 #: Samples and tokens in each.
 TOKENS = ((1, 1), (1, 50), (8, 197), (64, 49), (1, 4096), (8, 4096), (1, 65536), (1, 1_000_000))
@@ -111,8 +112,12 @@ def measured(cell: Cell, mode: str) -> tuple[list[float], list[float]]:
             call()
         counts = [max(1, round(SAMPLE / max(_seconds(call, 1), 1e-6))) for call in calls]
         taken: tuple[list[float], list[float]] = [], []
-        for _, (call, count, seconds) in itertools.product(range(ROUNDS), zip(calls, counts, taken, strict=True)):
-            seconds.append(_seconds(call, count))
+        begin = time.process_time()
+        for done in range(ROUNDS):
+            if done >= 3 and time.process_time() - begin > PATIENCE:
+                break
+            for call, count, seconds in zip(calls, counts, taken, strict=True):
+                seconds.append(_seconds(call, count))
     return taken
 
 
