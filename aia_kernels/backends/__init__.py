@@ -12,7 +12,8 @@ cuda      CUDA            CUDA C++ passes (csrc/cuda)
 A backend may have the passes of one family and not yet those of the other; then it says so when it is asked for those.
 
 The choice is, first that speaks: use_backend (a context, for this thread or task), set_backend (the process), the
-variable AIA_KERNELS_BACKEND, "auto". A backend named explicitly runs or raises with the reason; only "auto" chooses.
+variable AIA_KERNELS_BACKEND, "auto". A backend named explicitly runs or raises with the reason; only "auto" chooses, by
+device, type and, for external attention on a CPU, size.
 
 A layer asks for the choice once, when it is called, and its backward keeps to that, in whichever thread it runs.
 Activation checkpointing calls the layer again, in backward(): see use_backend.

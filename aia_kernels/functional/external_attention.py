@@ -8,7 +8,8 @@ The paths of a call that has something to compute are those of Attention in Atte
 3. where gradients are wanted: the autograd Functions of algorithms/external_attention.py;
 4. otherwise: the passes, keeping nothing.
 
-The backend ``reference`` takes its own formula on all four. A DTensor is taken shard by shard (sharded.py).
+The backend ``reference`` takes its own formula on all four; so does "auto" on a CPU where there is too little to fuse
+(backends.plain_is_faster). A DTensor is taken shard by shard (sharded.py).
 """
 
 from __future__ import annotations
