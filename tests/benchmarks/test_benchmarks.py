@@ -16,6 +16,7 @@ from torch import nn
 import aia_kernels
 
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+pytest.importorskip("matplotlib", reason="the benchmarks draw their rows with matplotlib")
 
 from benchmarks import clip, measure, passes, plot, providers, records, registry, run, table
 from benchmarks.demo import __main__ as demo

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+pytest.importorskip("matplotlib", reason="the benchmarks draw their rows with matplotlib")
 
 from benchmarks import ratios
 
