@@ -13,7 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.tracing import is_traced
-from ..functional.external_attention import double_normalize, external_attention, external_attention_block
+from ..functional.external_attention import (
+    double_normalize,
+    external_attention,
+    external_attention_block,
+    without_effect,
+)
 from ..modules.submodules import norm_of
 from ..reference import Norm
 
@@ -136,7 +141,7 @@ def _by_heads(
     inner, key, value, outer = weights
     q = rows if inner is None else F.linear(rows, inner)
     settings = {"heads": form.heads, "value_bias": biases[2], "eps": eps, "dropout": dropout}
-    o = external_attention(q, _without_effect(key, *biases[:2]), value, **settings)
+    o = external_attention(q, without_effect(key, *biases[:2]), value, **settings)
     return o if outer is None else F.linear(o, outer, biases[3])
 
 
@@ -220,15 +225,7 @@ def _folded(
         if bias is not None:
             bias = back.sum(1) @ bias
         bias = bias if last is None else last if bias is None else bias + last
-    return _without_effect(key, *biases[:2]), value, bias
-
-
-def _without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
-    """The keys, joined to biases without effect, constants to the softmax over tokens, that get gradients of zero."""
-    for bias in biases:
-        if bias is not None:
-            key = key + bias.flatten()[:0].sum().to(key.dtype)
-    return key
+    return without_effect(key, *biases[:2]), value, bias
 
 
 def _is_channels_last(x: Tensor) -> bool:

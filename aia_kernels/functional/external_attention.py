@@ -174,13 +174,24 @@ def external_attention(
     if bias is not None and (heads > 1 or bias.ndim > 1):
         bias = bias.expand(heads, -1).flatten()
     if key_bias is not None and key_bias.requires_grad:
-        # An empty sum is 0 whatever stands in the bias, and so is its gradient.
-        key = key + key_bias.flatten()[:0].sum().to(dtype)
+        key = without_effect(key, key_bias)
     if x.numel() == 0 or value.numel() == 0:
         _refuse_an_empty_shard("x", x, process_group)
         return _nothing(x.new_zeros((*x.shape[:2], heads * value.shape[1])), x, key, value, bias)
     keep, scale = _dropout_mask((*x.shape[:2], heads * slots), dropout, x.device)
     return _attend(x, key, value, bias, padding, keep, group, eps, scale, process_group)
+
+
+def without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
+    """A key memory, joined to biases that have no effect, so that these get a gradient of zero.
+
+    Zero and not none, so that DistributedDataParallel finds every parameter used. The sum of an empty slice is 0 and
+    has no other gradient, whatever values the bias and the gradient of the key have.
+    """
+    for bias in biases:
+        if bias is not None:
+            key = key + bias.flatten()[:0].sum().to(key.dtype)
+    return key
 
 
 def _attend(

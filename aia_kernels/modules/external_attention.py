@@ -25,25 +25,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.tracing import is_symbolic, is_traced
 from ..functional.checks import check_integer
-from ..functional.external_attention import double_normalize, external_attention, external_attention_block
+from ..functional.external_attention import (
+    double_normalize,
+    external_attention,
+    external_attention_block,
+    without_effect,
+)
 from ..functional.sharded import is_distributed
 from ..reference import published_double_normalize
 from .submodules import can_be_read, is_pointwise, must_be_called, norm_of, published_is_faster
 
 #: What EANet and EAMLP add to the sum over slots.
 EPS = 1e-9
-
-
-def _without_effect(memory_key: Tensor, *biases: Tensor | None) -> Tensor:
-    """The key memory, joined to biases that have no effect, so that these get a gradient of zero.
-
-    Zero and not none, so that DistributedDataParallel finds every parameter used. The sum of an empty slice is 0 and
-    has no other gradient, whatever values the bias and the gradient of the key have.
-    """
-    for bias in biases:
-        if bias is not None:
-            memory_key = memory_key + bias[:0].sum()
-    return memory_key
 
 
 class ExternalAttention(nn.Module):
@@ -136,7 +129,7 @@ class ExternalAttention2d(nn.Module):
         conv2, norm = self.conv2
         with no_autocast(x):
             key = self.linear_0.weight.flatten(1) @ self.conv1.weight.flatten(1)
-            key = _without_effect(key, self.conv1.bias, self.linear_0.bias)
+            key = without_effect(key, self.conv1.bias, self.linear_0.bias)
             value = conv2.weight.flatten(1) @ self.linear_1.weight.flatten(1)
         return external_attention_block(x, key, value, norm_of(norm), eps=EPS)
 
@@ -264,7 +257,7 @@ class MultiHeadExternalAttention(nn.Module):
             # [heads, k, dim]; bmm, as matmul would copy both operands and the result.
             by_head = trans_dims.unflatten(0, (self.num_heads, -1))
             key = torch.bmm(self.linear_0.weight.expand(self.num_heads, -1, -1), by_head)
-            key = _without_effect(key.flatten(0, 1), self.trans_dims.bias, self.linear_0.bias)
+            key = without_effect(key.flatten(0, 1), self.trans_dims.bias, self.linear_0.bias)
             back = self.proj.weight.unflatten(1, (self.num_heads, -1))  # [dim, heads, dim / heads]
             value = (back @ self.linear_1.weight).flatten(1)
             bias = self.proj.bias
@@ -274,7 +267,7 @@ class MultiHeadExternalAttention(nn.Module):
         return external_attention(x, key, value, value_bias=bias, eps=EPS, group=self.k, dropout=dropout)
 
     def _by_heads(self, x: Tensor, trans_dims: Tensor, dropout: float) -> Tensor:
-        key = _without_effect(self.linear_0.weight, self.trans_dims.bias, self.linear_0.bias)
+        key = without_effect(self.linear_0.weight, self.trans_dims.bias, self.linear_0.bias)
         o = external_attention(
             nn.functional.linear(x, trans_dims),
             key,
