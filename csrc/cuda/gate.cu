@@ -88,7 +88,7 @@ struct MapMoments {
 
 template <class A, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    gate_kernel(Maps maps, Borders borders, int64_t batch, Gates gates,
+    gate_kernel(Maps maps, Clips clips, Gates gates,
                 const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
                 A* gate,                       // [B, M]; holds z first
                 A* __restrict__ norm,          // [n, 4]: mean, rstd, scale, shift
@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   AIA_SHARED(Features<A>, staged, 2 * kStaged);
   AIA_SHARED(MapMoments, shared, kGateThreads / 2);
   AIA_SHARED(Norm<A>, norms, 3);
-  const int own = maps.of_block(blockIdx.x);
+  const int convolved = maps.of_block(blockIdx.x);
   Sample<A> sample;
-  convolve(maps, maps.at[own], gates.at[own], pooled, staged, [&](int64_t k, A z) {
+  convolve(maps, maps.at[convolved], gates.at[convolved], pooled, staged, [&](int64_t k, A z) {
     gate[k] = z;
     sample.add(z);
   });
@@ -132,11 +132,11 @@ __global__ void __launch_bounds__(kGateThreads, 1)
     }
   }
   __syncthreads();
-  for_each_vector<V>(borders, batch, maps.blocks(), [&](int64_t k, int e) {
+  for_each_vector<V>(clips, maps.blocks(), [&](int64_t k, int e) {
     Vector<A, V> values = load_vector<V>(gate + k);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const Norm<A>& bn = norms[borders.map_of(e + i)];
+      const Norm<A>& bn = norms[clips.map_of(e + i)];
       values.at[i] = bn.gate(bn.normalized(values.at[i]), Exponential{});
     }
     *reinterpret_cast<Vector<A, V>*>(gate + k) = values;
@@ -194,7 +194,7 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
     return with_width<A>(dims, {gate}, [&](auto width) {
       const auto kernel = gate_kernel<A, width.value>;
       const Maps maps = cut(dims, kForwardCapacity, workspace.blocks);
-      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, borders_of(dims), dims.B, of_maps,
+      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, clips_of(dims), of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
                              static_cast<A*>(statistics), workspace.data);
     });

@@ -87,25 +87,27 @@ __device__ __forceinline__ Own own_position(const Map& map, int64_t item, int po
           map.start + (plane * map.d1 + y) * map.d2 + x};
 }
 
-// Where the second and the third map begin in a packed clip of so many elements; there, where there are none.
-struct Borders {
+// All packed clips as one array [batch, packed], and where the second and the third map begin in a clip; at its end,
+// where there are none.
+struct Clips {
+  int64_t batch;
   int packed, second, third;
 
   __device__ __forceinline__ int map_of(int k) const { return (k >= second) + (k >= third); }
 };
 
-// Calls each(k, e) for the vectors of all packed clips that fall to this block of `blocks`: elements from k on, which
-// is e in its clip.
+// Calls each(k, e) for the vectors of all clips that fall to this block of `blocks`: elements from k on, which is e in
+// its clip.
 template <int V, class Each>
-__device__ __forceinline__ void for_each_vector(const Borders& borders, int64_t batch, int blocks, const Each& each) {
-  const int pieces = (borders.packed + kGateThreads * V - 1) / (kGateThreads * V);
-  for (int64_t item = blockIdx.x; item < batch * pieces; item += blocks) {
+__device__ __forceinline__ void for_each_vector(const Clips& clips, int blocks, const Each& each) {
+  const int pieces = (clips.packed + kGateThreads * V - 1) / (kGateThreads * V);
+  for (int64_t item = blockIdx.x; item < clips.batch * pieces; item += blocks) {
     const int e = (static_cast<int>(item % pieces) * kGateThreads + threadIdx.x) * V;
-    if (e < borders.packed) each(item / pieces * borders.packed + e, e);
+    if (e < clips.packed) each(item / pieces * clips.packed + e, e);
   }
 }
 
-// The parameters of each map's gate, and where the gradients of the weights go.
+// The parameters of each map's gate, or where the gradients of their weights go.
 struct Gates {
   GateParameters at[3];
 };
@@ -122,9 +124,9 @@ struct Exponential {
   }
 };
 
-inline Borders borders_of(const PackedDims& dims) {
+inline Clips clips_of(const PackedDims& dims) {
   const int packed = static_cast<int>(dims.packed());
-  return {packed, dims.n > 1 ? static_cast<int>(dims.offset(1)) : packed,
+  return {dims.B, packed, dims.n > 1 ? static_cast<int>(dims.offset(1)) : packed,
           dims.n > 2 ? static_cast<int>(dims.offset(2)) : packed};
 }
 

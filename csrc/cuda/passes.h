@@ -54,9 +54,13 @@ int gate_again(const PackedDims&, Scalar, const GateParameters* gates, const voi
                void* z, void* stream);
 int gate_backward_reduce(const PackedDims&, Scalar, const void* grad_gate, const void* z, const void* norm, void* sums,
                          Workspace, void* stream);
+// What the gradient of the gates needs of the forward pass.
+struct GateKept {
+  const void *pooled, *z, *norm, *statistics;
+};
 int gate_backward(const PackedDims&, Scalar, const GateParameters* gates, const GateParameters* grads,
-                  const void* grad_gate, const void* z, const void* norm, const void* sums, Parameter grad_affine,
-                  const void* statistics, const void* pooled, void* grad_pooled, Workspace, void* stream);
+                  Parameter grad_affine, const GateKept&, const void* grad_gate, const void* sums, void* grad_pooled,
+                  Workspace, void* stream);
 
 // Running statistics of some BNs, new ones of a scalar (float32 or float64), and their numbers of batches.
 struct Running {

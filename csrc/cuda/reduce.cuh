@@ -253,6 +253,52 @@ __device__ Partial reduce_line(const A* line, int count, int stride, int first) 
   return partial;
 }
 
+// Reduces one staged frame of a tile over H and over W. `n` has the lengths of the tile, `origin` its first element in
+// x. Where tiles before it have a part of the same lines, their results are merged with its own.
+template <class Op, class A>
+__device__ __forceinline__ void reduce_lines(const Volume<A>& v, const Op& op, const A* stage, int64_t clip,
+                                             const Position& origin, const Tile& n) {
+  using Partial = typename Op::Partial;
+  const int columns = n.o * n.w * n.i, rows = n.o * n.h * n.i;
+  for (int j = threadIdx.x; j < columns + rows; j += kTileThreads) {
+    Position p = origin;
+    const bool over_h = j < columns;
+    const int line = over_h ? j : j - columns, across = (over_h ? n.w : n.h) * n.i;
+    const int o = line / across, rest = line % across;
+    p.o += o, p.i += rest % n.i;
+    p.h = over_h ? origin.h : origin.h + rest / n.i;
+    p.w = over_h ? origin.w + rest / n.i : origin.w;
+    const A* start = stage + (over_h ? o * n.h * n.w * n.i + rest : line / n.i * n.w * n.i + rest % n.i);
+    const int seen = over_h ? origin.h : origin.w, count = over_h ? n.h : n.w;
+    const int k = over_h ? v.h_map(p) : v.w_map(p);
+    Partial partial = reduce_line<Partial>(start, count, over_h ? n.w * n.i : n.i, seen);
+    if (seen > 0) {
+      Partial before = op.load(v, clip, k);
+      before.merge(partial);
+      partial = before;
+    }
+    op.template store<1>(v, clip, k, &partial, seen + count == (over_h ? v.H : v.W), over_h ? v.per_h : v.per_w);
+  }
+}
+
+// Stores the results over T of V neighbours in memory, the first of which is at p.
+template <int V, class Op, class A>
+__device__ __forceinline__ void store_over_t(const Volume<A>& v, const Op& op, const typename Op::Partial* over_t,
+                                             int64_t clip, Position p) {
+  for_groups<V>(v, p, [&](int first) {
+    if constexpr (V > 1) {
+      if (!v.runs_t) {
+        Position q = p;
+#pragma unroll
+        for (int j = 0; j < kGroupOf<V, A>; ++j, v.template advance<1>(q))
+          op.template store<1>(v, clip, v.t_map(q), over_t + first + j, true, v.per_t);
+        return;
+      }
+    }
+    op.template store<kGroupOf<V, A>>(v, clip, v.t_map(p), over_t + first, true, v.per_t);
+  });
+}
+
 // Over T, H and W at once. A block owns a group of channels of one clip. It takes them tile by tile, and a tile frame
 // by frame: each thread keeps the partial results over T of its own elements in registers, and leaves the elements in
 // shared memory, where other threads reduce them over H and over W. Where a tile is only a part of a plane, the
@@ -269,14 +315,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
   const int groups = (v.O + tile.o - 1) / tile.o * ((v.I + tile.i - 1) / tile.i);
   const int64_t clip = blockIdx.x / groups, first = clip * v.size();
   const int group = blockIdx.x % groups;
-  const Position origin{0, v.I == 1 ? group * tile.o : 0, 0, 0, v.I == 1 ? 0 : group * tile.i};
-  const int no = min(tile.o, v.O - origin.o), ni = min(tile.i, v.I - origin.i);
 
   A* stage = staged;
-  for (int h0 = 0; h0 < v.H; h0 += tile.h) {
-    for (int w0 = 0; w0 < v.W; w0 += tile.w) {
-      const int nh = min(tile.h, v.H - h0), nw = min(tile.w, v.W - w0);
-      const int size = no * nh * nw * ni;
+  for (int h = 0; h < v.H; h += tile.h) {
+    for (int w = 0; w < v.W; w += tile.w) {
+      Position origin{0, v.I == 1 ? group * tile.o : 0, h, w, v.I == 1 ? 0 : group * tile.i};
+      const Tile n{min(tile.o, v.O - origin.o), min(tile.h, v.H - h), min(tile.w, v.W - w),
+                   min(tile.i, v.I - origin.i)};
+      const int size = n.o * n.h * n.w * n.i;
 
       int offset[kVectors];  // in the first frame
       Partial over_t[kPerThread];
@@ -286,10 +332,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
         int e = (k * kTileThreads + threadIdx.x) * V;
         if (e >= size) continue;
         Position p = origin;
-        p.i += e % ni, e /= ni;
-        p.w = w0 + e % nw, e /= nw;
-        p.h = h0 + e % nh;
-        p.o += e / nh;
+        p.i += e % n.i, e /= n.i;
+        p.w += e % n.w, e /= n.w;
+        p.h += e % n.h;
+        p.o += e / n.h;
         offset[k] = v.offset(p);
 #pragma unroll
         for (int t = 0; t < kAhead; ++t)
@@ -315,27 +361,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
         }
         __syncthreads();
 
-        const int columns = no * nw * ni, rows = no * nh * ni;
-        for (int j = threadIdx.x; j < columns + rows; j += kTileThreads) {
-          Position p = origin;
-          p.t = t;
-          const bool over_h = j < columns;
-          const int line = over_h ? j : j - columns, across = (over_h ? nw : nh) * ni;
-          const int o = line / across, rest = line % across;
-          p.o += o, p.i += rest % ni;
-          p.h = over_h ? h0 : h0 + rest / ni;
-          p.w = over_h ? w0 + rest / ni : w0;
-          const A* start = stage + (over_h ? o * nh * nw * ni + rest : line / ni * nw * ni + rest % ni);
-          const int seen = over_h ? h0 : w0, count = over_h ? nh : nw;
-          const int k = over_h ? v.h_map(p) : v.w_map(p);
-          Partial partial = reduce_line<Partial>(start, count, over_h ? nw * ni : ni, seen);
-          if (seen > 0) {
-            Partial before = op.load(v, clip, k);
-            before.merge(partial);
-            partial = before;
-          }
-          op.template store<1>(v, clip, k, &partial, seen + count == (over_h ? v.H : v.W), over_h ? v.per_h : v.per_w);
-        }
+        origin.t = t;
+        reduce_lines(v, op, stage, clip, origin, n);
         // The other half next: one barrier a frame keeps writers and readers of a half apart.
         stage = stage == staged ? staged + kSize : staged;
       }
@@ -343,20 +370,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) reduce_over_spacetime(Volume<
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         if ((k * kTileThreads + threadIdx.x) * V >= size) continue;
-        Position p = v.position(offset[k]);
-        for_groups<V>(v, p, [&](int first) {
-          const Partial* const partials = over_t + k * V + first;
-          if constexpr (V > 1) {
-            if (!v.runs_t) {
-              Position q = p;
-#pragma unroll
-              for (int j = 0; j < kGroupOf<V, A>; ++j, v.template advance<1>(q))
-                op.template store<1>(v, clip, v.t_map(q), partials + j, true, v.per_t);
-              return;
-            }
-          }
-          op.template store<kGroupOf<V, A>>(v, clip, v.t_map(p), partials, true, v.per_t);
-        });
+        store_over_t<V>(v, op, over_t + k * V, clip, v.position(offset[k]));
       }
     }
   }

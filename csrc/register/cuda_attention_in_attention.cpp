@@ -157,11 +157,12 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
   for (const Tensor& w : weight) grad_weight.push_back(torch::stable::empty_like(w));
   const Gates grads = aia::weights_of(grad_weight, d.n, z);
   const GateWorkspace workspace(z, aia::cuda::kWeightPartials);
-  launch.check(
-      aia::cuda::gate_backward(d, scalar_of(z, "z"), gates.data(), grads.data(), grad_gate.const_data_ptr(),
-                               z.const_data_ptr(), norm.const_data_ptr(), sums ? sums->const_data_ptr() : nullptr,
-                               aia::parameter_of(grad_affine, z, "grad_affine"), statistics.const_data_ptr(),
-                               pooled.const_data_ptr(), grad_pooled.mutable_data_ptr(), workspace, launch.stream()));
+  const aia::cuda::GateKept kept{pooled.const_data_ptr(), z.const_data_ptr(), norm.const_data_ptr(),
+                                 statistics.const_data_ptr()};
+  launch.check(aia::cuda::gate_backward(d, scalar_of(z, "z"), gates.data(), grads.data(),
+                                        aia::parameter_of(grad_affine, z, "grad_affine"), kept,
+                                        grad_gate.const_data_ptr(), sums ? sums->const_data_ptr() : nullptr,
+                                        grad_pooled.mutable_data_ptr(), workspace, launch.stream()));
   return {grad_pooled, grad_weight, grad_affine};
 }
 

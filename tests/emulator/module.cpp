@@ -157,9 +157,9 @@ PYBIND11_MODULE(aia_emulator, m) {
                             Weights weight, Weights grad_weight, Number grad_affine, py::array grad_pooled) {
     with_workspace(blocks, kWeightPartials, [&](Workspace workspace) {
       gate_backward(dims_of(batch, dims), static_cast<Scalar>(scalar), parameters_of(weight).data(),
-                    parameters_of(grad_weight).data(), grad_gate.data(), z.data(), norm.data(), data(sums),
-                    parameter_of(grad_affine), statistics.data(), pooled.data(), grad_pooled.mutable_data(), workspace,
-                    nullptr);
+                    parameters_of(grad_weight).data(), parameter_of(grad_affine),
+                    {pooled.data(), z.data(), norm.data(), statistics.data()}, grad_gate.data(), data(sums),
+                    grad_pooled.mutable_data(), workspace, nullptr);
     });
   });
   m.def("shares", [](int64_t batch, std::vector<int64_t> dims, bool backward, int blocks) {
