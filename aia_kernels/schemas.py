@@ -79,7 +79,7 @@ _SCHEMAS = {
 }
 
 # External attention (reference/double_norm.py). Logits [B, N, M] are contiguous, N tokens by M columns; the M columns
-# are consecutive groups of `group` slots (a head has one group or several); each token is normalised inside each group.
+# are consecutive groups of `group` slots (a head has one group or several); each token is normalized inside each group.
 # padding [B, N] is boolean, True where a token takes no part; attention is exactly 0 there. Statistics, mass and sums
 # are in accumulate_dtype. A column reduction is split over N in chunks that depend on the sizes alone.
 _DOUBLE_NORM_SCHEMAS = {
@@ -188,7 +188,7 @@ def callable_pass(name: str) -> Callable:
 
 
 def packed_like(x: Tensor, context: int, *lead: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised packed maps [B, *lead, M] of x."""
+    """Uninitialized packed maps [B, *lead, M] of x."""
     size = maps.packed_size(x.shape, context)
     return x.new_empty((x.shape[0], *lead, size), dtype=dtype or accumulate_dtype(x.dtype))
 

@@ -1,7 +1,7 @@
 """A real video as feature maps: decoding with PyAV, sampling segments, and a fixed pyramid of ResNet-50's shapes.
 
 The pyramid is not a trained network. Its first stage is a bank of Gabor and colour-opponent filters, the others are
-random convolutions with a fixed seed, each followed by a normalisation per channel: signals with the statistics of
+random convolutions with a fixed seed, each followed by a normalization per channel: signals with the statistics of
 natural video where a unit stands in the network, after a BatchNorm and before the ReLU.
 """
 
@@ -90,7 +90,7 @@ def filter_bank() -> Tensor:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Zero mean and unit variance of every channel: a BatchNorm2d at its initialisation, in training."""
+    """Zero mean and unit variance of every channel: a BatchNorm2d at its initialization, in training."""
     return F.batch_norm(x, None, None, training=True)
 
 

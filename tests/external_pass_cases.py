@@ -194,7 +194,7 @@ def roundings(t: Tensor, group: int) -> Tensor:
     return 3 * t.abs().unflatten(-1, (-1, group)).amax(-1) + group + 8
 
 
-def normalised_within(passes, logits: Tensor, group: int, eps: float, padding: Tensor | None) -> Tensor:
+def normalized_within(passes, logits: Tensor, group: int, eps: float, padding: Tensor | None) -> Tensor:
     """Assert the bounds of A and of the mass, and return A."""
     lse, attention = lse_of(passes.column_statistics(logits, padding)), logits.clone()
     mass = passes.double_norm_(attention, lse, group, eps, padding)

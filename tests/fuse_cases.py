@@ -130,7 +130,7 @@ class OtherOrder(nn.Module):
 
 
 class MemoriesAsParameters(nn.Module):
-    """Norm first, memories as parameters, slots normalised in groups."""
+    """Norm first, memories as parameters, slots normalized in groups."""
 
     def __init__(self, c=6, slots=8, groups=2):
         super().__init__()
@@ -340,7 +340,7 @@ class NormsAround(nn.Module):
 
 
 class OwnNormalization(nn.Module):
-    """A double normalisation that is a module of its own."""
+    """A double normalization that is a module of its own."""
 
     def forward(self, attn):
         attn = attn.softmax(dim=1)
@@ -348,7 +348,7 @@ class OwnNormalization(nn.Module):
 
 
 class NormalizedByAModule(nn.Module):
-    """The normalisation stands in a submodule."""
+    """The normalization stands in a submodule."""
 
     def __init__(self, c=6, slots=5):
         super().__init__()

@@ -243,7 +243,7 @@ EVERY_GATE = (
 
 
 class GateCase:
-    """Inputs of the gate passes, with what they are normalised by of the order of one. The parameters may be of another
+    """Inputs of the gate passes, with what they are normalized by of the order of one. The parameters may be of another
     type than the maps."""
 
     def __init__(self, batch: int, dims: tuple[int, ...], dtype: torch.dtype, parameters: torch.dtype | None = None):

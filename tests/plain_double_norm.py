@@ -36,7 +36,7 @@ class PlainDoubleNorm:
         return mass
 
     def _row_gradient(self, grad: Tensor, attention: Tensor, group: int) -> Tensor:
-        """Q: the gradient of log P with the normalisation over tokens held fixed, [B, N, M / group, group]."""
+        """Q: the gradient of log P with the normalization over tokens held fixed, [B, N, M / group, group]."""
         grad, attention = (_wide(t).unflatten(-1, (-1, group)) for t in (grad, attention))
         return attention * (grad - (grad * attention).sum(-1, keepdim=True))
 

@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     """What is constant about a call: the unit, the passes that compute it and, per gate in unit.letters, its BN.
 
     passes has the passes of schemas.PASSES as attributes and map_order(storage order of x), the order in which it
-    packs maps. batch: normalise by the statistics of the batch. eps: added to the variance. groups: the name of the
+    packs maps. batch: normalize by the statistics of the batch. eps: added to the variance. groups: the name of the
     process group that shares the statistics, or "". wide_norms: scale and shift, and so their gradients, are of a wider
     type than the weights, as where a network in half precision keeps its norms in float32.
     """

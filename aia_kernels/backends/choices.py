@@ -46,7 +46,7 @@ def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> boo
 
     Args:
         rows: Of the attention map, over batch and heads.
-        slots: Normalised together in a row.
+        slots: Normalized together in a row.
         products: The multiplications that folding leaves out, less those that it costs.
         calls: What the call costs, in CALL_COST.
 

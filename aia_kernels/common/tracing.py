@@ -17,7 +17,7 @@ def is_symbolic() -> bool:
     """Whether tensors may stand for others that come later: torch.compile, torch.export, make_fx, fake tensors."""
     if torch.compiler.is_compiling():
         return True
-    # Modes with a key are torch's own: fake tensors, proxies, functionalisation.
+    # Modes with a key are torch's own: fake tensors, proxies, functionalization.
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack()
     )

@@ -29,7 +29,7 @@ from .. import backends
 
 # Both compute the same sums in float64 in another order, some with
 # projections multiplied first, which leaves 1e-12. The least thing to tell apart, one more or less eps of 1e-9 in a
-# double normalisation, moves the outputs for published._tokens by over 1e-5.
+# double normalization, moves the outputs for published._tokens by over 1e-5.
 TOLERANCE = 1e-7
 
 #: The same for forwards that cast to float32 somewhere.
@@ -329,7 +329,7 @@ class _Blank(_Copier):
 
 
 def _computed(module: nn.Module, name: str, parts: nn.Module) -> Tensor:
-    """A parametrised tensor, computed as in evaluation: in training some parametrizations change each time."""
+    """A parametrized tensor, computed as in evaluation: in training some parametrizations change each time."""
     modes = [(part, part.training) for part in parts.modules()]
     try:
         parts.eval()

@@ -78,7 +78,7 @@ def rewrite_forwards(
     """
     done: dict[nn.Module, Flow | Missed | str] = {}
     tried: dict[Any, Flow | Missed | str | None] = {}
-    # Those inside come first, so that what is around calls them. A module without parameters, a normalisation of one's
+    # Those inside come first, so that what is around calls them. A module without parameters, a normalization of one's
     # own, comes last: where it stands between two products, all of them are one call.
     inside_first = [*names][::-1]
     for module in sorted(inside_first, key=lambda module: next(module.parameters(), None) is None):

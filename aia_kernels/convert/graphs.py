@@ -267,7 +267,7 @@ def _replace(old: Node, new: Node) -> None:
 
 
 def _normalize(graph: Graph, found: Normalization) -> Node:
-    """Put a double normalisation of the logits, moved as its map was moved, in the place of one that was found."""
+    """Put a double normalization of the logits, moved as its map was moved, in the place of one that was found."""
     logits, numerator = found.softmax.all_input_nodes[0], found.numerator
     if numerator is found.softmax:
         numerator = logits

@@ -1,4 +1,4 @@
-"""Double normalisations in a graph: a softmax over one axis, divided by its sum over another.
+"""Double normalizations in a graph: a softmax over one axis, divided by its sum over another.
 
 What comes close and is something else is found too, and told with its reason.
 """
@@ -19,7 +19,7 @@ _OTHER_MAPS = ("sigmoid", "relu", "exp", "softplus", "tanh")
 
 
 class Normalization(NamedTuple):
-    """A double normalisation in a graph.
+    """A double normalization in a graph.
 
     softmax: its first node. end: its last, the division. numerator: the first argument of the division: the softmax or,
     where axes are moved or split in between, what these make of it. tokens, slots: the axis of the softmax and that of
@@ -38,14 +38,14 @@ class Normalization(NamedTuple):
 
 
 class Missed(NamedTuple):
-    """What comes close to a double normalisation, or to external attention: the node, and how it differs."""
+    """What comes close to a double normalization, or to external attention: the node, and how it differs."""
 
     node: Node
     reason: str
 
 
 def find_normalizations(reader: Reader) -> Iterator[Normalization | Missed]:
-    """All double normalisations of a graph in its order, and what comes close to one."""
+    """All double normalizations of a graph in its order, and what comes close to one."""
     for node in reader.graph.nodes:
         if (parts := _division(reader, node)) is not None and (found := _read(reader, node, *parts)) is not None:
             yield found
@@ -62,7 +62,7 @@ def find_normalizations(reader: Reader) -> Iterator[Normalization | Missed]:
 
 
 def _order(reader: Reader, node: Node) -> float | None:
-    """The order, other than 1, of the norm with which a node normalises a softmax."""
+    """The order, other than 1, of the norm with which a node normalizes a softmax."""
     if reader.operation(node) != "normalize" or reader.operation(reader.operand(node)) != "softmax":
         return None
     order = reader.argument(node, 1, "p", default=2.0)
@@ -126,7 +126,7 @@ def _sum(reader: Reader, node: Node, between: set[Node]) -> tuple[Node, int, flo
                 return None
             eps, operand = eps + numbers[0], tensors[0]
         elif operation == "clamp":
-            # Against 0 / 0, which the fused normalisation does not have.
+            # Against 0 / 0, which the fused normalization does not have.
             least = reader.argument(node, 1, "min")
             if not isinstance(least, (int, float)) or least > 1e-6 or reader.argument(node, 2, "max") is not None:
                 return None
@@ -187,7 +187,7 @@ def _through_identities(reader: Reader, node: Any, between: set[Node]) -> Any:
 def _read(
     reader: Reader, end: Node, numerator: Node, total: Node, dim: int, eps: float, between: set[Node]
 ) -> Normalization | Missed | None:
-    """The double normalisation of which a division is the end, or how it differs; None if there is no softmax."""
+    """The double normalization of which a division is the end, or how it differs; None if there is no softmax."""
     path, node = [], numerator
     while reader.operation(node) in ("identity", "reshape", "permute"):
         path.append(node)
@@ -213,7 +213,7 @@ def _read(
 
 
 def _checked(reader: Reader, found: Normalization, path: list[Node]) -> Normalization | Missed:
-    """A double normalisation with the axis of its softmax where the path has moved it, or why it is none."""
+    """A double normalization with the axis of its softmax where the path has moved it, or why it is none."""
     softmax, end, rank = found.softmax, found.end, reader.rank(found.softmax)
     first = found.tokens if rank is None else found.tokens % rank
     tokens: int | None = first if not path else moved_axis(reader, softmax, path, first)

@@ -211,7 +211,7 @@ def to_reference(model: nn.Module) -> nn.Module:
     """Make every fused layer in a model a plain PyTorch module, in place.
 
     The result calls its submodules and PyTorch's own operators, in the published order and whatever the backend: for
-    torch.onnx.export, TensorRT, torch.fx, quantisation and TorchScript. A module whose forward fuse or convert has
+    torch.onnx.export, TensorRT, torch.fx, quantization and TorchScript. A module whose forward fuse or convert has
     rewritten gets its own back. Layers keep their parameters, buffers, keys, settings, modes and hooks. convert makes
     them fused again.
 

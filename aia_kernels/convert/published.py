@@ -1,4 +1,4 @@
-"""The published layers as they are recognised: by the names of their submodules, and by kind and shape of each."""
+"""The published layers as they are recognized: by the names of their submodules, and by kind and shape of each."""
 
 from __future__ import annotations
 

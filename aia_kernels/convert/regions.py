@@ -1,6 +1,6 @@
-"""External attention around a double normalisation: the products before and after it, and what their axes are.
+"""External attention around a double normalization: the products before and after it, and what their axes are.
 
-    x -> [inner] -> key -> double normalisation -> value -> [outer]
+    x -> [inner] -> key -> double normalization -> value -> [outer]
 
 with axes moved, joined and split in between, heads among them, and a dropout on the map. Axes are followed from x on,
 so it does not matter how a network arranges them.
@@ -57,7 +57,7 @@ class Region(NamedTuple):
 
 
 def find_region(reader: Reader, found: Normalization) -> Region | None:
-    """The largest region around a double normalisation that one call can compute."""
+    """The largest region around a double normalization that one call can compute."""
     if found.dtype is not None:
         return None
     for before, after_ in ((1, 1), (1, 0), (0, 1), (0, 0)):
@@ -83,7 +83,7 @@ def single_softmaxes(reader: Reader) -> Iterator[Missed]:
         if key is not None and below is not None and (value := product_of(reader, below)) is not None:
             yield Missed(
                 node,
-                f"{node.name} is the only normalisation between {key.node.name} and {value.node.name}: external "
+                f"{node.name} is the only normalization between {key.node.name} and {value.node.name}: external "
                 "attention divides the softmax over the tokens by its sum over the slots, as "
                 "functional.double_normalize does",
             )
@@ -127,7 +127,7 @@ def _upward(reader: Reader, found: Normalization, more: int) -> tuple[Node, list
 
 
 def _downward(reader: Reader, found: Normalization, more: int) -> tuple[list[Node], list[Product], Node | None] | None:
-    """The nodes after a normalisation up to its last product, the products among them, and the dropout."""
+    """The nodes after a normalization up to its last product, the products among them, and the dropout."""
     node, path = found.end, []
     products: list[Product] = []
     dropout: Node | None = None

@@ -27,7 +27,7 @@ def update_running_statistics(
     means, variances = [norm.running_mean for norm, _ in updated], [norm.running_var for norm, _ in updated]
     tracked = [norm.num_batches_tracked for norm, _ in updated if norm.num_batches_tracked is not None]
     momenta, latest = {norm.momentum for norm, _ in updated}, [s for _, s in updated]
-    # A list is changed all at once: functionalisation, and a GPU, lose all but one of the changes of a tensor that
+    # A list is changed all at once: functionalization, and a GPU, lose all but one of the changes of a tensor that
     # stands in it twice. vmap has no rule for lists.
     one_by_one = is_traced() or torch._C._are_functorch_transforms_active() or _shared((*means, *variances, *tracked))
     with torch.no_grad():

@@ -99,7 +99,7 @@ class DilatedResNet(nn.Module):
             grid = GRID if i == len(stages) - 1 and dilation > 1 else (1,) * blocks
             setattr(self, f"layer{i + 1}", self._stage(width << i, step, dilation, grid, momentum))
         self.channels = tuple((width << i) * EXPANSION for i in range(len(stages)))
-        self._initialise()
+        self._initialize()
 
     @staticmethod
     def _deep_stem(width: int, momentum: float) -> nn.Sequential:
@@ -121,7 +121,7 @@ class DilatedResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.out_channels * math.prod(module.kernel_size)

@@ -205,12 +205,12 @@ class EAMLP(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.head = self._new_head()
-        self._initialise()
+        self._initialize()
 
     def _new_head(self) -> nn.Module:
         return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Normal weights with a deviation of 0.02, truncated, biases 0, and memories of the T2T stages equal."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():

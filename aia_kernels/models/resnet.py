@@ -1,6 +1,6 @@
 """ResNets for video whose bottlenecks hold units of Attention in Attention (arXiv 2204.09303) and temporal shifts.
 
-Names, shapes, initialisation and the order of parameters are those of the published networks (nets/ in
+Names, shapes, initialization and the order of parameters are those of the published networks (nets/ in
 haoyanbin918/Attention-in-Attention), so that their checkpoints load, and those of their optimizers too. What one would
 not guess about these networks:
 
@@ -151,7 +151,7 @@ class AIAResNet(nn.Module):
             inplanes = planes * Bottleneck.expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc: nn.Module = nn.Linear(inplanes, num_classes)
-        for module in self.modules():  # the units have Conv3d and BatchNorm3d, and an initialisation of their own
+        for module in self.modules():  # the units have Conv3d and BatchNorm3d, and an initialization of their own
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 

@@ -70,7 +70,7 @@ def _temporal_shift(x: Tensor, fold: int, reverse: bool, backend: str) -> Tensor
     return stored_as(reference.temporal_shift(x, fold, reverse), x)
 
 
-# What a forward keeps for its backward comes from the fake implementation: uninitialised, and removed as unused, as
+# What a forward keeps for its backward comes from the fake implementation: uninitialized, and removed as unused, as
 # the gradients of the decomposed program are those of ATen.
 _TABLE = {
     attention_in_attention.unit_forward: _unit,

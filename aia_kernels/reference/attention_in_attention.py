@@ -11,7 +11,7 @@ What the published code (haoyanbin918/Attention-in-Attention, nets/block_zoo.py)
 
 * g_W is convolved with its axes in the order T, H, C, not T, C, H: see maps.GATE_AXES.
 * STinC2 averages each spacetime gate over C after its sigmoid, so its inner context is one map [B, T, H, W].
-* CinST initialises H_conv twice and W_conv never: W_conv keeps the default of Conv3d. See modules/.
+* CinST initializes H_conv twice and W_conv never: W_conv keeps the default of Conv3d. See modules/.
 * The third of the spacetime context sits at different places in different units: see recalibrate.py.
 """
 

@@ -1,4 +1,4 @@
-"""Double normalisation (arXiv 2105.02358, equation 6) in plain PyTorch: over the tokens, then over the slots."""
+"""Double normalization (arXiv 2105.02358, equation 6) in plain PyTorch: over the tokens, then over the slots."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """External attention (arXiv 2105.02358) in plain PyTorch: the specification of the second family.
 
     L = x K^T                                           [B, N, M]
-    A = L normalised over tokens, then over slots       double_norm.py
+    A = L normalized over tokens, then over slots       double_norm.py
     o = A V^T + bias
 
 and EANet's block around it, y = relu(BN(A V^T) + x), whose convolutions are folded into K and V by the caller (no

@@ -1,4 +1,4 @@
-"""The parameters of a batch normalisation, as every reference and function of this package takes them."""
+"""The parameters of a batch normalization, as every reference and function of this package takes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """One batch normalisation over C channels, field for field as torch.nn.BatchNorm holds it. C is 1 for a gate.
+    """One batch normalization over C channels, field for field as torch.nn.BatchNorm holds it. C is 1 for a gate.
 
     Attributes:
         weight: [C], or None for 1.
@@ -16,7 +16,7 @@ class Norm(NamedTuple):
         running_mean: [C], or None; the batch's statistics then serve in evaluation too.
         running_var: [C], or None together with running_mean.
         num_batches_tracked: An integer scalar, or None.
-        training: Whether to normalise by the statistics of the batch and update the running ones.
+        training: Whether to normalize by the statistics of the batch and update the running ones.
         momentum: The share of the batch in a new running statistic; None: a cumulative average.
         eps: Added to the variance.
         track: Whether training updates the running statistics.
@@ -36,7 +36,7 @@ class Norm(NamedTuple):
 
     @property
     def uses_batch(self) -> bool:
-        """Whether this call normalises by the statistics of its batch."""
+        """Whether this call normalizes by the statistics of its batch."""
         return self.training or self.running_mean is None
 
     @property

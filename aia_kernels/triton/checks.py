@@ -28,11 +28,11 @@ def check_operand(name: str, t: Tensor | None, first: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of the first argument, {first.device}, got {t.device}")
     if not t.numel():
         return
-    itemsize, room = t.element_size(), t.untyped_storage().nbytes()
+    itemsize, stored = t.element_size(), t.untyped_storage().nbytes()
     last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    if last >= room // itemsize:
+    if last >= stored // itemsize:
         raise ValueError(
-            f"{name} must lie inside its storage of {room} bytes, got {described(t)} from element "
+            f"{name} must lie inside its storage of {stored} bytes, got {described(t)} from element "
             f"{t.storage_offset()} on"
         )
     if t.is_neg():

@@ -38,22 +38,22 @@ LEAST = 16
 class Columns(NamedTuple):
     """Compile-time geometry of the columns: `heads` times `width` of them, in groups of `group`.
 
-    A tile has `block` columns, in parts of `room`, one for each group: `room` is the power of two that holds a group,
-    or `block` if there is none.
+    A tile has `block` columns, in parts of `padded`, one for each group: `padded` is the power of two that holds a
+    group, or `block` if there is none.
     """
 
     heads: int
     width: int
     group: int
     block: int
-    room: int
+    padded: int
 
 
 def columns(heads: int, width: int, group: int, most: int = COLUMNS) -> Columns:
     """The geometry with tiles of up to ``most`` columns, or of one group if that is wider."""
-    room = min(triton.next_power_of_2(group), WIDEST)
-    block = max(room, LEAST, min(most, room * triton.next_power_of_2(width // group)))
-    return Columns(heads, width, group, block, room)
+    padded = min(triton.next_power_of_2(group), WIDEST)
+    block = max(padded, LEAST, min(most, padded * triton.next_power_of_2(width // group)))
+    return Columns(heads, width, group, block, padded)
 
 
 @triton.constexpr_function
@@ -77,7 +77,7 @@ def pieces(c):
 @triton.constexpr_function
 def spans(c):
     """Spans of a head."""
-    return -(-(c.width // c.group) // (c.block // c.room))
+    return -(-(c.width // c.group) // (c.block // c.padded))
 
 
 def row_count(n: int, m: int, group: int) -> int:
@@ -88,7 +88,7 @@ def row_count(n: int, m: int, group: int) -> int:
 @triton.constexpr_function
 def packed(c):
     """Whether a tile has no gaps between its groups."""
-    return c.group == c.room
+    return c.group == c.padded
 
 
 @triton.jit
@@ -123,16 +123,16 @@ def tokens_at(b, block, n, padding_ptr, BT: tl.constexpr, WIDE: tl.constexpr):
 def columns_at(head, span, piece, C: tl.constexpr):
     """Columns m [BM] of a tile, which of them exist, and their groups among all of a token."""
     BLOCK: tl.constexpr = C.block
-    ROOM: tl.constexpr = C.room
+    PADDED: tl.constexpr = C.padded
     GROUP: tl.constexpr = C.group
     WIDTH: tl.constexpr = C.width
     i = tl.arange(0, BLOCK)
-    group = span * (BLOCK // ROOM) + i // ROOM
+    group = span * (BLOCK // PADDED) + i // PADDED
     if packed(C):
         m = span * BLOCK + i
         exists = m < WIDTH
     else:
-        within = piece * BLOCK + i % ROOM
+        within = piece * BLOCK + i % PADDED
         m = group * GROUP + within
         exists = (within < GROUP) & (m < WIDTH)
     return head * WIDTH + m, exists, head * (WIDTH // GROUP) + group
@@ -145,26 +145,26 @@ def along(t, AXIS: tl.constexpr, MAXIMUM: tl.constexpr):
 
 
 @triton.jit
-def over_group(t, ROOM: tl.constexpr, MAXIMUM: tl.constexpr):
+def over_group(t, PADDED: tl.constexpr, MAXIMUM: tl.constexpr):
     """The maximum (NaN may be passed over) or sum of each token's group, [BT, BM], or [BT, 1] if the tile is one."""
     BT: tl.constexpr = t.shape[0]
     BM: tl.constexpr = t.shape[1]
-    if BM == ROOM:
+    if BM == PADDED:
         result = along(t, 1, MAXIMUM)
     else:
-        result = along(tl.reshape(t, [BT, BM // ROOM, ROOM]), 2, MAXIMUM)
-        result = tl.reshape(tl.broadcast_to(result, [BT, BM // ROOM, ROOM]), [BT, BM])
+        result = along(tl.reshape(t, [BT, BM // PADDED, PADDED]), 2, MAXIMUM)
+        result = tl.reshape(tl.broadcast_to(result, [BT, BM // PADDED, PADDED]), [BT, BM])
     return result
 
 
 @triton.jit
-def group_sum(t, ROOM: tl.constexpr):
-    return over_group(t, ROOM, False)
+def group_sum(t, PADDED: tl.constexpr):
+    return over_group(t, PADDED, False)
 
 
 @triton.jit
-def group_max(t, ROOM: tl.constexpr):
-    return over_group(t, ROOM, True)
+def group_max(t, PADDED: tl.constexpr):
+    return over_group(t, PADDED, True)
 
 
 @triton.jit
@@ -231,9 +231,9 @@ def attention_tile(
     else:
         log_p = log_p_tile(attention_ptr, rows_ptr, t, m, mask, M, ACC)
         if pieces(C) == 1:
-            r = finite(group_max(log_p, C.room))
+            r = finite(group_max(log_p, C.padded))
             e = tl.exp(log_p - r)
-            norm = norm_of(group_sum(e, C.room), r, EPS)
+            norm = norm_of(group_sum(e, C.padded), r, EPS)
         else:
             at = rows_ptr + M + t * GROUPS + head * (GROUPS // C.heads) + span
             r = tl.load(at, mask=shown, other=0)[:, None]

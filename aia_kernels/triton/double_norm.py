@@ -1,4 +1,4 @@
-"""Double normalisation: the statistics over tokens, the attention from logits, and the way back. Tiles: columns.py.
+"""Double normalization: the statistics over tokens, the attention from logits, and the way back. Tiles: columns.py.
 
 Sums over tokens are made of the sums of tiles, joined in the order of the tokens: two runs give the same bits.
 """
@@ -48,12 +48,12 @@ ELEMENTS = 1 << 14 if INTERPRETED else 4096
 def span_total(logits_ptr, lse_ptr, t, shown, head, span, C: tl.constexpr, ACC: tl.constexpr):
     """r and the sum of exp(log P - r) of each token's group: [BT, BM], or [BT, 1] if a span is one group."""
     M: tl.constexpr = column_count(C)
-    ROOM: tl.constexpr = C.room
+    PADDED: tl.constexpr = C.padded
     if pieces(C) == 1:
         m, exists, _ = columns_at(head, span, 0, C)
         log_p = log_p_tile(logits_ptr, lse_ptr, t, m, shown[:, None] & exists[None, :], M, ACC)
-        r = finite(group_max(log_p, ROOM))
-        total = group_sum(tl.exp(log_p - r), ROOM)
+        r = finite(group_max(log_p, PADDED))
+        total = group_sum(tl.exp(log_p - r), PADDED)
     else:
         BT: tl.constexpr = t.shape[0]
         maximum = tl.full([BT, 1], float("-inf"), ACC)
@@ -61,9 +61,9 @@ def span_total(logits_ptr, lse_ptr, t, shown, head, span, C: tl.constexpr, ACC: 
         for piece in range(pieces(C)):
             m, exists, _ = columns_at(head, span, piece, C)
             log_p = log_p_tile(logits_ptr, lse_ptr, t, m, shown[:, None] & exists[None, :], M, ACC)
-            larger = tl.maximum(maximum, group_max(log_p, ROOM))
+            larger = tl.maximum(maximum, group_max(log_p, PADDED))
             r = finite(larger)
-            total = total * tl.exp(maximum - r) + group_sum(tl.exp(log_p - r), ROOM)
+            total = total * tl.exp(maximum - r) + group_sum(tl.exp(log_p - r), PADDED)
             maximum = larger
         r = finite(maximum)
     return r, total
@@ -85,18 +85,18 @@ def span_product(
 ):
     """The sum of grad * A over each token's group: [BT, BM], or [BT, 1] if a span is one group."""
     M: tl.constexpr = column_count(C)
-    ROOM: tl.constexpr = C.room
+    PADDED: tl.constexpr = C.padded
     if pieces(C) == 1:
         m, exists, _ = columns_at(head, span, 0, C)
         a = attention_tile(attention_ptr, rows_ptr, n, t, shown, head, span, 0, C, EPS, ACC)
-        total = group_sum(load_tile(grad_ptr, t, m, shown[:, None] & exists[None, :], M).to(ACC) * a, ROOM)
+        total = group_sum(load_tile(grad_ptr, t, m, shown[:, None] & exists[None, :], M).to(ACC) * a, PADDED)
     else:
         BT: tl.constexpr = t.shape[0]
         total = tl.zeros([BT, 1], ACC)
         for piece in range(pieces(C)):
             m, exists, _ = columns_at(head, span, piece, C)
             a = attention_tile(attention_ptr, rows_ptr, n, t, shown, head, span, piece, C, EPS, ACC)
-            total += group_sum(load_tile(grad_ptr, t, m, shown[:, None] & exists[None, :], M).to(ACC) * a, ROOM)
+            total += group_sum(load_tile(grad_ptr, t, m, shown[:, None] & exists[None, :], M).to(ACC) * a, PADDED)
     return total
 
 

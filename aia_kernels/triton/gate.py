@@ -1,4 +1,4 @@
-"""The gate on packed maps: 3x3x3 convolution 2 -> 1, normalisation, sigmoid, and their transposes.
+"""The gate on packed maps: 3x3x3 convolution 2 -> 1, normalization, sigmoid, and their transposes.
 
 All maps of a context share a launch: program (i, m) takes tasks i, i + P, i + 2P, ... of map m, a task being a block
 of one map of one clip. Sums over the batch and a map are kept lane by lane in a program, reduced once at its end and
@@ -162,7 +162,7 @@ def norm_kernel(
     USES_BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What each map is normalised by, norm [n, 4] and statistics [n, 3] as in schemas.py, from partial [n, P, 3] and
+    """What each map is normalized by, norm [n, 4] and statistics [n, 3] as in schemas.py, from partial [n, P, 3] and
     given [n, 4], scale, shift, mean and variance. USES_BATCH: whether a map uses the statistics of the batch.
     """
     i = tl.arange(0, BLOCK)

@@ -172,7 +172,7 @@ def attention_gradient_kernel(
     if pieces(C) == 1:
         a = attention_tile(logits_ptr, rows_ptr, n, t, shown, head, span, 0, C, EPS, ACC)
         # Where A is 0 for want of a token or a column, the gradient may be anything.
-        grad = tl.where(mask, a * (grad - group_sum(tl.where(mask, grad * a, 0), C.room)), 0)
+        grad = tl.where(mask, a * (grad - group_sum(tl.where(mask, grad * a, 0), C.padded)), 0)
         store_column_sums(partial_ptr, b, block, n, t, m, exists, grad, C)
     at = b * n * M + t[:, None] * M + m[None, :]
     tl.store(grad_attention_ptr + at, grad.to(TYPE), mask=inside[:, None] & exists[None, :])
@@ -216,7 +216,7 @@ def normalize(logits: Tensor, lse: Tensor, *, norm: DoubleNorm) -> Attention:
 
 
 def empty_attention(x: Tensor, *, columns: int, group: int) -> Attention:
-    """Uninitialised tensors like the attention of x [B, N, d]."""
+    """Uninitialized tensors like the attention of x [B, N, d]."""
     b, n, _ = x.shape
     rows = x.new_empty((b, row_count(n, columns, group)), dtype=accumulate_dtype(x.dtype))
     return x.new_empty((b, n, columns)), rows

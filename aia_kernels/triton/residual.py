@@ -33,7 +33,7 @@ def signs_shape(o: Tensor) -> tuple[int, int, int]:
 
 
 def empty_signs(o: Tensor) -> Tensor:
-    """Uninitialised signs of o [B, N, C]."""
+    """Uninitialized signs of o [B, N, C]."""
     return o.new_empty(signs_shape(o), dtype=torch.uint8)
 
 

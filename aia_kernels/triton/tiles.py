@@ -61,8 +61,8 @@ def tile(x: Tensor, whole: str = "", looped: str = "") -> Tile | None:
         elements *= 2
 
     def grow(letter: str, limit: int) -> None:
-        room = elements // math.prod(block.values()) * block[letter]
-        block[letter] = max(block[letter], min(full[letter], limit, room))
+        most = elements // math.prod(block.values()) * block[letter]
+        block[letter] = max(block[letter], min(full[letter], limit, most))
 
     if order[-1] == "C":
         grow("C", CHANNEL_RUN // x.element_size())

@@ -20,7 +20,7 @@ PICTURED = {"C": "channel gate", "CinST": "spacetime gate"}
 
 
 def pair(name: str, device: str) -> dict[str, nn.Module]:
-    """The unit in both forms with the same parameters: the published initialisation, seed 0."""
+    """The unit in both forms with the same parameters: the published initialization, seed 0."""
     torch.manual_seed(0)
     slow = published.UNITS[name](SEGMENTS)
     return same_parameters(slow, getattr(aia_kernels, name)(num_segments=SEGMENTS), device)

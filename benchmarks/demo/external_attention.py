@@ -27,7 +27,7 @@ SHARPNESS = 12.0
 
 
 def pair(name: str, arguments: dict[str, int], device: str) -> dict[str, nn.Module]:
-    """The layer in both forms with the same parameters: the published initialisation, seed 0."""
+    """The layer in both forms with the same parameters: the published initialization, seed 0."""
     torch.manual_seed(0)
     return same_parameters(published.LAYERS[name](**arguments), getattr(aia_kernels, name)(**arguments), device)
 
@@ -109,7 +109,7 @@ def with_memories(centres: Tensor) -> nn.Module:
 def attention_map(block: nn.Module, x: Tensor) -> Tensor:
     """The map [k, H, W] that a block computes of x [1, C, H, W]: what its second memory is given.
 
-    The hook that looks at it sends the call through the submodules, by the same kernel of double normalisation.
+    The hook that looks at it sends the call through the submodules, by the same kernel of double normalization.
     """
     seen = []
     handle = block.linear_1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

@@ -3,7 +3,7 @@
 Written after the authors' code of arXiv 2204.09303 (nets/block_zoo.py) with its sequence of eager operations kept
 whole: the concatenation of maximum and mean, each permute with its copy, the gates expanded to the size of x, and in
 CinST the product x * g_C formed three times, once for each of T, H and W. Parameters carry the published names and
-initialisation, so state dicts pass freely between these units and those of ``aia_kernels``.
+initialization, so state dicts pass freely between these units and those of ``aia_kernels``.
 
 Shapes in comments are those of tensors as they are stored: B clips, T segments, C channels, H rows, W columns.
 """
@@ -26,21 +26,21 @@ def _kaiming(weight: Tensor) -> None:
 
 
 class Unit(nn.Module):
-    """A gate per letter of ``initialisers``: conv3d 2 -> 1, 3x3x3 without bias, BatchNorm3d(1), sigmoid.
+    """A gate per letter of ``initializers``: conv3d 2 -> 1, 3x3x3 without bias, BatchNorm3d(1), sigmoid.
 
     x and y are [B * T, C, H, W]; 5-D input [B, C, T, H, W] is brought into that form and back, as a user would.
     """
 
-    #: Gate letters, each with the initialisation of its convolution (None: the default of Conv3d).
-    initialisers: tuple[tuple[str, Callable[[Tensor], None] | None], ...] = ()
+    #: Gate letters, each with the initialization of its convolution (None: the default of Conv3d).
+    initializers: tuple[tuple[str, Callable[[Tensor], None] | None], ...] = ()
 
     def __init__(self, num_segments: int = 8, use_BN: bool = True):
         super().__init__()
         self.num_segments, self.use_BN = num_segments, use_BN
-        for letter, initialise in self.initialisers:
+        for letter, initialize in self.initializers:
             conv = nn.Conv3d(2, 1, kernel_size=3, padding=1, bias=False)
-            if initialise is not None:
-                initialise(conv.weight)
+            if initialize is not None:
+                initialize(conv.weight)
             self.add_module(f"{letter}_conv", conv)
             if use_BN:
                 self.add_module(f"{letter}_bn", nn.BatchNorm3d(1))
@@ -77,7 +77,7 @@ class Unit(nn.Module):
 class C(Unit):
     """y = x * g_C(x)."""
 
-    initialisers = (("C", _kaiming),)
+    initializers = (("C", _kaiming),)
 
     def flow(self, x: Tensor) -> Tensor:
         c = self.gate("C", pool(x, 2).permute(0, 2, 1, 3, 4).contiguous())  # [B, 1, T, H, W]
@@ -87,7 +87,7 @@ class C(Unit):
 class ST(Unit):
     """y = x * (g_T(x) + g_H(x) + g_W(x)) / 3."""
 
-    initialisers = (("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
+    initializers = (("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
 
     def flow(self, x: Tensor) -> Tensor:
         t, h, w = self.spacetime(lambda: x)
@@ -95,9 +95,9 @@ class ST(Unit):
 
 
 class CinST(Unit):
-    """y = x * G_ST(x * g_C(x)). The published code initialises H twice and W never; so does this."""
+    """y = x * G_ST(x * g_C(x)). The published code initializes H twice and W never; so does this."""
 
-    initialisers = (("C", _kaiming), ("T", nn.init.xavier_normal_), ("H", nn.init.xavier_normal_), ("W", None))
+    initializers = (("C", _kaiming), ("T", nn.init.xavier_normal_), ("H", nn.init.xavier_normal_), ("W", None))
 
     def flow(self, x: Tensor) -> Tensor:
         c = self.gate("C", pool(x, 2).permute(0, 2, 1, 3, 4).contiguous())
@@ -109,7 +109,7 @@ class CinST(Unit):
 class STinC(Unit):
     """y = x * g_C(x * G_ST(x))."""
 
-    initialisers = (("C", nn.init.xavier_normal_), ("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
+    initializers = (("C", nn.init.xavier_normal_), ("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
 
     def guide(self, x: Tensor) -> Tensor:
         """x * G_inner(x), stored as [B, C, T, H, W]."""

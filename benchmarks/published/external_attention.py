@@ -3,7 +3,7 @@
 Written after the code of arXiv 2105.02358 (EANet's block in model_torch.py, EAMLP's Attention in transformer_block.py)
 and the popular port with two linear layers, each with its sequence of eager operations kept whole: the C x C products
 around the memories, the softmax over tokens and the division by the sum over slots as passes of their own, and EAMLP's
-heads brought to the front and back. Parameters carry the published names and initialisation, so state dicts pass freely
+heads brought to the front and back. Parameters carry the published names and initialization, so state dicts pass freely
 between these layers and those of ``aia_kernels``.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class ExternalAttention2d(nn.Module):
     """EANet's block on maps [B, C, H, W]: conv1, memories of k slots, conv2 with batch norm, residual, ReLU.
 
-    The published code initialises two memories that share storage: linear_0 ends with the values drawn for linear_1.
+    The published code initializes two memories that share storage: linear_0 ends with the values drawn for linear_1.
     Here the two are equal and apart, as they are in the published code once it has moved to a GPU.
     """
 

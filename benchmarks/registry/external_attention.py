@@ -108,7 +108,7 @@ class LayerCase(Case):
     def published(self) -> nn.Module:
         """With weights of which every product of a unit vector is about one: logits of a trained layer's size.
 
-        The initialisation of the plain form, with weights near zero, would leave the gradient of its keys near zero
+        The initialization of the plain form, with weights near zero, would leave the gradient of its keys near zero
         too, and a check of all gradients by the largest would not see them.
         """
         layer = published.LAYERS[self.name](**dict(self.arguments))
@@ -135,7 +135,7 @@ class LayerCase(Case):
 
     @property
     def slots(self) -> tuple[int, int]:
-        """Columns of the attention map, of all heads, and how many of them are normalised together."""
+        """Columns of the attention map, of all heads, and how many of them are normalized together."""
         given = dict(self.arguments)
         if "num_heads" in given:
             return 4 * given["num_heads"] * 64, 64

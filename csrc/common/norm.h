@@ -57,7 +57,7 @@ AIA_HOST_DEVICE int64_t tap_offset(const GateParameters& gate, int feature, int 
   return feature * gate.stride[0] + k / 9 * gate.stride[1] + k / 3 % 3 * gate.stride[2] + k % 3 * gate.stride[3];
 }
 
-// What one gate is normalised by, from the moments of its z over `count` elements, which it may not use: norm [4] is
+// What one gate is normalized by, from the moments of its z over `count` elements, which it may not use: norm [4] is
 // mean, rstd, scale and shift, statistics [3] mean, variance and the share of one element in them.
 template <class A>
 AIA_HOST_DEVICE void finish_norm(const GateParameters& p, double mean, double var, double count, A* norm,

@@ -25,7 +25,7 @@ struct Parameter {
 };
 
 // What a gate is computed with, as the network keeps it: the weight of its convolution, [2, 3, 3, 3] in the map's
-// stored order of axes with strides in elements, and of its normalisation scale and shift (1 and 0 where absent), eps,
+// stored order of axes with strides in elements, and of its normalization scale and shift (1 and 0 where absent), eps,
 // and either the statistics of the batch or fixed ones (mean 0 and variance 1 where absent).
 struct GateParameters {
   Parameter weight;

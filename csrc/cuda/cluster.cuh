@@ -93,7 +93,7 @@ struct MaxSum {
 template <class A>
 using Features = Vector<A, 2>;
 
-// The weights of all gates, the two features of a tap side by side, and what they are normalised by.
+// The weights of all gates, the two features of a tap side by side, and what they are normalized by.
 template <class A>
 struct SharedGates {
   Features<A> weight[4][27];

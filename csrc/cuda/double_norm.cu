@@ -1,4 +1,4 @@
-// The double normalisation of external attention (aia_kernels/schemas.py has the equations).
+// The double normalization of external attention (aia_kernels/schemas.py has the equations).
 //
 //   column_statistics            reads 1 |L|             maximum and sum of exponentials over tokens, online
 //   double_norm_                 reads 1, writes 1 |L|   A and the mass of each token's group

@@ -1,4 +1,4 @@
-// What the CUDA passes of the double normalisation look like from outside; see passes.h.
+// What the CUDA passes of the double normalization look like from outside; see passes.h.
 #pragma once
 
 #include "passes.h"

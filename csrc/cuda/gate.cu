@@ -1,4 +1,4 @@
-// gate and gate_again (aia_kernels/schemas.py has the equations): 3x3x3 convolution 2 -> 1, normalisation and sigmoid
+// gate and gate_again (aia_kernels/schemas.py has the equations): 3x3x3 convolution 2 -> 1, normalization and sigmoid
 // on packed maps. All maps of a context share a launch, one launch a pass.
 //
 //   gate        reads 3, writes 2 maps   the gates, by way of z; reads 2, writes 1 where no statistics are the batch's

@@ -16,7 +16,7 @@
 #include <tuple>
 #include <type_traits>
 
-// A block's array in shared memory, uninitialised, aligned for vectors.
+// A block's array in shared memory, uninitialized, aligned for vectors.
 #define AIA_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 // The same, of as many bytes as the launch says.
 #define AIA_DYNAMIC_SHARED(type, name)                                \
@@ -95,7 +95,7 @@ struct Answer {
   int error, value;
 };
 
-// Calls `ask(device)` once for a key and the current device, and again after an error. Synchronises nothing, so a
+// Calls `ask(device)` once for a key and the current device, and again after an error. Synchronizes nothing, so a
 // stream may be under capture.
 template <class Key, class Ask>
 Answer answer_of_device(const Key& key, Ask&& ask) {

@@ -124,7 +124,7 @@ inline Gates weights_of(const std::vector<Tensor>& weight, int n, const Tensor& 
   return gates;
 }
 
-// Adds what n gates are normalised by: lists of n numbers, which may be absent.
+// Adds what n gates are normalized by: lists of n numbers, which may be absent.
 inline void add_norms(Gates& gates, int n, const Numbers& scale, const Numbers& shift, const Numbers& mean,
                       const Numbers& var, const std::vector<double>& eps, const std::vector<bool>& batch,
                       const Tensor& first) {

@@ -65,7 +65,7 @@ def test_published_equals_the_stored_vectors(name):
 
 
 @pytest.mark.parametrize("name", published_ea.LAYERS)
-def test_both_forms_are_initialised_alike(name):
+def test_both_forms_are_initialized_alike(name):
     arguments = {"ExternalAttention2d": {"c": 12}, "ExternalAttention": {"d_model": 12, "S": 8}}.get(name, {"dim": 16})
     torch.manual_seed(5)
     slow = published_ea.LAYERS[name](**arguments)

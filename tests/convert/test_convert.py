@@ -77,7 +77,7 @@ class TestPublishedLayers:
             module.linear_0.weight.add_(1.0)
         assert torch.equal(module.linear_1.weight, module.linear_0.weight.permute(1, 0, 2))
 
-    def test_parametrised_memories(self):
+    def test_parametrized_memories(self):
         module = published("two linear")
         parametrizations.spectral_norm(module.mk)
         parametrizations.weight_norm(module.mv)
@@ -85,7 +85,7 @@ class TestPublishedLayers:
         assert len(aia_kernels.convert(module).converted) == 1
         assert_same_step(module, expected, make_input("two linear"))
 
-    def test_frozen_and_synchronised_batch_norms(self):
+    def test_frozen_and_synchronized_batch_norms(self):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(published("CinST"))
         model.T_bn.eval()
         model.C_bn.momentum, model.C_bn.eps = None, 0.5

@@ -203,7 +203,7 @@ LEFT_ALONE = {
     ),
 }
 
-#: Those that are no published layers, but have their double normalisation; and the sizes of an input.
+#: Those that are no published layers, but have their double normalization; and the sizes of an input.
 REWRITTEN = {
     "more arguments": (lambda: Masked(6, 4), (2, 9, 6)),
     "memories of other sizes": (changed(lambda: external.ExternalAttention(6, 4), mv=nn.Linear(4, 5)), (2, 9, 6)),

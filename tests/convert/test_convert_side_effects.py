@@ -141,7 +141,7 @@ def counted(module):
 @pytest.mark.parametrize("form", [lambda m: m, watched, counted, aia_kernels.to_reference])
 @pytest.mark.parametrize("sizes", [TOKENS, MAPS])
 def test_the_port_on_tokens_and_on_maps(sizes, form):
-    """The fused layer and every way around its kernels normalise over the published axes."""
+    """The fused layer and every way around its kernels normalize over the published axes."""
     module = Port().double()
     x = torch.randn(sizes, dtype=torch.float64)
     expected = module(x)

@@ -18,7 +18,7 @@ from aia_kernels import models, testing
 from aia_kernels.convert import compiler
 from benchmarks.published import external_attention as external
 
-# float32 sums of up to a hundred terms, through two normalisations and their gradients: 1e2 roundings of 6e-8.
+# float32 sums of up to a hundred terms, through two normalizations and their gradients: 1e2 roundings of 6e-8.
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -304,7 +304,7 @@ UNRELATED = {
 
 
 class OneSoftmax(nn.Module):
-    """External attention without the second normalisation."""
+    """External attention without the second normalization."""
 
     def __init__(self):
         super().__init__()
@@ -400,7 +400,7 @@ class TestLookAlikes:
     def test_one_softmax(self, call):
         report = call(nn.Sequential(OneSoftmax()))
         assert [entry.names for entry in report.left_alone] == [("0",)]
-        assert "softmax is the only normalisation between mk and mv" in str(report)
+        assert "softmax is the only normalization between mk and mv" in str(report)
         report = call(nn.Sequential(SelfAttention()))
         assert not report.left_alone
 

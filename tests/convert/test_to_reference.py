@@ -124,17 +124,17 @@ class TestToReference:
             with aia_kernels.use_backend("reference"):
                 assert_same_step(plain, module, x)
 
-    def test_quantised_by_fx(self):
-        """Linear layers inside are quantised; what stands between them stays as it is."""
+    def test_quantized_by_fx(self):
+        """Linear layers inside are quantized; what stands between them stays as it is."""
         quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
         from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
 
         layer = randomise(aia_kernels.MultiHeadExternalAttention(8, num_heads=2)).eval()
         model, x = nn.Sequential(nn.Linear(8, 8), aia_kernels.to_reference(layer)).eval(), torch.randn(2, 9, 8)
         mapping = QConfigMapping().set_object_type(nn.Linear, default_dynamic_qconfig)
-        quantised = quantize_fx.convert_fx(quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (x,)))
-        kinds = [type(module).__module__ for module in quantised.modules() if type(module).__name__ == "Linear"]
+        quantized = quantize_fx.convert_fx(quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (x,)))
+        kinds = [type(module).__module__ for module in quantized.modules() if type(module).__name__ == "Linear"]
         assert len(kinds) == 5 and all("quantized" in kind for kind in kinds)
         # Weights and activations in eight bits: a few hundredths of the largest value after three products.
         expected = model(x)
-        assert (quantised(x) - expected).abs().max() < 0.1 * expected.abs().max()
+        assert (quantized(x) - expected).abs().max() < 0.1 * expected.abs().max()

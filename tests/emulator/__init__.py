@@ -31,7 +31,7 @@ def build(folder: Path) -> Path:
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Without optimisation: it compiles three times as fast as with -O1, which is more than the tests run slower.
+    # Without optimization: it compiles three times as fast as with -O1, which is more than the tests run slower.
     flags = "-std=c++20 -O0 -g1 -fPIC -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     flags += " -Wall -Wextra -Wno-unknown-pragmas -DAIA_EMULATOR"
     includes = f'-I"{_HERE}" -I"{pybind11.get_include()}" -I"{sysconfig.get_path("include")}"'

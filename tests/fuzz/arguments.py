@@ -363,7 +363,7 @@ def check_move_statistics(before, after, results):
 
 
 class Columns:
-    """What the double normalisation takes."""
+    """What the double normalization takes."""
 
     def __init__(self, r: random.Random):
         self.r, self.group, groups = r, r.choice((1, 2, 5, 7, 16, 18, 32, 33, 48, 64, 128, 300)), r.choice((1, 1, 2, 3))
@@ -411,7 +411,7 @@ def draw_double_norm(r):
 
 
 def check_double_norm(before, after, results):
-    """As in external_pass_cases.normalised_within: t is off by a rounding of itself, and A, where it is taken from
+    """As in external_pass_cases.normalized_within: t is off by a rounding of itself, and A, where it is taken from
     the maximum of its group, by two more differences as large as the largest t."""
     logits, lse, group, eps, padding = before
     want = logits.double()

@@ -64,7 +64,7 @@ def build(kind: str, levels: Sequence[str] = ("base",), csrc: Path = ROOT / "csr
     folder = folder / f"{kind}-{len(levels)}"
     folder.mkdir(parents=True, exist_ok=True)
     torch = Path(importlib.util.find_spec("torch").origin).parent
-    # Without optimisation and inlining: most of the time goes into the compilation.
+    # Without optimization and inlining: most of the time goes into the compilation.
     common = f"-std=c++20 -O0 -g1 -fPIC -fvisibility=hidden -Wno-psabi -DAIA_INLINE=inline {KINDS[kind]}"
     if len(levels) > 1:
         common += " -DAIA_CPU_X86"

@@ -351,7 +351,7 @@ def test_replaced_submodule_is_called(name, submodule, backend_on):
     assert all(p.grad is not None for p in module.parameters())
 
 
-def test_parametrised_weight_is_read(backend_on):
+def test_parametrized_weight_is_read(backend_on):
     class Double(nn.Module):
         def forward(self, weight):
             return 2 * weight
@@ -402,8 +402,8 @@ def test_half_network_with_norms_in_float32(name, dtype, backend_on):
         testing.run(module.apply(lambda m: m.double() if isinstance(m, nn.BatchNorm3d) else m), x, grad_y, backend)
 
 
-def test_initialisation_follows_the_published_order():
-    """Construction, then the published initialisers one by one, on the same random numbers."""
+def test_initialization_follows_the_published_order():
+    """Construction, then the published initializers one by one, on the same random numbers."""
     published = {
         "C": {"C": ["kaiming"]},
         "ST": {"T": ["kaiming"], "H": ["kaiming"], "W": ["kaiming"]},

@@ -1,5 +1,5 @@
 """External attention: the reference, the algorithm over plain passes, every backend by error budget, derivatives,
-the properties of the double normalisation and odd input."""
+the properties of the double normalization and odd input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILY = "external_attention"
 
 
 def published(logits, group, eps):
-    """The double normalisation as published code writes it."""
+    """The double normalization as published code writes it."""
     p = F.softmax(logits, -2).unflatten(-1, (-1, group))
     return (p / (eps + p.sum(-1, keepdim=True))).flatten(-2)
 

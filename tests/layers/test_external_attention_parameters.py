@@ -1,4 +1,4 @@
-"""Parameters of external attention's layers: names, initialisation, checkpoints, copies; and what they refuse."""
+"""Parameters of external attention's layers: names, initialization, checkpoints, copies; and what they refuse."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TestParameters:
         assert (module.attn_drop.p, module.proj_drop.p) == (0.2, 0.3)
         assert MultiHeadExternalAttention(64).num_heads == 32
 
-    def test_initialisation_of_the_plain_form(self):
+    def test_initialization_of_the_plain_form(self):
         torch.manual_seed(7)
         linears = nn.Linear(40, 8, bias=False), nn.Linear(8, 40, bias=False)
         for linear in linears:
@@ -62,8 +62,8 @@ class TestParameters:
         module = ExternalAttention(40, S=8)
         assert torch.equal(module.mk.weight, linears[0].weight) and torch.equal(module.mv.weight, linears[1].weight)
 
-    def test_initialisation_of_the_block(self):
-        """The published memories share storage while they are initialised: the same numbers, in two storages."""
+    def test_initialization_of_the_block(self):
+        """The published memories share storage while they are initialized: the same numbers, in two storages."""
         torch.manual_seed(7)
         conv1 = nn.Conv2d(12, 12, 1)
         linear_0, linear_1 = nn.Conv1d(12, 8, 1, bias=False), nn.Conv1d(8, 12, 1, bias=False)

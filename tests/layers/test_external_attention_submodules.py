@@ -1,4 +1,4 @@
-"""External attention's layers do what their submodules say: hooks, patches, parametrisations, batch norm."""
+"""External attention's layers do what their submodules say: hooks, patches, parametrizations, batch norm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Adapter(nn.Module):
 
 
 class Double(nn.Module):
-    """A parametrisation that counts how often its weight is computed."""
+    """A parametrization that counts how often its weight is computed."""
 
     calls = 0
 
@@ -97,8 +97,8 @@ class TestSubmodules:
     @pytest.mark.parametrize(
         "name, key", [p for p in SUBMODULES if p[1] not in ("conv2", "conv2.1", "attn_drop", "proj_drop")], ids="-".join
     )
-    def test_parametrised_weight_is_read_once(self, name, key):
-        """Once, because a parametrisation such as spectral_norm moves its state whenever the weight is read."""
+    def test_parametrized_weight_is_read_once(self, name, key):
+        """Once, because a parametrization such as spectral_norm moves its state whenever the weight is read."""
         module = layer(name)
         x, grad_y = inputs(name)
         doubled = copy.deepcopy(module)
@@ -152,7 +152,7 @@ class TestSubmodules:
 
     @pytest.mark.parametrize("name", MAIN)
     def test_a_weight_of_another_kind_of_tensor(self, name):
-        """As weight-only quantisation leaves them: the tensor knows the product of its layer, and no view or matmul."""
+        """As weight-only quantization leaves them: the tensor knows the product of its layer, and no view or matmul."""
         module = layer(name).requires_grad_(False)
         x, _ = inputs(name)
         expected = copy.deepcopy(module)(x)
@@ -161,10 +161,10 @@ class TestSubmodules:
                 part.weight = nn.Parameter(Scaled(part.weight / 3), requires_grad=False)
         torch.testing.assert_close(module(x), expected, **EXACT)
 
-    def test_quantised_submodules_are_called(self):
+    def test_quantized_submodules_are_called(self):
         """A layer whose weight is no tensor: it has a forward of its own, and only that."""
 
-        class Quantised(nn.Module):
+        class Quantized(nn.Module):
             def __init__(self, linear):
                 super().__init__()
                 self.scale = linear.weight.detach().abs().max() / 127
@@ -181,9 +181,9 @@ class TestSubmodules:
         x, _ = inputs("multi-head")
         with torch.no_grad():
             for key in ("trans_dims", "linear_0", "linear_1", "proj"):
-                quantised = Quantised(getattr(exact, key))
-                getattr(exact, key).weight.copy_(quantised.weight())
-                setattr(module, key, quantised)
+                quantized = Quantized(getattr(exact, key))
+                getattr(exact, key).weight.copy_(quantized.weight())
+                setattr(module, key, quantized)
         torch.testing.assert_close(module(x), exact(x), **EXACT)
 
     def test_convolutions_that_are_no_product_per_token(self):
@@ -239,7 +239,7 @@ class TestSubmodules:
             for found, expected in zip(module.buffers(), oracle.buffers(), strict=True):
                 torch.testing.assert_close(found, expected, **EXACT)
 
-    def test_converted_to_synchronised_batch_norm(self):
+    def test_converted_to_synchronized_batch_norm(self):
         module = layer("block")
         converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module))
         assert isinstance(converted.conv2[1], nn.SyncBatchNorm)

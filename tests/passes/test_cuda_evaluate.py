@@ -23,7 +23,7 @@ from aia_kernels.common import maps
 from aia_kernels.common.dtypes import accumulate_dtype
 from aia_kernels.reference import UNITS
 
-pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 plain = PlainPasses()
 

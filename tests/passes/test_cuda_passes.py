@@ -18,7 +18,7 @@ from plain_passes import PlainPasses
 
 from aia_kernels.common import maps
 
-pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 ROOT = Path(__file__).parents[2]
 CONTEXTS = (maps.CHANNEL, maps.SPACETIME)

@@ -15,7 +15,7 @@ from external_pass_cases import (
     TOKENS,
     Features,
     lse_of,
-    normalised_within,
+    normalized_within,
     padding_of,
     small_integers,
     statistics_within,
@@ -29,7 +29,7 @@ from plain_double_norm import PlainDoubleNorm
 
 from aia_kernels.common.dtypes import accumulate_dtype
 
-pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 plain = PlainDoubleNorm()
 
@@ -55,7 +55,7 @@ def test_column_statistics(passes, case):
 @pytest.mark.parametrize("eps", EPS.values(), ids=EPS)
 def test_double_norm(passes, case, eps):
     padding = padding_of(case)
-    attention = normalised_within(passes, tokens_of(case, 4), case.group, eps, padding)
+    attention = normalized_within(passes, tokens_of(case, 4), case.group, eps, padding)
     if padding is not None:
         assert (attention[padding] == 0).all()
 
@@ -112,7 +112,7 @@ def test_extreme_logits(passes, case, eps):
     dominant = torch.zeros_like(base)
     dominant[0, 3, 0] = 1e4
     for values in (base, base.sign() * 1e4, torch.full_like(base, -1e4), dominant, -dominant):
-        attention = normalised_within(passes, values.to(dtype).to(pass_cases.DEVICE), group, eps, None)
+        attention = normalized_within(passes, values.to(dtype).to(pass_cases.DEVICE), group, eps, None)
         assert attention.isfinite().all()
         if not eps:
             sums = attention.double().unflatten(-1, (-1, group)).sum(-1)

@@ -12,7 +12,7 @@ from fuzz.sets import Set, copied, same
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_values_at_every_level(level):
-    """As it is installed, compiled with optimisation: each set is refused or gives the values of float64."""
+    """As it is installed, compiled with optimization: each set is refused or gives the values of float64."""
     skip_unless_runnable("cpu", "cpu")
     with at_level(level):
         outcomes = {(one.operator, one.run() is None) for one in map(Set, range(800))}

@@ -368,7 +368,7 @@ def test_negative_views_of_every_operand(name, place):
 
 
 def test_no_samples_and_no_tokens(call):
-    """The double normalisation takes them on both, as a member of a process group may have none."""
+    """The double normalization takes them on both, as a member of a process group may have none."""
     for b, n in ((0, 6), (2, 0), (0, 0)):
         logits, padding = torch.randn(b, n, 8), torch.zeros(b, n, dtype=torch.bool)
         mass = torch.rand(b, n, 2)

@@ -36,7 +36,7 @@ from aia_kernels import backends
 from aia_kernels.common import maps
 from aia_kernels.common.dtypes import accumulate_dtype
 
-pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 @pytest.fixture

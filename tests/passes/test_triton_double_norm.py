@@ -27,7 +27,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from aia_kernels import triton as passes
 from aia_kernels.triton import columns, double_norm, products, residual, token_sums
 
-pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 class Case(NamedTuple):

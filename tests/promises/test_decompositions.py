@@ -33,7 +33,7 @@ CASES = {
     "block in training": Case(lambda: aia_kernels.ExternalAttention2d(6, 5), (2, 6, 3, 4), train=True),
     "block": Case(lambda: aia_kernels.ExternalAttention2d(6, 5), (2, 6, 3, 4)),
     "multi-head": Case(lambda: aia_kernels.MultiHeadExternalAttention(6, 2), (2, 9, 6), train=True),
-    "double normalisation": Case(lambda: external_cases.Normalize(None, eps=1e-6, group=2), (2, 9, 6)),
+    "double normalization": Case(lambda: external_cases.Normalize(None, eps=1e-6, group=2), (2, 9, 6)),
     "temporal shift": Case(lambda: aia_kernels.TemporalShift(4), (8, 16, 3, 2), 4),
 }
 

@@ -129,7 +129,7 @@ def joint_block() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return module, x, grad_y
 
 
-def synchronised(rank: int, backend: str) -> None:
+def synchronized(rank: int, backend: str) -> None:
     """Uneven shards of a batch on two processes against the whole batch on one, folded and compiled."""
     for split, compiled in ((3, False), (1, False), (3, True)):
         if compiled and backend == "reference":
@@ -170,4 +170,4 @@ def data_parallel(rank: int, backend: str) -> None:
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 def test_two_processes(tmp_path):
-    launch(tmp_path, {"external_attention": (synchronised, data_parallel)})
+    launch(tmp_path, {"external_attention": (synchronized, data_parallel)})

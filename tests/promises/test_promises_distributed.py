@@ -41,7 +41,7 @@ def joint(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return randomise(getattr(aia_kernels, name)(SHAPE.t)).double(), x, grad_y
 
 
-def synchronised(rank: int, name: str, backend: str, split: int, compiled: bool = False) -> None:
+def synchronized(rank: int, name: str, backend: str, split: int, compiled: bool = False) -> None:
     module, x, grad_y = joint(name)
     expected = testing.run(module, x, grad_y, "reference")
     module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -63,12 +63,12 @@ def synchronised(rank: int, name: str, backend: str, split: int, compiled: bool 
         torch.testing.assert_close(value, local[key], **EXACT, msg=lambda m, told=told: f"{told}: {m}")
 
 
-def every_synchronised_case(rank: int, backend: str) -> None:
+def every_synchronized_case(rank: int, backend: str) -> None:
     for name in UNITS:
         for split in (3, 1):
-            synchronised(rank, name, backend, split)
+            synchronized(rank, name, backend, split)
     if backend != "reference":  # torch does not trace the differentiable all_reduce of the reference
-        synchronised(rank, "CinST", backend, 3, compiled=True)
+        synchronized(rank, "CinST", backend, 3, compiled=True)
 
 
 def data_parallel(rank: int, backend: str) -> None:
@@ -131,7 +131,7 @@ def every_sharded_case(rank: int, backend: str) -> None:
         sharded(rank, "groups", backend, lengths, True, compiled=True)
 
 
-def synchronised_block(rank: int, backend: str, split: int, compiled: bool = False) -> None:
+def synchronized_block(rank: int, backend: str, split: int, compiled: bool = False) -> None:
     sizes = Sizes(5, 3, 4, 6, 8)
     x, grad = external_cases.make_input("block", sizes), external_cases.make_grad("block", sizes)
     module = external_cases.make("block", sizes)
@@ -151,11 +151,11 @@ def synchronised_block(rank: int, backend: str, split: int, compiled: bool = Fal
     assert_agree(found | {key: b for key, b in module.named_buffers() if b.is_floating_point()}, expected, told)
 
 
-def every_synchronised_block(rank: int, backend: str) -> None:
+def every_synchronized_block(rank: int, backend: str) -> None:
     for split in (3, 1):
-        synchronised_block(rank, backend, split)
+        synchronized_block(rank, backend, split)
     if backend != "reference":
-        synchronised_block(rank, backend, 3, compiled=True)
+        synchronized_block(rank, backend, 3, compiled=True)
 
 
 def refuses_an_empty_shard(rank: int, backend: str) -> None:
@@ -164,8 +164,8 @@ def refuses_an_empty_shard(rank: int, backend: str) -> None:
 
 
 WORK = {
-    "attention_in_attention": (every_synchronised_case, data_parallel, refuses_an_empty_batch),
-    "external_attention": (every_sharded_case, every_synchronised_block, refuses_an_empty_shard),
+    "attention_in_attention": (every_synchronized_case, data_parallel, refuses_an_empty_batch),
+    "external_attention": (every_sharded_case, every_synchronized_block, refuses_an_empty_shard),
 }
 
 

@@ -169,14 +169,14 @@ def test_exported_with_one_layout_and_run_with_others(name):
     assert_close({"y": program(odd)}, {"y": eager(odd)})
 
 
-def functionalised(module):
-    """AOT's functionalisation without dynamo: parameters and buffers become inputs, changed at the end."""
+def functionalized(module):
+    """AOT's functionalization without dynamo: parameters and buffers become inputs, changed at the end."""
     return aot_module(module, fw_compiler=lambda graph, _: make_boxed_func(graph.forward))
 
 
 @main_layers
-def test_aot_functionalisation(name):
-    assert_close(step(name, functionalised, dtype=DOUBLE), plain_step(name, DOUBLE))
+def test_aot_functionalization(name):
+    assert_close(step(name, functionalized, dtype=DOUBLE), plain_step(name, DOUBLE))
 
 
 @main_layers

@@ -208,7 +208,7 @@ def without_running_statistics(rank: int, name: str) -> None:
     assert_step(gathered(module, x, y), expected)
 
 
-def synchronised(rank: int, name: str) -> None:
+def synchronized(rank: int, name: str) -> None:
     """A network converted for SyncBatchNorm: the mesh says who shares, and each sample counts once."""
     module = layer(name, DOUBLE)
     expected = plain(module, x := whole(name))
@@ -505,7 +505,7 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
         yield "DTensor, unevenly sharded", name, functools.partial(distributed, name=name, **uneven)
     for name in HAVE_NORMS:
         yield "DTensor, no running statistics", name, functools.partial(without_running_statistics, name=name)
-        yield "DTensor, SyncBatchNorm", name, functools.partial(synchronised, name=name)
+        yield "DTensor, SyncBatchNorm", name, functools.partial(synchronized, name=name)
     for name in HAVE_PARAMETERS:
         yield "DTensor, with hooks", name, functools.partial(with_hooks, name=name)
     for use in (masks_of_dropout, gradients_of_dropout, padding):

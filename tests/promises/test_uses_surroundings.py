@@ -167,7 +167,7 @@ class Logging(Tensor):
 
 
 class MarkedParameter(nn.Parameter):
-    """A subclass of parameters, as lazily or specially initialised ones are."""
+    """A subclass of parameters, as lazily or specially initialized ones are."""
 
 
 @every_layer

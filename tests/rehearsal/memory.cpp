@@ -56,13 +56,13 @@ void check_freed(const Allocations::value_type& of) {
 cudaError_t allocate(void** pointer, size_t bytes, int device) {
   if (device != kPinned && used + bytes > kMemory) return result(cudaErrorMemoryAllocation);
   const size_t whole = (kGuard + bytes + kGuard + kAlign - 1) / kAlign * kAlign;
-  auto* const room = static_cast<unsigned char*>(std::aligned_alloc(kAlign, whole));
-  if (!room) return result(cudaErrorMemoryAllocation);
-  std::memset(room, kGuardByte, whole);
-  std::memset(room + kGuard, kFresh, bytes);
-  allocated[reinterpret_cast<uintptr_t>(room + kGuard)] = {room, bytes, whole, device};
+  auto* const block = static_cast<unsigned char*>(std::aligned_alloc(kAlign, whole));
+  if (!block) return result(cudaErrorMemoryAllocation);
+  std::memset(block, kGuardByte, whole);
+  std::memset(block + kGuard, kFresh, bytes);
+  allocated[reinterpret_cast<uintptr_t>(block + kGuard)] = {block, bytes, whole, device};
   if (device != kPinned) used += bytes;
-  *pointer = room + kGuard;
+  *pointer = block + kGuard;
   return cudaSuccess;
 }
 
