@@ -19,7 +19,7 @@ from ..functional.external_attention import (
     external_attention_block,
     without_effect,
 )
-from ..modules.submodules import norm_of
+from ..modules.submodules import norm_of, products_saved
 from ..reference import Norm
 
 
@@ -195,24 +195,20 @@ def block(
 
 def _folds(rows: Tensor, weights: Sequence[Tensor | None], form: Form) -> bool:
     """Whether the products beside the memories are multiplied with them before they meet the tokens. With heads that is
-    a choice, made by counting multiplications, as in MultiHeadExternalAttention."""
+    a choice, made by counting multiplications."""
     inner, key, _, outer = weights
     if form.heads == 1 or form.of == "key" or not form.apart:
         return True
     if form.of == "x" or outer is None:
         return False
-    wide, narrow = inner.shape
-    slots, back = key.shape[0], outer.shape[0]
-    folded = form.heads * slots * (narrow + back)
-    by_heads = wide * (narrow + slots) + outer.shape[1] * (back + slots)
-    once = 0.0 if is_traced() else slots * (wide * narrow + outer.shape[1] * back) / (rows.shape[0] * rows.shape[1])
-    return folded + once <= by_heads
+    tokens = None if is_traced() else rows.shape[0] * rows.shape[1]
+    return products_saved(form.heads, key.shape[0], inner.shape, outer.shape, tokens) >= 0
 
 
 def _folded(
     weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """K [H * S, d], V [v, H * S] and the bias of o of the products around a double normalisation."""
+    """K [H * S, d], V [v, H * S] and the bias of o of the products around a double normalization."""
     inner, key, value, outer = weights
     if inner is not None:
         heads = form.heads if form.of == "inner" else 1

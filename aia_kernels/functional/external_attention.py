@@ -47,12 +47,12 @@ def double_normalize(
     """A = P / (eps + the sum of P over slots), P = softmax over tokens of the logits (arXiv 2105.02358, equation 6).
 
     Args:
-        logits: [..., N, M], N tokens by M slots; float32, bfloat16, float16 or float64, normalised in float32 or
+        logits: [..., N, M], N tokens by M slots; float32, bfloat16, float16 or float64, normalized in float32 or
             float64.
         dims: The axis of the softmax and that of the sum, the tokens and the slots where the logits are [..., N, M].
             Logits [B, M, N] have (-1, -2). The opposite order, a softmax over slots and then a sum over tokens, has
             (-1, -2) for [..., N, M].
-        group: The slots are normalised in consecutive groups of this many (RTFormer); None means all M together.
+        group: The slots are normalized in consecutive groups of this many (RTFormer); None means all M together.
         eps: Added to the sum over slots.
         padding_mask: Boolean, the shape of the logits [..., N, M] without M, or [B, N] with B the first of the leading
             axes. True where a token takes no part: it weighs nothing and its A is 0. A sample of such tokens alone
@@ -132,7 +132,7 @@ def external_attention(
         value_bias: [v] or [heads, v], added to o.
         eps: Added to the sum over slots, in float32 at least, so that 1e-9 is not lost in float16. EANet and EAMLP have
             1e-9, RTFormer 1e-6.
-        group: Each head's slots are normalised in consecutive groups of this many, a divisor of S; None means all S.
+        group: Each head's slots are normalized in consecutive groups of this many, a divisor of S; None means all S.
         dropout: The probability with which an element of A is left out of the product with V; what is kept is scaled by
             1 / (1 - dropout). It is applied whenever it is above 0: pass 0 in evaluation. The mask is drawn by torch's
             generator of the device of x, the same on every backend for a seed.
@@ -315,7 +315,7 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
 
 
 def _is_left_to_torch(logits: Tensor) -> bool:
-    """Whether plain PyTorch normalises logits whose slots lie apart, as "auto" has it on a CPU. The passes have their
+    """Whether plain PyTorch normalizes logits whose slots lie apart, as "auto" has it on a CPU. The passes have their
     lanes along the slots, so they would be turned and turned back, which costs more than the passes save."""
     return (
         not sharded.is_distributed(logits)
@@ -386,7 +386,7 @@ def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple
 
 def _is_ordinary(t: Tensor) -> bool:
     """Whether check_tensor takes t as it would nearly all that come, told at a glance."""
-    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and not t.is_nested
+    return sharded.is_plain(t) and t.layout == torch.strided and not t.is_nested
 
 
 def _checked_heads(heads: int, x: Tensor) -> int:
@@ -448,7 +448,7 @@ def _check_norm(norm: Norm, x: Tensor) -> None:
 
 
 def _checked_group(group: int | None, slots: int) -> int:
-    """The slots in a group of the normalisation."""
+    """The slots in a group of the normalization."""
     if group is None:
         return slots
     group = check_integer("group", group)

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from ..reference import Gate, Norm, Unit
 
-_PLAIN = (Tensor, nn.Parameter)
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor or a parameter, and of no class of its own."""
+    return type(value) in (Tensor, nn.Parameter)
 
 
 def is_distributed(value: Any) -> bool:
     """Whether a value is a DTensor."""
-    if type(value) in _PLAIN:
+    if is_plain(value):
         return False
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(value, loaded.DTensor)

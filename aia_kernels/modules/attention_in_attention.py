@@ -1,8 +1,8 @@
-"""The units as modules: the published names, parameters and initialisation, so that published checkpoints load.
+"""The units as modules: the published names, parameters and initialization, so that published checkpoints load.
 
 Each gate d of C, T, H, W is two real submodules, ``<d>_conv`` (Conv3d 2 -> 1, 3x3x3, padding 1, no bias) and ``<d>_bn``
 (BatchNorm3d(1)). They hold its parameters, mode and settings, and may be frozen, converted to SyncBatchNorm or
-parametrised as usual. The unit reads them and does not call them. A submodule is called only if it is of another kind,
+parametrized as usual. The unit reads them and does not call them. A submodule is called only if it is of another kind,
 has other settings (a bias, a dilation) or has hooks; the reference then computes the unit around the calls.
 """
 
@@ -39,8 +39,8 @@ class AttentionInAttention(nn.Module):
     """
 
     unit: Unit
-    #: Initialisers of the convolutions after their construction, in the published order: it decides the random numbers.
-    initialisers: tuple[tuple[str, Callable[[Tensor], object]], ...] = ()
+    #: Initializers of the convolutions after their construction, in the published order: it decides the random numbers.
+    initializers: tuple[tuple[str, Callable[[Tensor], object]], ...] = ()
 
     def __init__(self, num_segments: int = 8, use_BN: bool = True):
         super().__init__()
@@ -50,8 +50,8 @@ class AttentionInAttention(nn.Module):
             self.add_module(f"{letter}_conv", nn.Conv3d(2, 1, kernel_size=3, padding=1, bias=False))
             if use_BN:
                 self.add_module(f"{letter}_bn", nn.BatchNorm3d(1))
-        for letter, initialise in self.initialisers:
-            initialise(getattr(self, f"{letter}_conv").weight)
+        for letter, initialize in self.initializers:
+            initialize(getattr(self, f"{letter}_conv").weight)
 
     def extra_repr(self) -> str:
         return f"num_segments={self.num_segments}, use_BN={self.use_BN}"
@@ -84,24 +84,24 @@ class C(AttentionInAttention):
     """Channel attention: y = x * g_C(x)."""
 
     unit = UNITS["C"]
-    initialisers = (("C", _kaiming),)
+    initializers = (("C", _kaiming),)
 
 
 class ST(AttentionInAttention):
     """Spacetime attention: y = x * (g_T(x) + g_H(x) + g_W(x)) / 3."""
 
     unit = UNITS["ST"]
-    initialisers = (("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
+    initializers = (("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
 
 
 class CinST(AttentionInAttention):
     """Channel attention inside spacetime attention: y = x * G_ST(x * g_C(x)).
 
-    As published, H_conv is initialised twice and W_conv keeps Conv3d's default.
+    As published, H_conv is initialized twice and W_conv keeps Conv3d's default.
     """
 
     unit = UNITS["CinST"]
-    initialisers = (
+    initializers = (
         ("C", _kaiming),
         ("T", nn.init.xavier_normal_),
         ("H", nn.init.xavier_normal_),
@@ -113,7 +113,7 @@ class STinC(AttentionInAttention):
     """Spacetime attention inside channel attention: y = x * g_C(x * G_ST(x))."""
 
     unit = UNITS["STinC"]
-    initialisers = (("C", nn.init.xavier_normal_), ("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
+    initializers = (("C", nn.init.xavier_normal_), ("T", _kaiming), ("H", _kaiming), ("W", _kaiming))
 
 
 class STinC2(STinC):

@@ -1,4 +1,4 @@
-"""External attention (arXiv 2105.02358) as modules, with the published names, parameters and initialisation.
+"""External attention (arXiv 2105.02358) as modules, with the published names, parameters and initialization.
 
 What is folded, and why it is exact: no nonlinearity stands between a projection and the memory beside it. So the two
 are one matrix, a product of parameters alone, small beside the tokens. It is formed in every call by differentiable
@@ -6,9 +6,9 @@ products, and autograd carries its gradient to both factors, exact but for round
 tokens, that of a projection or of the key memory, adds the same number to all tokens of a slot. The softmax does not
 see it, so it has no effect and a gradient of zero.
 
-The submodules hold parameters, mode and settings, and may be frozen, parametrised or converted as usual. The layer
-reads them and does not call them. If a submodule has hooks or is of another kind (quantised, adapted, replaced), all of
-them are called in the published order, with the double normalisation between them. So they are where "auto" counts that
+The submodules hold parameters, mode and settings, and may be frozen, parametrized or converted as usual. The layer
+reads them and does not call them. If a submodule has hooks or is of another kind (quantized, adapted, replaced), all of
+them are called in the published order, with the double normalization between them. So they are where "auto" counts that
 there is too little to fuse (backends.plain_is_faster); a draw of dropout is the same on every path, and so excepted.
 """
 
@@ -33,19 +33,19 @@ from ..functional.external_attention import (
 )
 from ..functional.sharded import is_distributed
 from ..reference import published_double_normalize
-from .submodules import can_be_read, is_pointwise, must_be_called, norm_of, published_is_faster
+from .submodules import can_be_read, is_pointwise, must_be_called, norm_of, products_saved, published_is_faster
 
 #: What EANet and EAMLP add to the sum over slots.
 EPS = 1e-9
 
 
 class ExternalAttention(nn.Module):
-    """Plain external attention on tokens: o = A M_v^T, A the double normalisation, without eps, of x M_k^T.
+    """Plain external attention on tokens: o = A M_v^T, A the double normalization, without eps, of x M_k^T.
 
     It takes x [B, N, d_model] and returns o of that shape. As in the popular port with two linear layers, mk and mv
     have no bias, and their weights are normal with a standard deviation of 0.001. Nothing needs folding here.
 
-    The port's code normalises over axis 1 and then over axis 2 whatever the rank of x. Of more than three axes, such as
+    The port's code normalizes over axis 1 and then over axis 2 whatever the rank of x. Of more than three axes, such as
     maps [B, H, W, d_model], these are no tokens and slots. There the layer is that code, in plain PyTorch.
 
     Args:
@@ -67,7 +67,7 @@ class ExternalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if getattr(x, "ndim", 3) > 3 or not all(can_be_read(linear, nn.Linear) for linear in (self.mk, self.mv)):
             return self._through_submodules(x)
-        key = self.mk.weight  # read once, as it may be parametrised
+        key = self.mk.weight  # read once, as it may be parametrized
         if _are_tokens(x, key) and published_is_faster(x, self.mk, x.shape[0] * x.shape[1], key.shape[0]):
             return self.mv(published_double_normalize(self.mk(x)))
         return external_attention(x, key, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
@@ -115,7 +115,7 @@ class ExternalAttention2d(nn.Module):
         self.linear_1 = nn.Conv1d(k, c, 1, bias=False)
         self.conv2 = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c))
         with torch.no_grad():
-            # The published memories share storage while they are initialised, so the draw for linear_1 is that of both.
+            # The published memories share storage while they are initialized, so the draw for linear_1 is that of both.
             shared = self.linear_0.weight.permute(1, 0, 2)
             for weight in (self.conv1.weight, self.linear_0.weight, shared, self.conv2[0].weight):
                 weight.normal_(0, math.sqrt(2 / weight.shape[0]))
@@ -179,7 +179,7 @@ class MultiHeadExternalAttention(nn.Module):
 
     Folded: for each head linear_0 and the head's rows of trans_dims into [64, dim] (their biases drop out), proj and
     linear_1 into [dim, 64 * heads], and the bias of linear_1 into that of proj. That leaves external attention of
-    64 * heads slots, normalised in groups of 64, and no product per head. Dropout acts between the two, on the map.
+    64 * heads slots, normalized in groups of 64, and no product per head. Dropout acts between the two, on the map.
     With many heads the folded matrices are larger than what they are made of: see _folding_pays. Then trans_dims and
     proj are products of their own, and all heads together are the rows of one product with the memory that they share.
 
@@ -223,7 +223,7 @@ class MultiHeadExternalAttention(nn.Module):
         if not _readable(linears, self.attn_drop):
             return self._through_submodules(x)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        trans_dims = self.trans_dims.weight  # read once, as it may be parametrised
+        trans_dims = self.trans_dims.weight  # read once, as it may be parametrized
         saved = self._products_saved(x, trans_dims)
         if saved is not None and not is_symbolic() and not dropout:
             rows = x.shape[0] * x.shape[1] * self.num_heads
@@ -233,24 +233,16 @@ class MultiHeadExternalAttention(nn.Module):
         return self.proj_drop(attend(x, trans_dims, dropout))
 
     def _products_saved(self, x: Tensor, trans_dims: Tensor) -> int | None:
-        """The multiplications that folding saves, of N tokens, w features of all heads and k slots:
-
-            folded      N * 2 heads k dim, and once 2 k w dim for both matrices
-            by heads    N * 2 (dim w + w k)
-
-        On a CPU the form of fewer multiplications was the faster one, in eval and for a step. Tokens are not
-        counted while a program is traced, which holds for any number of them. None for DTensors, which are folded, as
-        torch's linear takes no shards of uneven sizes; and for what does not fit, which is then refused.
+        """The multiplications that folding saves. None for DTensors, which are folded, as torch's linear takes no
+        shards of uneven sizes; and for what does not fit, which is then refused.
         """
         width, dim = trans_dims.shape
         if is_distributed(x) or getattr(x, "ndim", 0) != 3 or x.shape[2] != dim or not x.numel():
             return None
         if x.device != trans_dims.device or (x.dtype != trans_dims.dtype and autocast_dtype(x) is None):
             return None
-        per_token = 2 * (width * (dim + self.k) - self.num_heads * self.k * dim)
-        if is_symbolic():
-            return per_token
-        return per_token * x.shape[0] * x.shape[1] - 2 * self.k * width * dim
+        tokens = None if is_symbolic() else x.shape[0] * x.shape[1]
+        return products_saved(self.num_heads, self.k, (width, dim), (dim, width), tokens)
 
     def _folded(self, x: Tensor, trans_dims: Tensor, dropout: float) -> Tensor:
         with no_autocast(x):
@@ -338,7 +330,7 @@ class TokenExternalAttention(nn.Module):
             return self._through_submodules(x)
         q = self.q_linear(x)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        memory_key = key.weight  # read once, as it may be parametrised
+        memory_key = key.weight  # read once, as it may be parametrized
         ordinary = not dropout and _are_tokens(q, memory_key)
         if ordinary and published_is_faster(q, key, q.shape[0] * q.shape[1], memory_key.shape[0]):
             return self._attend(q, plain=True)

@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import records
-from . import sass
+from . import ROOT, environment_without_interpreter, sass
 
 NO_DISASSEMBLER = "neither nvcc nor triton brings cuobjdump here"
 FILE = records.RESULTS / "machine_code.csv"
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 MARKS = ("<!-- table: machine code -->\n", "\n<!-- end of table -->")
 
 COLUMNS = [
@@ -240,9 +240,7 @@ def triton_rows_apart(architectures: list[str], shape: tuple[int, ...]) -> list[
     """The rows of a process in which nothing is interpreted."""
     command = [sys.executable, "-m", "benchmarks.offline.machine_code", "--json", "--backend", "triton"]
     command += ["--shape", *map(str, shape), "--architecture", *architectures]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment_without_interpreter(), cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"Triton's kernels did not compile:\n{done.stderr[-4000:]}")
     return [json.loads(line) for line in done.stdout.splitlines()]

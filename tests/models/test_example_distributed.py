@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.offline import ROOT, environment_without_interpreter
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and (dist.is_gloo_available() or torch.cuda.is_available())),
@@ -24,8 +22,8 @@ def test_quick(tmp_path):
     for package in ("matplotlib", "tqdm"):
         pytest.importorskip(package, reason="pip install 'aia_kernels[demo]'")
     picture = tmp_path / "distributed.png"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "TRITON_INTERPRET")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = environment_without_interpreter() | {"OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
     command = [sys.executable, ROOT / "examples" / "distributed.py", "--quick", "--output", picture]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

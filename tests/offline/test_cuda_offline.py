@@ -1,7 +1,7 @@
 """csrc/cuda compiled and read without a GPU: nothing spills, and x moves in 16-byte loads and stores.
 
 A library that holds CUDA is read as a whole. Where none does, as after make install without a GPU, and nvcc is there,
-every source is compiled without optimisation, which is fast, and some as they would be in the library.
+every source is compiled without optimization, which is fast, and some as they would be in the library.
 """
 
 from __future__ import annotations

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +13,10 @@ import torch
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
 from benchmarks import gpus, records, registry
-from benchmarks.offline import counting, roofline
+from benchmarks.offline import ROOT, counting, environment_without_interpreter, roofline
 from benchmarks.registry.attention_in_attention import HAS_INNER, NAMES, STAGES, UnitCase
 from benchmarks.registry.external_attention import PLACES, LayerCase
 
-ROOT = Path(__file__).parents[2]
 AGAIN = "python -m benchmarks.offline.roofline --results benchmarks/results --page docs/benchmarks.md writes it again"
 
 #: Reads and writes of x-sized tensors, forward and backward, without and with an inner context: DESIGN 2.2.
@@ -111,11 +108,14 @@ def counted_on_triton(tmp_path_factory) -> list[dict]:
     """Rows of a process without the interpreter, whose tiles are others."""
     pytest.importorskip("triton", reason="its launches are counted")
     folder = tmp_path_factory.mktemp("roofline")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.offline.roofline", "--results", folder, "--filter"]
     for family, words in (("attention_in_attention", "8clips-bf16 CinST-"), ("external_attention", "bf16 EANet")):
         done = subprocess.run(
-            [*command, words, "--family", family], cwd=ROOT, env=environment, capture_output=True, text=True
+            [*command, words, "--family", family],
+            cwd=ROOT,
+            env=environment_without_interpreter(),
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0 and "case/s" not in done.stderr, done.stderr  # progress is for terminals
         (folder / "roofline.csv").rename(folder / f"{family}.csv")

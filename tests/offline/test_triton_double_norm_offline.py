@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -26,10 +25,9 @@ import torch
 
 from aia_kernels.algorithms.external_attention_passes import BatchTerm, DoubleNorm, Dropout
 from aia_kernels.common.dtypes import accumulate_dtype
+from benchmarks.offline import environment_without_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed")
-
-ROOT = Path(__file__).parents[2]
 
 ALL = (80, 90, 100)
 
@@ -99,14 +97,12 @@ class Compiled(NamedTuple):
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.sweep)])
 def compiled(request) -> Compiled:
     """From processes in which Triton compiles instead of interpreting."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
     cases = TABLES[request.param]
     processes, names = os.cpu_count() or 1, list(cases)
 
     def compile_cases(first: int) -> list[dict]:
         command = [sys.executable, __file__, request.param, *names[first::processes]]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment_without_interpreter(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return [json.loads(line) for line in done.stdout.splitlines()]
 

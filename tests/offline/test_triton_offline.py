@@ -21,18 +21,16 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+from benchmarks.offline import environment_without_interpreter
 
-ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton", reason="Triton is not installed")
 
 #: Case -> order, dtype, [B, T, C, H, W], the GPUs to compile for.
 CASES = {
@@ -85,9 +83,9 @@ class Compiled(NamedTuple):
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.sweep)])
 def compiled(request) -> Compiled:
     """From a process in which Triton compiles instead of interpreting."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, __file__, request.param], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, request.param], env=environment_without_interpreter(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return Compiled(TABLES[request.param], [json.loads(line) for line in done.stdout.splitlines()])
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pass_cases
 import pytest
@@ -21,10 +19,10 @@ from aia_kernels import backends, functional
 from aia_kernels.common import maps
 from aia_kernels.operators.temporal_shift import temporal_shift_by
 from aia_kernels.testing import LAYOUTS, Shape, make_input
+from benchmarks.offline import environment_without_interpreter
 
 FAMILY = "temporal_shift"
 SHAPE = Shape(2, 3, 9, 5, 4)
-ROOT = Path(__file__).parents[2]
 
 
 def moved(clips: torch.Tensor, fold: int, reverse: bool = False) -> torch.Tensor:
@@ -76,7 +74,7 @@ CASES = pass_cases.CASES | {
 
 
 @pytest.fixture(params=["cpu", "triton", "emulator", pytest.param("cuda", marks=pytest.mark.sanitizer)])
-def shift(request, monkeypatch, uninitialised_memory_is_nan):
+def shift(request, monkeypatch, uninitialized_memory_is_nan):
     """The raw pass of a backend; fresh memory is NaN, so that an element which it forgets shows."""
     with passes_of(FAMILY, request, monkeypatch) as passes:
         yield passes.temporal_shift
@@ -259,9 +257,9 @@ def test_module():
 def test_machine_code():
     """Compiled for sm_90 without a GPU: no spill, and every access of 16 bytes where a frame's channels allow it."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment_without_interpreter(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 4

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+
+from benchmarks.offline import environment_without_interpreter
 
 STEP = """
 x = torch.randn(4, 3, 4, 5, requires_grad=True)
@@ -20,7 +21,7 @@ extension.LIBRARY = Path("there/is/no/such/library.so")
 
 
 def run(code: str, **environment: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    environment = environment_without_interpreter() | environment
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
