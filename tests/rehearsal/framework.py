@@ -19,7 +19,7 @@ import rehearsal
 #: Operators that only make tensors, or ask about them: torch's own are right.
 _OWN = {"empty", "empty_strided", "record_stream", "_pin_memory", "is_pinned", "set_", "resize_", "_resize_output_"}
 #: Those that torch takes apart, or gives to cuDNN or a copy engine, before the key is asked.
-_WHOLE = {"aten::convolution", "aten::convolution_backward", "aten::copy_"}
+_WHOLE = {"aten::_convolution", "aten::convolution_backward", "aten::copy_"}
 
 #: Keeps the replacements in force.
 _library: torch.library.Library | None = None
@@ -127,4 +127,5 @@ def install() -> None:
         if not operator.is_view:
             _library.impl(signature, _on_cpu(operator), "CUDA", allow_override=True)
     torch.backends.cudnn.enabled = False
+    torch._C._jit_override_can_fuse_on_gpu(False)  # by a compiler that the device is asked to run
     torch.backends.mkldnn.enabled = False
