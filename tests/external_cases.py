@@ -63,10 +63,11 @@ class Block(nn.Module):
         self.key = nn.Parameter(torch.empty(sizes.s, sizes.d))
         self.value = nn.Parameter(torch.empty(sizes.d, sizes.s))
         self.bn = nn.BatchNorm2d(sizes.d)
-        self.eps = eps
+        self.eps, self.activation = eps, "relu"
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.external_attention_block(x, self.key, self.value, norm_of(self.bn), eps=self.eps)
+        settings = {"eps": self.eps, "activation": self.activation}
+        return functional.external_attention_block(x, self.key, self.value, norm_of(self.bn), **settings)
 
 
 #: Every form: its module and settings. d and S are even in all sizes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,17 @@ LAYERS = {
     "block, one channel": Layer(lambda: ExternalAttention2d(1, k=4), (2, 1, 5, 3)),
     "block, one pixel": Layer(lambda: ExternalAttention2d(5, k=3), (4, 5, 1, 1)),
     "block, one row": Layer(lambda: ExternalAttention2d(5, k=3), (2, 5, 1, 9)),
+    "block, points": Layer(lambda: ExternalAttention2d(6, k=5), (2, 6, 11)),
+    "block, volumes, SiLU": Layer(lambda: ExternalAttention2d(6, k=5, activation="silu"), (2, 6, 3, 2, 3)),
+    "block, GroupNorm, GELU": Layer(
+        lambda: ExternalAttention2d(6, k=5, norm=partial(nn.GroupNorm, 2), activation="gelu"), (2, 6, 5, 3)
+    ),
+    "block, bare": Layer(
+        lambda: ExternalAttention2d(6, k=5, norm=None, activation=None, residual=False, projection=False), (2, 6, 5, 3)
+    ),
+    "block, no residual": Layer(
+        lambda: ExternalAttention2d(6, k=5, norm=nn.SyncBatchNorm, residual=False, projection=False), (2, 6, 5, 3)
+    ),
     "multi-head": Layer(lambda: MultiHeadExternalAttention(6, num_heads=2), (2, 13, 6)),
     "multi-head, folded": Layer(lambda: MultiHeadExternalAttention(3, num_heads=1), (2, 33, 3)),
 }

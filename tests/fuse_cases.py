@@ -193,6 +193,34 @@ class NoActivation(nn.Module):
         return self.flow(x)
 
 
+class OtherActivation(NoActivation):
+    """SiLU, no residual, and a bias before the batch norm, which takes it away again in training."""
+
+    def __init__(self, c=6, slots=5):
+        super().__init__()
+        self.conv2 = nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.SiLU(inplace=True))
+
+    def forward(self, x):
+        b, c, h, w = x.size()
+        attn = F.softmax(self.linear_0(self.conv1(x).view(b, c, h * w)), dim=-1)
+        attn = attn / (1e-9 + attn.sum(dim=1, keepdim=True))
+        return self.conv2(self.linear_1(attn).view(b, c, h, w))
+
+
+class OtherResidual(nn.Module):
+    """Points ask, and the result is added to others, behind a batch norm of the tokens that are made of it."""
+
+    def __init__(self, c=6, slots=5):
+        super().__init__()
+        self.mk, self.mv = nn.Conv1d(c, slots, 1, bias=False), nn.Conv1d(slots, c, 1)
+        self.bn = nn.BatchNorm1d(c)
+
+    def forward(self, query, x):
+        attn = self.mk(query).softmax(dim=2)
+        attn = attn / attn.sum(dim=1, keepdim=True)
+        return F.gelu(x + self.bn(self.mv(attn)))
+
+
 class OwnSync(nn.BatchNorm2d):
     """A batch norm of one's own, as networks have that share its statistics in their own way."""
 
@@ -475,7 +503,9 @@ KINDS = {
     MemoriesAsParameters: (ATTEND, MAPS),
     Products: (ATTEND, TOKENS),
     Einsum: (ATTEND, TOKENS),
-    NoActivation: (ATTEND, MAPS),
+    NoActivation: (BLOCK, MAPS),
+    OtherActivation: (BLOCK, MAPS),
+    OtherResidual: (BLOCK, POINTS, POINTS),
     WithOwnSync: (ATTEND, MAPS),
     NoOutput: (BLOCK, MAPS),
     OnVolumes: (BLOCK, VOLUMES),

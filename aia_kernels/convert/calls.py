@@ -165,32 +165,34 @@ def block(
     biases: Sequence[Tensor | None],
     norm: _BatchNorm | tuple | None,
     eps: float,
+    activation: str | None,
+    residual: bool | Tensor,
 ) -> Tensor:
-    """relu(BN(o) + x) on maps x [B, C, ...]: external attention with the products around it, one head.
+    """activation(BN(o) + residual) on maps x [B, C, ...]: external attention with the products around it, one head.
 
     Args:
         x: [B, C, ...] with one to three axes of positions.
         weights: As of attend.
-        biases: As of attend; with a norm the last product has none.
+        biases: As of attend.
         norm: The batch norm; or running mean and variance, weight, bias, training, momentum and eps, as
             torch.nn.functional.batch_norm takes them; or None for none.
         eps: Added to the sum over slots.
+        activation: "relu", "gelu", "silu" or None.
+        residual: Whether x is added, or what is added in its place.
 
     Returns:
-        y, shaped and stored as x.
+        y, stored as x.
     """
     with no_autocast(x):
-        form = Form((0,), (), 1, 1, "key", False, ())
-        key, value, bias = _folded(weights, biases, form)
-        if norm is None:
-            zeros, ones = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-            described = Norm(None, bias, zeros, ones, training=False, eps=0.0)
-        elif isinstance(norm, _BatchNorm):
-            described = norm_of(norm)
-        else:
-            mean, var, gain, shift, training, momentum, norm_eps = norm
-            described = Norm(gain, shift, mean, var, None, training, momentum, norm_eps)
-    return external_attention_block(x, key, value, described, eps=eps)
+        key, value, bias = _folded(weights, biases, Form((0,), (), 1, 1, "key", False, ()))
+    described: Norm | None = None
+    if isinstance(norm, _BatchNorm):
+        described = norm_of(norm)
+    elif norm is not None:
+        mean, var, gain, shift, training, momentum, norm_eps = norm
+        described = Norm(gain, shift, mean, var, None, training, momentum, norm_eps)
+    settings = {"eps": eps, "value_bias": bias, "activation": activation, "residual": residual}
+    return external_attention_block(x, key, value, described, **settings)
 
 
 def _folds(rows: Tensor, weights: Sequence[Tensor | None], form: Form) -> bool:

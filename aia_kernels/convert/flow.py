@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..modules.submodules import must_be_called
 from . import behaviour
 from .examples import Shapes, example_of, likely_shapes
 from .graphs import DoesNotRun, casts_to_single, method_of, record, rewrite, source_of
 from .normalizations import Missed
 from .published import FUSED_LAYERS
 from .report import Converted, LeftAlone, Report, class_name
-from .spellings import Reader
+from .spellings import Reader, operation_of
 
 #: What the code of a forward names if there can be something to find.
 _TELLING = ("softmax", "sigmoid")
@@ -34,14 +33,14 @@ class Recipe(NamedTuple):
     """How the forward of a module was rewritten.
 
     kind: its class before. sources: the code of the forward and the names that it uses, by training mode. ranks: the
-    number of axes of each input that it holds for, None for an integer. read: the submodules whose parameters it reads
-    without calling them.
+    number of axes of each input that it holds for, None for an integer. read: the submodules that it reads without
+    calling them, and what they compute.
     """
 
     kind: type[nn.Module]
     sources: Mapping[bool, tuple[str, Mapping[str, Any]]]
     ranks: tuple[int | None, ...]
-    read: tuple[str, ...]
+    read: Mapping[str, str]
 
 
 class Flow(NamedTuple):
@@ -185,7 +184,7 @@ def _attempt(module: nn.Module, inputs: list[str], seen: Shapes | None, opened: 
     """One attempt, with the forwards of submodules recorded in their places or not."""
     graphs: dict[bool, Graph] = {}
     calls: list[str] = []
-    read: set[str] = set()
+    read: dict[str, str] = {}
     likely = [(seen, seen)] if seen is not None else list(likely_shapes(module, inputs))
     for training in (True, False):
         recorded = _recorded(module, inputs, training, opened, likely)
@@ -201,13 +200,13 @@ def _attempt(module: nn.Module, inputs: list[str], seen: Shapes | None, opened: 
         if not fused:
             return missed[0] if missed else None
         likely, graphs[training], calls = [shapes], graph, [call.now for call in fused]
-        read |= before - _called(graph)
+        read |= {name: operation_of(module.get_submodule(name)) for name in sorted(before - _called(graph))}
     sources = {training: source_of(graph) for training, graph in graphs.items()}
     recipe = Recipe(
         own_class(module),
         sources,
         tuple(None if isinstance(shape, int) else len(shape) for shape in likely[0][0]),
-        tuple(sorted(read)),
+        read,
     )
     layer, examples = rewritten_class(recipe), (example_of(likely[0][0]), example_of(likely[0][1], large=True))
     single = any(casts_to_single(graph) for graph in graphs.values())
@@ -297,7 +296,7 @@ def _holds(module: nn.Module, inputs: tuple[Any, ...], recipe: Recipe) -> bool:
     return all(
         isinstance(x, int) if rank is None else isinstance(x, Tensor) and x.ndim == rank
         for x, rank in zip(inputs, recipe.ranks, strict=True)
-    ) and not any(must_be_called(module.get_submodule(name)) for name in recipe.read)
+    ) and all(operation_of(module.get_submodule(name)) == operation for name, operation in recipe.read.items())
 
 
 def _new(recipe: Recipe) -> nn.Module:

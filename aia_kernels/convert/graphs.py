@@ -221,8 +221,9 @@ def _attend(reader: Reader, found: Normalization, region: Region) -> Node:
             dropout = _dropout(reader, region.dropout)
             new = graph.call_function(calls.attend, (region.x, weights, biases, region.form, found.eps, dropout))
         else:
-            norm = _norm(reader, block.norm)
-            new = graph.call_function(calls.block, (region.x, weights, biases, norm, found.eps))
+            residual = block.residual is region.x or block.residual or False
+            settings = _norm(reader, block.norm), found.eps, block.activation, residual
+            new = graph.call_function(calls.block, (region.x, weights, biases, *settings))
     _replace(nodes[-1], new)
     for node in nodes[:-1]:
         for user in list(node.users):

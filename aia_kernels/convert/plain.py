@@ -6,6 +6,8 @@ or the type of a tensor stands in functions that torch.fx records as they are: a
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -60,7 +62,30 @@ def _tokens(x: Tensor, or_more: bool = False) -> Tensor:
     return x
 
 
-for _name in ("_clips", "_shaped_as", "_shifted", "_normalized", "_normalized_as_the_port", "_tokens"):
+def _as_maps(x: Tensor) -> Tensor:
+    """Points and volumes as maps of one column."""
+    return x.flatten(2).unsqueeze(3) if x.dim() == 3 or x.dim() == 5 else x
+
+
+def _activated(y: Tensor, activation: Optional[str]) -> Tensor:  # noqa: UP045  TorchScript knows no other spelling
+    name = "" if activation is None else activation
+    if name == "relu":
+        return y.relu()
+    if name == "gelu":
+        return nn.functional.gelu(y)
+    return nn.functional.silu(y) if name == "silu" else y
+
+
+for _name in (
+    "_clips",
+    "_shaped_as",
+    "_shifted",
+    "_normalized",
+    "_normalized_as_the_port",
+    "_tokens",
+    "_as_maps",
+    "_activated",
+):
     torch.fx.wrap(_name)
 
 
@@ -154,10 +179,13 @@ class PlainExternalAttention2d(modules.ExternalAttention2d):
     """ExternalAttention2d in plain PyTorch, its projections not folded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.linear_0(self.conv1(x).flatten(2))
+        maps = _as_maps(x)
+        logits = self.linear_0(self.conv1(maps).flatten(2))
         attention = _normalized(logits.transpose(1, 2)).transpose(1, 2)  # .mT is unknown to older exporters
-        z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
-        return (z + x).relu()
+        y = self.conv2(self.linear_1(attention).unflatten(2, maps.shape[2:]))
+        if self.residual:
+            y = y + maps
+        return _activated(y, self.activation).reshape(x.shape)
 
 
 class PlainMultiHeadExternalAttention(modules.MultiHeadExternalAttention):

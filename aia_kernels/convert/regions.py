@@ -24,12 +24,15 @@ _LAYOUT = ("identity", "reshape", "permute")
 
 
 class Block(NamedTuple):
-    """What follows a region where one call computes it too: relu(BN(o) + x), or without BN.
+    """What follows a region where one call computes it too: activation(BN(o) + residual), or relu(o + x).
 
-    norm: the call of the batch norm, or None. nodes: from behind the region to the ReLU.
+    norm: the call of the batch norm, or None. residual: what is added, or None. activation: its name, or None. nodes:
+    from behind the region to the last of them.
     """
 
     norm: Node | None
+    residual: Node | None
+    activation: str | None
     nodes: tuple[Node, ...]
 
 
@@ -193,36 +196,54 @@ class _Walk:
         return region._replace(block=block)
 
     def _block(self, region: Region, axes: list[Axis]) -> Block | None:
-        """The batch norm, residual and ReLU that follow a region, where one call computes them too."""
-        form, product = region.form, self.outer or self.value
+        """The batch norm, residual and activation that follow a region, as far as one call computes them too."""
+        form, made = region.form, self.made[(self.outer or self.value).node]
         positions = tuple(range(2, len(self.start)))
         if (form.batch, form.feature, form.tokens, form.heads) != ((0,), 1, positions, 1) or self.dropout is not None:
             return None
-        if not positions or self.made[product.node][0].size != self.reader.shapes[self.x][1]:
-            return None
-        expected = [self.start[0], self.made[product.node], *self.start[2:]]
-        node, norm, added, nodes = region.end, None, False, []
+        expected = [leaves(axis) for axis in (self.start[0], made, *self.start[2:])]
+        node, block, found = region.end, Block(None, None, None, ()), None
         followed: list[Axis] | None = axes
-        while True:
+        while positions and self._only_sizes_of_x(node):
             users = [user for user in node.users if not is_size(self.reader, user)]
-            if len(users) != 1 or followed is None or not self._only_sizes_of_x(node):
-                return None
-            (user,) = users
-            nodes.append(user)
-            operation = self.reader.operation(user)
-            if operation == "relu" and added:
-                return Block(norm, tuple(nodes))
-            if operation == "batch_norm" and norm is None and product.bias is None and not added:
-                norm = user
-            elif operation == "add" and not added and set(user.all_input_nodes) == {node, self.x}:
-                added = len(user.args) == 2 and not user.kwargs
-                if not added or [leaves(a) for a in followed] != [leaves(a) for a in expected]:
-                    return None
-            elif operation in _LAYOUT and not added and self.reader.operand(user) is node:
-                followed = after(self.reader, user, followed)
+            if len(users) != 1 or followed is None:
+                break
+            arranged, (user,) = [leaves(axis) for axis in followed], users
+            if self.reader.operation(user) in _LAYOUT and self.reader.operand(user) is node:
+                followed = None if block.residual or block.activation else after(self.reader, user, followed)
+                block = block._replace(nodes=(*block.nodes, user))
+            elif (joined := self._joined(block, node, user)) is not None and (
+                arranged == expected or (joined.norm is user and arranged[1] == leaves(made))
+            ):
+                block = joined
             else:
-                return None
+                break
             node = user
+            done = followed is not None and [leaves(axis) for axis in followed] == expected
+            if done and (block.norm or (block.residual is self.x and block.activation == "relu")):
+                found = block
+        return found
+
+    def _joined(self, block: Block, node: Node, user: Node) -> Block | None:
+        """A block that ends with a node, with what uses that; None where no call computes both."""
+        reader, nodes = self.reader, (*block.nodes, user)
+        operation = reader.operation(user)
+        if block.activation:
+            return None
+        if operation in ("relu", "silu") or (
+            operation == "gelu" and reader.argument(user, 1, "approximate", default="none") == "none"
+        ):
+            return block._replace(activation=operation, nodes=nodes)
+        if block.residual:
+            return None
+        if operation == "batch_norm" and block.norm is None:
+            return block._replace(norm=user, nodes=nodes)
+        if operation == "add" and len(user.args) == 2 and not user.kwargs:
+            other = next((a for a in user.args if a is not node), None)
+            same = other in reader.shapes and reader.shapes[other] == reader.shapes.get(node)
+            if same and not (reader.changes_in_place(user) and user.args[0] is other):
+                return block._replace(residual=other, nodes=nodes)
+        return None
 
     def _only_sizes_of_x(self, node: Node) -> bool:
         """Whether the sizes that are asked of a node are those of x."""

@@ -28,6 +28,7 @@ _SAME = {
     "moveaxis": "movedim",
     "multiply": "mul",
     "relu_": "relu",
+    "silu_": "silu",
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "true_divide": "div",
@@ -55,6 +56,8 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Flatten: "reshape",
     nn.Unflatten: "reshape",
     nn.ReLU: "relu",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
 }
 
 _MISSING = object()
@@ -83,7 +86,7 @@ class Reader:
         if not isinstance(node, Node) or node.op in ("placeholder", "get_attr", "output"):
             return ""
         if (module := self.module(node)) is not None:
-            return _operation_of(module)
+            return operation_of(module)
         name = spelling(node)
         if name.removesuffix("_") == "dropout" and not self.dropout_of(node):
             return "identity"
@@ -139,7 +142,8 @@ def spelling(node: Node) -> str:
     return getattr(node.target, "__name__", "")
 
 
-def _operation_of(module: nn.Module) -> str:
+def operation_of(module: nn.Module) -> str:
+    """The name of what a module computes; "" for what is no operation of torch, or must be called."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return ""
     if "forward" in module.__dict__:

@@ -15,6 +15,7 @@ The backend ``reference`` takes its own formula on all four; so does "auto" on a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..common.tracing import is_symbolic, is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
 from . import sharded
+from .block import ACTIVATIONS, block, with_bias
 from .checks import check_integer, check_number, check_tensor
 from .running_statistics import update_running_statistics
 
@@ -223,23 +225,40 @@ def _attend(
         return algorithm.forward(plan, x, key, value, bias, padding, keep)[0]
 
 
-def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, *, eps: float = 1e-9) -> Tensor:
-    """y = relu(BN(A V^T) + x), A = double_normalize(x K^T) per token of x: EANet's block with its convolutions folded.
+def external_attention_block(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm: Norm | Callable[[Tensor], Tensor] | None = None,
+    *,
+    eps: float = 1e-9,
+    value_bias: Tensor | None = None,
+    activation: str | Callable[[Tensor], Tensor] | None = "relu",
+    residual: bool | Tensor = True,
+) -> Tensor:
+    """y = activation(norm(A V^T + value_bias) + residual), A = double_normalize(x K^T) per token of x: EANet's block
+    with its convolutions folded, y = relu(BN(A V^T) + x), and its variants.
+
+    EANet's own form, and that without BN, are written by one pass. In the others A is fused, BN joins V, and the rest
+    is PyTorch's own.
 
     Under autocast K and V may be float32 or of the autocast's type. The products are in the autocast's type where x has
-    it, and in float32 where x, and so the residual stream, is float32.
+    it, and in float32 where the residual stream is float32.
 
     Args:
         x: [B, C, H, W], contiguous or channels_last (other strides cost a copy); float32, bfloat16, float16 or float64.
             Its H * W positions are the tokens. Points [B, C, N] and volumes [B, C, D, H, W] are taken alike.
         key: K, [S, C], one group of S slots.
-        value: V, [C, S].
-        norm: BN over C channels, in training by the statistics of batch and positions. Its running statistics are
-            updated where it says so.
+        value: V, [C, S]; [v, S] where x is not the residual.
+        norm: BN over the v channels, in training by the statistics of batch and positions; its running statistics are
+            updated where it says so. Or any function of maps [B, v, ...], such as an nn.GroupNorm. None: no norm.
         eps: Added to the sum over slots.
+        value_bias: [v], or None.
+        activation: "relu", "gelu", "silu", a function, or None.
+        residual: Whether x is added; or what is added in its place, [B, v, ...].
 
     Returns:
-        y, shaped and stored as x.
+        y, [B, v, ...], stored as x.
 
     Raises:
         TypeError, ValueError: With the name of the argument, what came and what is expected, before anything runs.
@@ -249,35 +268,61 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
     if x.ndim not in (3, 4, 5):
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W], [B, C, N] or [B, C, D, H, W]")
     if sharded.is_distributed(x):
-        return sharded.external_attention_block(external_attention_block, x, key, value, norm, eps)
-    c = x.shape[1]
+        settings = {"eps": eps, "activation": activation}
+        tensors = {"value_bias": value_bias, "residual": residual}
+        return sharded.external_attention_block(external_attention_block, x, key, value, norm, tensors, **settings)
     for name, memory in (("key", key), ("value", value)):
         check_tensor(name, memory)
         if memory.ndim != 2:
             raise ValueError(
                 f"{name}: got shape {tuple(memory.shape)}, expected [{'S, C' if name == 'key' else 'C, S'}]"
             )
-    _check_parameter("key", key, x, ((key.shape[0], c),))
+    _check_parameter("key", key, x, ((key.shape[0], x.shape[1]),))
     _check_slots("key", key.shape[0])
-    _check_parameter("value", value, x, ((c, key.shape[0]),))
-    _check_norm(norm, x)
+    channels = x.shape[1] if residual is True else value.shape[0]
+    _check_parameter("value", value, x, ((channels, key.shape[0]),))
+    _check_parameter("value_bias", value_bias, x, ((channels,),))
+    _check_norm(norm, x, channels)
+    _check_activation(activation)
+    _check_residual(residual, x, channels)
     _check_eps(eps)
-    dtype = x.dtype if (autocast := autocast_dtype(x)) is None else torch.promote_types(x.dtype, autocast)
+    stream = residual if isinstance(residual, Tensor) else x if residual else None
+    dtype = x.dtype if (autocast := autocast_dtype(x)) is None else autocast
+    dtype = dtype if autocast is None or stream is None else torch.promote_types(stream.dtype, dtype)
     x, key, value = x.to(dtype), key.to(dtype), value.to(dtype)
-    members = norm.process_group if norm.training else None
     if x.numel() == 0:
-        if members is not None:
+        if isinstance(norm, Norm) and norm.training and norm.process_group is not None:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
-        return _nothing(torch.empty_like(x), x, key, value, norm.weight, norm.bias)
-    backend, transformed = backends.select(x.device, dtype, FAMILY), needs_reference()
+        empty = torch.empty_like(x) if channels == x.shape[1] else x.new_zeros((x.shape[0], channels, *x.shape[2:]))
+        return _nothing(empty, x, key, value, value_bias, *(norm[:2] if isinstance(norm, Norm) else ()))
+    of_bn = norm if isinstance(norm, Norm) else None
+    if of_bn is not None and value_bias is not None:
+        if of_bn.uses_batch:
+            key = without_effect(key, value_bias)  # the batch norm takes it away again
+        else:
+            norm, value_bias = with_bias(of_bn, value_bias), None
+    if (norm is None or of_bn is not None) and activation == "relu" and residual is True:
+        if norm is None:
+            norm = Norm(None, value_bias, x.new_zeros(channels), x.new_ones(channels), eps=0.0)
+        y, statistics = _block(x, key, value, norm, eps)
+    else:
+        bias = None if of_bn is not None else value_bias
+        y, statistics = block(double_normalize, x, key, value, bias, norm, eps, activation, residual)
+    if of_bn is not None:
+        if value_bias is not None:
+            statistics = statistics + torch.nn.functional.pad(value_bias.detach().unsqueeze(1), (0, 2))
+        update_running_statistics([of_bn], [statistics])
+    return y
+
+
+def _block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
+    """relu(BN(A V^T) + x) and the statistics [C, 3], by any of the paths."""
+    backend, transformed = backends.select(x.device, x.dtype, FAMILY), needs_reference()
     with no_autocast(x):
         if backend == "reference" or transformed:
             tokens, statistics = reference.external_attention_block(as_tokens(x), key, value, norm, eps)
-            y = as_maps(tokens, x)
-        else:
-            y, statistics = _block_through_passes(with_dense_maps(x), key, value, norm, eps, backend)
-    update_running_statistics([norm], [statistics])
-    return y
+            return as_maps(tokens, x), statistics
+        return _block_through_passes(with_dense_maps(x), key, value, norm, eps, backend)
 
 
 def _block_through_passes(
@@ -431,11 +476,13 @@ def _check_memories(x: Tensor, key: Tensor, value: Tensor, heads: int) -> int:
     return slots
 
 
-def _check_norm(norm: Norm, x: Tensor) -> None:
+def _check_norm(norm: Any, x: Tensor, channels: int) -> None:
+    if norm is None or (callable(norm) and not isinstance(norm, Norm)):
+        return
     if not isinstance(norm, Norm):
-        raise TypeError(f"norm: got {type(norm).__name__}, expected a reference.Norm")
-    c = x.shape[1]
-    if norm.uses_batch and not norm.process_group and 0 < x.numel() == c:
+        raise TypeError(f"norm: got {type(norm).__name__}, expected a reference.Norm, a function or None")
+    values = x.numel() // x.shape[1] if x.shape[1] else 0
+    if norm.uses_batch and not norm.process_group and values == 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per channel for BN in training")
     for name, p in zip(Norm._fields[:4], norm[:4], strict=True):
         if p is None:
@@ -443,8 +490,25 @@ def _check_norm(norm: Norm, x: Tensor) -> None:
         sharded.refuse_distributed(f"{name} of norm", p)
         if p.device != x.device:
             raise ValueError(f"{name} of norm: got device {p.device}, expected that of x, {x.device}")
-        if tuple(p.shape) != (c,):
-            raise ValueError(f"{name} of norm: got shape {tuple(p.shape)}, expected ({c},), the channels of x")
+        if tuple(p.shape) != (channels,):
+            raise ValueError(f"{name} of norm: got shape {tuple(p.shape)}, expected ({channels},), the channels of y")
+
+
+def _check_activation(activation: Any) -> None:
+    if not (activation is None or callable(activation) or (isinstance(activation, str) and activation in ACTIVATIONS)):
+        expected = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation: got {activation!r}, expected {expected}, a function or None")
+
+
+def _check_residual(residual: Any, x: Tensor, channels: int) -> None:
+    if isinstance(residual, bool):
+        return
+    check_tensor("residual", residual)
+    sharded.refuse_distributed("residual", residual)
+    if residual.device != x.device:
+        raise ValueError(f"residual: got device {residual.device}, expected that of x, {x.device}")
+    if tuple(residual.shape) != (expected := (x.shape[0], channels, *x.shape[2:])):
+        raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {expected}")
 
 
 def _checked_group(group: int | None, slots: int) -> int:

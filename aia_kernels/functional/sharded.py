@@ -84,12 +84,24 @@ def external_attention(
 
 
 def external_attention_block(
-    function: Callable[..., Tensor], x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float
+    function: Callable[..., Tensor],
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm: Any,
+    tensors: dict[str, Any],
+    **settings: Any,
 ) -> Tensor:
-    """functional.external_attention_block on a DTensor x [B, C, H, W]."""
+    """functional.external_attention_block on a DTensor x [B, C, H, W]; tensors: value_bias and residual."""
     batch = _Batch("x", x)
-    own = batch.parameter("key", key), batch.parameter("value", value)
-    return batch.joined(function(batch.own(x), *own, batch.norm("norm", norm), eps=eps))
+    if norm is not None and not isinstance(norm, Norm):
+        raise TypeError(f"norm: got {type(norm).__name__}, expected a reference.Norm or None, as x is a DTensor")
+    own = batch.parameter("key", key), batch.parameter("value", value), batch.norm("norm", norm)
+    residual = tensors["residual"]
+    if not isinstance(residual, bool):
+        residual = batch.samples("residual", residual)
+    bias = batch.parameter("value_bias", tensors["value_bias"])
+    return batch.joined(function(batch.own(x), *own, value_bias=bias, residual=residual, **settings))
 
 
 class _Batch:
@@ -126,6 +138,11 @@ class _Batch:
             return None
         self._check(name, p, [Replicate()] * self.mesh.ndim)
         return p.to_local(grad_placements=[Partial() if a.is_shard() else Replicate() for a in self.placements])
+
+    def samples(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of another tensor that belongs to the samples of this process."""
+        self._check(name, tensor, self.placements)
+        return self.own(tensor)
 
     def mask(self, mask: Tensor | None, process_group: Any) -> Tensor | None:
         if process_group is not None:

@@ -15,7 +15,7 @@ there is too little to fuse (backends.plain_is_faster); a draw of dropout is the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.tracing import is_symbolic, is_traced
+from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_integer
 from ..functional.external_attention import (
     double_normalize,
@@ -84,12 +85,14 @@ class ExternalAttention(nn.Module):
 class ExternalAttention2d(nn.Module):
     """EANet's block on maps: y = relu(conv2(EA(conv1(x))) + x), conv2 being a 1x1 convolution and a batch norm.
 
-    It takes x [B, c, H, W], contiguous or channels_last, and returns y, shaped and stored as x. eps is 1e-9.
+    It takes x [B, c, H, W], contiguous or channels_last, and returns y, shaped and stored as x. Points [B, c, N] and
+    volumes [B, c, D, H, W] are taken as maps of one column. eps is 1e-9.
 
     Folded: linear_0 and conv1 into one [k, c] (the bias of conv1 drops out), conv2.0 and linear_1 into one [c, k],
     which leaves 2 c k of 2 c^2 + 2 c k products per token. With A the attention map, the batch norm sees z = A V^T: its
     mean and variance in training are V mean(A) and diag(V Cov(A) V^T), its scale joins V, its shift and the residual
-    and ReLU the pass that writes y. It does what conv2.1 says: training or frozen, SyncBatchNorm, momentum None.
+    and ReLU the pass that writes y. It does what conv2.1 says: training or frozen, SyncBatchNorm, momentum None. Any
+    other norm is called. Another activation, or no residual, is PyTorch's own operation on what is folded.
 
     As published the memories start equal, linear_1.weight = linear_0.weight.permute(1, 0, 2), here without sharing
     storage: a checkpoint in which training has moved them apart loads as it is. The published network (not the block)
@@ -98,67 +101,108 @@ class ExternalAttention2d(nn.Module):
     Args:
         c: The channels of x.
         k: The number of slots.
+        norm: Makes the norm at the end of conv2 from c: nn.BatchNorm2d, nn.SyncBatchNorm,
+            functools.partial(nn.GroupNorm, 8); None for no norm.
+        activation: "relu", "gelu", "silu" or None.
+        residual: Whether x is added before the activation.
+        projection: Whether conv2 begins with a convolution.
 
     Raises:
-        TypeError, ValueError: A size is no integer of at least 1.
+        TypeError, ValueError: A size is no integer of at least 1; the activation is none of these.
     """
 
     #: What a step with statistics of the batch costs, in choices.CALL_COST: the moments of A are many small operators.
     BATCH_CALLS = 4
 
-    def __init__(self, c: int, k: int = 64):
+    # Those of the published block, which has no attributes for them. TorchScript reads annotations, and not all.
+    activation = "relu"
+    residual = True
+
+    def __init__(
+        self,
+        c: int,
+        k: int = 64,
+        *,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        activation: str | None = "relu",
+        residual: bool = True,
+        projection: bool = True,
+    ):
         super().__init__()
         _check_at_least_one(c=c, k=k)
-        self.k = k
+        if activation is not None and activation not in ACTIVATIONS:
+            expected = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation: got {activation!r}, expected {expected} or None")
+        self.k, self.residual = k, residual
+        self.activation = activation  # type: ignore[assignment]
         self.conv1 = nn.Conv2d(c, c, 1)
         self.linear_0 = nn.Conv1d(c, k, 1, bias=False)
         self.linear_1 = nn.Conv1d(k, c, 1, bias=False)
-        self.conv2 = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c))
+        parts = [nn.Conv2d(c, c, 1, bias=False)] if projection else []
+        self.conv2 = nn.Sequential(*parts, *([] if norm is None else [norm(c)]))
         with torch.no_grad():
             # The published memories share storage while they are initialized, so the draw for linear_1 is that of both.
             shared = self.linear_0.weight.permute(1, 0, 2)
-            for weight in (self.conv1.weight, self.linear_0.weight, shared, self.conv2[0].weight):
+            for weight in (self.conv1.weight, self.linear_0.weight, shared, *(part.weight for part in parts)):
                 weight.normal_(0, math.sqrt(2 / weight.shape[0]))
             self.linear_1.weight.copy_(shared)
 
     def forward(self, x: Tensor) -> Tensor:
+        if getattr(x, "ndim", 4) in (3, 5):
+            return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)
+        return self._attend(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
         if not self._foldable():
             return self._through_submodules(x)
         if self._published_is_faster(x):
             return self._through_submodules(x, plain=True)
-        conv2, norm = self.conv2
+        projection, norm = self._conv2()
         with no_autocast(x):
             key = self.linear_0.weight.flatten(1) @ self.conv1.weight.flatten(1)
             key = without_effect(key, self.conv1.bias, self.linear_0.bias)
-            value = conv2.weight.flatten(1) @ self.linear_1.weight.flatten(1)
-        return external_attention_block(x, key, value, norm_of(norm), eps=EPS)
+            value = self.linear_1.weight.flatten(1)
+            value = value if projection is None else projection.weight.flatten(1) @ value
+        read: Any = norm_of(norm) if isinstance(norm, _BatchNorm) else norm
+        settings: dict[str, Any] = {"activation": self.activation, "residual": self.residual}
+        return external_attention_block(x, key, value, read, eps=EPS, **settings)
+
+    def _conv2(self) -> tuple[Any, nn.Module | None]:
+        """The convolution and the norm of conv2, None for what it lacks."""
+        parts = [*self.conv2._modules.values()]
+        projection = parts.pop(0) if parts and isinstance(parts[0], nn.Conv2d) else None
+        return projection, parts[0] if parts else None
 
     def _published_is_faster(self, x: Tensor) -> bool:
-        """By counting: folding leaves out 2 c^2 multiplications per position, and costs 2 c^2 k a call.
+        """By counting: folding leaves out c^2 multiplications per position and projection, and costs c^2 k a call each.
 
         Not where a call is recorded: torch's batch norm changes what selective checkpointing may have kept.
         """
-        weight, norm = self.linear_0._parameters.get("weight"), self.conv2[1]
+        weight, (projection, norm) = self.linear_0._parameters.get("weight"), self._conv2()
         if weight is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4 or is_traced():
             return False
         (k, c), positions = weight.shape[:2], x.numel() // max(1, x.shape[1])
         if x.shape[1] != c or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
             return False
-        if any(t is not None and t.dtype != x.dtype for t in (norm.running_mean, norm.weight)):
+        tensors = getattr(norm, "running_mean", None), getattr(norm, "weight", None)
+        if any(t is not None and t.dtype != x.dtype for t in tensors):
             return False
-        calls = self.BATCH_CALLS if norm.training else 1
-        return published_is_faster(x, self.linear_0, positions, k, 2 * c * c * (positions - k), calls)
+        calls = self.BATCH_CALLS if isinstance(norm, _BatchNorm) and norm.training else 1
+        saved = (1 if projection is None else 2) * c * c * (positions - k)
+        return published_is_faster(x, self.linear_0, positions, k, saved, calls)
 
     def _foldable(self) -> bool:
-        if not can_be_read(self.conv2, nn.Sequential) or len(self.conv2) != 2:
+        if not can_be_read(self.conv2, nn.Sequential):
             return False
-        convolutions = (self.conv1, self.linear_0, self.linear_1, self.conv2[0])
+        projection, norm = self._conv2()
+        projections = [] if projection is None else [projection]
+        convolutions = (self.conv1, self.linear_0, self.linear_1, *projections)
         return (
-            not any(map(must_be_called, convolutions))
+            len(self.conv2) == len(projections) + (norm is not None)
+            and not any(map(must_be_called, convolutions))
             and all(map(is_pointwise, convolutions))
-            and can_be_read(self.conv2[1], _BatchNorm)
-            and self.linear_1.bias is None
-            and self.conv2[0].bias is None
+            and not (isinstance(norm, _BatchNorm) and must_be_called(norm))
+            and all(conv.bias is None for conv in (self.linear_1, *projections))
         )
 
     def _through_submodules(self, x: Tensor, plain: bool = False) -> Tensor:
@@ -168,7 +212,8 @@ class ExternalAttention2d(nn.Module):
         else:
             attention = double_normalize(logits, dims=(2, 1), eps=EPS)
         z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
-        return (x + z).relu()  # stored as x, which comes first
+        y = x + z if self.residual else z  # stored as x, which comes first
+        return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
 
 class MultiHeadExternalAttention(nn.Module):

@@ -2,7 +2,7 @@
 
 from .attention_in_attention import UNITS, Unit, attention_in_attention, compose
 from .double_norm import double_normalize, published_double_normalize
-from .external_attention import external_attention, external_attention_block
+from .external_attention import external_attention, external_attention_block, norm_of_values
 from .gate import Gate
 from .norm import Norm
 from .shift import temporal_shift
@@ -17,6 +17,7 @@ __all__ = [
     "double_normalize",
     "external_attention",
     "external_attention_block",
+    "norm_of_values",
     "published_double_normalize",
     "temporal_shift",
 ]

@@ -115,11 +115,33 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
     """
     dtype = accumulate_dtype(x.dtype)
     attention = double_normalize(x @ key.mT, key.shape[0], eps)
-    v = value.to(dtype)
+    factor, mean, statistics, _ = norm_of_values(attention, value, norm)
+    shift = -mean * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(dtype)
+    z = attention @ (factor.unsqueeze(1) * value.to(dtype)).to(x.dtype).mT
+    y = (x.to(dtype) + z.to(dtype) + shift).relu().to(x.dtype)  # x first: y takes its storage
+    return y, statistics
+
+
+def norm_of_values(attention: Tensor, value: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What BN does to z = A V^T: BN(z) = (z - mean) * factor + bias.
+
+    Args:
+        attention: A, [B, N, M], floating-point.
+        value: V, [C, M].
+        norm: BN over C channels. Running statistics are read, never written.
+
+    Returns:
+        factor and mean [C] in the accumulate_dtype of A; BN's statistics [C, 3], as of external_attention_block; and
+        the mean of A [M] where the statistics are those of the batch, else None.
+    """
+    dtype = accumulate_dtype(attention.dtype)
+    v, mean_of_a = value.to(dtype), None
     if norm.uses_batch:
         members = norm.process_group if norm.training else None
-        mean, covariance, count = second_moments(attention, members)
-        mean, var = v @ mean, ((v @ covariance) * v).sum(1).clamp_min(0)
+        mean_of_a, covariance, count = second_moments(attention, members)
+        mean, var = v @ mean_of_a, ((v @ covariance) * v).sum(1).clamp_min(0)
         share = count.reciprocal()
     else:
         mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
@@ -127,9 +149,4 @@ def external_attention_block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, 
     factor = torch.rsqrt(var + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight.to(dtype)
-    shift = -mean * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(dtype)
-    z = attention @ (factor.unsqueeze(1) * v).to(x.dtype).mT
-    y = (x.to(dtype) + z.to(dtype) + shift).relu().to(x.dtype)  # x first: y takes its storage
-    return y, torch.stack((mean, var, share.expand_as(mean)), 1).detach()
+    return factor, mean, torch.stack((mean, var, share.expand_as(mean)), 1).detach(), mean_of_a

@@ -20,6 +20,9 @@ from benchmarks.published import external_attention as external
 
 # float32 sums of up to a hundred terms, through two normalizations and their gradients: 1e2 roundings of 6e-8.
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}
+# Behind a batch norm that joined the values, gradients are differences of sums of sixty terms, of up to forty: either
+# order of these sums rounds them by up to 60 * 40 * 6e-8 / 2.
+BEHIND_NORM = {"rtol": 1e-5, "atol": 7e-5}
 
 
 def build(kind, dtype=torch.float64):
@@ -69,7 +72,7 @@ class Unknown(nn.Module):
 
 class TestKinds:
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-    def test_is_found_and_computes_the_same(self, kind):
+    def test_is_found_and_computes_the_same(self, kind, monkeypatch):
         model = build(kind)
         before, keys, own = tensors(model), list(model.state_dict()), copy.deepcopy(model)
         seen = []
@@ -84,12 +87,17 @@ class TestKinds:
             model.drop.p = own.drop.p = 0.0  # the fused layer draws its masks in another order
         # What casts to float32 inside rounds to it.
         rounded = kind in (fuse_cases.InSinglePrecision, fuse_cases.SinglePrecisionSoftmax)
-        for dtype, tolerance in ((torch.float64, SINGLE if rounded else EXACT), (torch.float32, SINGLE)):
+        behind_norm = kind in (fuse_cases.NoActivation, fuse_cases.OtherActivation, fuse_cases.OtherResidual)
+        single = BEHIND_NORM if behind_norm else SINGLE
+        for dtype, tolerance in ((torch.float64, SINGLE if rounded else EXACT), (torch.float32, single)):
             for training in (True, False):
                 model.to(dtype).train(training)
                 own.to(dtype).train(training)
                 assert_same_steps(model, own, inputs_of(kind, dtype), **tolerance)
         assert len(seen) == 4
+        if hasattr(type(model), "_recipe"):
+            monkeypatch.setattr(kind, "forward", None)  # it is not called
+            model(*inputs_of(kind, dtype))
 
     def test_no_product_is_called(self):
         """What is fused is not called as well."""
@@ -98,7 +106,7 @@ class TestKinds:
         called = []
         for name, child in model.named_modules():
             child.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-        assert type(model)._recipe.read == ("conv1", "conv2.0", "linear_0", "linear_1")
+        assert list(type(model)._recipe.read) == ["conv1", "conv2.0", "conv2.1", "linear_0", "linear_1"]
         # But one that has a hook is, as is all that the network called before.
         model(*inputs_of(fuse_cases.NoActivation))
         assert called == ["", "conv1", "linear_0", "linear_1", "conv2", "conv2.0", "conv2.1"]

@@ -23,6 +23,10 @@ EVERY = {
     "TemporalShift": (lambda: aia_kernels.TemporalShift(4, fold_div=3), CLIPS),
     "ExternalAttention": (lambda: aia_kernels.ExternalAttention(6, S=5), (*TOKENS, (2, 3, 4, 6))),
     "ExternalAttention2d": (lambda: aia_kernels.ExternalAttention2d(6, k=5), ((2, 6, 3, 4),)),
+    "ExternalAttention2d, other forms": (
+        lambda: aia_kernels.ExternalAttention2d(6, 5, norm=None, activation="gelu", residual=False, projection=False),
+        ((2, 6, 3, 4), (2, 6, 7), (2, 6, 2, 3, 2)),
+    ),
     "MultiHead": (lambda: aia_kernels.MultiHeadExternalAttention(6, num_heads=2), TOKENS),
     "Token": (lambda: aia_kernels.TokenExternalAttention(6, 5, k=7), TOKENS),
     "TransformerToken": (lambda: modules.TransformerTokenExternalAttention(6, 5, k=7), TOKENS),

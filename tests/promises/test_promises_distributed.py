@@ -131,10 +131,11 @@ def every_sharded_case(rank: int, backend: str) -> None:
         sharded(rank, "groups", backend, lengths, True, compiled=True)
 
 
-def synchronized_block(rank: int, backend: str, split: int, compiled: bool = False) -> None:
+def synchronized_block(rank: int, backend: str, split: int, activation: str = "relu", compiled: bool = False) -> None:
     sizes = Sizes(5, 3, 4, 6, 8)
     x, grad = external_cases.make_input("block", sizes), external_cases.make_grad("block", sizes)
     module = external_cases.make("block", sizes)
+    module.activation = activation
     expected = testing.run(module, x, grad, "reference")
     module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     own = slice(0, split) if rank == 0 else slice(split, None)
@@ -154,6 +155,7 @@ def synchronized_block(rank: int, backend: str, split: int, compiled: bool = Fal
 def every_synchronized_block(rank: int, backend: str) -> None:
     for split in (3, 1):
         synchronized_block(rank, backend, split)
+    synchronized_block(rank, backend, 3, "gelu")
     if backend != "reference":
         synchronized_block(rank, backend, 3, compiled=True)
 
