@@ -41,6 +41,16 @@ class Form(NamedTuple):
     out: tuple[tuple[int, ...], ...]
 
 
+class NotAsRecorded(Exception):
+    """A size is not what a recorded forward was recorded for."""
+
+
+def expect(condition: bool, recorded: bool) -> None:
+    """Raise NotAsRecorded unless a condition on sizes is what it was when a forward was recorded."""
+    if bool(condition) is not recorded:
+        raise NotAsRecorded
+
+
 def normalize(logits: Tensor, tokens: int, slots: int, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """A softmax over one axis, divided by eps and its sum over another.
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from . import behaviour
+from .calls import NotAsRecorded
 from .examples import Shapes, example_of, likely_shapes
-from .graphs import DoesNotRun, casts_to_single, method_of, record, rewrite, source_of
+from .graphs import DoesNotRun, casts_to_single, method_of, record, rewrite, run, source_of
 from .normalizations import Missed
 from .published import FUSED_LAYERS
 from .report import Converted, LeftAlone, Report, class_name
@@ -131,7 +132,8 @@ def _names(kind: Any) -> frozenset[str]:
     """What is named in the methods of a class of modules, and in the functions that they call."""
     kinds = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "aia_kernels."))]
     found: set[str] = set()
-    waiting = [f for base in kinds for f in vars(base).values() if inspect.isfunction(f)]
+    members = (getattr(f, "fget", getattr(f, "__func__", f)) for base in kinds for f in vars(base).values())
+    waiting = [f for f in members if inspect.isfunction(f)]
     seen: set[Any] = set()
     while waiting:
         function = waiting.pop()
@@ -191,7 +193,8 @@ def _attempt(module: nn.Module, inputs: list[str], seen: Shapes | None, opened: 
         if isinstance(recorded, Exception):
             told = f"{type(recorded).__name__}: {behaviour.line(recorded)}"
             suspicious = {"sum", "normalize"} & _names(own_class(module))
-            return f"its forward cannot be recorded by torch.fx: {told}" if suspicious else None
+            serves = "torch.compile(model, backend=aia_kernels.fuse_backend) fuses what it computes"
+            return f"its forward cannot be recorded by torch.fx: {told}; {serves}" if suspicious else None
         if recorded is None:
             return "its forward runs on no input that its parameters suggest; fuse(model, *inputs) is told one"
         graph, known, shapes = recorded
@@ -226,6 +229,7 @@ def _recorded(
         kind: Any = type(copy)
         copy.__class__ = _taking(kind, len(inputs))
         try:
+            run(behaviour.blank(copy, training), shapes[0])
             return *record(copy, lambda name: _is_called(module.get_submodule(name), opened), shapes[0]), shapes
         except DoesNotRun:
             continue
@@ -275,7 +279,10 @@ def rewritten_class(recipe: Recipe) -> type[nn.Module]:
         expected = len(given) == len(inputs) + len(named) == len(recipe.ranks)
         if not expected or not _holds(self, given, recipe):
             return kind.forward(self, *inputs, **named)
-        return forwards[self.training](self, *given)
+        try:
+            return forwards[self.training](self, *given)
+        except NotAsRecorded:
+            return kind.forward(self, *inputs, **named)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = tuple(kind.__reduce_ex__(self, protocol))[2:]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node, Proxy, Tracer
 from torch.fx.node import map_arg
+from torch.fx.proxy import TraceError
 
 from . import calls
 from .normalizations import Missed, Normalization, find_normalizations
 from .products import Product
-from .regions import Region, find_region, is_number, is_size, single_softmaxes
+from .regions import Region, find_region, is_arranged, is_number, is_size, single_softmaxes
 from .spellings import Reader, spelling
 
 
@@ -95,6 +96,14 @@ class _Tracer(Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def to_bool(self, obj: Proxy) -> bool:
+        """A condition on sizes is what it is now: the recording says so, and holds where it is that again."""
+        found = self.values.get(obj.node)
+        if not isinstance(found, (bool, int)):
+            return super().to_bool(obj)
+        self.create_node("call_function", calls.expect, (obj.node, bool(found)), {})
+        return bool(found)
+
     def iter(self, obj: Proxy) -> Iterator:
         found = self.values.get(obj.node)
         fixed = isinstance(found, torch.Size) or spelling(obj.node) == "chunk"
@@ -119,12 +128,45 @@ def record(
         DoesNotRun: The forward does not take such inputs.
         Exception: The forward cannot be recorded: it depends on the values of tensors, or calls what takes no proxies.
     """
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     with torch.autocast("cpu", enabled=False):
-        values = (i if isinstance(i, int) else torch.zeros(i, dtype=dtype, device="cpu") for i in inputs)
-        tracer = _Tracer(is_called, values)
+        tracer = _Tracer(is_called, _zeros(module, inputs))
         graph = tracer.trace(module)
-    return graph, {node: tuple(v.shape) for node, v in tracer.values.items() if isinstance(v, Tensor)}
+    shapes = {node: tuple(v.shape) for node, v in tracer.values.items() if isinstance(v, Tensor)}
+    _refuse_late_conditions(Reader(module, graph, shapes))
+    return graph, shapes
+
+
+def run(module: nn.Module, inputs: Iterable[tuple[int, ...] | int]) -> None:
+    """Call a module, as record takes it, on inputs of these shapes.
+
+    Raises:
+        DoesNotRun: The forward does not take such inputs.
+        AttributeError, NameError, ImportError: It takes none.
+    """
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            module(*_zeros(module, inputs))
+    except (AttributeError, NameError, ImportError):
+        raise
+    except Exception as error:
+        raise DoesNotRun(error) from error
+
+
+def _zeros(module: nn.Module, inputs: Iterable[tuple[int, ...] | int]) -> list[Any]:
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return [i if isinstance(i, int) else torch.zeros(i, dtype=dtype, device="cpu") for i in inputs]
+
+
+def _refuse_late_conditions(reader: Reader) -> None:
+    """Raise TraceError for a condition on sizes behind something that must not be done twice: where the condition is
+    another than it was, the forward that the module had starts anew."""
+    once = False
+    for node in reader.graph.nodes:
+        if node.target is calls.expect and once:
+            raise TraceError("a condition on sizes stands behind a change of buffers, or one in place")
+        module = reader.module(node)
+        buffers = module is not None and next(module.buffers(), None) is not None
+        once = once or buffers or reader.operation(node) == "batch_norm" or reader.changes_in_place(node)
 
 
 def known_shapes(graph: Graph) -> dict[Node, tuple[int, ...]]:
@@ -200,7 +242,7 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
         else:
             fused.append(Fused(_normalize(reader.graph, found), before, "double_normalize"))
     if fused:
-        _remove_numbers(reader)
+        _remove_unused(reader)
     return fused, missed
 
 
@@ -281,10 +323,10 @@ def _normalize(graph: Graph, found: Normalization) -> Node:
     return new
 
 
-def _remove_numbers(reader: Reader) -> None:
-    """Remove sizes, and numbers made of them, that nothing uses any more."""
+def _remove_unused(reader: Reader) -> None:
+    """Remove sizes, numbers made of them, and arranged or repeated tensors that nothing uses any more."""
     for node in reversed(reader.graph.nodes):
-        if not node.users and is_number(reader, node):
+        if not node.users and (is_number(reader, node) or is_arranged(reader, node)):
             reader.graph.erase_node(node)
 
 
@@ -301,7 +343,7 @@ def remove_with_sizes(reader: Reader, nodes: Iterable[Node]) -> None:
     waiting = list(nodes)
     while waiting:
         for user in waiting.pop().users:
-            if user not in nodes and user not in reader.shapes:
+            if user not in nodes and user not in reader.shapes and user.target is not calls.expect:
                 nodes.add(user)
                 waiting.append(user)
     remove(nodes)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..modules.submodules import is_pointwise
-from .axes import Axis, named
+from .axes import Axis, named, order_of
 from .spellings import Reader
 
 
@@ -18,7 +18,8 @@ class Product(NamedTuple):
 
     node: its result, whose axes are those of source but for axis. source: what it is applied to. axis: counted from the
     first. weight: a node, or the name of a parameter. sizes: those of the matrix that the weight is, [out, in], or
-    [in, out] where transposed. bias: a node, the name of a parameter, or None.
+    [in, out] where transposed. bias: a node, the name of a parameter, or None. order: for each axis of the result that
+    of the source, where it moves them.
     """
 
     node: Node
@@ -28,6 +29,7 @@ class Product(NamedTuple):
     sizes: tuple[int, int]
     transposed: bool
     bias: Node | str | None
+    order: tuple[int, ...] | None = None
 
     @property
     def out(self) -> int:
@@ -97,47 +99,63 @@ def _matmul(reader: Reader, node: Node) -> Product | None:
     if rank is None or not isinstance(a, Node) or not isinstance(b, Node):
         return None
     if right is not None and reader.rank(a) == rank:
-        return Product(node, a, rank - 1, *right, True, None)
+        matrix, sizes, transposed = right
+        return Product(node, a, rank - 1, matrix, sizes, not transposed, None)
     if left is not None and reader.rank(b) == rank:
-        return Product(node, b, rank - 2, *left, False, None)
+        return Product(node, b, rank - 2, *left, None)
     return None
 
 
-def _single(reader: Reader, node: Any) -> tuple[Node, tuple[int, int]] | None:
-    """The matrix that is one for all samples, and its sizes; before it was repeated for each, if it was."""
-    while reader.operation(node) in ("expand", "repeat"):
-        operand = reader.operand(node)
+def _single(reader: Reader, node: Any) -> tuple[Node, tuple[int, int], bool] | None:
+    """The matrix that is one for all samples, before it was repeated for each, if it was; its sizes, and whether it was
+    transposed then."""
+    transposed = False
+    while (operation := reader.operation(node)) in ("expand", "repeat", "permute", "identity"):
+        operand, rank = reader.operand(node), reader.rank(node)
         before, after = shape_of(reader, operand), shape_of(reader, node)
-        if before is None or after is None or before[-2:] != after[-2:]:
+        if operation == "permute":
+            order = None if rank is None else order_of(node, rank)
+            if rank is None or rank < 3 or order != [*range(rank - 2), rank - 1, rank - 2]:
+                break
+            transposed = not transposed
+        elif before is None or after is None or before[-2:] != after[-2:]:
             return None
         node = operand
     shape = shape_of(reader, node)
     if shape is None or len(shape) < 2 or math.prod(shape[:-2]) != 1:
         return None
-    return node, (shape[-2], shape[-1])
+    return node, (shape[-2], shape[-1]), transposed
 
 
 def _einsum(reader: Reader, node: Node) -> Product | None:
-    """An einsum of a tensor and a matrix, in which one letter of the tensor gives way to another."""
+    """An einsum of a tensor and a matrix, in which one letter of the tensor gives way to another; axes may move."""
     equation: Any = node.args[0]
     operands = list(node.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or equation.count("->") != 1 or "." in equation:
+    if not isinstance(equation, str) or len(operands) != 2 or equation.count("->") != 1:
         return None
     inputs, _, result = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
     for matrix, tensor in ((1, 0), (0, 1)):
-        x, w = letters[tensor], letters[matrix]
-        if len(w) != 2 or (found := _single(reader, operands[matrix])) is None:
+        rank, found = reader.rank(operands[tensor]), _single(reader, operands[matrix])
+        if rank is None or found is None or len(w := letters[matrix]) != 2:
             continue
+        dots = "ABCDEFGH"[: max(0, rank - len(letters[tensor].replace("...", "")))]
+        x, y = (part.replace("...", dots) for part in (letters[tensor], result))
+        weight, sizes, transposed = found
         for old, new in ((w[0], w[1]), (w[1], w[0])):
-            if old in x and new not in x and x.replace(old, new) == result:
-                return Product(node, operands[tensor], x.index(old), *found, w[0] == old, None)
+            if old in x and new not in x and len(set(x)) == len(x) and sorted(x.replace(old, new)) == sorted(y):
+                order = tuple(x.index(old if letter == new else letter) for letter in y)
+                moved = None if order == (*range(rank),) else order
+                return Product(
+                    node, operands[tensor], x.index(old), weight, sizes, (w[0] == old) != transposed, None, moved
+                )
     return None
 
 
-def applied(product: Product, axes: list[Axis]) -> list[Axis]:
-    """The axes of the result of a product, from those of its source."""
-    made = named((product.out,), "made")
-    return [*axes[: product.axis], *made, *axes[product.axis + 1 :]]
+def applied(product: Product, axes: list[Axis]) -> tuple[list[Axis], Axis]:
+    """The axes of the result of a product, from those of its source, and the one that it makes."""
+    (made,) = named((product.out,), "made")
+    result = [*axes[: product.axis], made, *axes[product.axis + 1 :]]
+    return result if product.order is None else [result[i] for i in product.order], made

@@ -8,6 +8,7 @@ so it does not matter how a network arranges them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -161,6 +162,12 @@ def is_number(reader: Reader, node: Node) -> bool:
     return made and not reader.changes_in_place(node)
 
 
+def is_arranged(reader: Reader, node: Node) -> bool:
+    """Whether a node arranges the axes of a tensor, or repeats it, and does nothing else."""
+    arranged = reader.operation(node) in (*_LAYOUT, "expand", "repeat") and reader.module(node) is None
+    return arranged and not reader.changes_in_place(node)
+
+
 class _Walk:
     """Follows the axes from x to the end, and reads off what they are."""
 
@@ -251,11 +258,14 @@ class _Walk:
         return not asked or self.reader.shapes.get(node) == self.reader.shapes[self.x]
 
     def _is_closed(self) -> bool:
-        """Whether nothing else needs a result from inside, but for sizes that x has as well; and x stays what it is."""
+        """Whether nothing else needs a result from inside, but for sizes that x has as well; and x stays what it is.
+        What arranges x before the first product may be used by others, and stays what it is too."""
         inside, shapes = set(self.nodes), self.reader.shapes
-        if any(self.reader.changes_in_place(user) and self.reader.operand(user) is self.x for user in self.x.users):
+        views = [self.x, *itertools.takewhile(lambda node: node not in self.products, self.nodes)]
+        changes = (user for node in views for user in node.users if self.reader.operand(user) is node)
+        if any(map(self.reader.changes_in_place, changes)):
             return False
-        for node in self.nodes[:-1]:
+        for node in self.nodes[len(views) - 1 : -1]:
             for user in set(node.users) - inside:
                 if not is_size(self.reader, user):
                     return False
@@ -280,8 +290,7 @@ class _Walk:
                 self.tokens, self.slots = axes[self.found.tokens], axes[self.found.slots]
             elif (product := self.products.get(node)) is not None:
                 self.read[node] = axes[product.axis]
-                axes = applied(product, axes)
-                self.made[node] = axes[product.axis]
+                axes, self.made[node] = applied(product, axes)
             elif (scale := _scale(self.reader, node)) is not None:
                 self.scale *= scale
             elif node is not self.dropout:

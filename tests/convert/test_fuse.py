@@ -10,13 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convert_cases import EXACT, TokenPerformer, assert_same_objects, tensors
-from fuse_cases import KINDS
+from fuse_variants import VARIANTS, Checks
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import aia_kernels
 from aia_kernels import models, testing
 from aia_kernels.convert import compiler
 from benchmarks.published import external_attention as external
+
+KINDS = fuse_cases.KINDS | VARIANTS
 
 # float32 sums of up to a hundred terms, through two normalizations and their gradients: 1e2 roundings of 6e-8.
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}
@@ -44,7 +47,7 @@ def step(module, inputs):
     inputs = [x if isinstance(x, int) else x.clone().requires_grad_() for x in inputs]
     torch.manual_seed(3)
     y = module(*inputs)
-    y = torch.cat([part.flatten() for part in y]) if isinstance(y, tuple) else y
+    y = torch.cat([part.flatten() for part in tree_leaves(y)])
     y.sin().sum().backward()
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
     named = {name.removeprefix("_orig_mod."): tensor for name, tensor in (*grads.items(), *module.named_buffers())}
@@ -123,6 +126,18 @@ class TestKinds:
         assert not seen
         assert_same_steps(model, own, inputs_of(fuse_cases.ResultAndMore), **EXACT)
         assert seen == [1]
+
+    def test_other_sizes_that_decide(self, monkeypatch):
+        """A condition on sizes that is not as it was recorded: the forward that the module had runs, and only then."""
+        model = build(Checks)
+        own = copy.deepcopy(model)
+        aia_kernels.fuse(model)
+        few, many = (torch.randn(3, n, 6, dtype=torch.float64) for n in (2, 4))
+        assert_same_steps(model, own, [few], **EXACT)
+        with pytest.raises(AssertionError):
+            model(torch.randn(3, 9, 7))
+        monkeypatch.setattr(Checks, "forward", None)
+        model(many)
 
     def test_dropout_on_the_map(self):
         model = build(fuse_cases.HeadsWithDropout)
