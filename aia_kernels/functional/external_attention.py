@@ -126,8 +126,10 @@ def external_attention(
     Args:
         x: [B, N, d], its features or (maps [B, d, H, W] as x.flatten(2).mT) its tokens contiguous; other strides cost a
             copy. float32, bfloat16, float16 or float64.
-        memory_key: K, [S, d / heads] shared by the heads or [heads, S, d / heads].
-        memory_value: V, [v, S] shared by the heads or [heads, v, S].
+        memory_key: K, [S, d / heads] shared by the heads or [heads, S, d / heads]. Keys that are made from data, for
+            each sample: [B, heads, S, d / heads], or [B, 1, S, d / heads] shared by the heads.
+        memory_value: V, [v, S] shared by the heads or [heads, v, S]; for each sample [B, heads, v, S] or [B, 1, v, S].
+            Where K or V is of each sample, the products are PyTorch's own and the normalization between is fused.
         heads: Each takes its d / heads consecutive features.
         key_bias: [S] or [heads, S]. Without effect, as it is a constant to the softmax over tokens; its gradient is
             zero.
@@ -179,9 +181,42 @@ def external_attention(
         key = without_effect(key, key_bias)
     if x.numel() == 0 or value.numel() == 0:
         _refuse_an_empty_shard("x", x, process_group)
-        return _nothing(x.new_zeros((*x.shape[:2], heads * value.shape[1])), x, key, value, bias)
+        return _nothing(x.new_zeros((*x.shape[:2], heads * value.shape[-2])), x, key, value, bias)
     keep, scale = _dropout_mask((*x.shape[:2], heads * slots), dropout, x.device)
+    if key.ndim == 4 or value.ndim == 4:
+        return _attend_by_sample(x, key, value, bias, padding, keep, heads, group, eps, scale, process_group)
     return _attend(x, key, value, bias, padding, keep, group, eps, scale, process_group)
+
+
+def _attend_by_sample(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    keep: Tensor | None,
+    heads: int,
+    group: int,
+    eps: float,
+    scale: float,
+    process_group: Any,
+) -> Tensor:
+    """o with memories [B, H, M, k] and [B, H, v, M] of each sample, one of them or both."""
+    if padding is not None:
+        x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+    settings = {"group": group, "eps": eps, "padding_mask": padding, "process_group": process_group}
+    with no_autocast(x):
+        attention = double_normalize(_heads_apart(x, heads) @ key.mT, **settings)
+        if keep is not None:
+            attention = attention * _heads_apart(keep, heads) * scale
+        o = (attention @ value.mT).transpose(1, 2).flatten(2)
+        o = o if bias is None else o + bias
+    return o if padding is None else o.masked_fill(padding.unsqueeze(-1), 0.0)
+
+
+def _heads_apart(rows: Tensor, heads: int) -> Tensor:
+    """[B, N, H * p] as [B, H, N, p]."""
+    return rows.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
@@ -466,13 +501,15 @@ def _check_memories(x: Tensor, key: Tensor, value: Tensor, heads: int) -> int:
     """The number of slots of memories that fit x and each other."""
     for name, memory in (("memory_key", key), ("memory_value", value)):
         check_tensor(name, memory)
-        if memory.ndim not in (2, 3):
+        if memory.ndim not in (2, 3, 4):
             rest = "S, d / heads" if name == "memory_key" else "v, S"
-            raise ValueError(f"{name}: got shape {tuple(memory.shape)}, expected [{rest}] or [heads, {rest}]")
+            expected = f"[{rest}], [heads, {rest}] or [B, heads, {rest}]"
+            raise ValueError(f"{name}: got shape {tuple(memory.shape)}, expected {expected}")
     slots, v, features = key.shape[-2], value.shape[-2], x.shape[2] // heads
-    _check_parameter("memory_key", key, x, ((slots, features), (heads, slots, features)))
+    leading = (), (heads,), (x.shape[0], heads), (x.shape[0], 1)
+    _check_parameter("memory_key", key, x, tuple((*lead, slots, features) for lead in leading))
     _check_slots("memory_key", slots)
-    _check_parameter("memory_value", value, x, ((v, slots), (heads, v, slots)))
+    _check_parameter("memory_value", value, x, tuple((*lead, v, slots) for lead in leading))
     return slots
 
 

@@ -78,7 +78,10 @@ def external_attention(
     """functional.external_attention on a DTensor x [B, N, d]; parameters by their names."""
     batch = _Batch("x", x)
     mask = batch.mask(padding_mask, process_group)
-    own = {name: batch.parameter(name, p) for name, p in parameters.items()}
+    own = {
+        name: batch.parameter(name, p) if p is None or p.ndim < 4 else batch.samples(name, p)
+        for name, p in parameters.items()
+    }
     with batch.random_numbers() if dropout else contextlib.nullcontext():
         return batch.joined(function(batch.own(x), **own, padding_mask=mask, dropout=dropout, **settings))
 
