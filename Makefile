@@ -3,10 +3,14 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 FORCE_CUDA ?= auto
+# Python compiles what it imports; to compile all of torch takes a quarter of a minute more.
+PIP := $(BIN)/python -m pip install --no-compile
 CUDA_VENV := build/cuda-venv
 CUDA_TORCH ?= torch==2.14.1
 CUDA_PYTHON ?= $(CUDA_VENV)/bin/python
 INSTALLED := $(VENV)/installed$(if $(filter 1,$(FORCE_CUDA)),-with-cuda)
+# What checks and packages the project. A demo needs none of it.
+TOOLS := $(VENV)/tools
 # A file runs in one worker, which makes what its tests share once.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # Every layer, pass and promise on the CPU, and nothing that compiles or interprets for long.
@@ -36,10 +40,13 @@ $(BIN)/python:
 	$(call make-environment,$(VENV))
 
 $(INSTALLED): setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	FORCE_CUDA=$(FORCE_CUDA) $(BIN)/python -m pip install --no-build-isolation --editable ".[all]"
+	$(PIP) "setuptools>=77" ninja $$($(BIN)/python -c "import torch" 2>/dev/null || echo "$(TORCH)")
+	FORCE_CUDA=$(FORCE_CUDA) $(PIP) --no-build-isolation --editable ".[demo]"
 	@rm -f $(VENV)/installed* && touch $@
+
+$(TOOLS): pyproject.toml | $(INSTALLED)
+	$(PIP) "aia_kernels[all]"
+	@touch $@
 
 check: lint  ## at every save: lint, then the tests of the CPU that are fast
 	$(PYTEST) -k "not triton and not emulator and not compiled" $(CHECKED) $(ARGS)
@@ -51,7 +58,7 @@ test-all: lint  ## the tests and their sweeps, with CUDA compiled where nvcc is
 	$(BIN)/python setup.py build_ext --inplace
 	$(PYTEST) -m "" $(ARGS)
 
-fuzz: $(INSTALLED)  ## argument sets to the CPU operators, under sanitizers at every level (N=100000, ONLY=seed)
+fuzz: $(TOOLS)  ## argument sets to the CPU operators, under sanitizers at every level (N=100000, ONLY=seed)
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(if $(ONLY),--only $(ONLY),--sets $(or $(N),10000)) $(ARGS)
 
 rehearse-cuda: $(CUDA_PYTHON)  ## the tests for a GPU without one, 5 GB of torch (CUDA_PYTHON=python that has torch for CUDA)
@@ -61,14 +68,14 @@ $(CUDA_VENV)/bin/python:
 	$(call make-environment,$(CUDA_VENV))
 	$@ -m pip install $(CUDA_TORCH) numpy pytest pytest-xdist hypothesis ninja
 
-lint: $(INSTALLED)  ## ruff, mypy and clang-format, without changing a file
+lint: $(TOOLS)  ## ruff, mypy and clang-format, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 # auditwheel finds patchelf on the path. It leaves libtorch_cpu, the one library of torch that is linked, to torch.
-wheel: $(INSTALLED)  ## the wheel (with CUDA where nvcc is) and the source distribution, in dist/
+wheel: $(TOOLS)  ## the wheel (with CUDA where nvcc is) and the source distribution, in dist/
 	rm -rf build/dist dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
