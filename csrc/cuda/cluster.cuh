@@ -55,7 +55,7 @@ struct ClusterPlan {
   Lines<A> lines[3];
   int cluster, channels, share;  // blocks and channels of a clip, channels of a block
   int positions, halo, range;    // in the map over C: all, those that a convolution reaches ahead, those of a block
-  int runs, unit;                // a slice is so many runs in memory, of so many elements per channel
+  int runs, per_channel;         // a slice is so many runs in memory, of so many elements of each channel
   int x_c;                       // from a channel of the slice to the next
   bool channels_first;           // channels are innermost: neighbouring threads take neighbouring channels
   int inner, outer;
@@ -124,13 +124,13 @@ __device__ __forceinline__ void load_gates(const ClusterPlan<A>& plan, SharedGat
 template <int V, int kAhead, class A, class Body>
 __device__ __forceinline__ void for_vectors(const ClusterPlan<A>& plan, int start, int first, int channels,
                                             Body&& body) {
-  const int in_run = channels * plan.unit / V, count = plan.runs * in_run;
+  const int in_run = channels * plan.per_channel / V, count = plan.runs * in_run;
 #pragma unroll
   for (int k = 0; k < kAhead; ++k) {
     const int i = start + k * kClusterThreads + threadIdx.x;
     if (i >= count) return;
     const int run = i / in_run, e = i % in_run * V;
-    body(k, run * plan.share * plan.unit + e, (run * plan.channels + first) * plan.unit + e);
+    body(k, run * plan.share * plan.per_channel + e, (run * plan.channels + first) * plan.per_channel + e);
   }
 }
 
@@ -299,9 +299,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   A* const workspace = reinterpret_cast<A*>(shared + sizeof(SharedGates<A>) + plan.x_bytes);
 
   const int first = cluster_rank() * plan.share, channels = min(plan.share, plan.channels - first);
-  const int64_t clip = blockIdx.x / plan.cluster * static_cast<int64_t>(plan.channels) * plan.runs * plan.unit;
+  const int64_t clip = blockIdx.x / plan.cluster * static_cast<int64_t>(plan.channels) * plan.runs * plan.per_channel;
   x += clip, y += clip;
-  const int count = channels > 0 ? channels * plan.unit / V * plan.runs : 0;
+  const int count = channels > 0 ? channels * plan.per_channel / V * plan.runs : 0;
   for (int start = 0; start < count; start += kStep) {
     Vector<T, V> vectors[kAhead];
     for_vectors<V, kAhead>(plan, start, first, channels,

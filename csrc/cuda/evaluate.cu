@@ -54,10 +54,10 @@ template <class T, class A = Accumulate<T>>
 ClusterPlan<A> cluster_plan(const Shape& s, int inner, int outer, int cluster) {
   constexpr int kWide = 16 / sizeof(T);
   const int plane = s.H * s.W;
-  const int unit = s.order == Order::kTHWC ? 1 : s.order == Order::kCTHW ? s.T * plane : plane;
+  const int per_channel = s.order == Order::kTHWC ? 1 : s.order == Order::kCTHW ? s.T * plane : plane;
   int share = ceil_div(s.C, cluster);
-  if (int64_t{s.C} * unit % kWide == 0) {
-    const int step = kWide / std::gcd(unit, kWide);
+  if (int64_t{s.C} * per_channel % kWide == 0) {
+    const int step = kWide / std::gcd(per_channel, kWide);
     share = ceil_div(share, step) * step;
   }
   Shape slice = s;
@@ -67,14 +67,14 @@ ClusterPlan<A> cluster_plan(const Shape& s, int inner, int outer, int cluster) {
   plan.slice.per_c = A(1) / s.C;
   plan.cluster = cluster, plan.channels = s.C, plan.share = share;
   plan.positions = s.T * plane, plan.halo = plane + s.W + 1, plan.range = ceil_div(plan.positions, cluster);
-  plan.unit = unit;
+  plan.per_channel = per_channel;
   plan.runs = s.order == Order::kTHWC ? plan.positions : s.order == Order::kCTHW ? 1 : s.T;
   plan.channels_first = s.order == Order::kTHWC;
   plan.inner = inner, plan.outer = outer;
 
   const int w = s.order == Order::kTHWC ? share : 1, h = s.W * w;
   const int t = s.order == Order::kTCHW ? share * plane : s.H * h;
-  plan.x_c = s.order == Order::kTHWC ? 1 : unit;
+  plan.x_c = s.order == Order::kTHWC ? 1 : per_channel;
   const int lengths[3] = {s.T, s.H, s.W}, steps[3] = {t, h, w}, over_c[3] = {plane, s.W, 1};
   const A per_length[3] = {plan.slice.per_t, plan.slice.per_h, plan.slice.per_w};
   int first = 0;
@@ -192,8 +192,9 @@ int evaluate_in_clusters(const Shape& shape, const void* x, const UnitGates& uni
       return launch_clusters(kernel, shape.B * cluster, cluster, kClusterThreads, plan.bytes, stream, plan,
                              static_cast<const T*>(x), static_cast<T*>(y));
     };
-    return int64_t{plan.channels} * plan.unit % kWide == 0 && are_aligned({x, y}) ? run(evaluate_kernel<T, kWide>)
-                                                                                  : run(evaluate_kernel<T, 1>);
+    return int64_t{plan.channels} * plan.per_channel % kWide == 0 && are_aligned({x, y})
+               ? run(evaluate_kernel<T, kWide>)
+               : run(evaluate_kernel<T, 1>);
   });
 }
 

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   for (int64_t item = blockIdx.x - map.first_block; item < map.items; item += map.blocks) {
     const Own own = own_position(map, item, threadIdx.x / 2);
     const int64_t at = (2 * own.clip + feature) * packed + own.offset;
-    // Of the planes before, at and after the visited one, as far as they belong to the unit: the feature, and the
+    // Of the planes before, at and after the visited one, as far as they belong to the chunk: the feature, and the
     // gradient gathered for it.
     const auto feature_of = [&](int q) {
       return own.inside && q < map.length && own.plane + q < map.d0 ? pooled[at + q * map.plane_size()] : A(0);

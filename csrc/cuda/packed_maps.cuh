@@ -21,14 +21,14 @@ constexpr int kGateThreads = 256;
 // What a thread knows of the position [y, x] in a slab of the item that it computes.
 struct Own {
   bool inside;
-  int plane, staged;  // the first plane of the unit; the place among the staged elements
+  int plane, staged;  // the first plane of the chunk; the place among the staged elements
   int64_t clip;
   int offset;  // of the position in the first plane of the packed clip
 };
 
 // Marches through an item, plane by plane from the one before its first to the one after its last. `fetch(clip, k)`
 // reads element k of a packed clip; `stage(raw)` turns that into what is shared, which is zero outside of the map.
-// `visit(q, center, width)` sees plane q of the unit: its own staged element, the rows of which are `width` apart.
+// `visit(q, center, width)` sees plane q of the chunk: its own staged element, the rows of which are `width` apart.
 template <int kStaged, class Raw, class Staged, class Fetch, class Stage, class Visit>
 __device__ __forceinline__ void march(const Map& map, int64_t item, Staged*& buffer, Staged*& other, const Fetch& fetch,
                                       const Stage& stage, const Visit& visit) {
@@ -43,11 +43,11 @@ __device__ __forceinline__ void march(const Map& map, int64_t item, Staged*& buf
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
     const int e = k * kGateThreads + threadIdx.x;
-    const int64_t unit = first + e / (height * width);
+    const int64_t chunk = first + e / (height * width);
     const int y = y0 + e / width % height - 1, x = x0 + e % width - 1;
-    const bool inside = e < count && unit < map.units && y >= 0 && y < map.d1 && x >= 0 && x < map.d2;
-    const int start = static_cast<int>(unit % map.chunks) * map.length;
-    clip[k] = unit / map.chunks;
+    const bool inside = e < count && chunk < map.all_chunks && y >= 0 && y < map.d1 && x >= 0 && x < map.d2;
+    const int start = static_cast<int>(chunk % map.chunks) * map.length;
+    clip[k] = chunk / map.chunks;
     plane[k] = inside ? start : kNever;
     offset[k] = map.start + (start * map.d1 + y) * map.d2 + x;
   }
@@ -78,12 +78,12 @@ __device__ __forceinline__ void march(const Map& map, int64_t item, Staged*& buf
 __device__ __forceinline__ Own own_position(const Map& map, int64_t item, int position) {
   const int tiles = map.tiles_down * map.tiles_across, tile = static_cast<int>(item % tiles);
   const int size = map.rows * map.columns, slab = position / size;
-  const int64_t unit = item / tiles * map.slabs + slab;
+  const int64_t chunk = item / tiles * map.slabs + slab;
   const int row = position / map.columns % map.rows, column = position % map.columns;
   const int y = tile / map.tiles_across * map.rows + row, x = tile % map.tiles_across * map.columns + column;
-  const int plane = static_cast<int>(unit % map.chunks) * map.length;
-  return {slab < map.slabs && unit < map.units && y < map.d1 && x < map.d2, plane,
-          (slab * (map.rows + 2) + row + 1) * (map.columns + 2) + column + 1, unit / map.chunks,
+  const int plane = static_cast<int>(chunk % map.chunks) * map.length;
+  return {slab < map.slabs && chunk < map.all_chunks && y < map.d1 && x < map.d2, plane,
+          (slab * (map.rows + 2) + row + 1) * (map.columns + 2) + column + 1, chunk / map.chunks,
           map.start + (plane * map.d1 + y) * map.d2 + x};
 }
 

@@ -14,14 +14,14 @@
 namespace aia::cuda {
 
 // One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of rows times columns of the planes,
-// of `slabs` neighbouring units; a unit is a chunk of `length` planes of one clip.
+// of `slabs` neighbouring chunks; a chunk has `length` planes of one clip.
 struct Map {
   int d0, d1, d2;
   int start;  // in a packed clip
   int length, chunks;
   int rows, columns, slabs;
   int tiles_down, tiles_across;
-  int64_t units, items;
+  int64_t all_chunks, items;
   int first_block, blocks;
 
   AIA_HOST_DEVICE int plane_size() const { return d1 * d2; }
@@ -69,12 +69,12 @@ inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
 inline void cut_into_chunks(Map& map, int64_t batch, int length) {
   map.length = even(map.d0, length);
   map.chunks = ceil_div(map.d0, map.length);
-  map.units = batch * map.chunks;
+  map.all_chunks = batch * map.chunks;
 }
 
 inline void cut_into_items(Map& map, int64_t slabs) {
   map.slabs = static_cast<int>(slabs);
-  map.items = (map.units + slabs - 1) / slabs * map.tiles_down * map.tiles_across;
+  map.items = (map.all_chunks + slabs - 1) / slabs * map.tiles_down * map.tiles_across;
 }
 
 // A map cut so that the fewest blocks come to its end in so many visits; more than there are if none can.
@@ -114,7 +114,7 @@ inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
     // Where blocks are left over, thinner items give them something to do.
     Map& map = maps.at[m];
     const int64_t rounds = visits / (map.length + 2), items = map.blocks * most / blocks * rounds;
-    cut_into_items(map, ceil_div(map.units, items / (map.tiles_down * map.tiles_across)));
+    cut_into_items(map, ceil_div(map.all_chunks, items / (map.tiles_down * map.tiles_across)));
     map.first_block = next;
     map.blocks = ceil_div(map.items, rounds);
     next += map.blocks;
