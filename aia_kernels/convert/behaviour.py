@@ -185,21 +185,29 @@ def _unlike_in_a_run(
         return f"its forward returns {found}, expected a tensor"
     after = dict(_observed(own))
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-        return f"its forward changes {', '.join(changed)}, which {layer.__name__} does not"
+        return f"its forward changes {', '.join(changed)}, which {_called(layer)} does not"
     try:
         expected = _run(fused, inputs, several)
     except Exception as error:
-        return f"{layer.__name__} fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
+        return f"{_called(layer)} fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
     if found.keys() != expected.keys():
         return f"its forward changes {', '.join(sorted(found.keys() ^ expected.keys()))}"
     for name, value in expected.items():
+        if found[name].shape != value.shape:
+            its, other = tuple(found[name].shape), tuple(value.shape)
+            return f"its {name} has shape {its} on an input of shape {shapes}, that of {_called(layer)} {other}"
         distance = _distance(found[name], value)
         if not distance <= tolerance * max(1.0, value.abs().max().item()):
             return (
-                f"its {name} differs from that of {layer.__name__} by up to {distance:.2g} {when} on an input of shape "
+                f"its {name} differs from that of {_called(layer)} by up to {distance:.2g} {when} on an input of shape "
                 f"{shapes}"
             )
     return None
+
+
+def _called(layer: type[nn.Module]) -> str:
+    """What a report calls a fused layer: one whose forward was rewritten has the name of its own class."""
+    return "the fused forward" if hasattr(layer, "_recipe") else layer.__name__
 
 
 def _observed(module: nn.Module) -> Iterator[tuple[str, Any]]:

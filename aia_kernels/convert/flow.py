@@ -82,7 +82,7 @@ def rewrite_forwards(
     # own, comes last: where it stands between two products, all of them are one call.
     inside_first = [*names][::-1]
     for module in sorted(inside_first, key=lambda module: next(module.parameters(), None) is None):
-        if is_rewritten(module) or type(module) in FUSED_LAYERS or not may_hold(module):
+        if is_rewritten(module) or type(module) in FUSED_LAYERS or not (module in reasons or may_hold(module)):
             continue
         shapes = None if seen is None else seen.get(module)
         key = behaviour.signature(module), shapes
@@ -108,12 +108,12 @@ def rewrite_forwards(
 
 
 def _likeliest(as_published: str | None, told: Missed | str | None) -> str | None:
-    """The reason that helps: what comes close to external attention; else why it is not the published layer of which it
-    has the submodules, but where that was only tried on inputs that are not its own."""
+    """The reason that helps: what comes close to external attention; why it is not the published layer of which it has
+    the submodules, if that names something and not only how far results are apart; or why its flow is unknown."""
     if isinstance(told, Missed):
-        return told.reason
-    fails = as_published is not None and as_published.startswith("its forward fails")
-    return told if as_published is None or (fails and told) else as_published
+        return None if told.faint and as_published is None else told.reason
+    vague = as_published is None or as_published.startswith(("its forward fails", "its y "))
+    return told or as_published if vague else as_published
 
 
 def may_hold(module: nn.Module) -> bool:

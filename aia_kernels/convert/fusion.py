@@ -62,7 +62,7 @@ def _fuse_graph(module: GraphModule, inputs: tuple[Any, ...], report: Report) ->
         report.left_alone += [LeftAlone((call.node.name,), call.before, reason) for call in fused]
         return
     report.converted += [Converted((node.name,), old, new) for node, old, new in fused]
-    report.left_alone += [LeftAlone((node.name,), node.name, reason) for node, reason in missed]
+    report.left_alone += [LeftAlone((m.node.name,), m.node.name, m.reason) for m in missed if not m.faint]
     if fused:
         module.recompile()
         report._ways_back.append(functools.partial(setattr, module, "graph", before))

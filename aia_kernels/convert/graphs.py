@@ -16,9 +16,10 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
 from . import calls
+from .look_alikes import look_alikes
 from .normalizations import Missed, Normalization, find_normalizations
 from .products import Product
-from .regions import Region, find_region, is_arranged, is_number, is_size, single_softmaxes
+from .regions import Region, find_region, is_arranged, is_number, is_size
 from .spellings import Reader, spelling
 
 
@@ -231,7 +232,8 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
     """
     fused: list[Fused] = []
     missed: list[Missed] = []
-    for found in [*find_normalizations(reader), *single_softmaxes(reader)]:
+    normalizations = [*find_normalizations(reader)]
+    for found in normalizations or [*look_alikes(reader)]:
         if isinstance(found, Missed):
             missed.append(found)
             continue

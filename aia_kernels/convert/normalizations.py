@@ -38,10 +38,14 @@ class Normalization(NamedTuple):
 
 
 class Missed(NamedTuple):
-    """What comes close to a double normalization, or to external attention: the node, and how it differs."""
+    """What comes close to a double normalization, or to external attention: the node, and how it differs.
+
+    faint: whether that says something only of a layer that has the submodules of external attention.
+    """
 
     node: Node
     reason: str
+    faint: bool = False
 
 
 def find_normalizations(reader: Reader) -> Iterator[Normalization | Missed]:
@@ -194,10 +198,11 @@ def _read(
         node = reader.operand(node)
     operation = reader.operation(node)
     if operation in _OTHER_MAPS:
+        article = "an" if operation == "exp" else "a"
         return Missed(
             end,
-            f"its map is a {operation} ({node.name}) divided by its sum over axis {dim}: external attention has a "
-            "softmax over the tokens in the place of it, and no fused call serves",
+            f"its map is {article} {operation} ({node.name}) divided by its sum over axis {dim}: external attention "
+            "has a softmax over the tokens in the place of it, and no fused call serves",
         )
     if operation != "softmax":
         return None

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch.fx import Node
 
 from .axes import Axis, after, leaves, named
 from .calls import Form
-from .normalizations import Missed, Normalization
+from .normalizations import Normalization
 from .products import Product, applied, product_of
 from .spellings import Reader
 
-_LAYOUT = ("identity", "reshape", "permute")
+LAYOUT = ("identity", "reshape", "permute")
 
 
 class Block(NamedTuple):
@@ -74,31 +73,12 @@ def find_region(reader: Reader, found: Normalization) -> Region | None:
     return None
 
 
-def single_softmaxes(reader: Reader) -> Iterator[Missed]:
-    """The softmaxes between two products with parameters that no sum follows."""
-    for node in reader.graph.nodes:
-        if reader.operation(node) != "softmax" or not isinstance(reader.operand(node), Node):
-            continue
-        key = product_of(reader, _through(reader, reader.operand(node))[1])
-        below: Node | None = node
-        while below is not None and (below is node or reader.operation(below) in (*_LAYOUT, "dropout")):
-            users = [user for user in below.users if not is_size(reader, user)]
-            below = users[0] if len(users) == 1 else None
-        if key is not None and below is not None and (value := product_of(reader, below)) is not None:
-            yield Missed(
-                node,
-                f"{node.name} is the only normalization between {key.node.name} and {value.node.name}: external "
-                "attention divides the softmax over the tokens by its sum over the slots, as "
-                "functional.double_normalize does",
-            )
-
-
 def _through(reader: Reader, node: Node, scaled: bool = False) -> tuple[list[Node], Node]:
     """The nodes that only arrange axes, or multiply with a number, from a node on against the flow, and what they
     arrange."""
     path = []
     while isinstance(reader.operand(node) if isinstance(node, Node) else None, Node) and (
-        reader.operation(node) in _LAYOUT or (scaled and _scale(reader, node) is not None)
+        reader.operation(node) in LAYOUT or (scaled and _scale(reader, node) is not None)
     ):
         path.append(node)
         node = reader.operand(node)
@@ -145,7 +125,7 @@ def _downward(reader: Reader, found: Normalization, more: int) -> tuple[list[Nod
             dropout = user
         elif (product := product_of(reader, user)) is not None and product.source is node:
             products.append(product)
-        elif reader.operation(user) not in _LAYOUT or reader.operand(user) is not node:
+        elif reader.operation(user) not in LAYOUT or reader.operand(user) is not node:
             return None
         node = user
     return path, products, dropout
@@ -164,7 +144,7 @@ def is_number(reader: Reader, node: Node) -> bool:
 
 def is_arranged(reader: Reader, node: Node) -> bool:
     """Whether a node arranges the axes of a tensor, or repeats it, and does nothing else."""
-    arranged = reader.operation(node) in (*_LAYOUT, "expand", "repeat") and reader.module(node) is None
+    arranged = reader.operation(node) in (*LAYOUT, "expand", "repeat") and reader.module(node) is None
     return arranged and not reader.changes_in_place(node)
 
 
@@ -216,7 +196,7 @@ class _Walk:
             if len(users) != 1 or followed is None:
                 break
             arranged, (user,) = [leaves(axis) for axis in followed], users
-            if self.reader.operation(user) in _LAYOUT and self.reader.operand(user) is node:
+            if self.reader.operation(user) in LAYOUT and self.reader.operand(user) is node:
                 followed = None if block.residual or block.activation else after(self.reader, user, followed)
                 block = block._replace(nodes=(*block.nodes, user))
             elif (joined := self._joined(block, node, user)) is not None and (

@@ -305,7 +305,7 @@ LOOK_ALIKES = {
     "sigmoid": (lambda x: (a := x.sigmoid()) / a.sum(2, keepdim=True), "its map is a sigmoid"),
     "L2": (lambda x: F.normalize(x.softmax(1), dim=2), "divides a softmax by its L2 norm"),
     "softmax twice": (lambda x: x.softmax(1).softmax(2), "softmax_1 is a softmax of a softmax"),
-    "exp": (lambda x: (a := x.exp()) / a.sum(2, keepdim=True), "its map is a exp"),
+    "exp": (lambda x: (a := x.exp()) / a.sum(2, keepdim=True), "its map is an exp"),
     "read in between": (lambda x: (a := x.softmax(1)) / a.sum(2, keepdim=True) + a, "add reads the map before"),
     "split tokens": (
         lambda x: (a := x.softmax(1).unflatten(1, (2, 3))) / a.sum(1, keepdim=True),
@@ -335,6 +335,49 @@ class OneSoftmax(nn.Module):
 
     def forward(self, x):
         return self.mv(self.mk(x).softmax(1))
+
+
+class LookAlike(OneSoftmax):
+    """The submodules of external attention, and something else between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+
+    def forward(self, x):
+        return self.mv(self.between(self.mk(x).softmax(1)))
+
+
+class WithoutSoftmax(LookAlike):
+    def forward(self, x):
+        return self.mv(self.between(self.mk(x)))
+
+
+#: What stands between the two linear maps of a layer, beside or behind a softmax over the tokens, and how it is told.
+BETWEEN = {
+    "scaled sum": (lambda a: a / (2 * a.sum(2, keepdim=True)), "softmax over axis 1, sum over axis 2, mul, div"),
+    "mean": (lambda a: a / a.mean(2, keepdim=True), "softmax over axis 1, mean over axis 2, div"),
+    "large clamp": (lambda a: a / a.sum(2, keepdim=True).clamp(min=0.1), "sum over axis 2, clamp, div"),
+    "masked": (
+        lambda a: (a := a.masked_fill(a > 0.5, 0)) / a.sum(2, keepdim=True),
+        "masked_fill, sum over axis 2, div",
+    ),
+    "largest": (
+        lambda a: (a := torch.where(a >= a.topk(2, 2)[0][..., -1:], a, 0)) / a.sum(2, keepdim=True),
+        "softmax over axis 1, topk over axis 2, ge, where, sum over axis 2, div",
+    ),
+    "scaled map": (lambda a: (a := 2 * a) / (1 + a.sum(2, keepdim=True)), "mul, sum over axis 2, add, div"),
+    "maximum": (lambda a: a / a.amax(2, keepdim=True), "amax over axis 2, div"),
+    "both axes": (lambda a: a / a.sum((1, 2), keepdim=True), "sum over axis (1, 2), div"),
+    "difference": (lambda a: a - a.mean(2, keepdim=True), "mean over axis 2, sub"),
+    "detached": (lambda a: a / a.sum(2, keepdim=True).detach(), "sum over axis 2, detach, div"),
+}
+#: The same without that softmax.
+INSTEAD = {
+    "sum first": (lambda a: (a / a.sum(2, keepdim=True)).softmax(1), "stand sum over axis 2, div, softmax over axis 1"),
+    "sigmoid": (lambda a: a.sigmoid(), "between mk and mv stands sigmoid"),
+    "exp": (lambda a: (a := a.exp()) / a.sum(2, keepdim=True), "its map is an exp"),
+}
 
 
 class SelfAttention(nn.Module):
@@ -426,6 +469,21 @@ class TestLookAlikes:
         assert "softmax is the only normalization between mk and mv" in str(report)
         report = call(nn.Sequential(SelfAttention()))
         assert not report.left_alone
+
+    @pytest.mark.parametrize("name", [*BETWEEN, *INSTEAD])
+    def test_what_stands_between_is_told(self, name):
+        kind, (between, told) = (LookAlike, BETWEEN[name]) if name in BETWEEN else (WithoutSoftmax, INSTEAD[name])
+        report = aia_kernels.convert(nn.Sequential(kind(between)))
+        assert [entry.names for entry in report.left_alone] == [("0",)]
+        assert told in str(report) and "external attention has a softmax over the tokens" in str(report)
+        if "softmax over" in told:
+            assert told in str(aia_kernels.fuse(nn.Sequential(kind(between))))
+
+    def test_of_other_layers_nothing_is_told(self):
+        squeeze = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6), nn.Sigmoid(), nn.Linear(6, 6))
+        for call in (aia_kernels.fuse, aia_kernels.convert):
+            assert not call(squeeze).left_alone
+        assert not aia_kernels.fuse(torch.fx.symbolic_trace(squeeze), torch.randn(2, 9, 6)).left_alone
 
     @pytest.mark.parametrize("name", LOOK_ALIKES)
     def test_left_alone_with_a_reason(self, name):
