@@ -32,6 +32,32 @@ def pair(name: str, arguments: dict[str, int], device: str) -> dict[str, nn.Modu
     return same_parameters(published.LAYERS[name](**arguments), getattr(aia_kernels, name)(**arguments), device)
 
 
+class InOtherWords(nn.Module):
+    """External attention as a network has it that knows nothing of this package: names and activation of its own."""
+
+    def __init__(self, channels: int, slots: int = 64):
+        super().__init__()
+        self.query, self.memory = nn.Conv2d(channels, channels, 1), nn.Linear(channels, slots, bias=False)
+        self.out = nn.Sequential(nn.Conv2d(slots, channels, 1), nn.Conv2d(channels, channels, 1, bias=False))
+        self.norm, self.act = nn.BatchNorm2d(channels), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        tokens = self.query(x).flatten(2).transpose(1, 2)
+        scores = torch.softmax(self.memory(tokens), dim=1)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-9)
+        return self.act(x + self.norm(self.out(scores.transpose(1, 2).unflatten(2, (height, width)))))
+
+
+def converted(channels: int, device: str) -> dict[str, nn.Module]:
+    """The layer in other words, as it is and after aia_kernels.convert."""
+    torch.manual_seed(0)
+    own, fast = InOtherWords(channels), InOtherWords(channels)
+    layers = same_parameters(own, fast, device)
+    aia_kernels.convert(fast)
+    return layers
+
+
 def widened(x: Tensor, channels: int, size: int) -> Tensor:
     """Feature maps brought to ``size`` x ``size`` positions and, by a fixed random projection, to more channels."""
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +67,7 @@ def widened(x: Tensor, channels: int, size: int) -> Tensor:
 
 
 def rows(stages: dict[str, Tensor]) -> list[Row]:
-    """EANet's block, EAMLP's layer and the plain form at their published sizes."""
+    """EANet's block, EAMLP's layer and the plain form at their published sizes; a layer in other words, converted."""
     maps = widened(stages["64x56x56"][:2], 512, 65)
     patches = widened(stages["256x14x14"][:8], 384, 14)
     inputs = {
@@ -56,7 +82,8 @@ def rows(stages: dict[str, Tensor]) -> list[Row]:
         if name == "block":
             grad_y = decided(grad_y, make(x.device.type)["published"], x)
         found.append(Row(name, stage, make, x, grad_y))
-    return found
+    x = maps[:1].contiguous()
+    return [*found, Row("converted", "512x65x65", partial(converted, 512), x, gradient_for(x))]
 
 
 def pixel_features(image: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ FOOTNOTE = """
 Errors: max |value - truth| / max |truth|, the truth being the published flow in float64. Where two candidates for a
 maximum tie up to rounding, float32 and float64 choose differently, in either form: for that, one in 500 elements of the
 gradient of a large x is left out, and where the sum before the block's ReLU is almost zero, y has no gradient. Times:
-medians of samples taken in turns. Kept: memory held between forward and backward, x included.
+medians of samples taken in turns. Kept: memory held between forward and backward, x included. converted: a layer in
+wording of its own, to which aia_kernels.convert was applied.
 """
 
 

@@ -88,6 +88,14 @@ class TestDemo:
         assert demo_table.right(found) and not demo_table.right(found | {"y fused": 0.1})
         assert demo_table.line(found | {"grads fused": float("inf")}).count("wrong") == 2
 
+    def test_a_layer_in_other_words_is_converted(self):
+        layers = slots.converted(6, "cpu")
+        own, fast = layers["published"], layers["fused"]
+        assert type(own) is slots.InOtherWords and type(fast)._recipe.kind is slots.InOtherWords
+        assert list(own.state_dict()) == list(fast.state_dict())
+        x = torch.randn(2, 6, 5, 4)
+        torch.testing.assert_close(fast(x), own(x), rtol=0, atol=1e-5)  # values of order one, through four products
+
     def test_the_gate_map_of_a_channel_gate_is_the_gate(self):
         unit = published.C()
         x = UnitCase("C", "5x6x4", 2, "fp32", "contiguous", (5, 6, 4)).make_input()
