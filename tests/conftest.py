@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +98,18 @@ def backend_on(request) -> Iterator[tuple[str, str]]:
 def compiled_on(request) -> Iterator[tuple[str, str]]:
     """The same without the reference."""
     yield from _chosen(request)
+
+
+def some_of(names: str, cases: Iterable, *in_every_run, indirect: bool = False) -> pytest.MarkDecorator:
+    """Parametrize a test that takes long: a few of its cases run each time, all of them in sweeps."""
+    cases = list(cases)
+    assert all(case in cases for case in in_every_run), in_every_run
+    several = "," in names
+    rows = [
+        pytest.param(*(case if several else (case,)), marks=() if case in in_every_run else pytest.mark.sweep)
+        for case in cases
+    ]
+    return pytest.mark.parametrize(names, rows, indirect=indirect)
 
 
 #: For tests that compile for seconds. Of plain PyTorch, which torch is tested with, a few small cases hold the same.

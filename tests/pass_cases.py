@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from pass_backends import BACKENDS, CPU_ON_THREADS, CUDA
+from pass_backends import BACKENDS, CPU, CPU_ON_THREADS, CUDA
 from plain_passes import PlainPasses
 from torch import Tensor
 
@@ -116,11 +116,27 @@ SHORT = pick(CASES, "prime", "prime THWC", "bf16", "fp64", "runs CTHW bf16", "wa
 
 _PARTICULAR = (CPU_ON_THREADS, TILES), (CUDA, VECTORS), (("emulator, between vectors",), BETWEEN_VECTORS)
 
-#: Which cases run where: every one; fewer, for what has many contexts, and the others; those of wide indices; some, for
-#: special values.
-EVERY = (BACKENDS, CASES), *_PARTICULAR
+#: Of the cases of a small tile, those that every run has Triton's interpreter take.
+WALKED = pick(
+    CASES,
+    "runs of several channels, ragged",
+    "runs of several rows, ragged",
+    "walking CTHW bf16",
+    "long W, axis by axis",
+)
+
+
+def without(cases: dict, *others: dict) -> dict:
+    return {name: case for name, case in cases.items() if not any(name in other for other in others)}
+
+
+#: Which cases run where: every one, but for what is interpreted slowly, and in sweeps there too; fewer, for what has
+#: many contexts, and the others; those of wide indices; some, for special values.
+INTERPRETED = "triton", "emulator"
+EVERY = ((*CPU, "cuda"), CASES), (INTERPRETED, SHORT), (("triton",), WALKED), *_PARTICULAR
+SWEPT = (("triton",), without(CASES, SHORT, WALKED)), (("emulator",), without(CASES, SHORT))
 FEWER = (BACKENDS, SHORT), *_PARTICULAR
-OTHERS = ((BACKENDS, {name: case for name, case in CASES.items() if name not in SHORT}),)
+OTHERS = ((BACKENDS, without(CASES, SHORT)),)
 WIDE = ((CUDA, WIDE_INDICES),)
 SPECIAL = (
     (BACKENDS, pick(CASES, "prime", "bf16 THWC", "fp64", "fp16", "walking", "runs CTHW bf16")),

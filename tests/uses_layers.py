@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, some_of
 from torch import Tensor, nn
 
 import aia_kernels
@@ -149,9 +149,7 @@ WITHOUT_DROPOUT = tuple(name for name, layer in LAYERS.items() if not layer.draw
 every_layer = pytest.mark.parametrize("name", LAYERS)
 every_layer_without_dropout = pytest.mark.parametrize("name", WITHOUT_DROPOUT)
 main_layers = pytest.mark.parametrize("name", MAIN)
-few_layers = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.sweep) for name in MAIN]
-)
+few_layers = some_of("name", MAIN, *FEW)
 every_device = pytest.mark.parametrize("device", DEVICES)
 
 

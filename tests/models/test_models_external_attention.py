@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import runpy
 import sys
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import some_of
 from stored_networks import BOUND, error, fill, keys_digest, stored, stored_input
 from torch import Tensor, nn
 
@@ -125,8 +127,7 @@ def test_eamlp_at_224_matches_stored_logits(external_on):
     assert_logits(network.to(external_on[1]), stored_input(2, 3, 224, 224), expected["logits"])
 
 
-@pytest.mark.parametrize("stride", [8, 16])
-@pytest.mark.parametrize("depth", [50, 101])
+@some_of("depth, stride", itertools.product((50, 101), (8, 16)), (50, 8), (101, 16))
 def test_eanet_matches_stored_scores(depth, stride, external_on):
     expected = stored("eanet.json")[f"EANet_{depth}_stride{stride}"]
     network = fill(models.EANet(5, depth, stride=stride).double())

@@ -7,6 +7,7 @@ every source is compiled without optimization, which is fast, and some as they w
 from __future__ import annotations
 
 import collections
+import csv
 import re
 import shutil
 import subprocess
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMPILED_SOURCES, ROOT, nvcc
+from conftest import COMPILED_SOURCES, ROOT, nvcc, some_of
 
 from aia_kernels.backends import extension
-from benchmarks.offline import machine_code
+from benchmarks.offline import machine_code, sass
+from benchmarks.offline.machine_code import BALANCE, COLUMNS, main, markdown
 
 HOST, DEVICE = sorted(ROOT.glob("csrc/register/cuda_*.cpp")), sorted(ROOT.glob("csrc/cuda/*.cu"))
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
@@ -91,9 +93,10 @@ def run(*command) -> Iterator[str]:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("source", [s for s in DEVICE if s.stem not in COMPILED_SOURCES], ids=lambda path: path.name)
-def test_nvcc_takes(source, tmp_path):
+@some_of("name", [s.stem for s in DEVICE if s.stem not in COMPILED_SOURCES], "gate_backward", "double_norm")
+def test_nvcc_takes(name, tmp_path):
     """As the emulator's compiler does not tell a function of the host from one of the device."""
+    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
     if extension.has_cuda():
         pytest.skip("it is compiled into the library")
     command = [nvcc(), "-std=c++20", "-G", "-arch=compute_90", "-ptx", source, "-o", tmp_path / "x.ptx"]
@@ -142,3 +145,43 @@ def test_vectors_are_16_bytes(cuobjdump, cuda_binaries):
             assert any(i.startswith("LDG.E.128") for i in counts) == aligned, name
             if kernel in STORING:
                 assert any(i.startswith("STG.E.128") for i in counts) == aligned, name
+
+
+def rows_of(binary: Path, output: Path) -> list[dict]:
+    """The rows of the kernels in a binary, once through a file."""
+    if machine_code.cuobjdump() is None:
+        pytest.skip(machine_code.NO_DISASSEMBLER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "LIBRARY", binary)
+        patch.setattr(extension, "without_cuda", lambda: None)
+        assert main(["--backend", "cuda", "--architecture", "sm_90", "--output", str(output)]) == 0
+    with output.open(newline="") as opened:
+        found = list(csv.DictReader(opened))
+    kernels = sass.names(machine_code.cuobjdump(), str(binary), "sm_90")
+    assert len(found) == len(kernels) > 0 and list(found[0]) == COLUMNS
+    assert len({(row["kernel"], row["variant"]) for row in found}) == len(found)
+    return found
+
+
+def test_every_kernel_has_a_row(cuda_binaries, tmp_path):
+    """The last binary is the library, or holds the smallest kernels."""
+    rows = rows_of(cuda_binaries[-1], tmp_path / "rows.csv")
+    for row in rows:
+        assert int(row["threads"]) > 0 and int(row["registers"]) > 0 and int(row["local_bytes"]) == 0, row
+        assert 0 < int(row["warps_per_sm"]) <= 64, row
+        if row["pass"]:
+            assert float(row["in_flight_kib_per_sm"]) > 0 and float(row["per_element"]) > 0, row
+
+    lines = markdown(rows)
+    assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1
+    assert 6 < BALANCE < 7
+
+
+@pytest.mark.sweep
+def test_every_pass_has_rows(tmp_path):
+    """Those of the whole library, which takes a minute to read: every x-sized pass is known by its kernels."""
+    if (reason := extension.without_cuda()) is not None:
+        pytest.skip(reason)
+    rows = rows_of(extension.LIBRARY, tmp_path / "rows.csv")
+    assert {row["pass"] for row in rows} == {passed for _, passed, _ in machine_code.X} | {""}
+    assert len(markdown(rows)) > 20

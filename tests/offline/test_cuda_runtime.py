@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, some_of
 
 import aia_kernels
 from aia_kernels.backends import extension
@@ -115,7 +115,11 @@ def test_the_stream_is_found_in_a_library_that_shows_it_to_nobody(asked, tmp_pat
     assert asked(torch_cuda)[0] == "b'libtorch_cuda.so'"
 
 
-@pytest.mark.parametrize("given, found", [("", 528), ("16", 16), ("9999", 528), ("2", 0), ("-4", 0), ("16 blocks", 0)])
+@some_of(
+    "given, found",
+    [("", 528), ("16", 16), ("9999", 528), ("2", 0), ("-4", 0), ("16 blocks", 0)],
+    *[("9999", 528), ("2", 0), ("16 blocks", 0)],
+)
 def test_the_most_blocks_that_wait_for_one_another(asked, given, found):
     assert int(asked(blocks=given)[1]) == found
 

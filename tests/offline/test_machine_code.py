@@ -1,15 +1,9 @@
-"""benchmarks.offline.machine_code: a row for every kernel that is built, with numbers that can be true."""
+"""What benchmarks.offline reads in machine code; test_cuda_offline.py has the rows of what is built."""
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
-import pytest
-
-from aia_kernels.backends import extension
-from benchmarks.offline import machine_code, sass
-from benchmarks.offline.machine_code import BALANCE, COLUMNS, main, markdown, occupancy, split_name
+from benchmarks.offline import sass
+from benchmarks.offline.machine_code import occupancy, split_name
 
 
 def code(*lines: str) -> list[sass.Instruction]:
@@ -85,43 +79,3 @@ def test_occupancy():
 def test_names():
     assert split_name("pool_kernel<Plain<float>, 4>") == ("pool_kernel", "Plain<float>, 4")
     assert split_name("_ZN3aia4cuda9_GLOBAL_11pool_kernelIfLi4EEEvv") == ("pool_kernel", "fLi4EEEvv")
-
-
-def rows_of(binary: Path, output: Path) -> list[dict]:
-    """The rows of the kernels in a binary, once through a file."""
-    if machine_code.cuobjdump() is None:
-        pytest.skip(machine_code.NO_DISASSEMBLER)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extension, "LIBRARY", binary)
-        patch.setattr(extension, "without_cuda", lambda: None)
-        assert main(["--backend", "cuda", "--architecture", "sm_90", "--output", str(output)]) == 0
-    with output.open(newline="") as opened:
-        found = list(csv.DictReader(opened))
-    kernels = sass.names(machine_code.cuobjdump(), str(binary), "sm_90")
-    assert len(found) == len(kernels) > 0 and list(found[0]) == COLUMNS
-    assert len({(row["kernel"], row["variant"]) for row in found}) == len(found)
-    return found
-
-
-def test_every_kernel_has_a_row(cuda_binaries, tmp_path):
-    """The last binary is the library, or holds the smallest kernels."""
-    rows = rows_of(cuda_binaries[-1], tmp_path / "rows.csv")
-    for row in rows:
-        assert int(row["threads"]) > 0 and int(row["registers"]) > 0 and int(row["local_bytes"]) == 0, row
-        assert 0 < int(row["warps_per_sm"]) <= 64, row
-        if row["pass"]:
-            assert float(row["in_flight_kib_per_sm"]) > 0 and float(row["per_element"]) > 0, row
-
-    lines = markdown(rows)
-    assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1
-    assert 6 < BALANCE < 7
-
-
-@pytest.mark.sweep
-def test_every_pass_has_rows(tmp_path):
-    """Those of the whole library, which takes a minute to read: every x-sized pass is known by its kernels."""
-    if (reason := extension.without_cuda()) is not None:
-        pytest.skip(reason)
-    rows = rows_of(extension.LIBRARY, tmp_path / "rows.csv")
-    assert {row["pass"] for row in rows} == {passed for _, passed, _ in machine_code.X} | {""}
-    assert len(markdown(rows)) > 20

@@ -43,11 +43,8 @@ CASES = {
     "7x7 bf16": ("TCHW", "bfloat16", (8, 8, 512, 7, 7), (90,)),
 }
 
-#: Of those, in every run: each type and order once, on the two kinds of GPU that differ most.
-FEW = {
-    name: (*CASES[name][:-1], (capability,))
-    for name, capability in {"56x56 fp32": 100, "56x56 bf16 channels_last": 80}.items()
-}
+#: Of those, in every run: the one that takes most registers.
+FEW = {"56x56 bf16 channels_last": (*CASES["56x56 bf16 channels_last"][:-1], (90,))}
 TABLES = {"few": FEW, "all": CASES}
 
 #: A clip of more than 2^31 elements, whose offsets take 64 bits; compiled, as no machine that tests this holds it.

@@ -14,6 +14,7 @@ from pass_cases import (
     GATE_ROUNDINGS,
     OTHERS,
     SPECIAL,
+    SWEPT,
     WIDE,
     WIDE_INDICES,
     Case,
@@ -69,7 +70,7 @@ def test_memory_poison():
     assert torch.empty_like(torch.randn(3)).isnan().all()
 
 
-@each(*EVERY, sweep=WIDE)
+@each(*EVERY, sweep=(*SWEPT, *WIDE))
 @pytest.mark.parametrize("context", [maps.CHANNEL, maps.SPACETIME])
 def test_pool(passes, plain, case, context):
     pool_agrees(passes, plain, activation(case), context)
@@ -85,7 +86,11 @@ def pool_agrees(passes, plain, x, context):
     agrees(pooled[:, 1], want[:, 1], magnitudes[:, 1], terms(x, context))
 
 
-@each(*FEWER, (BACKENDS, pick(CASES, "runs of several rows, ragged", "long T, axis by axis")))
+@each(
+    *FEWER,
+    (BACKENDS, pick(CASES, "runs of several rows, ragged")),
+    sweep=((BACKENDS, pick(CASES, "long T, axis by axis")),),
+)
 @pytest.mark.parametrize("context, gate_context", [(1, 3), (3, 1), (1, 1), (3, 3)])
 def test_pool_gated(passes, plain, case, context, gate_context):
     """Rounding may exchange elements whose products lie within the bound: the chosen one must lie there too."""
@@ -126,7 +131,7 @@ def test_pool_special_values(passes, plain, case, kind):
         torch.testing.assert_close(pooled[:, 1].cpu().double(), want[:, 1], rtol=2.5 * eps, atol=0, equal_nan=True)
 
 
-@each(*EVERY, sweep=WIDE)
+@each(*EVERY, sweep=(*SWEPT, *WIDE))
 def test_recalibrate(passes, plain, case):
     x, grad_y = activation(case), activation(case)
     for context in (maps.CHANNEL, maps.SPACETIME):
@@ -144,7 +149,7 @@ def test_recalibrate(passes, plain, case):
         agrees(grad_gate, want, magnitudes, terms(x, context))
 
 
-@each(*EVERY, sweep=WIDE)
+@each(*EVERY, sweep=(*SWEPT, *WIDE))
 @pytest.mark.parametrize("unit", ["CinST", "STinC"])
 def test_unpool(passes, plain, case, unit):
     unpool_agrees(passes, plain, activation(case), *UNPOOLED[unit])
@@ -177,7 +182,7 @@ def unpool_agrees(passes, plain, grad_y, context, inner_gate_context, inner_cont
     agrees(grad_x, plain.unpool(*double(*arguments)), plain.unpool(*magnitude(*arguments)), 12)
 
 
-@each(*EVERY, sweep=WIDE)
+@each(*EVERY, sweep=(*SWEPT, *WIDE))
 @pytest.mark.parametrize("context, gate_context", [(3, 1), (1, 3)])
 def test_unpool_reduce(passes, plain, case, context, gate_context):
     unpool_reduce_agrees(passes, plain, activation(case), context, gate_context)

@@ -10,8 +10,8 @@ import pass_cases
 import pytest
 import torch
 from conftest import BACKENDS_ON, COMPILED_ON, skip_unless_runnable
-from pass_backends import passes_of
-from pass_cases import Case, activation, in_order
+from pass_backends import each, passes_of
+from pass_cases import Case, activation, in_order, pick, without
 from torch.func import grad, vmap
 
 import aia_kernels
@@ -80,12 +80,32 @@ def shift(request, monkeypatch, uninitialized_memory_is_nan):
         yield passes.temporal_shift
 
 
+@pytest.fixture
+def passes(request, monkeypatch, uninitialised_memory_is_nan):
+    with passes_of(FAMILY, request, monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def case(request) -> Case:
+    return request.param
+
+
+WHOLE = {name: case for name, case in CASES.items() if not case.elements}
+#: What Triton's interpreter takes in every run.
+INTERPRETED = pick(WHOLE, "prime CTHW", "bf16 THWC", "one pixel", "vectors across folds THWC", "fp64")
+
+
+@each(
+    (("cpu", "emulator", "cuda"), WHOLE),
+    (("triton",), INTERPRETED),
+    sweep=((("triton",), without(WHOLE, INTERPRETED)),),
+)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("case", [name for name in CASES if not CASES[name].elements])
-def test_pass(shift, case, reverse):
-    x = activation(CASES[case])
+def test_pass(passes, case, reverse):
+    x = activation(case)
     for fold in {0, x.shape[2] // 4, x.shape[2] // 2}:
-        y = shift(x, fold, reverse)
+        y = passes.temporal_shift(x, fold, reverse)
         assert y.dtype == x.dtype and maps.storage_order(y) == maps.storage_order(x)
         assert torch.equal(bits(y), bits(moved(x, fold, reverse)))
 
@@ -159,12 +179,12 @@ def test_torch_func(shift_on):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiled(layout, shift_on):
+def test_compiled(layout, traced_on):
     module = aia_kernels.TemporalShift(SHAPE.t, 4)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for b in (2, 3):
-        x = make_input(SHAPE._replace(b=b), torch.float32, layout, device=shift_on[1]).requires_grad_()
+        x = make_input(SHAPE._replace(b=b), torch.float32, layout, device=traced_on[1]).requires_grad_()
         y = compiled(x)
         assert y.stride() == x.stride()
         assert torch.equal(y, expected(x, 2))

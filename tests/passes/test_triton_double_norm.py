@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import some_of
 from external_pass_cases import lse_of, roundings, statistics_within, within
 from pass_cases import DEVICE, epsilon
 from plain_double_norm import PlainDoubleNorm
@@ -295,7 +296,7 @@ def everything(i: Inputs) -> list[Tensor]:
 MIXED = ("block of maps, two groups of 12", "heads, masked, bf16 maps", "block, a group in pieces")
 
 
-@pytest.mark.parametrize("case", MIXED, indirect=True)
+@some_of("case", MIXED, "block of maps, two groups of 12", indirect=True)
 def test_many_programs(case, many_programs):
     """Tokens divided among many programs: the same bounds, and the same bits in two runs."""
     tests = [test_logits, test_values, test_value_gradient, test_attention_gradient, test_logits_gradient]
@@ -306,7 +307,7 @@ def test_many_programs(case, many_programs):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("case", MIXED, indirect=True)
+@some_of("case", MIXED, "block, a group in pieces", indirect=True)
 def test_wide_offsets(case, monkeypatch):
     """64-bit offsets inside a sample, as a sample of 2^31 elements has them, change nothing."""
     i = Inputs(case)

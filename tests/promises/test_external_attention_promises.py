@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from agreement import EXACT, assert_forward_mode, assert_grad_and_vmap, assert_same, assert_within_budget
+from conftest import some_of
 from external_layers import MAIN, inputs, layer, step
 from kept_memory import kept_bytes
 from processes import WORLD, launch
@@ -35,11 +36,11 @@ class TestPromises:
             assert results["grad x"].dtype == dtype
             assert {value.dtype for key, value in results.items() if key not in ("y", "grad x")} == {torch.float32}
 
-    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-    @pytest.mark.parametrize("name", MAIN)
-    def test_full_graph_with_dynamic_batch(self, name, train, traced_on):
+    # What the plain layer and the block are made of has tests of its own in test_promises_compile.py.
+    @some_of("name", MAIN, "multi-head")
+    def test_full_graph_with_dynamic_batch(self, name, traced_on):
         torch._dynamo.reset()
-        module = layer(name, device=traced_on[1]).train(train)
+        module = layer(name, device=traced_on[1])
         expected = copy.deepcopy(module)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -50,7 +51,7 @@ class TestPromises:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("name", MAIN)
+    @some_of("name", MAIN)
     def test_inductor(self, name, traced_on):
         torch._dynamo.reset()
         module = layer(name, device=traced_on[1])

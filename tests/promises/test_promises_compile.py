@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import external_cases
 import pytest
 import torch
+from conftest import some_of
 from external_cases import FORMS, SIZES, Sizes
 
 import aia_kernels
@@ -45,20 +47,16 @@ def assert_equal_steps(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
-#: Every unit in training; fixed statistics enter in one way for all, which one unit of two contexts shows.
-DYNAMIC = [(name, train) for name in UNITS for train in (True, False)]
-DYNAMIC = [pytest.param(*of, marks=() if of[1] or of[0] == "CinST" else pytest.mark.sweep) for of in DYNAMIC]
-
-
 @pytest.mark.filterwarnings("error:Dynamo detected")  # nothing that it traces is cached
-@pytest.mark.parametrize("name, train", DYNAMIC)
+# Two units have every pass of all five; fixed statistics enter in one way for all.
+@some_of("name, train", itertools.product(UNITS, (True, False)), ("CinST", True), ("CinST", False), ("STinC2", True))
 def test_full_graph_with_dynamic_batch(name, train, traced_on):
     _, device = traced_on
     in_one_graph_with_any_batch(name, train, device)
 
 
 def test_full_graph_of_the_reference():
-    """One gate and its gradients have all of it; test_layouts has every gate, and the sweep every unit."""
+    """One gate and its gradients have all of it; the sweep has every unit."""
     with backends.use_backend("reference"):
         in_one_graph_with_any_batch("C", True, "cpu")
 
@@ -76,8 +74,8 @@ def in_one_graph_with_any_batch(name, train, device):
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_layouts(layout, backend_on):
-    _, device = backend_on
+def test_layouts(layout, traced_on):
+    _, device = traced_on
     module = randomise(aia_kernels.CinST(SHAPE.t)).double().to(device)
     if layout == "channels_last_3d":
         module.to(memory_format=torch.channels_last_3d)
@@ -128,12 +126,12 @@ def unit_arguments(backend, device, name="CinST", batch=(True, False, True, True
 
 @pytest.mark.parametrize("shared", ["THW", "CTHW"])
 @pytest.mark.parametrize("name", ["CinST", "STinC"])
-def test_gates_that_share_a_norm(name, shared, backend_on):
+def test_gates_that_share_a_norm(name, shared, traced_on):
     """A norm that serves several gates moves once for each, in the order of the published calls, compiled or not."""
-    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(backend_on[1])
+    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().to(traced_on[1])
     for letter in shared:
         setattr(module, f"{letter}_bn", module.T_bn)
-    x = make_input(SHAPE, torch.float64, device=backend_on[1])
+    x = make_input(SHAPE, torch.float64, device=traced_on[1])
     plain, compiled = copy.deepcopy(module), copy.deepcopy(module)
     plain = aia_kernels.to_reference(plain)
     for call in (module, plain, torch.compile(compiled, backend="aot_eager", fullgraph=True)):
@@ -144,7 +142,7 @@ def test_gates_that_share_a_norm(name, shared, backend_on):
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("name", UNITS)
+@some_of("name", UNITS, "C", "CinST", "STinC2")
 def test_opcheck_of_the_unit(name, compiled_on):
     backend, device = compiled_on
     torch.library.opcheck(operators.unit_forward, unit_arguments(backend, device, name))
@@ -188,14 +186,18 @@ def test_opcheck_of_the_passes(backend, context):
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")  # nothing that it traces is cached
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "dropout"])
+@some_of(
+    "form, train",
+    [(form, train) for form in FORMS if form != "dropout" for train in (True, False)],
+    *[(form, True) for form in FORMS if form != "dropout"],
+    ("block", False),  # no other form has a graph of its own in evaluation
+)
 def test_full_graph_of_external_attention(form, train, external_traced_on):
     device = external_traced_on[1]
     external_in_one_graph_with_any_batch(form, train, device)
 
 
-@pytest.mark.parametrize("form", ["eps", "block"])
+@some_of("form", ["eps", "block"], "block")
 def test_full_graph_of_the_reference_of_external_attention(form):
     with backends.use_backend("reference"):
         external_in_one_graph_with_any_batch(form, True, "cpu")
@@ -230,8 +232,7 @@ def test_full_graph_with_dropout(external_on):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
-@pytest.mark.parametrize("form", ["plain", "block"])
+@some_of("form, transposed", itertools.product(("plain", "block"), (False, True)), ("plain", False), ("block", True))
 def test_inductor_around_external_attention(form, transposed, external_traced_on):
     device = external_traced_on[1]
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from conftest import some_of
 from torch._functorch.aot_autograd import aot_module, make_boxed_func
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -98,10 +99,10 @@ def test_partitioned_by_memory(name):
 PROMISED = ("C", "ST", "STinC", "STinC2", "ExternalAttention", "ExternalAttention2d", "MultiHead")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.sweep if name in PROMISED else ()) for name in LAYERS if name not in FEW],
-)
+OTHERS = [name for name in LAYERS if name not in FEW]
+
+
+@some_of("name", OTHERS, *[name for name in OTHERS if name not in PROMISED])
 @every_device
 def test_compiled_in_other_layouts(device, name):
     """The layers that test_compiled leaves out."""
@@ -109,16 +110,10 @@ def test_compiled_in_other_layouts(device, name):
 
 
 #: Inductor takes seconds for each; what it does to a layer is what it does to an operator between others.
-@pytest.mark.parametrize(
+@some_of(
     "name",
-    [
-        "STinC2, 5d",
-        "ExternalAttention2d, channels_last",
-        *(
-            pytest.param(name, marks=pytest.mark.sweep)
-            for name in ("CinST", "TemporalShift", "ExternalAttention", "Token")
-        ),
-    ],
+    ("STinC2, 5d", "ExternalAttention2d, channels_last", "CinST", "TemporalShift", "ExternalAttention", "Token"),
+    "STinC2, 5d",  # blocks in channels_last: test_promises_compile.py
 )
 def test_inductor(name):
     """Dropout stays out: inductor draws by generators of its own."""
@@ -135,19 +130,7 @@ def test_compiled_autograd(name):
     assert_close(step(name, compiled(), recorded_backward(True), DOUBLE), plain_step(name, DOUBLE))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "CinST",
-        "TemporalShift",
-        "ExternalAttention",
-        *(
-            pytest.param(name, marks=pytest.mark.sweep)
-            for name in MAIN
-            if name not in ("CinST", "TemporalShift", "ExternalAttention")
-        ),
-    ],
-)
+@some_of("name", MAIN, "CinST", "TemporalShift", "ExternalAttention")
 def test_compiled_autograd_of_an_eager_forward(name):
     """It follows the fused backward pass by pass."""
     assert_close(step(name, around=recorded_backward(False), dtype=DOUBLE), plain_step(name, DOUBLE))

@@ -471,16 +471,27 @@ def sharded_on_two_axes(rank: int) -> None:
 HAVE_PARAMETERS = [name for name in WITHOUT_DROPOUT if any(True for _ in layer(name).parameters())]
 #: Clips in a row of frames cannot be split in the middle, nor does torch's linear take uneven shards (Token).
 UNEVEN = [name for name in WITHOUT_DROPOUT if LAYERS[name].sizes[0] != 6 and not name.startswith("Token")]
+#: Each kind of layer in one storage order: what uses do around a layer.
+KINDS = (
+    *("C", "ST", "CinST", "STinC, channels_last", "STinC2, 5d", "TemporalShift", "ExternalAttention, transposed"),
+    *("ExternalAttention2d, channels_last", "MultiHead", "Token", "double_normalize"),
+)
+WITH_EVERY_SETTING = ("CinST", "STinC, channels_last", "ExternalAttention", "ExternalAttention2d, channels_last")
 HAVE_NORMS = [name for name in WITHOUT_DROPOUT if any(True for _ in layer(name).buffers())]
+
+
+def settings_for(name: str, table: dict[str, dict]) -> list[tuple[str, dict]]:
+    """Every setting of a wrapper for one layer of each family, and for the others the wrapper as it comes."""
+    return list(table.items())[: None if name in WITH_EVERY_SETTING else 1]
 
 
 def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
     """(use, layer, work) of the whole suite, in the order of every process, the first before it joins the group."""
     yield "DTensor, refused", "two sharded axes", sharded_on_two_axes
     for name in HAVE_PARAMETERS:
-        for told, settings in DDP.items():
+        for told, settings in settings_for(name, DDP):
             yield f"DDP, {told}", name, functools.partial(data_parallel, name=name, settings=settings)
-        for use, settings in FSDP.items():
+        for use, settings in settings_for(name, FSDP):
             yield use, name, functools.partial(fully_sharded, name=name, **settings)
     for name in WITHOUT_DROPOUT:
         for use, *settings in (
@@ -489,12 +500,10 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
             ("DTensor, replicated, training", True, Replicate()),
         ):
             yield use, name, functools.partial(distributed, name=name, train=settings[0], placement=settings[1])
-        for use in (on_two_axes, among_others, without_gradients, an_empty_batch):
-            if use is not an_empty_batch or not name.startswith(
-                "Token"
-            ):  # of which torch's linear on shards has no view
+    for name in KINDS:
+        for use in (on_two_axes, among_others, without_gradients, an_empty_batch, checkpointed):
+            if use is not an_empty_batch or name != "Token":  # of which torch's linear on shards has no view
                 yield f"DTensor, {use.__name__}", name, functools.partial(use, name=name)
-        yield "DTensor, checkpointed", name, functools.partial(checkpointed, name=name)
     for name in ("CinST", "ExternalAttention2d, channels_last"):
         yield "DTensor, compiled", name, functools.partial(compiled, name=name)
     for name in ("CinST", "TemporalShift", "ExternalAttention2d", "MultiHead"):
@@ -506,7 +515,7 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
     for name in HAVE_NORMS:
         yield "DTensor, no running statistics", name, functools.partial(without_running_statistics, name=name)
         yield "DTensor, SyncBatchNorm", name, functools.partial(synchronized, name=name)
-    for name in HAVE_PARAMETERS:
+    for name in (name for name in KINDS if name in HAVE_PARAMETERS):
         yield "DTensor, with hooks", name, functools.partial(with_hooks, name=name)
     for use in (masks_of_dropout, gradients_of_dropout, padding):
         yield "DTensor", use.__name__, use

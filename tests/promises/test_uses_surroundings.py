@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from typing import ClassVar
 
 import pytest
 import torch
-from conftest import skip_unless_runnable
+from conftest import skip_unless_runnable, some_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -18,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from uses_layers import (
+    FEW,
     LAYERS,
+    MAIN,
     assert_close,
     assert_same_bits,
     batch,
     every_device,
     every_layer,
     every_layer_without_dropout,
-    few_layers,
     layer,
     left_by,
     main_layers,
@@ -190,8 +192,13 @@ def negative_view(t: Tensor) -> Tensor:
     return torch._neg_view(t.neg())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@few_layers
+@some_of(
+    "name, backend",
+    itertools.product(MAIN, ("cpu", "triton")),
+    *[(name, "cpu") for name in FEW],
+    ("ExternalAttention2d, channels_last", "triton"),
+    ("TemporalShift", "triton"),
+)
 def test_negative_views(name, backend):
     """x, the gradient and the parameters."""
     skip_unless_runnable(backend, "cpu")
