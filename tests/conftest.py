@@ -212,7 +212,7 @@ def fused_at_any_size(monkeypatch) -> None:
 
 
 @pytest.fixture
-def uninitialised_memory_is_nan() -> Iterator[None]:
+def uninitialized_memory_is_nan() -> Iterator[None]:
     """torch.empty and its kin return NaN and largest integers: an unwritten element shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

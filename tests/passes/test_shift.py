@@ -81,7 +81,7 @@ def shift(request, monkeypatch, uninitialized_memory_is_nan):
 
 
 @pytest.fixture
-def passes(request, monkeypatch, uninitialised_memory_is_nan):
+def passes(request, monkeypatch, uninitialized_memory_is_nan):
     with passes_of(FAMILY, request, monkeypatch) as found:
         yield found
 
