@@ -1,13 +1,13 @@
 """The passes in plain PyTorch: the oracle that every backend's passes are held against.
 
 Each method computes its schema in aia_kernels/schemas.py line by line, with whole tensors and no regard for speed. The
-maps are packed in any order, so one oracle serves every backend: ``PlainPasses("THWC")`` packs channels-last whatever
-the storage of x, ``PlainPasses()`` follows the storage of x.
+maps are packed in any order, so one oracle serves every backend: ``PlainPasses(passes.map_order)`` packs them as the
+passes of a backend do, ``PlainPasses()`` as x is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +39,10 @@ def _pack(natural: list[Tensor], context: int, order: str) -> Tensor:
 
 
 class PlainPasses:
-    """The passes; maps packed in the given order, or in the storage order of x when none is given."""
+    """The passes; map_order gives the order in which maps are packed, from the storage order of x."""
 
-    def __init__(self, order: str | None = None):
-        self._order = order
-
-    def map_order(self, order: str) -> str:
-        return self._order or order
+    def __init__(self, map_order: Callable[[str], str] = lambda order: order):
+        self.map_order = map_order
 
     def _order_of(self, x: Tensor) -> str:
         return self.map_order(maps.storage_order(x))

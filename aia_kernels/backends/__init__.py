@@ -301,8 +301,8 @@ def _any_order(order: str) -> str:
     return order
 
 
-def _channels_last(order: str) -> str:
-    return "THWC"
+def _lane_order(order: str) -> str:
+    return "THWC" if order == "THWC" else "TCHW"
 
 
 @functools.cache
@@ -323,8 +323,8 @@ def passes(name: str, family: str) -> Any:
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})
     if family == "external_attention":
         return MatmulPasses(found)
-    # The CPU's kernels have channels as vector lanes whatever the storage of x (csrc/cpu).
-    found.map_order = _channels_last if name == "cpu" else _any_order
+    # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
+    found.map_order = _lane_order if name == "cpu" else _any_order
     if name == "cuda":
         found.evaluate = schemas.callable_pass("evaluate")
     return found

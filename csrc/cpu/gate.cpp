@@ -1,109 +1,182 @@
 // The gate passes on the CPU: 3x3x3 convolution 2 -> 1, batch normalisation and sigmoid on packed maps, and their
 // transposes. See aia_kernels/schemas.py for what each computes.
 //
-// A row is the innermost axis of a map, the lanes run along it (channels, in spacetime maps). The convolution along
-// the row is done last: first, for each of its three taps, the sum over the other two axes, S_k[c] = sum w[.., k] P[c];
-// then z[c] = S_0[c - 1] + S_1[c] + S_2[c + 1]. So every load is shared by three products, none is shifted, and rows
-// outside the map are skipped instead of padded. Two features and 27 neighbours make 54 multiply-adds per element. The
-// transpose with respect to the features is the same correlation with the taps mirrored.
+// A map is copied, box by box, to a stream in which a zero follows each row and a row of zeros each slab. Then
+// every neighbour of an element is a fixed distance away, whatever the lengths of the axes, and the lanes run along the
+// stream. The convolution along the row is done last: first, for each of its three taps, the sum over the other two
+// axes, S_k[i] = sum w[.., k] P[i + ..]; then z[i] = S_0[i - 1] + S_1[i] + S_2[i + 1]. So every load is shared by three
+// products. Two features and 27 neighbours make 54 multiply-adds per element. The transpose with respect to the
+// features is the same correlation with the taps mirrored.
 #include <vector>
 
 #include "exponential.h"
-#include "tile.h"
+#include "planes.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
 namespace {
 
-// A slab of one map of one clip: its outermost index and where it lies.
-struct Slab {
+// Rows [d1, d1 + rows) of the slabs [d0, d0 + slabs) of one map of one clip: the unit of these passes.
+struct Box {
   int map;
-  int64_t b, d0;
+  int64_t b, d0, slabs, d1, rows;
   const int64_t* dims;
   int64_t offset;  // of the map in the packed clip
-  int64_t index;   // among all slabs
+  int64_t index;   // among all units
 
-  int64_t rows() const { return dims[1]; }
+  bool whole() const { return rows == dims[1]; }
   int64_t length() const { return dims[2]; }
-  int64_t start() const { return offset + d0 * dims[1] * dims[2]; }
+  int64_t plane() const { return dims[1] * dims[2]; }
+  int64_t start() const { return offset + d0 * plane() + d1 * length(); }
+  int64_t size() const { return slabs * rows * length(); }
+  int64_t ahead() const { return whole() ? size() : rows * length(); }  // to the next unit
+  // Of rows and slabs in the stream. Whole slabs share the row of zeros between them; others have neighbours there.
+  int64_t pitch() const { return length() + 1; }
+  int64_t slab_pitch() const { return (rows + (whole() ? 1 : 2)) * pitch(); }
 };
 
+// The box of a unit among all, of which the last ones may be smaller than the others.
+inline Box box_at(const PackedDims& maps, int64_t index) {
+  int64_t local = index;
+  int map = 0;
+  while (local >= maps.B * map_units(maps, map)) local -= maps.B * map_units(maps, map++);
+  const int64_t* dims = maps.dims[map];
+  const UnitSize unit = unit_size(maps, map);
+  const int64_t across = (dims[1] + unit.rows - 1) / unit.rows, of_clip = local % map_units(maps, map);
+  const int64_t d0 = of_clip / across * unit.slabs, d1 = of_clip % across * unit.rows;
+  return {map,  local / map_units(maps, map),      d0,   std::min(unit.slabs, dims[0] - d0),
+          d1,   std::min(unit.rows, dims[1] - d1), dims, maps.offset(map),
+          index};
+}
+
+// Calls each(box).
 template <class Each>
-void for_each_slab(const PackedDims& maps, int64_t begin, int64_t end, Each&& each) {
-  for (int64_t index = begin; index < end; ++index) {
-    int64_t local = index;
-    int map = 0;
-    while (local >= maps.B * maps.dims[map][0]) local -= maps.B * maps.dims[map++][0];
-    const int64_t d0 = local % maps.dims[map][0], b = local / maps.dims[map][0];
-    each(Slab{map, b, d0, maps.dims[map], maps.offset(map), index});
+void for_each_box(const PackedDims& maps, int64_t begin, int64_t end, Each&& each) {
+  for (int64_t index = begin; index < end; ++index) each(box_at(maps, index));
+}
+
+// Calls body(offset, n) for the pieces of the packed clip that a box is: n elements side by side.
+template <class Body>
+AIA_INLINE void for_pieces(const Box& at, Body&& body) {
+  if (at.whole()) return body(at.start(), at.size());
+  for (int64_t s = 0; s < at.slabs; ++s) body(at.start() + s * at.plane(), at.rows * at.length());
+}
+
+// The first lanes; zero in the others.
+template <class A>
+AIA_INLINE Vec<A> keep(Vec<A> v, std::integral_constant<int, kLanes>) {
+  return v;
+}
+template <class A>
+AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
+  return iota<A>() < splat_index<A>(lanes) ? v : Vec<A>{};
+}
+
+constexpr int kBlocks = 4;  // vectors of the stream that are convolved at a time
+
+// A box as a stream, with its neighbours.
+template <class A>
+class Stream {
+ public:
+  explicit Stream(const PackedDims& maps) {
+    int64_t capacity = 0;
+    for (int i = 0; i < maps.n; ++i) {
+      const UnitSize unit = unit_size(maps, i);
+      const Box at{i, 0, 0, unit.slabs, 0, unit.rows, maps.dims[i], 0, 0};
+      capacity = std::max(capacity, (unit.slabs + 2) * (at.slab_pitch() + at.pitch()) + lead(at) + tail(at) + kLanes);
+    }
+    data_.resize(capacity);
+  }
+
+  // The first element of the box.
+  A* begin(const Box& at) { return data_.data() + lead(at) + at.slab_pitch() + (at.whole() ? 0 : at.pitch()); }
+
+  // Fills the stream with value(offset in the packed clip, lanes); `elements` of what it loads from follow the clip.
+  template <class Value>
+  void fill(const PackedDims& maps, const Box& at, int64_t elements, Value&& value) {
+    const int64_t length = at.length(), pitch = at.pitch(), end = maps.packed() + elements;
+    const int64_t above = at.whole() ? 0 : -1, first = std::max(above, -at.d1),
+                  last = std::min(at.rows + 1, at.dims[1] - at.d1);
+    A* to = zeros(data_.data(), lead(at));
+    for (int64_t s = -1; s <= at.slabs; ++s) {
+      if (at.d0 + s < 0 || at.d0 + s >= at.dims[0]) {
+        to = zeros(to, at.slab_pitch());
+        continue;
+      }
+      to = zeros(to, (first - above) * pitch);
+      const int64_t from = at.start() + s * at.plane() + first * length;
+      for_rows(last - first, length, end - from, [&](int64_t r, int64_t i, auto lanes) {
+        const Vec<A> v = value(from + r * length + i, lanes);
+        store(to + r * pitch + i, length < kLanes ? keep<A>(v, static_cast<int>(length)) : v);
+        to[r * pitch + length] = A(0);
+      });
+      to = zeros(to + (last - first) * pitch, (at.rows + 1 - last) * pitch);
+    }
+    zeros(to, tail(at));
+  }
+
+ private:
+  static int64_t lead(const Box& at) { return at.pitch() + kLanes; }
+  static int64_t tail(const Box& at) { return 2 * at.pitch() + (kBlocks + 2) * kLanes; }
+  static A* zeros(A* to, int64_t n) {  // by whole vectors: what follows is written later
+    for (int64_t i = 0; i < n; i += kLanes) store(to + i, Vec<A>{});
+    return to + n;
+  }
+
+  std::vector<A> data_;
+};
+
+// What of a stream belongs to the box, to the packed clip.
+template <class A>
+void unpad(const Box& at, const A* stream, A* clip) {
+  const int64_t length = at.length(), rows = at.rows, slabs = at.slabs, pitch = at.pitch(), slab = at.slab_pitch();
+  for (int64_t s = 0; s < slabs; ++s) {
+    const A* from = stream + s * slab;
+    A* out = clip + at.start() + s * at.plane();
+    for_rows(rows, length, rows * length,
+             [&](int64_t r, int64_t i, auto lanes) { store(out + r * length + i, load(from + r * pitch + i), lanes); });
   }
 }
 
-// The taps that stay inside the map along one axis: the source index is d + k - 1.
-struct Taps {
-  int first, last;
-  Taps(int64_t d, int64_t size) : first(d == 0), last(d + 1 < size ? 3 : 2) {}
-};
-
-// A row of a source that contributes to a row of the result, and its three weights.
+// A neighbour of an element, and the three weights of its row.
 template <class A>
 struct Tap {
   const A *source, *weight;
 };
 
-// S_k of kBlocks vectors of a row: the sum over taps of weight[k] * source[at]. Every load is shared by three products.
-template <class A, int kBlocks, class Lanes>
-AIA_INLINE void sum_taps(const Tap<A>* tap, const Tap<A>* last, int64_t at, Lanes lanes, Vec<A> (&sums)[3][kBlocks]) {
-  for (; tap < last; ++tap) {
+// S_k of kBlocks vectors of the stream: the sum over taps of weight[k] * source[at].
+template <class A>
+AIA_INLINE void sum_taps(const Tap<A>* tap, int count, int64_t at, Vec<A> (&sums)[3][kBlocks]) {
+  for (const Tap<A>* last = tap + count; tap < last; ++tap) {
     const Vec<A> w[3] = {splat(tap->weight[0]), splat(tap->weight[1]), splat(tap->weight[2])};
     for (int j = 0; j < kBlocks; ++j) {
-      const Vec<A> value = in_register<A>(load(tap->source + at + j * kLanes, lanes));
+      const Vec<A> value = in_register<A>(load(tap->source + at + j * kLanes));
       for (int k = 0; k < 3; ++k) sums[k][j] += value * w[k];
     }
   }
 }
 
-// out[d1][c] = sum over sources i and taps of weight[i][k0][k1][k2] * source(i, k0)[d1 + k1 - 1][c + k2 - 1], with
-// source(i, k0) the slab before (k0 = 0), this one or the next, its rows `pitch` apart.
-template <class A, class Source>
-void correlate(const Slab& slab, int sources, const A* weight, Source&& source, int64_t pitch, A* out) {
-  const int64_t length = slab.length();
-  const Taps t0(slab.d0, slab.dims[0]);
-  Tap<A> taps[18];  // by k1, then by slab, as the first row sees them: the first and last rows leave out one k1
+// out[i] = sum over sources and taps of weight[source][k0][k1][k2] * source[i + k0 - 1 slabs + k1 - 1 rows + k2 - 1].
+template <class A>
+void correlate(const Box& at, std::initializer_list<const A*> sources, const A* weight, A* out) {
+  Tap<A> taps[18];
   int count = 0;
-  for (int k1 = 0; k1 < 3; ++k1)
-    for (int i = 0; i < sources; ++i)
-      for (int k0 = t0.first; k0 < t0.last; ++k0)
-        taps[count++] = {source(i, k0) + (k1 - 1) * pitch, weight + ((i * 3 + k0) * 3 + k1) * 3};
-  for (int64_t d1 = 0; d1 < slab.rows(); ++d1, out += length) {
-    const Taps t1(d1, slab.rows());
-    const Tap<A>*first = taps + t1.first * (count / 3), *last = taps + t1.last * (count / 3);
-    // A vector is finished when its right neighbour is known: what it lacks till then, and what its neighbour needs.
-    Vec<A> unfinished{}, s0{}, s2{};
-    int64_t c = 0;
-    const auto advance = [&](auto blocks, auto lanes) {
-      constexpr int kBlocks = blocks;
-      Vec<A> sums[3][kBlocks] = {};
-      sum_taps<A, kBlocks>(first, last, d1 * pitch + c, lanes, sums);
-      for (int j = 0; j < kBlocks; ++j, c += kLanes) {
-        if (c) store(out + c - kLanes, unfinished + shift_down<A>(s2, sums[2][j]));
-        unfinished = shift_up<A>(s0, sums[0][j]) + sums[1][j];
-        s0 = sums[0][j], s2 = sums[2][j];
-      }
-    };
-    constexpr std::integral_constant<int, kLanes> full;
-    while (c + 4 * kLanes <= length) advance(std::integral_constant<int, 4>{}, full);
-    while (c + kLanes <= length) advance(std::integral_constant<int, 1>{}, full);
-    if (c < length) advance(std::integral_constant<int, 1>{}, static_cast<int>(length - c));
-    c -= kLanes;
-    store(out + c, unfinished + shift_down<A>(s2, Vec<A>{}), static_cast<int>(length - c));
+  for (const A* source : sources)
+    for (int64_t k0 = -1; k0 <= 1; ++k0)
+      for (int64_t k1 = -1; k1 <= 1; ++k1, ++count)
+        taps[count] = {source + k0 * at.slab_pitch() + k1 * at.pitch(), weight + 3 * count};
+  // A vector is finished when its right neighbour is known: what it lacks till then, and what its neighbour needs.
+  Vec<A> unfinished{}, s0{}, s2{};
+  const int64_t n = at.slabs * at.slab_pitch();
+  for (int64_t i = 0; i < n + kLanes; i += kBlocks * kLanes) {
+    Vec<A> sums[3][kBlocks] = {};
+    sum_taps<A>(taps, count, i, sums);
+    for (int j = 0; j < kBlocks; ++j) {
+      store(out + i + (j - 1) * kLanes, unfinished + shift_down<A>(s2, sums[2][j]));
+      unfinished = shift_up<A>(s0, sums[0][j]) + sums[1][j];
+      s0 = sums[0][j], s2 = sums[2][j];
+    }
   }
-}
-
-inline int64_t longest_row(const PackedDims& maps) {
-  int64_t longest = 0;
-  for (int i = 0; i < maps.n; ++i) longest = std::max(longest, maps.dims[i][2]);
-  return longest;
 }
 
 template <class A>
@@ -142,107 +215,91 @@ AIA_INLINE A sum_over(int64_t n, Value&& value) {
   return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Slabs of dz, each row with zeros on both sides, where the transposes of the convolution read it shifted. The three
-// last ones are kept: a slab needs its neighbours, which are those of the next slab too.
+// out[k1][k2] = sum over the box of features[i + k1 - 1 rows] * dz[i - k2 + 1], the products of the weight's taps in
+// one plane. Both are streams, so the products to the left and right of a row are zero.
 template <class A>
-class FramedSlabs {
- public:
-  explicit FramedSlabs(const PackedDims& maps) {
-    for (int i = 0; i < maps.n; ++i)
-      capacity_ = std::max(capacity_, maps.dims[i][1] * pitch_of(maps.dims[i][2]) + kLanes);
-    data_.resize(3 * capacity_);
-  }
-
-  static int64_t pitch_of(int64_t length) { return (length + 2 * kLanes - 1) / kLanes * kLanes; }
-
-  // The rows of slab `index` among all, filled by fill(row, d1) where they are not there yet.
-  template <class Fill>
-  const A* rows(int64_t index, int64_t rows, int64_t length, Fill&& fill) {
-    A* slab = data_.data() + index % 3 * capacity_ + kLanes;
-    if (held_[index % 3] != index) {
-      held_[index % 3] = index;
-      store(slab - kLanes, Vec<A>{});
-      for (int64_t d1 = 0; d1 < rows; ++d1) {
-        A* row = slab + d1 * pitch_of(length);
-        store(row + pitch_of(length) - kLanes, Vec<A>{});
-        fill(row, d1);
-        std::fill(row + length, row + pitch_of(length), A(0));
+void weight_taps(const Box& at, const A* features, const A* dz, double* out) {
+  const int64_t pitch = at.pitch(), slab = at.slab_pitch(), slabs = at.slabs, n = at.rows * pitch;
+  Vec<A> sums[3][3] = {};
+  for (int64_t s = 0; s < slabs; ++s, features += slab, dz += slab)
+    for_vectors(n, [&](int64_t i, auto lanes) {
+      const Vec<A> near[3] = {in_register<A>(load(dz + i + 1)), in_register<A>(load(dz + i)),
+                              in_register<A>(load(dz + i - 1))};
+      for (int k1 = 0; k1 < 3; ++k1) {
+        const Vec<A> value = in_register<A>(keep<A>(load(features + i + (k1 - 1) * pitch), lanes));
+        for (int k2 = 0; k2 < 3; ++k2) sums[k1][k2] += value * near[k2];
       }
-    }
-    return slab;
+    });
+  for (int k = 0; k < 9; ++k) out[k] = sum_lanes<A>(sums[k / 3][k % 3]);
+}
+
+// Both features of a box, as streams.
+template <class A>
+struct Features {
+  Stream<A> maximum, mean;
+
+  explicit Features(const PackedDims& maps) : maximum(maps), mean(maps) {}
+  void fill(const PackedDims& maps, const Box& at, const A* pooled) {
+    const int64_t packed = maps.packed(), clips = (maps.B - at.b - 1) * 2 * packed;
+    const A* clip = pooled + at.b * 2 * packed;
+    const auto load_from = [ahead = at.ahead()](const A* feature) {
+      return [=](int64_t i, auto n) { return load_ahead(feature + i, ahead, n); };
+    };
+    maximum.fill(maps, at, clips + packed, load_from(clip));
+    mean.fill(maps, at, clips, load_from(clip + packed));
+  }
+};
+
+// z = conv(pooled), box by box, to the packed clip.
+template <class A>
+class Convolution {
+ public:
+  explicit Convolution(const PackedDims& maps) : features_(maps), result_(maps) {}
+
+  void operator()(const PackedDims& maps, const Box& at, const A* pooled, const A* weight, A* clip) {
+    features_.fill(maps, at, pooled);
+    A* stream = result_.begin(at);
+    correlate<A>(at, {features_.maximum.begin(at), features_.mean.begin(at)}, weight + at.map * 54, stream);
+    unpad(at, stream, clip);
   }
 
  private:
-  int64_t capacity_ = 0, held_[3] = {-1, -1, -1};
-  std::vector<A> data_;
+  Features<A> features_;
+  Stream<A> result_;
 };
 
-// out[i][k1][k2] = sum over d, c of features[i][d + k1 - 1][c] * dz[d][c - k2 + 1], the products of the weight's taps
-// in one plane. Outside the slab features are zero, above and below, and dz is, to the left and right.
+// The gates of a box; they may overwrite z.
 template <class A>
-void weight_taps(const A* const (&features)[2], const A* zeros, const A* dz, int64_t rows, int64_t length,
-                 double* out) {
-  Vec<A> sums[2][3][3] = {};
-  for (int64_t d = 0; d < rows; ++d, dz += FramedSlabs<A>::pitch_of(length)) {
-    const A* feature[2][3];
-    for (int i = 0; i < 2; ++i)
-      for (int k = 0; k < 3; ++k)
-        feature[i][k] = d + k >= 1 && d + k <= rows ? features[i] + (d + k - 1) * length : zeros;
-    for_vectors(length, [&](int64_t c, auto lanes) {
-      const Vec<A> near[3] = {in_register<A>(load(dz + c + 1)), in_register<A>(load(dz + c)),
-                              in_register<A>(load(dz + c - 1))};
-      for (int i = 0; i < 2; ++i)
-        for (int k1 = 0; k1 < 3; ++k1) {
-          const Vec<A> value = in_register<A>(load(feature[i][k1] + c, lanes));
-          for (int k2 = 0; k2 < 3; ++k2) sums[i][k1][k2] += value * near[k2];
-        }
+void activate_box(const Norm<A>& bn, const Box& at, const A* z, A* gate) {
+  for_pieces(at, [&](int64_t start, int64_t n) {
+    for_vectors(n, [&](int64_t i, auto lanes) {
+      store(gate + start + i, bn.gate(bn.normalized(load(z + start + i, lanes))), lanes);
     });
-  }
-  for (int i = 0; i < 2; ++i)
-    for (int k = 0; k < 9; ++k) out[i * 27 + k] = sum_lanes<A>(sums[i][k / 3][k % 3]);
-}
-
-template <class A>
-AIA_INLINE Vec<A> keep(Vec<A> v, std::integral_constant<int, kLanes>) {
-  return v;
-}
-template <class A>
-AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
-  return iota<A>() < splat_index<A>(lanes) ? v : Vec<A>{};
-}
-
-// z = conv(pooled) of one slab.
-template <class A>
-void convolve(const PackedDims& maps, const Slab& slab, const A* pooled, const A* weight, A* z) {
-  const int64_t length = slab.length(), plane = slab.rows() * length;
-  const A* maximum = pooled + slab.b * 2 * maps.packed() + slab.start();
-  correlate(
-      slab, 2, weight + slab.map * 54, [&](int i, int k0) { return maximum + i * maps.packed() + (k0 - 1) * plane; },
-      length, z);
-}
-
-// The gates of one slab; they may overwrite z.
-template <class A>
-void activate_slab(const Norm<A>& bn, const A* z, int64_t count, A* gate) {
-  for_vectors(count, [&](int64_t i, auto n) { store(gate + i, bn.gate(bn.normalized(load(z + i, n))), n); });
+  });
 }
 
 template <class A>
 void conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double* partial, int64_t begin, int64_t end) {
-  for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t plane = slab.rows() * slab.length();
-    A* out = z + slab.b * maps.packed() + slab.start();
-    convolve(maps, slab, pooled, weight, out);
-    const A sum = sum_over<A>(plane, [&](int64_t i, auto n) { return load(out + i, n); });
-    const A mean = sum / static_cast<A>(plane);
-    Vec<A> deviations{};  // of which the sum tells how far the rounded mean is off
-    const A squares = sum_over<A>(plane, [&](int64_t i, auto n) {
-      const Vec<A> deviation = keep<A>(load(out + i, n) - mean, n);
-      deviations += deviation;
-      return deviation * deviation;
+  Convolution<A> convolve(maps);
+  for_each_box(maps, begin, end, [&](const Box& at) {
+    A* clip = z + at.b * maps.packed();
+    convolve(maps, at, pooled, weight, clip);
+    A sum = 0;
+    for_pieces(at, [&](int64_t start, int64_t size) {
+      sum += sum_over<A>(size, [&](int64_t i, auto n) { return load(clip + start + i, n); });
     });
-    const double count = static_cast<double>(plane), off = sum_lanes<A>(deviations) / count;
-    double* moments = partial + slab.index * kMomentPartials;
+    const A mean = sum / static_cast<A>(at.size());
+    Vec<A> deviations{};  // of which the sum tells how far the rounded mean is off
+    A squares = 0;
+    for_pieces(at, [&](int64_t start, int64_t size) {
+      squares += sum_over<A>(size, [&](int64_t i, auto n) {
+        const Vec<A> deviation = keep<A>(load(clip + start + i, n) - mean, n);
+        deviations += deviation;
+        return deviation * deviation;
+      });
+    });
+    const double count = static_cast<double>(at.size()), off = sum_lanes<A>(deviations) / count;
+    double* moments = partial + at.index * kMomentPartials;
     moments[0] = count, moments[1] = mean + off, moments[2] = squares - off * off * count;
   });
 }
@@ -250,35 +307,38 @@ void conv(const PackedDims& maps, const A* pooled, const A* weight, A* z, double
 template <class A>
 void conv_activate(const PackedDims& maps, const A* pooled, const A* weight, const A* norm, A* z, A* gate,
                    int64_t begin, int64_t end) {
-  for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t start = slab.b * maps.packed() + slab.start(), plane = slab.rows() * slab.length();
-    convolve(maps, slab, pooled, weight, z + start);
-    activate_slab(Norm<A>(norm + slab.map * 4), z + start, plane, gate + start);
+  Convolution<A> convolve(maps);
+  for_each_box(maps, begin, end, [&](const Box& at) {
+    const int64_t clip = at.b * maps.packed();
+    convolve(maps, at, pooled, weight, z + clip);
+    activate_box(Norm<A>(norm + at.map * 4), at, z + clip, gate + clip);
   });
 }
 
 template <class A>
 void activate(const PackedDims& maps, const A* z, const A* norm, A* gate, int64_t begin, int64_t end) {
-  for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t start = slab.b * maps.packed() + slab.start();
-    activate_slab(Norm<A>(norm + slab.map * 4), z + start, slab.rows() * slab.length(), gate + start);
+  for_each_box(maps, begin, end, [&](const Box& at) {
+    const int64_t clip = at.b * maps.packed();
+    activate_box(Norm<A>(norm + at.map * 4), at, z + clip, gate + clip);
   });
 }
 
 template <class A>
 void backward_reduce(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, double* partial,
                      int64_t begin, int64_t end) {
-  for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t start = slab.b * maps.packed() + slab.start();
-    const Norm<A> bn(norm + slab.map * 4);
+  for_each_box(maps, begin, end, [&](const Box& at) {
+    const A *clip_z = z + at.b * maps.packed(), *clip_grad = grad_gate + at.b * maps.packed();
+    const Norm<A> bn(norm + at.map * 4);
     Vec<A> sum{}, sum_normalized{};
-    for_vectors(slab.rows() * slab.length(), [&](int64_t i, auto n) {
-      const Vec<A> normalized = bn.normalized(load(z + start + i, n));
-      const Vec<A> du = keep<A>(bn.through_gate(load(grad_gate + start + i, n), normalized), n);
-      sum += du;
-      sum_normalized += du * normalized;
+    for_pieces(at, [&](int64_t start, int64_t size) {
+      for_vectors(size, [&](int64_t i, auto n) {
+        const Vec<A> normalized = bn.normalized(load(clip_z + start + i, n));
+        const Vec<A> du = keep<A>(bn.through_gate(load(clip_grad + start + i, n), normalized), n);
+        sum += du;
+        sum_normalized += du * normalized;
+      });
     });
-    double* sums = partial + slab.index * kNormPartials;
+    double* sums = partial + at.index * kNormPartials;
     sums[0] = sum_lanes<A>(sum), sums[1] = sum_lanes<A>(sum_normalized);
   });
 }
@@ -287,39 +347,30 @@ template <class A>
 void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, const A* correction,
               const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin, int64_t end) {
   const int64_t packed = maps.packed();
-  FramedSlabs<A> framed(maps);
-  const std::vector<A> zeros(longest_row(maps), A(0));
-  for_each_slab(maps, begin, end, [&](const Slab& slab) {
-    const int64_t length = slab.length(), plane = slab.rows() * length;
-    const Norm<A> bn(norm + slab.map * 4);
+  Stream<A> dz(maps), result(maps);
+  Features<A> features(maps);
+  for_each_box(maps, begin, end, [&](const Box& at) {
+    const Norm<A> bn(norm + at.map * 4);
     const A scale = bn.weight * bn.rstd;
-    const A mean_du = correction[slab.map * 2], mean_du_normalized = correction[slab.map * 2 + 1];
+    const A mean_du = correction[at.map * 2], mean_du_normalized = correction[at.map * 2 + 1];
     const bool corrected = mean_du_normalized != A(0);  // else an infinite z would make a NaN of the zero
-    const Taps t0(slab.d0, slab.dims[0]);
-    const A* dz[3] = {};  // of the slab before, this one and the next
-    for (int k0 = t0.first; k0 < t0.last; ++k0) {
-      const int64_t start = slab.b * packed + slab.start() + (k0 - 1) * plane;
-      dz[k0] = framed.rows(slab.index + k0 - 1, slab.rows(), length, [&](A* row, int64_t d1) {
-        const int64_t first = start + d1 * length;
-        for_vectors(length, [&](int64_t i, auto n) {
-          const Vec<A> normalized = bn.normalized(load(z + first + i, n));
-          const Vec<A> du = bn.through_gate(load(grad_gate + first + i, n), normalized);
-          store(row + i, (du - mean_du - (corrected ? normalized * mean_du_normalized : Vec<A>{})) * scale, n);
-        });
-      });
-    }
+    const A *clip_z = z + at.b * packed, *clip_grad = grad_gate + at.b * packed;
+    dz.fill(maps, at, (maps.B - at.b - 1) * packed, [&](int64_t i, auto n) {
+      const Vec<A> normalized = bn.normalized(load_ahead(clip_z + i, at.ahead(), n));
+      const Vec<A> du = bn.through_gate(load_ahead(clip_grad + i, at.ahead(), n), normalized);
+      return (du - mean_du - (corrected ? normalized * mean_du_normalized : Vec<A>{})) * scale;
+    });
     for (int i = 0; i < 2; ++i) {
       A mirrored[27];
-      for (int k = 0; k < 27; ++k) mirrored[k] = weight[slab.map * 54 + i * 27 + 26 - k];
-      correlate(
-          slab, 1, mirrored, [&](int, int k0) { return dz[k0]; }, FramedSlabs<A>::pitch_of(length),
-          grad_pooled + (slab.b * 2 + i) * packed + slab.start());
+      for (int k = 0; k < 27; ++k) mirrored[k] = weight[at.map * 54 + i * 27 + 26 - k];
+      correlate<A>(at, {dz.begin(at)}, mirrored, result.begin(at));
+      unpad(at, result.begin(at), grad_pooled + (at.b * 2 + i) * packed);
     }
-    double* grad_weight = partial + slab.index * kWeightPartials;
-    std::fill_n(grad_weight, kWeightPartials, 0.0);
-    for (int k0 = t0.first; k0 < t0.last; ++k0) {
-      const A* maximum = pooled + slab.b * 2 * packed + slab.start() + (k0 - 1) * plane;
-      weight_taps({maximum, maximum + packed}, zeros.data(), dz[1], slab.rows(), length, grad_weight + k0 * 9);
+    features.fill(maps, at, pooled);
+    double* grad_weight = partial + at.index * kWeightPartials;
+    for (int k = 0; k < 6; ++k) {
+      Stream<A>& of = k < 3 ? features.maximum : features.mean;
+      weight_taps(at, of.begin(at) + (k % 3 - 1) * at.slab_pitch(), dz.begin(at), grad_weight + k * 9);
     }
   });
 }

@@ -58,9 +58,13 @@ struct f16 {
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+template <class A, int... lane>
+AIA_INLINE Vec<A> splat_of(A value, std::integer_sequence<int, lane...>) {
+  return Vec<A>{(static_cast<void>(lane), value)...};  // 0 + value would be an addition, for the sake of -0
+}
 template <class A>
 AIA_INLINE Vec<A> splat(A value) {
-  return Vec<A>{} + value;
+  return splat_of<A>(value, AllLanes{});
 }
 
 template <class A>
@@ -190,7 +194,25 @@ AIA_INLINE __m256i first_lanes(int n) { return bit_cast<__m256i>(iota<float>() <
 }  // namespace detail
 #endif
 
-// The first n lanes; the others load as zero and are not stored. A full count takes the direct path.
+// The first n lanes; the others load as zero and are not stored. A full count takes the direct path, the rest is not
+// inlined: it is met at the end of a piece of memory, and compiled many times over.
+namespace detail {
+
+template <class T>
+__attribute__((noinline)) Vec<Accumulate<T>> load_part(const T* p, int n) {
+  T part[kLanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+template <class T>
+__attribute__((noinline)) void store_part(T* p, Vec<Accumulate<T>> v, int n) {
+  T part[kLanes];
+  store(part, v);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+
+}  // namespace detail
+
 template <class T>
 AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
   if (n >= kLanes) return load(p);
@@ -198,20 +220,12 @@ AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
   if constexpr (std::is_same_v<T, float>)
     return detail::bit_cast<Vec<float>>(_mm256_maskload_ps(p, detail::first_lanes(n)));
 #endif
-  T part[kLanes] = {};
-  for (int i = 0; i < n; ++i) part[i] = p[i];
-  return load(part);
+  return detail::load_part(p, n);
 }
 template <class T>
 AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, int n) {
   if (n >= kLanes) return store(p, v);
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>)
-    return _mm256_maskstore_ps(p, detail::first_lanes(n), detail::bit_cast<__m256>(v));
-#endif
-  T part[kLanes];
-  store(part, v);
-  for (int i = 0; i < n; ++i) p[i] = part[i];
+  detail::store_part(p, v, n);
 }
 
 // The value, loaded once: GCC would rather load it again for every product that takes it.
@@ -221,6 +235,12 @@ AIA_INLINE Vec<A> in_register(Vec<A> v) {
   if constexpr (sizeof(A) == 4) {
     __m512 wide = detail::bit_cast<__m512>(v);
     asm("" : "+v"(wide));
+    return detail::bit_cast<Vec<A>>(wide);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+    __m256 wide = detail::bit_cast<__m256>(v);
+    asm("" : "+x"(wide));
     return detail::bit_cast<Vec<A>>(wide);
   }
 #endif
@@ -236,14 +256,25 @@ AIA_INLINE void with_lanes(int lanes, Body&& body) {
     body(lanes);
 }
 
+namespace detail {
+
+template <class A, class Index>
+__attribute__((noinline)) IVec<A> load_index_part(const Index* p, int n) {
+  IVec<A> wide{};
+  for (int i = 0; i < n; ++i) wide[i] = p[i];
+  return wide;
+}
+template <class A, class Index>
+__attribute__((noinline)) void store_index_part(Index* p, IVec<A> index, int n) {
+  for (int i = 0; i < n; ++i) p[i] = static_cast<Index>(index[i]);
+}
+
+}  // namespace detail
+
 // Indices of the smallest type make up nearly all there are; for them compilers need help to find the one instruction.
 template <class A, class Index>
 AIA_INLINE IVec<A> load_index(const Index* p, int n) {
-  Index part[kLanes] = {};
-  if (n < kLanes) {
-    for (int i = 0; i < n; ++i) part[i] = p[i];
-    p = part;
-  }
+  if (n < kLanes) return detail::load_index_part<A>(p, n);
 #if defined(__AVX512F__)
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
     return detail::bit_cast<IVec<A>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -258,9 +289,22 @@ AIA_INLINE IVec<A> load_index(const Index* p, int n) {
     return detail::bit_cast<IVec<A>>(_mm_unpacklo_epi16(words, __m128i{}));
   }
 #endif
-  IVec<A> wide;
-  for (int i = 0; i < kLanes; ++i) wide[i] = p[i];
-  return wide;
+  return detail::load_index_part<A>(p, kLanes);
+}
+namespace detail {
+
+template <class A>
+__attribute__((noinline)) IVec<A> load_wide_index(const char* p, int bytes, int n) {
+  if (bytes == 2) return load_index<A>(reinterpret_cast<const int16_t*>(p), n);
+  return load_index<A>(reinterpret_cast<const int32_t*>(p), n);
+}
+
+}  // namespace detail
+
+// Indices of so many bytes each.
+template <class A, class Lanes>
+AIA_INLINE IVec<A> load_index(const char* p, int bytes, Lanes n) {
+  return bytes == 1 ? load_index<A>(reinterpret_cast<const uint8_t*>(p), n) : detail::load_wide_index<A>(p, bytes, n);
 }
 template <class A, class Index>
 AIA_INLINE void store_index(Index* p, IVec<A> index, int n) {
@@ -285,7 +329,7 @@ AIA_INLINE void store_index(Index* p, IVec<A> index, int n) {
     }
   }
 #endif
-  for (int i = 0; i < n; ++i) p[i] = static_cast<Index>(index[i]);
+  detail::store_index_part<A>(p, index, n);
 }
 
 // Running maximum with the semantics of torch.max(dim): the first index wins ties, the first NaN wins over all.

@@ -29,70 +29,85 @@ struct Volume {
   int64_t map_h() const { return T * W * C; }
   int64_t map_w() const { return T * H * C; }
   // M, the elements per clip of the packed maps of a context. Spacetime maps are stored [H, W, C], [T, W, C] and
-  // [T, H, C] whatever the order of x: their lanes are channels.
+  // [T, H, C] where channels lie side by side, else [C, H, W], [T, C, W] and [T, C, H].
   int64_t packed(int context) const {
     return context == kChannel ? T * H * W : context == kSpacetime ? map_t() + map_h() + map_w() : 0;
   }
 };
 
-// Units of the passes that walk a map slab by slab: one slab of the outermost axis of one map of one clip.
-inline int64_t slabs(const PackedDims& maps) {
+// Units of the gate passes, of one map of one clip: whole slabs of the outermost axis or, where slabs are large, rows
+// of a few of them, of about so many elements. A unit meets its neighbours too, so it is no thin slice.
+constexpr int64_t kBoxElements = 8192, kBoxSlabs = 8;
+struct UnitSize {
+  int64_t slabs, rows;
+};
+inline UnitSize unit_size(const PackedDims& maps, int map) {
+  const int64_t* dims = maps.dims[map];
+  const int64_t slabs = std::min(dims[0], std::max(kBoxSlabs, kBoxElements / (dims[1] * dims[2])));
+  return {slabs, std::clamp<int64_t>(kBoxElements / (slabs * dims[2]), std::min<int64_t>(dims[1], 8), dims[1])};
+}
+inline int64_t map_units(const PackedDims& maps, int map) {  // of one clip
+  const UnitSize unit = unit_size(maps, map);
+  return (maps.dims[map][0] + unit.slabs - 1) / unit.slabs * ((maps.dims[map][1] + unit.rows - 1) / unit.rows);
+}
+inline int64_t gate_units(const PackedDims& maps) {
   int64_t sum = 0;
-  for (int i = 0; i < maps.n; ++i) sum += maps.B * maps.dims[i][0];
+  for (int i = 0; i < maps.n; ++i) sum += maps.B * map_units(maps, i);
   return sum;
 }
 
 constexpr int kScalars = 4;
-// Elements of a tile: two buffers of 16 KiB of floats stay in the L1 cache. A reduction has accumulators three times as
-// large besides, so its tiles are half as large.
+
+// Where channels lie side by side, lanes are channels; elsewhere the positions of a plane do, and lanes are positions.
+inline bool channels_side_by_side(const Volume& x) { return x.stride_p != 1; }
+inline int64_t channel_blocks(const Volume& x) { return (x.C + x.lanes - 1) / x.lanes; }
+
+// Elements of a tile of channels: two buffers of 16 KiB of floats stay in the L1 cache. A reduction has accumulators
+// three times as large besides, so its tiles are half as large.
 constexpr int64_t kTileElements = 4096, kReductionElements = 2048;
 inline int64_t tile_vectors(const Volume& x) { return kTileElements / x.lanes; }
 inline int64_t reduction_vectors(const Volume& x) { return kReductionElements / x.lanes; }
 
-// Rows of a plane in one tile of so many positions, and blocks of lanes along the channels of x.
+// Rows of a plane in one tile of so many positions.
 inline int64_t tile_rows(const Volume& x, int64_t positions) {
   const int64_t rows = std::clamp<int64_t>(positions / x.W, 1, x.H);
   return rows < x.H && rows > 4 ? rows / 4 * 4 : rows;  // the reductions walk four rows side by side
 }
-inline int64_t channel_blocks(const Volume& x) { return (x.C + x.lanes - 1) / x.lanes; }
 
-// Channels whose spacetime maps share cache lines: the elementwise passes meet them frame by frame.
-constexpr int64_t kLineChannels = 16;
-inline int64_t line_groups(const Volume& x) { return (x.C + kLineChannels - 1) / kLineChannels; }
+// A tile takes as many blocks of channels as it can: memory is met in order, in long pieces. A reduction over space and
+// time has an accumulator for each, and takes x.blocks.
+inline int64_t tile_blocks(const Volume& x) { return std::clamp<int64_t>(tile_vectors(x) / x.W, 1, channel_blocks(x)); }
 
-// Where channels lie side by side, a tile takes as many blocks of them as it can: memory is met in order, in long
-// pieces. A reduction over space and time has an accumulator for each, and takes x.blocks.
-inline bool channels_side_by_side(const Volume& x) { return x.stride_c == 1 && x.C > 1; }
-inline int64_t tile_blocks(const Volume& x) {
-  return channels_side_by_side(x) ? std::clamp<int64_t>(tile_vectors(x) / x.W, 1, channel_blocks(x)) : 1;
+// A tile of planes: rows of one plane, or whole planes of some channels, of about so many elements. Elementwise passes
+// share the channel maps of its rows between at least so many channels.
+constexpr int64_t kPlaneElements = 2048, kGroupChannels = 16;
+inline int64_t plane_rows(const Volume& x) { return std::clamp<int64_t>(kPlaneElements / x.W, 1, x.H); }
+inline int64_t plane_channels(const Volume& x) { return std::clamp<int64_t>(kPlaneElements / (x.H * x.W), 1, x.C); }
+inline int64_t group_channels(const Volume& x) {
+  return (kGroupChannels + plane_channels(x) - 1) / plane_channels(x) * plane_channels(x);
 }
 
-// Whether a pass that meets maps of contexts up to `highest` runs its lanes along positions instead of channels: it
-// meets no spacetime map, and the positions lie adjacent in planes of at least a vector.
-inline bool lanes_along_positions(const Volume& x, int highest) {
-  return highest <= kChannel && x.stride_c != 1 && x.H * x.W >= x.lanes;
-}
-
-// Rows of a frame in one unit of a pass that meets all its channels. Along positions each channel is one run:
-// the hardware prefetches long runs better, and the accumulators of a run stay in the L1 cache.
+// Rows of a frame in one unit of a pass that meets all its channels. Of planes: the accumulators of a run stay in the
+// L1 cache.
 constexpr int64_t kRunPositions = 1024;
-inline int64_t unit_rows(const Volume& x, int highest) {
-  if (lanes_along_positions(x, highest)) return std::clamp<int64_t>(kRunPositions / x.W, 1, x.H);
-  return tile_rows(x, channels_side_by_side(x) ? tile_vectors(x) / tile_blocks(x) : reduction_vectors(x));
+inline int64_t unit_rows(const Volume& x) {
+  if (channels_side_by_side(x)) return tile_rows(x, tile_vectors(x) / tile_blocks(x));
+  return std::clamp<int64_t>(kRunPositions / x.W, 1, x.H);
 }
-inline int64_t row_units(const Volume& x, int highest) {
-  return x.B * x.T * ((x.H + unit_rows(x, highest) - 1) / unit_rows(x, highest));
-}
+inline int64_t row_units(const Volume& x) { return x.B * x.T * ((x.H + unit_rows(x) - 1) / unit_rows(x)); }
 
-// Units of a pass over x that meets maps of contexts up to `highest`. Where it reduces over channels: rows of every
-// frame. Over space and time: x.blocks blocks of channels of every clip. Elementwise: rows of every frame where
-// channels lie side by side, blocks of channels of every frame with lanes along positions, else groups of every clip.
-inline int64_t reduction_units(const Volume& x, int context, int highest) {
-  return context == kChannel ? row_units(x, highest) : x.B * ((channel_blocks(x) + x.blocks - 1) / x.blocks);
+// Units of a reduction. Over channels: rows of every frame. Over space and time: the channels of a tile, of every clip.
+inline int64_t reduction_units(const Volume& x, int context) {
+  if (context == kChannel) return row_units(x);
+  const int64_t channels = channels_side_by_side(x) ? x.blocks * x.lanes : plane_channels(x);
+  return x.B * ((x.C + channels - 1) / channels);
 }
+// Units of an elementwise pass that meets maps of contexts up to `highest`: rows of every frame where channels lie side
+// by side, else groups of channels of every frame or, as frames share the T maps, of every clip.
+inline int64_t unit_frames(const Volume& x, int highest) { return highest == kSpacetime ? x.T : 1; }
 inline int64_t elementwise_units(const Volume& x, int highest) {
-  if (channels_side_by_side(x)) return row_units(x, highest);
-  return lanes_along_positions(x, highest) ? x.B * x.T * channel_blocks(x) : x.B * line_groups(x);
+  if (channels_side_by_side(x)) return row_units(x);
+  return x.B * (x.T / unit_frames(x, highest)) * ((x.C + group_channels(x) - 1) / group_channels(x));
 }
 
 struct PoolPasses {
@@ -120,11 +135,11 @@ struct RecalibratePasses {
                              int64_t begin, int64_t end);
 };
 
-// Doubles of partial results per slab: count, mean and sum of squared deviations; two sums; the weight's gradient.
+// Doubles of partial results per unit: count, mean and sum of squared deviations; two sums; the weight's gradient.
 constexpr int kMomentPartials = 3, kNormPartials = 2, kWeightPartials = 54;
 
 // On n packed maps of type A, float or double: pooled and its gradient [B, 2, M], z, gate and its gradient [B, M],
-// weight [n, 54], norm [n, 4], correction [n, 2], partial [slabs, as above]. A unit is a slab.
+// weight [n, 54], norm [n, 4], correction [n, 2], partial [gate_units, as above].
 template <class A>
 struct GatePasses {
   static const GatePasses base, v3, v4;

@@ -1,13 +1,13 @@
 // Reductions of a value over x, given tile by tile, to the maps of a context.
 //
 // `fill(tile, values)` writes the value at each position and channel of a tile; `emit(clip, offset, accumulator,
-// length, lanes)` receives each finished group of elements: its offset in the packed maps of the clip and the number of
-// elements it was reduced over.
+// share, lanes)` receives each finished group of elements: its offset in the packed maps of the clip, and the share of
+// one element in the mean.
 #pragma once
 
 #include <limits>
 
-#include "rows.h"
+#include "tile.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
@@ -106,16 +106,18 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
         const int64_t c = at.c + k * kLanes;
         const int lanes = k + 1 < at.blocks ? kLanes : at.lanes;
         const auto emit_row = [&](int64_t h, const Accumulator& total) {
-          emit(at.b, x.map_t() + x.map_h() + (at.t * x.H + h) * x.C + c, total, x.W, lanes);
+          emit(at.b, x.map_t() + x.map_h() + (at.t * x.H + h) * x.C + c, total, A(1) / static_cast<A>(x.W), lanes);
         };
         int64_t r = 0;
         for (; r + kRows <= at.rows; r += kRows) reduce_rows<A, kRows>(x, at, r, v, at.blocks, acc_t, acc_h, emit_row);
         for (; r + 2 <= at.rows; r += 2) reduce_rows<A, 2>(x, at, r, v, at.blocks, acc_t, acc_h, emit_row);
         for (; r < at.rows; ++r) reduce_rows<A, 1>(x, at, r, v, at.blocks, acc_t, acc_h, emit_row);
         if (at.t == x.T - 1)
-          for (int64_t i = 0; i < at.positions(x); ++i) emit(at.b, (at.h * x.W + i) * x.C + c, acc_t[i], x.T, lanes);
+          for (int64_t i = 0; i < at.positions(x); ++i)
+            emit(at.b, (at.h * x.W + i) * x.C + c, acc_t[i], A(1) / static_cast<A>(x.T), lanes);
         if (at.h + at.rows == x.H)
-          for (int64_t i = 0; i < x.W; ++i) emit(at.b, x.map_t() + (at.t * x.W + i) * x.C + c, acc_h[i], x.H, lanes);
+          for (int64_t i = 0; i < x.W; ++i)
+            emit(at.b, x.map_t() + (at.t * x.W + i) * x.C + c, acc_h[i], A(1) / static_cast<A>(x.H), lanes);
       }
     });
   }
@@ -124,7 +126,7 @@ void reduce_spacetime(const Volume& x, int64_t begin, int64_t end, Fill&& fill, 
 // Over C: unit = a run of rows of one frame.
 template <class A, class Accumulator, class Fill, class Emit>
 void reduce_channel(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Emit&& emit) {
-  const int64_t positions = unit_rows(x, kSpacetime) * x.W, capacity = (positions + kLanes - 1) / kLanes * kLanes;
+  const int64_t positions = unit_rows(x) * x.W, capacity = (positions + kLanes - 1) / kLanes * kLanes;
   Buffer<A> values(reduction_capacity(x, kChannel));
   std::unique_ptr<Accumulator[]> over_c(new Accumulator[capacity]);
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -149,7 +151,7 @@ void reduce_channel(const Volume& x, int64_t begin, int64_t end, Fill&& fill, Em
       });
       if (at.c + at.blocks * kLanes < x.C) return;
       for (int64_t i = 0; i < n; i += kLanes)
-        emit(at.b, (at.t * x.H + at.h) * x.W + i, Accumulator::across_lanes(acc + i), x.C,
+        emit(at.b, (at.t * x.H + at.h) * x.W + i, Accumulator::across_lanes(acc + i), A(1) / static_cast<A>(x.C),
              static_cast<int>(std::min<int64_t>(kLanes, n - i)));
     });
   }
@@ -168,7 +170,7 @@ void reduce(const Volume& x, int context, int64_t begin, int64_t end, Fill&& fil
 template <class A>
 auto emit_gate(const Volume& x, int context, A* grad_gate) {
   return [&x, context, grad_gate, share = A(1) / static_cast<A>(context)](int64_t clip, int64_t offset,
-                                                                          const Sum<A>& total, int64_t, int lanes) {
+                                                                          const Sum<A>& total, A, int lanes) {
     store(grad_gate + clip * x.packed(context) + offset, total.sum * share, lanes);
   };
 }

@@ -1,9 +1,5 @@
-// Tiles of x: the positions of a few rows of one plane, a vector of channels wide or a few times that, held as
-// [positions][blocks][channels of a vector].
-//
-// Lanes are channels in every pass that meets a spacetime map. Where x is stored with its channels apart the tile is
-// one block wide and transposed on the way in and out, a few vector operations per vector; after that
-// every loop runs over whole vectors without a remainder, be the plane 56 wide or 7.
+// Tiles of x where channels lie side by side: the positions of a few rows of one frame, a vector of channels wide or a
+// few times that, held as [positions][blocks][channels of a vector]. Lanes are channels.
 #pragma once
 
 #include <algorithm>
@@ -35,10 +31,7 @@ inline Tile tile_at(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h,
 }
 
 // Vectors of the largest tile of a pass.
-inline int64_t row_capacity(const Volume& x) { return unit_rows(x, kSpacetime) * x.W * tile_blocks(x); }
-inline int64_t elementwise_capacity(const Volume& x) {
-  return channels_side_by_side(x) ? row_capacity(x) : tile_rows(x, tile_vectors(x)) * x.W;
-}
+inline int64_t row_capacity(const Volume& x) { return unit_rows(x) * x.W * tile_blocks(x); }
 inline int64_t reduction_capacity(const Volume& x, int context) {
   return context == kChannel ? row_capacity(x) : tile_rows(x, reduction_vectors(x) / x.blocks) * x.W * x.blocks;
 }
@@ -105,71 +98,22 @@ AIA_INLINE void for_each_vector(const Volume& x, const Tile& at, PerRow&& per_ro
 template <class T, class A = Accumulate<T>>
 void load_tile(const Volume& x, const Tile& at, const T* data, Vec<A>* tile) {
   const T* source = data + tile_offset(x, at);
-  const int64_t n = at.positions(x), stride_c = x.stride_c, stride_p = x.stride_p, ahead = at.ahead;
-  if (stride_c == 1) {
-    with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
-      for (int64_t i = 0; i < n; ++i)
-        for_blocks([&](int64_t k, auto lanes) {
-          const T* from = source + i * stride_p + k * kLanes;
-          __builtin_prefetch(from + ahead);
-          tile[i * blocks + k] = load(from, lanes);
-        });
-    });
-  } else if (n < kLanes) {
-    for (int64_t i = 0; i < n; ++i) {
-      T part[kLanes] = {};
-      for (int c = 0; c < at.lanes; ++c) part[c] = source[c * stride_c + i];
-      tile[i] = load(part);
-    }
-  } else {
-    // The last block overlaps the one before it, which spares a remainder loop.
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int64_t first = std::min(i, n - kLanes);
-      Vec<A> block[kLanes];
-      for (int c = 0; c < kLanes; ++c) {
-        const T* row = source + std::min(c, at.lanes - 1) * stride_c + first;
-        __builtin_prefetch(row + ahead);
-        block[c] = load(row);
-      }
-      transpose(block);
-      for (int p = 0; p < kLanes; ++p) tile[first + p] = block[p];
-    }
-  }
+  with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
+    for (int64_t i = 0; i < at.positions(x); ++i)
+      for_blocks([&](int64_t k, auto lanes) {
+        const T* from = source + i * x.C + k * kLanes;
+        __builtin_prefetch(from + at.ahead);
+        tile[i * blocks + k] = load(from, lanes);
+      });
+  });
 }
 
 template <class T, class A = Accumulate<T>>
 void store_tile(const Volume& x, const Tile& at, const Vec<A>* tile, T* data) {
   T* target = data + tile_offset(x, at);
-  const int64_t n = at.positions(x), stride_c = x.stride_c, stride_p = x.stride_p;
-  if (stride_c == 1) {
-    with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
-      for (int64_t i = 0; i < n; ++i)
-        for_blocks(
-            [&](int64_t k, auto lanes) { store(target + i * stride_p + k * kLanes, tile[i * blocks + k], lanes); });
-    });
-    return;
-  }
-  with_lanes(at.lanes, [&](auto lanes) {
-    if (n < kLanes) {
-      for (int64_t i = 0; i < n; ++i) {
-        T part[kLanes];
-        store(part, tile[i]);
-        for (int c = 0; c < lanes; ++c) target[c * stride_c + i] = part[c];
-      }
-    } else {
-      // Whole planes are contiguous. The hardware prefetches lines written in order, but not so many runs in turn.
-      T packed[kTileElements];
-      const bool whole = n == stride_c && n * kLanes <= kTileElements;
-      T* rows = whole ? packed : target;
-      for (int64_t i = 0; i < n; i += kLanes) {
-        const int64_t first = std::min(i, n - kLanes);
-        Vec<A> block[kLanes];
-        for (int p = 0; p < kLanes; ++p) block[p] = tile[first + p];
-        transpose(block);
-        for (int c = 0; c < lanes; ++c) store(rows + c * stride_c + first, block[c]);
-      }
-      if (whole) __builtin_memcpy(target, packed, lanes * n * sizeof(T));
-    }
+  with_blocks(at, [&](int64_t blocks, auto&& for_blocks) {
+    for (int64_t i = 0; i < at.positions(x); ++i)
+      for_blocks([&](int64_t k, auto lanes) { store(target + i * x.C + k * kLanes, tile[i * blocks + k], lanes); });
   });
 }
 
@@ -192,33 +136,13 @@ void for_each_tile(const Volume& x, int64_t unit, int64_t blocks, int64_t positi
 // The tiles of the unit-th run of rows of a frame (unit_rows), from the first channel to the last. Calls each(tile).
 template <class Each>
 void for_each_tile_of_rows(const Volume& x, int64_t unit, Each&& each) {
-  const int64_t rows = unit_rows(x, kSpacetime), runs = (x.H + rows - 1) / rows, blocks = tile_blocks(x);
+  const int64_t rows = unit_rows(x), runs = (x.H + rows - 1) / rows, blocks = tile_blocks(x);
   const int64_t frame = unit / runs, h = unit % runs * rows;
   for (int64_t c = 0; c < x.C; c += blocks * kLanes) {
     Tile at = tile_at(x, frame / x.T, frame % x.T, c, h, rows, blocks);
-    at.ahead = blocks * kLanes * x.stride_c;
+    at.ahead = blocks * kLanes;
     each(at);
   }
-}
-
-// The tiles of a unit of an elementwise pass (elementwise_units). Where channels lie apart: rows outermost, as above,
-// and blocks of channels that share lines of the maps innermost. Calls each(tile).
-template <class Each>
-void for_each_elementwise_tile(const Volume& x, int64_t unit, Each&& each) {
-  if (channels_side_by_side(x)) return for_each_tile_of_rows(x, unit, each);
-  const int64_t rows = tile_rows(x, tile_vectors(x)), first = unit % line_groups(x) * kLineChannels;
-  const int64_t last = std::min(x.C, first + kLineChannels);
-  for (int64_t h = 0; h < x.H; h += rows)
-    for (int64_t t = 0; t < x.T; ++t)
-      for (int64_t c = first; c < last; c += kLanes) {
-        const int64_t b = unit / line_groups(x);
-        Tile at = tile_at(x, b, t, c, h, rows, 1);
-        const Tile next = c + kLanes < last ? tile_at(x, b, t, c + kLanes, h, rows, 1)
-                          : t + 1 < x.T     ? tile_at(x, b, t + 1, first, h, rows, 1)
-                                            : tile_at(x, b, 0, first, h + rows, rows, 1);
-        at.ahead = tile_offset(x, next) - tile_offset(x, at);
-        each(at);
-      }
 }
 
 // Calls body with a value of the index type.

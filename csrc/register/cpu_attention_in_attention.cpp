@@ -45,13 +45,13 @@ using aia::Numbers;
 using aia::PackedDims;
 using aia::Unpooled;
 using aia::unpooled_of;
+using aia::cpu::gate_units;
 using aia::cpu::GatePasses;
 using aia::cpu::output_like;
 using aia::cpu::parallel;
 using aia::cpu::passes;
 using aia::cpu::PoolPasses;
 using aia::cpu::RecalibratePasses;
-using aia::cpu::slabs;
 using aia::cpu::Volume;
 using aia::cpu::volume_of;
 using aia::cpu::with_large_pages;
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<
   const auto index_bytes = static_cast<int>(argmax.element_size());
   const void* data = x.const_data_ptr();
   void *out = pooled.mutable_data_ptr(), *arg = argmax.mutable_data_ptr();
-  parallel(aia::cpu::reduction_units(v, static_cast<int>(context), inner.context), [&](int64_t begin, int64_t end) {
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(context)), [&](int64_t begin, int64_t end) {
     pass.pool(v, data, inner, static_cast<int>(context), out, arg, index_bytes, begin, end);
   });
   return {pooled, argmax};
@@ -91,7 +91,8 @@ Tensor unpool(const Tensor& grad_y, const Tensor& gate, const Tensor& grad_poole
   Tensor grad_x = output_like(grad_y);
   const void* data = grad_y.const_data_ptr();
   void* out = grad_x.mutable_data_ptr();
-  const int highest = std::max({given.outer.context, given.inner_gate.context, given.inner.context});
+  const int highest =
+      std::max({given.gate.context, given.outer.context, given.inner_gate.context, given.inner.context});
   parallel(aia::cpu::elementwise_units(v, highest), [&](int64_t begin, int64_t end) {
     pass.unpool(v, data, given.gate, given.outer, given.inner_gate, given.inner, out, begin, end);
   });
@@ -108,7 +109,7 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_pooled, const Tensor& a
   Tensor grad_gate = new_map(x, {a.B}, a, gate_context, accumulate_type(x));
   const void* data = x.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
-  parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context), from.context), [&](int64_t begin, int64_t end) {
+  parallel(aia::cpu::reduction_units(v, static_cast<int>(gate_context)), [&](int64_t begin, int64_t end) {
     pass.unpool_reduce(v, data, from, static_cast<int>(gate_context), out, begin, end);
   });
   return grad_gate;
@@ -137,7 +138,7 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
   void* out = grad_gate.mutable_data_ptr();
   const auto to = static_cast<int>(context);
-  parallel(aia::cpu::reduction_units(v, to, to),
+  parallel(aia::cpu::reduction_units(v, to),
            [&](int64_t begin, int64_t end) { pass.recalibrate_reduce(v, grad, data, to, out, begin, end); });
   return grad_gate;
 }
@@ -157,12 +158,12 @@ A* mutable_data(Tensor& t) {
   return static_cast<A*>(t.mutable_data_ptr());
 }
 
-// Calls add(map, values) for the partial results of every slab, in a fixed order.
+// Calls add(map, values) for the partial results of every unit, in a fixed order.
 template <class Add>
-void for_partials(const PackedDims& d, const std::vector<double>& partial, int per_slab, Add&& add) {
-  int64_t slab = 0;
+void for_partials(const PackedDims& d, const std::vector<double>& partial, int per_unit, Add&& add) {
+  const double* values = partial.data();
   for (int map = 0; map < d.n; ++map)
-    for (int64_t i = 0; i < d.B * d.dims[map][0]; ++i, ++slab) add(map, partial.data() + slab * per_slab);
+    for (int64_t i = 0; i < d.B * aia::cpu::map_units(d, map); ++i, values += per_unit) add(map, values);
 }
 
 // The weights of n gates, [n, 54] contiguous.
@@ -193,8 +194,8 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
     Moments total[3] = {Moments::none(), Moments::none(), Moments::none()};
     const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool used) { return used; });
     if (of_batch) {
-      std::vector<double> partial(slabs(d) * aia::cpu::kMomentPartials);
-      parallel(slabs(d), [&](int64_t begin, int64_t end) {
+      std::vector<double> partial(gate_units(d) * aia::cpu::kMomentPartials);
+      parallel(gate_units(d), [&](int64_t begin, int64_t end) {
         passes<GatePasses<A>>().conv(d, in, w.data(), out, partial.data(), begin, end);
       });
       for_partials(d, partial, aia::cpu::kMomentPartials,
@@ -203,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
     for (int i = 0; i < d.n; ++i)
       aia::finish_norm(gates[i], total[i].mean, total[i].squares / total[i].count, total[i].count, bn + 4 * i,
                        found + 3 * i);
-    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+    parallel(gate_units(d), [&](int64_t begin, int64_t end) {
       if (of_batch)
         passes<GatePasses<A>>().activate(d, out, bn, out, begin, end);
       else
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> 
     const std::vector<A> w = contiguous_weights<A>(gates, d.n);
     const A *in = data<A>(pooled), *bn = data<A>(norm);
     A *out = mutable_data<A>(gate), *before = mutable_data<A>(z);
-    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+    parallel(gate_units(d), [&](int64_t begin, int64_t end) {
       passes<GatePasses<A>>().conv_activate(d, in, w.data(), bn, before, out, begin, end);
     });
   });
@@ -235,8 +236,8 @@ std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> 
 // Gradients of the shift and the scale of each gate, [n, 2].
 template <class A>
 void sum_over_batch(const PackedDims& d, const A* grad_gate, const A* z, const A* norm, A* sums) {
-  std::vector<double> partial(slabs(d) * aia::cpu::kNormPartials);
-  parallel(slabs(d), [&](int64_t begin, int64_t end) {
+  std::vector<double> partial(gate_units(d) * aia::cpu::kNormPartials);
+  parallel(gate_units(d), [&](int64_t begin, int64_t end) {
     passes<GatePasses<A>>().backward_reduce(d, grad_gate, z, norm, partial.data(), begin, end);
   });
   double total[3][2] = {};
@@ -281,8 +282,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
     }
     const std::vector<A> w = contiguous_weights<A>(gates, d.n);
     A* out = mutable_data<A>(grad_pooled);
-    std::vector<double> partial(slabs(d) * aia::cpu::kWeightPartials);
-    parallel(slabs(d), [&](int64_t begin, int64_t end) {
+    std::vector<double> partial(gate_units(d) * aia::cpu::kWeightPartials);
+    parallel(gate_units(d), [&](int64_t begin, int64_t end) {
       passes<GatePasses<A>>().backward(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
     });
     double total[3][54] = {};

@@ -19,12 +19,14 @@ from plain_double_norm import PlainDoubleNorm
 from plain_passes import PlainPasses
 from torch import Tensor
 
+from aia_kernels import backends
 from aia_kernels.common import maps
 from aia_kernels.common.dtypes import accumulate_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CONTEXTS = (maps.CHANNEL, maps.SPACETIME)
-plain, plain_norm = PlainPasses("THWC"), PlainDoubleNorm()
+plain = PlainPasses(backends.passes("cpu", "attention_in_attention").map_order)
+plain_norm = PlainDoubleNorm()
 
 
 class Operator(NamedTuple):
@@ -118,11 +120,12 @@ def check_pool(before, after, results):
         return
     # Rounding may exchange elements whose products lie within the bound: the chosen one must lie there too.
     sums_within(pooled[:, 0], want[:, 0], magnitudes[:, 0], 1)
+    order = plain.map_order(maps.storage_order(x))
     product = x.double() * plain.field(gate.double(), x, gate_context)
     for axis, m, index in zip(
         maps.POOLED_AXES[context],
-        maps.unpack(pooled[:, 0], x.shape, context, "THWC"),
-        maps.unpack(argmax, x.shape, context, "THWC"),
+        maps.unpack(pooled[:, 0], x.shape, context, order),
+        maps.unpack(argmax, x.shape, context, order),
         strict=True,
     ):
         axes = [0, *(1 + "TCHW".index(letter) for letter in (*maps.GATE_AXES[axis], axis))]

@@ -28,7 +28,7 @@ def unit(name: str, shape: Shape, dtype=torch.float64, device="cpu", **settings)
 @pytest.fixture(params=[None, "THWC", "CTHW"], ids=lambda order: f"plain-{order or 'as-x'}")
 def plain_passes(request, monkeypatch) -> None:
     """Run the algorithm over the plain passes, in each way of packing maps."""
-    monkeypatch.setattr(backends, "passes", lambda *_: PlainPasses(request.param))
+    monkeypatch.setattr(backends, "passes", lambda *_: PlainPasses(lambda order: request.param or order))
     monkeypatch.setattr(backends, "_resolve", lambda choice, *_: "reference" if choice == "reference" else "cpu")
 
 
