@@ -306,21 +306,7 @@ def external_attention_block(
         settings = {"eps": eps, "activation": activation}
         tensors = {"value_bias": value_bias, "residual": residual}
         return sharded.external_attention_block(external_attention_block, x, key, value, norm, tensors, **settings)
-    for name, memory in (("key", key), ("value", value)):
-        check_tensor(name, memory)
-        if memory.ndim != 2:
-            raise ValueError(
-                f"{name}: got shape {tuple(memory.shape)}, expected [{'S, C' if name == 'key' else 'C, S'}]"
-            )
-    _check_parameter("key", key, x, ((key.shape[0], x.shape[1]),))
-    _check_slots("key", key.shape[0])
-    channels = x.shape[1] if residual is True else value.shape[0]
-    _check_parameter("value", value, x, ((channels, key.shape[0]),))
-    _check_parameter("value_bias", value_bias, x, ((channels,),))
-    _check_norm(norm, x, channels)
-    _check_activation(activation)
-    _check_residual(residual, x, channels)
-    _check_eps(eps)
+    channels = _check_block(x, key, value, norm, eps, value_bias, activation, residual)
     stream = residual if isinstance(residual, Tensor) else x if residual else None
     dtype = x.dtype if (autocast := autocast_dtype(x)) is None else autocast
     dtype = dtype if autocast is None or stream is None else torch.promote_types(stream.dtype, dtype)
@@ -348,6 +334,35 @@ def external_attention_block(
             statistics = statistics + torch.nn.functional.pad(value_bias.detach().unsqueeze(1), (0, 2))
         update_running_statistics([of_bn], [statistics])
     return y
+
+
+def _check_block(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm: Norm | Callable[[Tensor], Tensor] | None,
+    eps: float,
+    value_bias: Tensor | None,
+    activation: str | Callable[[Tensor], Tensor] | None,
+    residual: bool | Tensor,
+) -> int:
+    """The channels of the block's result, after every argument but x was held to what is expected."""
+    for name, memory in (("key", key), ("value", value)):
+        check_tensor(name, memory)
+        if memory.ndim != 2:
+            raise ValueError(
+                f"{name}: got shape {tuple(memory.shape)}, expected [{'S, C' if name == 'key' else 'C, S'}]"
+            )
+    _check_parameter("key", key, x, ((key.shape[0], x.shape[1]),))
+    _check_slots("key", key.shape[0])
+    channels = x.shape[1] if residual is True else value.shape[0]
+    _check_parameter("value", value, x, ((channels, key.shape[0]),))
+    _check_parameter("value_bias", value_bias, x, ((channels,),))
+    _check_norm(norm, x, channels)
+    _check_activation(activation)
+    _check_residual(residual, x, channels)
+    _check_eps(eps)
+    return channels
 
 
 def _block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
