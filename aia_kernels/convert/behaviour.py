@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Interpreter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import backends
@@ -175,14 +176,18 @@ def _unlike_in_a_run(
     """How the runs of two copies on the same inputs differ, or None."""
     before, layer = dict(_observed(own)), type(fused)
     shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else str(x) for x in inputs)
+    read = _NumbersRead(own)
     try:
-        found = _run(own, inputs, several)
+        with read:
+            found = _run(own, inputs, several)
     except Exception as error:
         if may_fail:
             return None
         return f"its forward fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
     if isinstance(found, str):
         return f"its forward returns {found}, expected a tensor"
+    if read.found:
+        return "its forward reads numbers out of tensors, as `if x.mean() > 0` does: others may decide otherwise"
     after = dict(_observed(own))
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         return f"its forward changes {', '.join(changed)}, which {_called(layer)} does not"
@@ -261,6 +266,24 @@ class _LocalBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
+
+
+class _NumbersRead(TorchDispatchMode):
+    """Whether a number becomes one of Python's, which decides what no trial on other numbers shows."""
+
+    _READING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.found = False
+        # A batch norm without momentum reads how many batches it has seen.
+        self._counts = {b.data_ptr() for b in module.buffers() if not b.is_floating_point()}
+
+    def __torch_dispatch__(
+        self, operator: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.found |= operator in self._READING and args[0].data_ptr() not in self._counts
+        return operator(*args, **(kwargs or {}))
 
 
 class _Mark(nn.Module):

@@ -45,6 +45,23 @@ class KeepsMapInEvaluation(Port):
             self.attn = attention
 
 
+class Branches(Port):
+    """Where no trial goes: what it does otherwise is not seen."""
+
+    def attend(self, x):
+        return super().attend(x) * (2 if x.mean() > 100 else 1)
+
+
+class BranchesOnAParameter(Port):
+    def attend(self, x):
+        return super().attend(x) * (2 if bool((self.mk.weight > 100).any()) else 1)
+
+
+class BranchesOnEqualTensors(Port):
+    def attend(self, x):
+        return super().attend(x) * (2 if torch.equal(x[:1], x[1:2]) else 1)
+
+
 class Appends(Port):
     def leave(self, x, attention):
         self.seen.append(attention)
@@ -108,6 +125,13 @@ def test_a_forward_that_leaves_something_behind_is_left_alone(kind):
     # Nothing of it happened to the model while it was tried.
     assert module.calls == module.total == module.store["state"].count == 0
     assert module.seen == [] and module.store["losses"] == [0.0] and not hasattr(module, "attn")
+
+
+@pytest.mark.parametrize("kind", [Branches, BranchesOnAParameter, BranchesOnEqualTensors])
+def test_a_forward_that_decides_by_numbers_is_left_alone(kind):
+    module = kind()
+    report = aia_kernels.convert(module)
+    assert type(module) is kind and "its forward reads numbers out of tensors" in str(report)
 
 
 class LastAxis(Port):
