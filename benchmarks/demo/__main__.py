@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=Path("demo.png"), metavar="PATH", help="the picture of the gates to write"
     )
     parser.add_argument("--slots", type=Path, metavar="PATH", help="the picture of the slots (default: OUTPUT-slots)")
-    parser.add_argument("--clips", type=int, default=2, help="clips of 8 segments in the batch (default 2)")
+    parser.add_argument("--clips", type=int, default=4, help="clips of 8 segments in the batch (default 4)")
     options = parser.parse_args(arguments)
     options.slots = options.slots or options.output.with_stem(f"{options.output.stem}-slots")
     return options
