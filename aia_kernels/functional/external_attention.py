@@ -14,7 +14,6 @@ The backend ``reference`` takes its own formula on all four; so does "auto" on a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +29,21 @@ from ..common.tracing import is_symbolic, is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
 from . import sharded
-from .block import ACTIVATIONS, block, with_bias
-from .checks import check_integer, check_number, check_tensor
+from .block import block, with_bias
+from .checks import check_tensor
+from .external_attention_checks import (
+    check_block,
+    check_dropout,
+    check_eps,
+    check_memories,
+    check_parameter,
+    check_slots,
+    checked_dims,
+    checked_group,
+    checked_heads,
+    checked_padding,
+    refuse_an_empty_shard,
+)
 from .running_statistics import update_running_statistics
 
 FAMILY = "external_attention"
@@ -72,22 +84,22 @@ def double_normalize(
     check_tensor("logits", logits)
     if logits.ndim < 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., N, M]")
-    if (axes := _checked_dims(dims, logits.ndim)) != (logits.ndim - 2, logits.ndim - 1):
+    if (axes := checked_dims(dims, logits.ndim)) != (logits.ndim - 2, logits.ndim - 1):
         if group is None and padding_mask is None and process_group is None and _is_left_to_torch(logits):
-            _check_eps(eps)
+            check_eps(eps)
             return reference.published_double_normalize(logits, eps, *axes)
         settings = {"group": group, "eps": eps, "padding_mask": padding_mask, "process_group": process_group}
         return double_normalize(logits.movedim(axes, (-2, -1)), **settings).movedim((-2, -1), axes)
     if sharded.is_distributed(logits):
         settings = {"group": group, "eps": eps}
         return sharded.double_normalize(double_normalize, logits, padding_mask, process_group, **settings)
-    _check_slots("logits", logits.shape[-1])
-    group = _checked_group(group, logits.shape[-1])
-    _check_eps(eps)
-    padding = _checked_padding(padding_mask, logits, logits.shape[:-1])
+    check_slots("logits", logits.shape[-1])
+    group = checked_group(group, logits.shape[-1])
+    check_eps(eps)
+    padding = checked_padding(padding_mask, logits, logits.shape[:-1])
     _check_process_group(process_group)
     if logits.numel() == 0:
-        _refuse_an_empty_shard("logits", logits, process_group)
+        refuse_an_empty_shard("logits", logits, process_group)
         return logits.contiguous() * 1.0
     backend, transformed = _path(logits, logits.dtype, logits.numel() // group, group, process_group)
     if backend == "reference" or transformed:
@@ -163,14 +175,14 @@ def external_attention(
         return sharded.external_attention(
             external_attention, x, parameters, padding_mask, process_group, dropout, **settings
         )
-    heads = _checked_heads(heads, x)
-    slots = _check_memories(x, memory_key, memory_value, heads)
-    _check_parameter("key_bias", key_bias, x, ((slots,), (heads, slots)))
-    _check_parameter("value_bias", value_bias, x, (memory_value.shape[-2:-1], (heads, memory_value.shape[-2])))
-    group = _checked_group(group, slots)
-    _check_eps(eps)
-    _check_dropout(dropout)
-    padding = _checked_padding(padding_mask, x, x.shape[:2])
+    heads = checked_heads(heads, x)
+    slots = check_memories(x, memory_key, memory_value, heads)
+    check_parameter("key_bias", key_bias, x, ((slots,), (heads, slots)))
+    check_parameter("value_bias", value_bias, x, (memory_value.shape[-2:-1], (heads, memory_value.shape[-2])))
+    group = checked_group(group, slots)
+    check_eps(eps)
+    check_dropout(dropout)
+    padding = checked_padding(padding_mask, x, x.shape[:2])
     _check_process_group(process_group)
     dtype = autocast_dtype(x) or x.dtype
     x, key, value = x.to(dtype), _stacked(memory_key).to(dtype), _stacked(memory_value).to(dtype)
@@ -180,7 +192,7 @@ def external_attention(
     if key_bias is not None and key_bias.requires_grad:
         key = without_effect(key, key_bias)
     if x.numel() == 0 or value.numel() == 0:
-        _refuse_an_empty_shard("x", x, process_group)
+        refuse_an_empty_shard("x", x, process_group)
         return _nothing(x.new_zeros((*x.shape[:2], heads * value.shape[-2])), x, key, value, bias)
     keep, scale = _dropout_mask((*x.shape[:2], heads * slots), dropout, x.device)
     if key.ndim == 4 or value.ndim == 4:
@@ -306,7 +318,7 @@ def external_attention_block(
         settings = {"eps": eps, "activation": activation}
         tensors = {"value_bias": value_bias, "residual": residual}
         return sharded.external_attention_block(external_attention_block, x, key, value, norm, tensors, **settings)
-    channels = _check_block(x, key, value, norm, eps, value_bias, activation, residual)
+    channels = check_block(x, key, value, norm, eps, value_bias, activation, residual)
     stream = residual if isinstance(residual, Tensor) else x if residual else None
     dtype = x.dtype if (autocast := autocast_dtype(x)) is None else autocast
     dtype = dtype if autocast is None or stream is None else torch.promote_types(stream.dtype, dtype)
@@ -334,35 +346,6 @@ def external_attention_block(
             statistics = statistics + torch.nn.functional.pad(value_bias.detach().unsqueeze(1), (0, 2))
         update_running_statistics([of_bn], [statistics])
     return y
-
-
-def _check_block(
-    x: Tensor,
-    key: Tensor,
-    value: Tensor,
-    norm: Norm | Callable[[Tensor], Tensor] | None,
-    eps: float,
-    value_bias: Tensor | None,
-    activation: str | Callable[[Tensor], Tensor] | None,
-    residual: bool | Tensor,
-) -> int:
-    """The channels of the block's result, after every argument but x was held to what is expected."""
-    for name, memory in (("key", key), ("value", value)):
-        check_tensor(name, memory)
-        if memory.ndim != 2:
-            raise ValueError(
-                f"{name}: got shape {tuple(memory.shape)}, expected [{'S, C' if name == 'key' else 'C, S'}]"
-            )
-    _check_parameter("key", key, x, ((key.shape[0], x.shape[1]),))
-    _check_slots("key", key.shape[0])
-    channels = x.shape[1] if residual is True else value.shape[0]
-    _check_parameter("value", value, x, ((channels, key.shape[0]),))
-    _check_parameter("value_bias", value_bias, x, ((channels,),))
-    _check_norm(norm, x, channels)
-    _check_activation(activation)
-    _check_residual(residual, x, channels)
-    _check_eps(eps)
-    return channels
 
 
 def _block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
@@ -461,150 +444,3 @@ def _stacked(memory: Tensor) -> Tensor:
 def _nothing(y: Tensor, *inputs: Tensor | None) -> Tensor:
     """y, empty or zero, with gradients of zero to every input."""
     return y + sum(a.flatten()[:0].sum() for a in inputs if a is not None).to(y.dtype)
-
-
-def _check_parameter(name: str, p: Tensor | None, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """A parameter has one of the shapes, the device of x and its type; under autocast also float32."""
-    if p is None or (_is_ordinary(p) and p.dtype == x.dtype and p.device == x.device and p.shape in shapes):
-        return
-    check_tensor(name, p)
-    sharded.refuse_distributed(name, p)
-    if p.device != x.device:
-        raise ValueError(f"{name}: got device {p.device}, expected that of x, {x.device}")
-    autocast = autocast_dtype(x)
-    if p.dtype not in ((x.dtype,) if autocast is None else (x.dtype, torch.float32, autocast)):
-        raise TypeError(f"{name}: got {p.dtype}, expected {x.dtype}, as x is")
-    if all(tuple(p.shape) != tuple(shape) for shape in shapes):
-        expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
-        raise ValueError(f"{name}: got shape {tuple(p.shape)}, expected {expected}")
-
-
-def _is_ordinary(t: Tensor) -> bool:
-    """Whether check_tensor takes t as it would nearly all that come, told at a glance."""
-    return sharded.is_plain(t) and t.layout == torch.strided and not t.is_nested
-
-
-def _checked_heads(heads: int, x: Tensor) -> int:
-    """The number of heads, a divisor of the features of x [B, N, d], of which there is one at least."""
-    heads = check_integer("heads", heads)
-    if heads < 1:
-        raise ValueError(f"heads: got {heads}, expected at least 1")
-    d = x.shape[2]
-    if d < 1:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one feature")
-    if d % heads:
-        raise ValueError(f"x: got {d} features, expected a multiple of heads = {heads}")
-    return heads
-
-
-def _checked_dims(dims: tuple[int, int], rank: int) -> tuple[int, int]:
-    """The axes of the softmax and of the sum, counted from the first."""
-    if not isinstance(dims, (tuple, list)) or len(dims) != 2:
-        raise ValueError(f"dims: got {dims!r}, expected the axis of the softmax and that of the sum")
-    first, second = (check_integer("dims", dim) for dim in dims)
-    if not all(-rank <= dim < rank for dim in (first, second)) or first % rank == second % rank:
-        raise ValueError(f"dims: got {dims!r}, expected two axes of the {rank} of the logits")
-    return first % rank, second % rank
-
-
-def _check_slots(name: str, slots: int) -> None:
-    if slots < 1:
-        raise ValueError(f"{name}: got {slots} slots, expected at least 1")
-
-
-def _check_memories(x: Tensor, key: Tensor, value: Tensor, heads: int) -> int:
-    """The number of slots of memories that fit x and each other."""
-    for name, memory in (("memory_key", key), ("memory_value", value)):
-        check_tensor(name, memory)
-        if memory.ndim not in (2, 3, 4):
-            rest = "S, d / heads" if name == "memory_key" else "v, S"
-            expected = f"[{rest}], [heads, {rest}] or [B, heads, {rest}]"
-            raise ValueError(f"{name}: got shape {tuple(memory.shape)}, expected {expected}")
-    slots, v, features = key.shape[-2], value.shape[-2], x.shape[2] // heads
-    leading = (), (heads,), (x.shape[0], heads), (x.shape[0], 1)
-    _check_parameter("memory_key", key, x, tuple((*lead, slots, features) for lead in leading))
-    _check_slots("memory_key", slots)
-    _check_parameter("memory_value", value, x, tuple((*lead, v, slots) for lead in leading))
-    return slots
-
-
-def _check_norm(norm: Any, x: Tensor, channels: int) -> None:
-    if norm is None or (callable(norm) and not isinstance(norm, Norm)):
-        return
-    if not isinstance(norm, Norm):
-        raise TypeError(f"norm: got {type(norm).__name__}, expected a reference.Norm, a function or None")
-    values = x.numel() // x.shape[1] if x.shape[1] else 0
-    if norm.uses_batch and not norm.process_group and values == 1:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per channel for BN in training")
-    for name, p in zip(Norm._fields[:4], norm[:4], strict=True):
-        if p is None:
-            continue
-        sharded.refuse_distributed(f"{name} of norm", p)
-        if p.device != x.device:
-            raise ValueError(f"{name} of norm: got device {p.device}, expected that of x, {x.device}")
-        if tuple(p.shape) != (channels,):
-            raise ValueError(f"{name} of norm: got shape {tuple(p.shape)}, expected ({channels},), the channels of y")
-
-
-def _check_activation(activation: Any) -> None:
-    if not (activation is None or callable(activation) or (isinstance(activation, str) and activation in ACTIVATIONS)):
-        expected = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation: got {activation!r}, expected {expected}, a function or None")
-
-
-def _check_residual(residual: Any, x: Tensor, channels: int) -> None:
-    if isinstance(residual, bool):
-        return
-    check_tensor("residual", residual)
-    sharded.refuse_distributed("residual", residual)
-    if residual.device != x.device:
-        raise ValueError(f"residual: got device {residual.device}, expected that of x, {x.device}")
-    if tuple(residual.shape) != (expected := (x.shape[0], channels, *x.shape[2:])):
-        raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {expected}")
-
-
-def _checked_group(group: int | None, slots: int) -> int:
-    """The slots in a group of the normalization."""
-    if group is None:
-        return slots
-    group = check_integer("group", group)
-    if group < 1 or slots % group:
-        raise ValueError(f"group: got {group}, expected a divisor of the {slots} slots")
-    return group
-
-
-def _check_eps(eps: float) -> None:
-    check_number("eps", eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, expected a finite number, 0 or more")
-
-
-def _check_dropout(dropout: float) -> None:
-    check_number("dropout", dropout)
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout: got {dropout}, expected a probability from 0 to 1")
-
-
-def _checked_padding(mask: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The mask, checked, expanded over axes between the first and the tokens, and contiguous as the passes want it."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"padding_mask: got {type(mask).__name__}, expected a tensor")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"padding_mask: got {mask.dtype}, expected torch.bool, True at padding")
-    if mask.device != x.device:
-        raise ValueError(f"padding_mask: got device {mask.device}, expected that of the tokens, {x.device}")
-    shape = tuple(shape)
-    accepted = (shape, (shape[0], shape[-1])) if len(shape) > 1 else (shape,)
-    if tuple(mask.shape) not in accepted:
-        expected = " or ".join(map(str, dict.fromkeys(accepted)))
-        raise ValueError(f"padding_mask: got shape {tuple(mask.shape)}, expected {expected}")
-    if tuple(mask.shape) != shape:
-        mask = mask.view(shape[0], *(1,) * (len(shape) - 2), shape[-1])
-    return mask.expand(shape).contiguous()
-
-
-def _refuse_an_empty_shard(name: str, x: Tensor, process_group: Any) -> None:
-    if process_group is not None:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected a token on every member of process_group")
