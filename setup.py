@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,12 @@ def run_ninja(torch, nvcc, without_cuda):
     """Write build.ninja, and the one generated source by which the library says what it has and lacks; then build."""
     BUILD.mkdir(parents=True, exist_ok=True)
     info, text = BUILD / "build_info.cpp", ""
-    for name, told in (("without_cuda", without_cuda), ("cuda_architectures", nvcc and ARCHITECTURES)):
+    sources = runpy.run_path(str(ROOT / "aia_kernels" / "backends" / "sources.py"))["digest"](ROOT / "csrc")
+    for name, told in (
+        ("sources", sources),
+        ("without_cuda", without_cuda),
+        ("cuda_architectures", nvcc and ARCHITECTURES),
+    ):
         value = f'"{told}"' if told else "nullptr"
         text += f'extern "C" [[gnu::visibility("default")]] const char* aia_kernels_{name}() {{ return {value}; }}\n'
     if not info.exists() or info.read_text() != text:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from . import sources
+
 LIBRARY = Path(__file__).parents[1] / "_C.so"
+#: What the library is built from. It lies beside the package in a checkout, and nowhere once a wheel is installed.
+SOURCES = LIBRARY.parents[1] / "csrc"
 
 
 @functools.cache
@@ -26,7 +31,26 @@ def load() -> str | None:
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]  # torch wraps the linker's words
         return f"the C++ extension does not load ({reason}); reinstall aia_kernels"
+    if _is_of_other_sources():
+        reason = f"the C++ extension was built from other sources than {SOURCES} holds; build it again (make install)"
+        warnings.warn(f"plain PyTorch runs in place of the kernels: {reason}", stacklevel=2)
+        return reason
     return None
+
+
+def _is_of_other_sources() -> bool:
+    """Whether the library and the sources beside it differ, as after a pull without a build.
+
+    Passes of two versions agree on names and types, yet not on the order of what they hand one another: such a library
+    gives wrong numbers without an error. A library that tells no sources (None) was built elsewhere on purpose.
+    """
+    if not SOURCES.is_dir():
+        return False
+    try:
+        told = _text("sources")
+    except AttributeError:  # of a version that did not tell them yet
+        return True
+    return told is not None and told != sources.digest(SOURCES)
 
 
 class Cuda(NamedTuple):

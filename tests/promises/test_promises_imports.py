@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+import torch
+
+from aia_kernels.backends import extension
 from benchmarks.offline import environment_without_interpreter
 
 STEP = """
@@ -84,6 +90,41 @@ def test_command_line_with_an_unknown_backend():
     text = run(code, AIA_KERNELS_BACKEND="tpu")
     for word in ("backend in force: none: unknown backend 'tpu'", "reference  can run; right", "ended with 1"):
         assert word in text
+
+
+@pytest.mark.skipif(extension.load() is not None, reason="needs the C++ extension")
+@pytest.mark.skipif(not extension.SOURCES.is_dir(), reason="the sources are not here, only the package")
+@pytest.mark.parametrize("sources", ["the same", "changed", "unknown to the library"])
+def test_a_library_of_other_sources_does_not_run(tmp_path, sources):
+    """After a pull without a build: the passes would take and give maps in other orders, and say nothing."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(extension.SOURCES, csrc)
+    (csrc / "note.txt").touch()  # no source
+    library = extension.LIBRARY
+    if sources == "changed":
+        with (csrc / "cpu" / "pool.cpp").open("a") as source:
+            source.write("// changed\n")
+    elif sources == "unknown to the library":  # as every library before it was asked for them
+        library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    code = f"""
+import warnings, torch, aia_kernels
+from pathlib import Path
+from aia_kernels.backends import extension
+extension.LIBRARY, extension.SOURCES = Path({str(library)!r}), Path({str(csrc)!r})
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    {STEP.strip().replace(chr(10), chr(10) + "    ")}
+print(aia_kernels.backends.select("cpu", torch.float32, "attention_in_attention"))
+print(aia_kernels.available_backends()["cpu"])
+print(*(warning.message for warning in seen))
+"""
+    chosen, reason, *told = run(code).splitlines()
+    if sources == "the same":
+        assert (chosen, reason, told) == ("cpu", "None", [""])
+    else:
+        assert chosen == "reference"
+        assert "other sources than" in reason and str(csrc) in reason
+        assert reason in told[0] and len(told) == 1
 
 
 def test_with_a_library_that_does_not_load(tmp_path):
