@@ -1,4 +1,4 @@
-"""Which C++ sources a library was built from. setup.py runs this file by its path: it imports nothing of the package."""
+"""Which C++ sources a library was built from. setup.py runs this file by its path: it imports nothing else of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages name exists: links, sections, make's targets, modules that are run, files, and names of the package."""
+"""What the pages name exists: links, sections, targets of make, modules that are run, files, the package's names."""
 
 from __future__ import annotations
 
