@@ -66,7 +66,7 @@ rehearse-cuda: $(CUDA_PYTHON)  ## the tests for a GPU without one, 5 GB of torch
 
 $(CUDA_VENV)/bin/python:
 	$(call make-environment,$(CUDA_VENV))
-	$@ -m pip install $(CUDA_TORCH) numpy pytest pytest-xdist hypothesis ninja
+	$@ -m pip install $(CUDA_TORCH) numpy tqdm pytest pytest-xdist hypothesis ninja
 
 lint: $(TOOLS)  ## ruff, mypy and clang-format, without changing a file
 	$(BIN)/ruff check .
