@@ -37,7 +37,10 @@ def unviewed(y: Tensor) -> Tensor:
 
 def as_clips(x: Tensor, num_segments: int) -> Tensor:
     """The view [B, T, C, H, W] of x, [B * T, C, H, W] or [B, C, T, H, W]."""
-    return x.unflatten(0, (-1, num_segments)) if x.ndim == 4 else x.transpose(1, 2)
+    if x.ndim != 4:
+        return x.transpose(1, 2)
+    frames, *sizes = x.shape
+    return x.view(frames // num_segments, num_segments, *sizes)  # unflatten is written in Python
 
 
 def as_input(y: Tensor, ndim: int) -> Tensor:

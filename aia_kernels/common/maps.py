@@ -39,6 +39,9 @@ ORDERS = ("TCHW", "THWC", "CTHW")
 
 _AXIS = {"T": 1, "C": 2, "H": 3, "W": 4}
 
+#: The axes of each of ORDERS, the innermost first.
+_INWARD = tuple((order, (*(_AXIS[letter] for letter in reversed(order)), 0)) for order in ORDERS)
+
 
 def storage_order(x: Tensor) -> str | None:
     """The order in which x [B, T, C, H, W] is stored densely, one of ORDERS, or None.
@@ -46,12 +49,13 @@ def storage_order(x: Tensor) -> str | None:
     Axes of length one fit every order; the first that fits is returned. Strides are asked before lengths, so that a
     program traced with a symbol for a length holds for a length of one too.
     """
-    for order in ORDERS:
+    strides, sizes = x.stride(), x.shape
+    for order, axes in _INWARD:
         expected = 1
-        for axis in reversed((0, *(_AXIS[letter] for letter in order))):
-            if x.stride(axis) != expected and x.shape[axis] != 1:
+        for axis in axes:
+            if strides[axis] != expected and sizes[axis] != 1:
                 break
-            expected *= x.shape[axis]
+            expected *= sizes[axis]
         else:
             return order
     return None

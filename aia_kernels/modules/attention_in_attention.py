@@ -17,7 +17,7 @@ from .. import functional
 from ..common.layouts import as_clips, as_input
 from ..functional.checks import check_clips
 from ..reference import UNITS, Gate, Unit, compose
-from .submodules import can_be_read, is_gate_convolution, must_be_called, norm_of
+from .submodules import can_be_read, held, is_gate_convolution, must_be_called, norm_of
 
 
 def _kaiming(weight: Tensor) -> None:
@@ -59,15 +59,15 @@ class AttentionInAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gates = []
         for letter in self.unit.letters:
-            conv = getattr(self, f"{letter}_conv")
-            bn = getattr(self, f"{letter}_bn") if self.use_BN else None
+            conv = held(self, f"{letter}_conv")
+            bn = held(self, f"{letter}_bn") if self.use_BN else None
             if (
                 must_be_called(conv)
                 or not is_gate_convolution(conv)
                 or (bn is not None and not can_be_read(bn, _BatchNorm))
             ):
                 return self._through_submodules(x)
-            gates.append(Gate(conv.weight, None if bn is None else norm_of(bn)))
+            gates.append(Gate(held(conv, "weight"), None if bn is None else norm_of(bn)))
         return functional.attention_in_attention(x, self.unit.name, gates, self.num_segments)
 
     def _through_submodules(self, x: Tensor) -> Tensor:

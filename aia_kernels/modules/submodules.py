@@ -17,15 +17,17 @@ from ..common.tracing import is_symbolic, needs_reference
 from ..functional.sharded import is_distributed, is_plain
 from ..reference import Norm
 
-_PLAIN_FORWARDS = (
-    nn.Conv1d.forward,
-    nn.Conv2d.forward,
-    nn.Conv3d.forward,
-    nn.Dropout.forward,
-    nn.Linear.forward,
-    nn.Sequential.forward,
-    _BatchNorm.forward,
-    nn.SyncBatchNorm.forward,
+_PLAIN_FORWARDS = frozenset(
+    (
+        nn.Conv1d.forward,
+        nn.Conv2d.forward,
+        nn.Conv3d.forward,
+        nn.Dropout.forward,
+        nn.Linear.forward,
+        nn.Sequential.forward,
+        _BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
+    )
 )
 
 
@@ -36,18 +38,28 @@ def must_be_called(module: nn.Module) -> bool:
 
     A parametrized weight needs no call: the attribute is the computed one. Quantized, adapted or patched layers do.
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return (
-        bool(hooked)
-        or _has_any_global_hook()
-        or type(module).forward not in _PLAIN_FORWARDS
-        or "forward" in module.__dict__
-        or any(map(_knows_one_product, module._parameters.values()))
-    )
+    # This runs for every submodule in every call, so nothing here is a call that need not be one.
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if type(module).forward not in _PLAIN_FORWARDS or "forward" in module.__dict__ or _has_any_global_hook():
+        return True
+    for p in module._parameters.values():
+        if p is not None and type(p) is not nn.Parameter and _knows_one_product(p):
+            return True
+    return False
 
 
 def _knows_one_product(p: Any) -> bool:
-    return not (p is None or is_plain(p)) and is_traceable_wrapper_subclass(p) and not is_distributed(p)
+    return not is_plain(p) and is_traceable_wrapper_subclass(p) and not is_distributed(p)
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """A parameter, a buffer or a submodule of a module. nn.Module looks for each in Python, which takes half a
+    microsecond; what is computed, as a parametrized weight is, stands in none of its dictionaries."""
+    for of_kind in (module._parameters, module._buffers, module._modules):
+        if name in of_kind:
+            return of_kind[name]
+    return getattr(module, name)
 
 
 def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -106,14 +118,16 @@ def is_pointwise(conv: nn.Module) -> bool:
     )
 
 
-def is_gate_convolution(conv: nn.Module) -> bool:
-    """Whether a module is the convolution of a gate as published: 3x3x3, zeros around, no bias, all else plain."""
+def is_gate_convolution(conv: nn.Module, with_bias: bool = False) -> bool:
+    """Whether a module is the convolution of a gate as published: 3x3x3, zeros around, no bias unless that is allowed,
+    all else plain."""
     return (
         isinstance(conv, nn.Conv3d)
-        and (conv.kernel_size, conv.padding, conv.padding_mode) == ((3, 3, 3), (1, 1, 1), "zeros")
+        and (conv.kernel_size, conv.padding_mode) == ((3, 3, 3), "zeros")
+        and (conv.padding == "same" or conv.padding == (1, 1, 1))
         and set(conv.stride) == set(conv.dilation) == {1}
         and conv.groups == 1
-        and conv.bias is None
+        and (with_bias or conv.bias is None)
     )
 
 
@@ -123,11 +137,11 @@ def norm_of(bn: _BatchNorm) -> Norm:
     if isinstance(bn, nn.SyncBatchNorm) and bn.training:
         group = _group_to_synchronize(bn)
     return Norm(
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        bn.num_batches_tracked,
+        held(bn, "weight"),
+        held(bn, "bias"),
+        held(bn, "running_mean"),
+        held(bn, "running_var"),
+        held(bn, "num_batches_tracked"),
         bn.training,
         bn.momentum,
         bn.eps,
