@@ -104,19 +104,21 @@ def difference(
     of_other_rank: Example | None = None,
     tolerance: float = TOLERANCE,
     several: bool = False,
+    may_fail: bool = False,
 ) -> str | None:
     """How the forward of a module differs from that of a fused layer with the same submodules and settings, or None.
 
     of_other_rank: makes an input that the forward may refuse, but must not compute otherwise than the fused layer.
     tolerance: of the largest number of a result, if above 1. several: whether the forward may return several tensors.
+    may_fail: whether it may refuse the first input too.
     """
     with undisturbed():
         generator = torch.Generator().manual_seed(0)
         numbers: dict[Hashable, Tensor] = {}
-        examples = [(example(module, generator), False)]
+        examples = [(example(module, generator), may_fail)]
         if of_other_rank is not None:
             examples.append((of_other_rank(module, generator), True))
-        for made, may_fail in examples:
+        for made, refuses in examples:
             inputs = made if isinstance(made, tuple) else (made,)
             for training, marked in ((False, False), (True, False), (True, True)):
                 copies = [_Copier(numbers, generator, training, marked).copy(module) for _ in range(2)]
@@ -126,7 +128,7 @@ def difference(
                     return f"Python cannot exchange its class: {line(error)}"
                 vars(copies[1]).update(settings)
                 when = "with a marked dropout" if marked else "in training" if training else "in evaluation"
-                if (reason := _unlike_in_a_run(*copies, inputs, may_fail, when, tolerance, several)) is not None:
+                if (reason := _unlike_in_a_run(*copies, inputs, refuses, when, tolerance, several)) is not None:
                     return reason
     return None
 

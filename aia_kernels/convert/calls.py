@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.autocast import autocast_dtype, no_autocast
+from ..common.maps import GATE_AXES
 from ..common.tracing import is_traced
+from ..functional.attention_in_attention import attention_in_attention
+from ..functional.block import with_bias
 from ..functional.external_attention import (
     double_normalize,
     external_attention,
@@ -20,7 +23,7 @@ from ..functional.external_attention import (
     without_effect,
 )
 from ..modules.submodules import norm_of, products_saved
-from ..reference import Norm
+from ..reference import UNITS, Gate, Norm
 
 
 class Form(NamedTuple):
@@ -51,14 +54,32 @@ def expect(condition: bool, recorded: bool) -> None:
         raise NotAsRecorded
 
 
-def normalize(logits: Tensor, tokens: int, slots: int, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+def expect_number(number: float, recorded: float) -> None:
+    """Raise NotAsRecorded unless a number is what it was when a forward was recorded."""
+    if number != recorded:
+        raise NotAsRecorded
+
+
+#: What a recorded forward calls to say where it holds.
+CONDITIONS = (expect, expect_number)
+
+
+def _eps_of(x: Tensor, eps: float | str) -> float:
+    """A number, or what torch.finfo calls so for the type of the map that is made of x."""
+    if not isinstance(eps, str):
+        return eps
+    dtype = x.dtype if autocast_dtype(x) is None else torch.promote_types(x.dtype, torch.float32)
+    return getattr(torch.finfo(dtype), eps)
+
+
+def normalize(logits: Tensor, tokens: int, slots: int, eps: float | str, dtype: torch.dtype | None = None) -> Tensor:
     """A softmax over one axis, divided by eps and its sum over another.
 
     Args:
         logits: Any shape, floating-point.
         tokens: The axis of the softmax.
         slots: The axis of the sum.
-        eps: Added to the sum.
+        eps: Added to the sum; or what torch.finfo calls so for the type of the map.
         dtype: The type to which the softmax casts the logits; None: their own or, under autocast, float32, as torch's.
 
     Returns:
@@ -66,7 +87,8 @@ def normalize(logits: Tensor, tokens: int, slots: int, eps: float, dtype: torch.
     """
     if dtype is None and autocast_dtype(logits) is not None:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-    attention = double_normalize(logits if dtype is None else logits.to(dtype), dims=(tokens, slots), eps=eps)
+    typed = logits if dtype is None else logits.to(dtype)
+    attention = double_normalize(typed, dims=(tokens, slots), eps=_eps_of(typed, eps))
     return attention.contiguous() if logits.is_contiguous() else attention
 
 
@@ -98,7 +120,7 @@ def attend(
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     form: Form,
-    eps: float,
+    eps: float | str,
     dropout: nn.Dropout | float | None = None,
 ) -> Tensor:
     """External attention with the products around it.
@@ -109,7 +131,7 @@ def attend(
             None.
         biases: Of the same, each may be None.
         form: The arrangement.
-        eps: Added to the sum over slots.
+        eps: As of normalize.
         dropout: Of the attention map: a module, its probability, or None.
 
     Returns:
@@ -117,7 +139,7 @@ def attend(
     """
     if isinstance(dropout, nn.Module):
         dropout = dropout.p if dropout.training else 0.0
-    dropout = dropout or 0.0
+    dropout, eps = dropout or 0.0, _eps_of(x, eps)
     sizes = [x.shape[i] for i in (*form.batch, *form.tokens)]
     samples, tokens = math.prod(sizes[: len(form.batch)]), math.prod(sizes[len(form.batch) :])
     rows = x.permute(*form.batch, *form.tokens, form.feature).reshape(samples, tokens, x.shape[form.feature])
@@ -174,7 +196,7 @@ def block(
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     norm: _BatchNorm | tuple | None,
-    eps: float,
+    eps: float | str,
     activation: str | None,
     residual: bool | Tensor,
 ) -> Tensor:
@@ -186,7 +208,7 @@ def block(
         biases: As of attend.
         norm: The batch norm; or running mean and variance, weight, bias, training, momentum and eps, as
             torch.nn.functional.batch_norm takes them; or None for none.
-        eps: Added to the sum over slots.
+        eps: As of normalize.
         activation: "relu", "gelu", "silu" or None.
         residual: Whether x is added, or what is added in its place.
 
@@ -195,14 +217,107 @@ def block(
     """
     with no_autocast(x):
         key, value, bias = _folded(weights, biases, Form((0,), (), 1, 1, "key", False, ()))
-    described: Norm | None = None
-    if isinstance(norm, _BatchNorm):
-        described = norm_of(norm)
-    elif norm is not None:
-        mean, var, gain, shift, training, momentum, norm_eps = norm
-        described = Norm(gain, shift, mean, var, None, training, momentum, norm_eps)
-    settings = {"eps": eps, "value_bias": bias, "activation": activation, "residual": residual}
-    return external_attention_block(x, key, value, described, **settings)
+    settings = {"eps": _eps_of(x, eps), "value_bias": bias, "activation": activation, "residual": residual}
+    return external_attention_block(x, key, value, _described(norm), **settings)
+
+
+def _described(norm: _BatchNorm | tuple | None) -> Norm | None:
+    """A batch norm that is a module, or the arguments of one that is a function."""
+    if norm is None or isinstance(norm, _BatchNorm):
+        return None if norm is None else norm_of(norm)
+    mean, var, gain, shift, training, momentum, eps = norm
+    return Norm(gain, shift, mean, var, None, training, momentum, eps)
+
+
+class ClipForm(NamedTuple):
+    """How the axes of a unit of Attention in Attention are arranged in a network.
+
+    batch: the axes of x that tell clips apart. clips: those that are T, C, H and W. out: for each axis of the result,
+    the axes of x that are joined in it. unit: its name. factor: what y is multiplied with. residual: how much of x is
+    added then.
+    """
+
+    batch: tuple[int, ...]
+    clips: tuple[int, int, int, int]
+    out: tuple[tuple[int, ...], ...]
+    unit: str
+    factor: float
+    residual: float
+
+
+class GateForm(NamedTuple):
+    """How a gate is written in a network. order: the letters of the axes of its convolution. flipped: whether that
+    takes the mean first. scale: of what is pooled, above 0."""
+
+    order: str
+    flipped: bool
+    scale: float
+
+
+def recalibrate(
+    x: Tensor,
+    form: ClipForm,
+    gates: Sequence[tuple[GateForm, Tensor, Tensor | None, _BatchNorm | tuple | None]],
+) -> Tensor:
+    """A unit of Attention in Attention, factor * unit(x) + residual * x.
+
+    Args:
+        x: Any arrangement of clips, T, C, H and W.
+        form: The arrangement.
+        gates: In the order of the letters of the unit, each with the weight [1, 2, 3, 3, 3] and the bias [1] or None of
+            its convolution, and its batch norm as of block.
+
+    Returns:
+        y, arranged as the form says, and contiguous where x is.
+    """
+    order = (*form.batch, *form.clips)
+    if order == (0, 2, 1, 3, 4):
+        given, segments, order = x, x.shape[2], (0, 1, 2, 3, 4)
+    else:
+        sizes, segments = [x.shape[i] for i in order[-3:]], x.shape[form.clips[0]]
+        given = x.permute(order).reshape(-1, *sizes)
+    described = [_gate(letter, *gate) for letter, gate in zip(UNITS[form.unit].letters, gates, strict=True)]
+    y = attention_in_attention(given, form.unit, described, segments)
+    for (_, _, bias, _), (_, norm) in zip(gates, described, strict=True):
+        _follow_bias(norm, bias)
+    if form.factor != 1.0:
+        y = y * form.factor
+    if form.residual:
+        y = y + (given if form.residual == 1.0 else given * form.residual)
+    y = y.reshape([x.shape[i] for i in order]).permute([order.index(i) for axis in form.out for i in axis])
+    y = y.reshape([math.prod(x.shape[i] for i in axis) for axis in form.out])
+    return y.contiguous() if x.is_contiguous() else y
+
+
+def _gate(letter: str, form: GateForm, weight: Tensor, bias: Tensor | None, norm: _BatchNorm | tuple | None) -> Gate:
+    """A gate as the functions take it: its weight in the published order, its bias in its norm."""
+    if form.order != GATE_AXES[letter]:
+        weight = weight.permute(0, 1, *(2 + form.order.index(axis) for axis in GATE_AXES[letter]))
+    if form.flipped:
+        weight = weight.flip(1)
+    if form.scale != 1.0:
+        weight = weight * form.scale
+    of_bn = _described(norm)
+    if bias is None:
+        return Gate(weight, of_bn)
+    if of_bn is None:
+        return Gate(weight, Norm(None, bias, torch.zeros_like(bias), torch.ones_like(bias), eps=0.0))
+    if of_bn.uses_batch:  # it takes the bias away again
+        return Gate(without_effect(weight, bias), of_bn)
+    return Gate(weight, with_bias(of_bn, bias))
+
+
+def _follow_bias(norm: Norm | None, bias: Tensor | None) -> None:
+    """Move a running mean by what the bias of the convolution, which the gate was computed without, has in it."""
+    if bias is None or norm is None or not norm.updates or norm.running_mean is None:
+        return
+    factor: Any = norm.momentum
+    if factor is None:
+        if norm.num_batches_tracked is None:
+            return
+        factor = norm.num_batches_tracked.reciprocal().to(norm.running_mean.dtype)
+    with torch.no_grad():
+        norm.running_mean.add_(bias.to(norm.running_mean.dtype) * factor)
 
 
 def _folds(rows: Tensor, weights: Sequence[Tensor | None], form: Form) -> bool:

@@ -15,7 +15,8 @@ from .spellings import Reader
 def fuse_backend(
     graph_module: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Compile a network whose external attention is fused, without having converted it.
+    """Compile a network with its external attention and units of Attention in Attention fused, and without having
+    converted it.
 
         compiled = torch.compile(model, backend=aia_kernels.fuse_backend)
 

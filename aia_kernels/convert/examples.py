@@ -20,11 +20,33 @@ _SPATIAL = ((3, 4), (5, 7), (9, 11), (13, 15), (17, 19))
 #: What arguments are called that tell tokens the height and the width of their map.
 _HEIGHT, _WIDTH = ("h", "height"), ("w", "width")
 
+#: What arguments are called that tell frames the length of their clip.
+_FRAMES = ("t", "n_segment", "num_segments", "segments", "n_frames", "num_frames", "frames", "clip_len")
+
+#: The weight of a gate of Attention in Attention.
+_GATE = (1, 2, 3, 3, 3)
+
+
+def has_gates(module: nn.Module) -> bool:
+    """Whether all parameters of a module may be those of gates of Attention in Attention, and some are."""
+    shapes = [tuple(p.shape) for p in module.parameters()]
+    return _GATE in shapes and all(shape == _GATE or shape in ((), (1,)) for shape in shapes)
+
+
+def holds_gates(module: nn.Module) -> bool:
+    """Whether a module, or a module that it holds itself, has the parameters of gates."""
+    if type(module).__module__.startswith("torch."):  # a container
+        return False
+    own = any(p is not None and tuple(p.shape) == _GATE for p in module._parameters.values())
+    return own or has_gates(module) or any(map(has_gates, module.children()))
+
 
 def likely_shapes(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Shapes, Shapes]]:
     """Shapes that the inputs of a module may have, by their names, the likeliest first: tokens and maps of as many
     features as the parameters suggest. No two axes have the same length. With each of them come shapes with another
     batch and other tokens, for which a recorded forward must hold as well."""
+    if holds_gates(module):
+        yield from _clips(module, inputs)
     features = _features(module)
     sizes = {n for p in module.parameters() for n in p.shape} | {*features}
     usable = [(h, w) for h, w in _SPATIAL if not {_BATCH, h, w, h * w} & sizes]
@@ -50,6 +72,37 @@ def _arranged(features: Sequence[int], inputs: Sequence[str], b: int, h: int, w:
         yield of_all(b, h, w, c)
         yield of_all(b, c, 2, h, w)
         yield of_all(h * w, c)
+    for c in features:
+        yield of_all(b, h * h, c)  # of a square map
+
+
+def _clips(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Shapes, Shapes]]:
+    """Shapes of frames, of two clips and of three, and of clips [B, T, C, H, W] and [B, C, T, H, W], as long as numbers
+    that the module has, and as usual."""
+    gates = {child for child in module.modules() if isinstance(child, nn.Conv3d) and has_gates(child)}
+    taken = (getattr(child, "in_channels", None) for child in module.modules() if child not in gates)
+    features = [*dict.fromkeys(n for n in taken if isinstance(n, int) and n > 1)] or [6]
+    own = [child for child in module.modules() if not type(child).__module__.startswith("torch.")]
+    frames = dict.fromkeys((*(n for child in own for n in vars(child).values() if type(n) is int and 1 < n <= 64), 8))
+    for t in dict.fromkeys((*frames, 16, 12)):
+        for c in features:
+            for arrange in (_frames, _clips_of_frames, _clips_of_channels):
+                yield tuple(  # type: ignore[misc]
+                    tuple(t if name.lower() in _FRAMES else arrange(b, t, c, h, w) for name in inputs)
+                    for b, h, w in ((2, 5, 7), (3, 9, 11))
+                )
+
+
+def _frames(b: int, t: int, c: int, h: int, w: int) -> tuple[int, ...]:
+    return b * t, c, h, w
+
+
+def _clips_of_frames(b: int, t: int, c: int, h: int, w: int) -> tuple[int, ...]:
+    return b, t, c, h, w
+
+
+def _clips_of_channels(b: int, t: int, c: int, h: int, w: int) -> tuple[int, ...]:
+    return b, c, t, h, w
 
 
 def _features(module: nn.Module) -> list[int]:

@@ -1,33 +1,39 @@
-"""External attention found by what flows in a module, not by names: its own forward is recorded and rewritten.
+"""Layers found by what flows in a module, not by names: its own forward is recorded and rewritten.
 
 The module gets a class of its own, derived from that which it had, whose forward is the rewritten one. Everything else
-stays: parameters, submodules, hooks, methods. Inputs that the recorded forward does not hold for, of another rank or
-with further arguments, go to the forward that the module had.
+stays: parameters, submodules, hooks, methods. Inputs that the recorded forward does not hold for are recorded when they
+first come, if they are of another rank or of sizes by which the forward decides. Where that fails, and with further
+arguments, they go to the forward that the module had.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from ..common.tracing import is_traced, needs_reference
 from . import behaviour
 from .calls import NotAsRecorded
-from .examples import Shapes, example_of, likely_shapes
-from .graphs import DoesNotRun, casts_to_single, method_of, record, rewrite, run, source_of
+from .examples import Shapes, example_of, has_gates, holds_gates, likely_shapes
+from .graphs import casts_to_single, method_of, rewrite, source_of
 from .normalizations import Missed
 from .published import FUSED_LAYERS
+from .recording import DoesNotRun, record, run
 from .report import Converted, LeftAlone, Report, class_name
 from .spellings import Reader, operation_of
 
 #: What the code of a forward names if there can be something to find.
 _TELLING = ("softmax", "sigmoid")
+_TELLING_ALONE = ("exp", "logsumexp")
 
 
 class Recipe(NamedTuple):
@@ -68,7 +74,8 @@ def rewrite_forwards(
     reasons: Mapping[nn.Module, str],
     seen: Mapping[nn.Module, Shapes] | None = None,
 ) -> None:
-    """Rewrite the forwards of those modules of a model in which external attention flows, and report what was done.
+    """Rewrite the forwards of those modules of a model in which external attention or a unit of Attention in Attention
+    flows, and report what was done.
 
     Args:
         report: Of what was done before; what is done here is added.
@@ -78,11 +85,11 @@ def rewrite_forwards(
     """
     done: dict[nn.Module, Flow | Missed | str] = {}
     tried: dict[Any, Flow | Missed | str | None] = {}
-    # Those inside come first, so that what is around calls them. A module without parameters, a normalization of one's
-    # own, comes last: where it stands between two products, all of them are one call.
-    inside_first = [*names][::-1]
-    for module in sorted(inside_first, key=lambda module: next(module.parameters(), None) is None):
-        if is_rewritten(module) or type(module) in FUSED_LAYERS or not (module in reasons or may_hold(module)):
+    inside: set[nn.Module] = set()
+    for module in _in_turn(names):
+        if module in inside or is_rewritten(module) or type(module) in FUSED_LAYERS:
+            continue
+        if not (module in reasons or may_hold(module)):
             continue
         shapes = None if seen is None else seen.get(module)
         key = behaviour.signature(module), shapes
@@ -97,34 +104,55 @@ def rewrite_forwards(
             if isinstance(found, Flow):
                 report._ways_back.append(functools.partial(setattr, module, "__class__", type(module)))
                 module.__class__ = found.layer
+                inside |= {*module.modules()} if has_gates(module) else set()
     for module, known_as in names.items():
         told = done.get(module)
         if isinstance(told, Flow):
             report.converted.append(
                 Converted(tuple(known_as), class_name(module), " and ".join(dict.fromkeys(told.calls)))
             )
+        elif isinstance(told, Missed) and any(isinstance(done.get(m), Missed) for m in [*module.modules()][1:]):
+            continue  # it is told of a module inside
         elif reason := _likeliest(reasons.get(module), told):
             report.left_alone.append(LeftAlone(tuple(known_as), class_name(module), reason))
+
+
+def _in_turn(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules in the order in which their forwards are looked at.
+
+    Those inside come first, so that what is around calls them. But what has the gates of a unit of Attention in
+    Attention, and nothing else, comes before the gates themselves. A module without parameters, a normalization of
+    one's own, comes last: where it stands between two products, all of them are one call.
+    """
+    outside_first = [*modules]
+    whole = [m for m in outside_first if has_gates(m) and not type(m).__module__.startswith("torch.")]
+    rest = [m for m in outside_first[::-1] if m not in {*whole}]
+    return whole + sorted(rest, key=lambda module: next(module.parameters(), None) is None)
 
 
 def _likeliest(as_published: str | None, told: Missed | str | None) -> str | None:
     """The reason that helps: what comes close to external attention; why it is not the published layer of which it has
     the submodules, if that names something and not only how far results are apart; or why its flow is unknown."""
-    if isinstance(told, Missed):
-        return None if told.faint and as_published is None else told.reason
     vague = as_published is None or as_published.startswith(("its forward fails", "its y "))
+    if isinstance(told, Missed) and (vague or not told.of_unit):
+        return None if told.faint and as_published is None else told.reason
+    if isinstance(told, Missed):
+        return as_published
     return told or as_published if vague else as_published
 
 
 def may_hold(module: nn.Module) -> bool:
     """Whether the forward of a module, its other methods and the functions that these call name a softmax, or a module
-    that is one."""
+    that is one; or whether it has the parameters of gates."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
+    if holds_gates(module):
+        return True
     for child in module.children():
         if isinstance(child, (nn.Softmax, nn.Softmax2d)) or (_is_open(child) and may_hold(child)):
             return True
-    return any(word in name.lower() for name in _names(own_class(module)) for word in _TELLING)
+    names = _names(own_class(module))
+    return any(word in name.lower() for name in names for word in _TELLING) or not names.isdisjoint(_TELLING_ALONE)
 
 
 @functools.cache
@@ -154,25 +182,37 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-def rewritten(module: nn.Module, seen: Shapes | None = None) -> Flow | Missed | str | None:
+def rewritten(
+    module: nn.Module, seen: Shapes | None = None, ranks: tuple[int | None, ...] | None = None
+) -> Flow | Missed | str | None:
     """The class that gives a module the same forward by fused calls; or what comes close to external attention in it;
     or why nothing is known of it; or None, where nothing comes close.
 
     Args:
         module: Any module; it is not changed.
         seen: The shapes of its inputs, where they are known.
+        ranks: The number of axes of each, None for an integer, where that is known.
     """
     if "forward" in module.__dict__:
         return None
     if (inputs := _inputs(module)) is None:
         return None
-    first = _attempt(module, inputs, seen, opened=False)
-    if isinstance(first, Flow) and "double_normalize" not in first.calls:
+    likely = [(seen, seen)] if seen is not None else list(likely_shapes(module, inputs))
+    if ranks is not None:
+        likely = [pair for pair in likely if _ranks(pair[0]) == ranks]
+    first = _attempt(module, inputs, likely, opened=False)
+    if isinstance(first, Flow) and "double_normalize" not in first.calls and not holds_gates(module):
         return first
-    second = _attempt(module, inputs, seen, opened=True)
-    if isinstance(second, Flow) and (not isinstance(first, Flow) or "double_normalize" not in second.calls):
+    second = _attempt(module, inputs, likely, opened=True)
+    if isinstance(second, Flow) and (not isinstance(first, Flow) or _fuses_more(second, first)):
         return second
     return second if isinstance(second, Missed) and not isinstance(first, Flow) else first or second
+
+
+def _fuses_more(flow: Flow, other: Flow) -> bool:
+    """Whether what was made of a module with its submodules opened is to be preferred."""
+    alone = [sum(call == "double_normalize" for call in of.calls) for of in (flow, other)]
+    return alone[0] < alone[1] or (alone[0] == alone[1] == 0 and len(flow.calls) > len(other.calls))
 
 
 def _inputs(module: nn.Module) -> list[str] | None:
@@ -182,12 +222,17 @@ def _inputs(module: nn.Module) -> list[str] | None:
     return [p.name for p in needed] if 1 <= len(needed) <= 4 and parameters[: len(needed)] == needed else None
 
 
-def _attempt(module: nn.Module, inputs: list[str], seen: Shapes | None, opened: bool) -> Flow | Missed | str | None:
+def _ranks(shapes: Shapes) -> tuple[int | None, ...]:
+    return tuple(None if isinstance(shape, int) else len(shape) for shape in shapes)
+
+
+def _attempt(
+    module: nn.Module, inputs: list[str], likely: list[tuple[Shapes, Shapes]], opened: bool
+) -> Flow | Missed | str | None:
     """One attempt, with the forwards of submodules recorded in their places or not."""
     graphs: dict[bool, Graph] = {}
     calls: list[str] = []
     read: dict[str, str] = {}
-    likely = [(seen, seen)] if seen is not None else list(likely_shapes(module, inputs))
     for training in (True, False):
         recorded = _recorded(module, inputs, training, opened, likely)
         if isinstance(recorded, Exception):
@@ -208,13 +253,18 @@ def _attempt(module: nn.Module, inputs: list[str], seen: Shapes | None, opened: 
     recipe = Recipe(
         own_class(module),
         sources,
-        tuple(None if isinstance(shape, int) else len(shape) for shape in likely[0][0]),
+        _ranks(likely[0][0]),
         read,
     )
-    layer, examples = rewritten_class(recipe), (example_of(likely[0][0]), example_of(likely[0][1], large=True))
+    layer: Any = rewritten_class(recipe)
     single = any(casts_to_single(graph) for graph in graphs.values())
     tolerance = behaviour.SINGLE_TOLERANCE if single else behaviour.TOLERANCE
-    reason = behaviour.difference(module, layer, {}, *examples, tolerance, several=True)
+    reason = None
+    for sizes, tried, may_fail in ((likely[0][0], "as recorded", False), (likely[0][1], "on others", True)):
+        layer._tried = tried
+        example = example_of(sizes, large=may_fail)
+        reason = reason or behaviour.difference(module, layer, {}, example, None, tolerance, True, may_fail)
+    layer._tried = None
     return Flow(layer, tuple(calls)) if reason is None else reason
 
 
@@ -270,19 +320,25 @@ def _taking(kind: Any, inputs: int) -> type[nn.Module]:
 def rewritten_class(recipe: Recipe) -> type[nn.Module]:
     """The class of a recipe: that which the module had, with another forward."""
     kind = recipe.kind
-    forwards = {training: method_of(*source) for training, source in recipe.sources.items()}
+    own = _Forwards(recipe)
+    others: dict[Any, _Forwards | None] = {}
     names = list(inspect.signature(kind.forward).parameters)[1 : 1 + len(recipe.ranks)]
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         given = (*inputs, *(named[name] for name in names[len(inputs) :] if name in named))
-        expected = len(given) == len(inputs) + len(named) == len(recipe.ranks)
-        if not expected or not _holds(self, given, recipe):
-            return kind.forward(self, *inputs, **named)
-        try:
-            return forwards[self.training](self, *given)
-        except NotAsRecorded:
-            return kind.forward(self, *inputs, **named)
+        if len(given) == len(inputs) + len(named) == len(recipe.ranks):
+            if own.hold(self, given):
+                try:
+                    return own(self, *given)
+                except NotAsRecorded:
+                    if layer._tried == "as recorded":
+                        raise
+            other = None if layer._tried else _other_forwards(self, kind, given, others)
+            if other is not None and other.hold(self, given):
+                with contextlib.suppress(NotAsRecorded):
+                    return other(self, *given)
+        return kind.forward(self, *inputs, **named)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = tuple(kind.__reduce_ex__(self, protocol))[2:]
@@ -293,17 +349,60 @@ def rewritten_class(recipe: Recipe) -> type[nn.Module]:
         "__reduce_ex__": __reduce_ex__,
         "__module__": kind.__module__,
         "_recipe": recipe,
+        "_tried": None,  # while it is compared: whether on the inputs for which it was recorded, or on others
     }
-    layer = type(kind.__name__, (kind,), members | {"__qualname__": kind.__qualname__, "__doc__": kind.__doc__})
+    layer: Any = type(kind.__name__, (kind,), members | {"__qualname__": kind.__qualname__, "__doc__": kind.__doc__})
     return layer
 
 
-def _holds(module: nn.Module, inputs: tuple[Any, ...], recipe: Recipe) -> bool:
-    """Whether a rewritten forward holds for these inputs and for the submodules as they are now."""
-    return all(
-        isinstance(x, int) if rank is None else isinstance(x, Tensor) and x.ndim == rank
-        for x, rank in zip(inputs, recipe.ranks, strict=True)
-    ) and all(operation_of(module.get_submodule(name)) == operation for name, operation in recipe.read.items())
+class _Forwards:
+    """The rewritten forwards of a recipe, by training mode."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.forwards = {training: method_of(*source) for training, source in recipe.sources.items()}
+
+    def hold(self, module: nn.Module, inputs: tuple[Any, ...]) -> bool:
+        """Whether they hold for these inputs and for the submodules as they are now."""
+        return all(
+            isinstance(x, int) if rank is None else isinstance(x, Tensor) and x.ndim == rank
+            for x, rank in zip(inputs, self.recipe.ranks, strict=True)
+        ) and all(operation_of(module.get_submodule(name)) == operation for name, operation in self.recipe.read.items())
+
+    def __call__(self, module: nn.Module, *inputs: Any) -> Any:
+        return self.forwards[module.training](module, *inputs)
+
+
+#: The elements of all inputs up to which a forward is recorded anew for their sizes.
+_SMALL = 2**20
+#: The recordings that a class has beside its first. Who gives ever other sizes gets the forward that the module had.
+_MOST = 8
+
+
+def _other_forwards(
+    module: nn.Module, kind: type[nn.Module], inputs: tuple[Any, ...], others: dict[Any, _Forwards | None]
+) -> _Forwards | None:
+    """The forwards for inputs for which the first recording does not hold, recorded at their first use: for their
+    ranks where these are others, else for their sizes. None where there are none, or a record is being made of the
+    call itself."""
+    if not all(isinstance(x, (Tensor, int)) for x in inputs):
+        return None
+    shapes: Shapes = tuple(x if isinstance(x, int) else tuple(x.shape) for x in inputs)
+    ranks = _ranks(shapes)
+    first: Recipe = type(module)._recipe  # type: ignore[attr-defined]
+    key = shapes if ranks == first.ranks else ranks
+    if key not in others:
+        size = sum(math.prod(shape) for shape in shapes if not isinstance(shape, int))
+        if is_traced() or needs_reference() or len(others) >= _MOST or (key is shapes and size > _SMALL) or not size:
+            return None
+        others[key] = None  # while it is made, and where it cannot be
+        with behaviour.undisturbed(), contextlib.suppress(Exception):
+            bare = behaviour.blank(module, module.training)
+            bare.__class__ = kind
+            found = rewritten(bare, shapes) if key is shapes else rewritten(bare, ranks=ranks)
+            if isinstance(found, Flow):
+                others[key] = _Forwards(found.layer._recipe)  # type: ignore[attr-defined]
+    return others[key]
 
 
 def _new(recipe: Recipe) -> nn.Module:

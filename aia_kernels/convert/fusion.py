@@ -1,4 +1,4 @@
-"""fuse: external attention found by what flows, in a model or in a graph."""
+"""fuse: external attention and the units of Attention in Attention found by what flows, in a model or in a graph."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from .spellings import Reader
 
 
 def fuse(model: nn.Module, *inputs: Any) -> Report:
-    """Put fused calls in the place of external attention, wherever it is written, and say what became of what.
+    """Put fused calls in the place of external attention and of the units of Attention in Attention, wherever they are
+    written, and say what became of what.
 
-    It is found by what flows, not by names: a softmax over the tokens, divided by its sum over the slots, and the
-    linear maps around them. A softmax over the slots, divided by its sum over the tokens, is found as well.
+    External attention is found by what flows, not by names: a softmax over the tokens, divided by its sum over the
+    slots, and the linear maps around them. A softmax over the slots, divided by its sum over the tokens, is found as
+    well. So are the units C, ST, CinST, STinC and STinC2: a tensor that is multiplied by gates, each a 3x3x3
+    convolution of the maximum and the mean over an axis.
 
     A graph, as torch.fx.symbolic_trace and the module() of a torch.export.ExportedProgram give it, is rewritten in
-    place. Of any other model each forward that has a softmax is recorded and rewritten. The module gets a class derived
-    from its own, and keeps its parameters, submodules, keys, hooks and settings; inputs of another rank or with further
-    arguments go to its own forward. Before a forward is rewritten, it is compared with the new one on small random
-    inputs: outputs, gradients and buffers, in evaluation and in training. A graph is compared with what it was before
-    where its inputs have at most 2**18 elements together.
+    place. Of any other model each forward that has a softmax or gates is recorded and rewritten. The module gets a
+    class derived from its own, and keeps its parameters, submodules, keys, hooks and settings. Inputs of another rank
+    are recorded when they first come; inputs with further arguments go to its own forward. Before a forward is
+    rewritten, it is compared with the new one on small random inputs: outputs, gradients and buffers, in evaluation and
+    in training. A graph is compared with what it was before where its inputs have at most 2**18 elements together.
 
     Args:
         model: Any module.
@@ -73,7 +76,7 @@ def _shapes_in(module: GraphModule, graph: Graph, inputs: tuple[Any, ...]) -> di
     if not inputs and (known := known_shapes(graph)):
         return known
     root = nn.Module()
-    blank = {name: behaviour.blank(child, child.training, "meta") for name, child in module.named_children()}
+    blank = {name: behaviour.blank(child, False, "meta") for name, child in module.named_children()}
     root._modules.update(blank)
     for held, of in ((root._parameters, module._parameters), (root._buffers, module._buffers)):
         held.update({name: None if p is None else p.detach().to("meta") for name, p in of.items()})

@@ -1,173 +1,25 @@
-"""Graphs of what a module computes: how they are recorded, the shapes in them, and how they are rewritten."""
+"""Graphs of what a module computes: the shapes in them, how they are rewritten, and their source."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import operator
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Interpreter, Node, Proxy, Tracer
-from torch.fx.node import map_arg
-from torch.fx.proxy import TraceError
+from torch.fx import Graph, Interpreter, Node
 
 from . import calls
 from .look_alikes import look_alikes
 from .normalizations import Missed, Normalization, find_normalizations
 from .products import Product
 from .regions import Region, find_region, is_arranged, is_number, is_size
+from .softmaxes import merge_softmaxes, name_softmaxes, settle
 from .spellings import Reader, spelling
-
-
-class DoesNotRun(Exception):
-    """A forward does not run on the inputs that were tried."""
-
-
-class _Proxy(Proxy):
-    """Stands for a value of which the number of axes, or of sizes, is known."""
-
-    def __len__(self) -> int:
-        found = self.tracer.values[self.node]
-        return len(found) if isinstance(found, torch.Size) else super().__len__()
-
-    @property
-    def ndim(self) -> int:
-        return self.tracer.values[self.node].ndim
-
-    @property
-    def shape(self) -> Proxy:
-        return self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
-
-    def dim(self) -> int:
-        return self.ndim
-
-
-class _Tracer(Tracer):
-    """Records a forward and those of the modules that it calls, but for torch's own and those that is_called names.
-
-    It computes what it records, so that code may ask for the number of axes, and loop over sizes.
-    """
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, is_called: Callable[[str], bool], inputs: Iterable[Any]):
-        super().__init__()
-        self.is_called, self.inputs = is_called, iter(inputs)
-        self.values: dict[Node, Any] = {}
-        self.computing = False
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return self.is_called(name) or super().is_leaf_module(module, name)
-
-    def proxy(self, node: Node) -> Proxy:
-        return _Proxy(node, self)
-
-    def create_node(self, *arguments: Any, **named: Any) -> Node:
-        node = super().create_node(*arguments, **named)
-        if node.op != "output":
-            self.computing = True
-            try:
-                with torch.no_grad():
-                    self.values[node] = self._value(node)
-            except Exception as error:
-                raise DoesNotRun(error) from error
-            finally:
-                self.computing = False
-        return node
-
-    def _value(self, node: Node) -> Any:
-        args, kwargs = (map_arg(given, self.values.__getitem__) for given in (node.args, node.kwargs))
-        if node.op == "placeholder":
-            return next(self.inputs)
-        if node.op == "get_attr":
-            return functools.reduce(getattr, str(node.target).split("."), self.root)
-        if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def to_bool(self, obj: Proxy) -> bool:
-        """A condition on sizes is what it is now: the recording says so, and holds where it is that again."""
-        found = self.values.get(obj.node)
-        if not isinstance(found, (bool, int)):
-            return super().to_bool(obj)
-        self.create_node("call_function", calls.expect, (obj.node, bool(found)), {})
-        return bool(found)
-
-    def iter(self, obj: Proxy) -> Iterator:
-        found = self.values.get(obj.node)
-        fixed = isinstance(found, torch.Size) or spelling(obj.node) == "chunk"
-        return (obj[i] for i in range(len(found))) if fixed and isinstance(found, tuple) else super().iter(obj)
-
-
-def record(
-    module: nn.Module, is_called: Callable[[str], bool], inputs: Iterable[tuple[int, ...] | int]
-) -> tuple[Graph, dict[Node, tuple[int, ...]]]:
-    """The graph of the forward of a module, in its mode, and the shape of every tensor in it. Whatever the forward does
-    to the module, it does it here too: give it a copy.
-
-    Args:
-        module: Any module on the CPU.
-        is_called: Whether the graph is to call a submodule of this name, as it always does torch's own.
-        inputs: The shapes of the inputs; a number stands for itself.
-
-    Returns:
-        The graph, and the shapes.
-
-    Raises:
-        DoesNotRun: The forward does not take such inputs.
-        Exception: The forward cannot be recorded: it depends on the values of tensors, or calls what takes no proxies.
-    """
-    with torch.autocast("cpu", enabled=False):
-        tracer = _Tracer(is_called, _zeros(module, inputs))
-        graph = tracer.trace(module)
-    shapes = {node: tuple(v.shape) for node, v in tracer.values.items() if isinstance(v, Tensor)}
-    _refuse_late_conditions(Reader(module, graph, shapes))
-    return graph, shapes
-
-
-def run(module: nn.Module, inputs: Iterable[tuple[int, ...] | int]) -> None:
-    """Call a module, as record takes it, on inputs of these shapes.
-
-    Raises:
-        DoesNotRun: The forward does not take such inputs.
-        AttributeError, NameError, ImportError: It takes none.
-    """
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            module(*_zeros(module, inputs))
-    except (AttributeError, NameError, ImportError):
-        raise
-    except Exception as error:
-        raise DoesNotRun(error) from error
-
-
-def _zeros(module: nn.Module, inputs: Iterable[tuple[int, ...] | int]) -> list[Any]:
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return [i if isinstance(i, int) else torch.zeros(i, dtype=dtype, device="cpu") for i in inputs]
-
-
-def _refuse_late_conditions(reader: Reader) -> None:
-    """Raise TraceError for a condition on sizes behind something that must not be done twice: where the condition is
-    another than it was, the forward that the module had starts anew."""
-    once = False
-    for node in reader.graph.nodes:
-        if node.target is calls.expect and once:
-            raise TraceError("a condition on sizes stands behind a change of buffers, or one in place")
-        module = reader.module(node)
-        buffers = module is not None and next(module.buffers(), None) is not None
-        once = once or buffers or reader.operation(node) == "batch_norm" or reader.changes_in_place(node)
+from .units import FoundGate, FoundUnit, find_units
 
 
 def known_shapes(graph: Graph) -> dict[Node, tuple[int, ...]]:
@@ -232,6 +84,16 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
     """
     fused: list[Fused] = []
     missed: list[Missed] = []
+    for unit in [*find_units(reader)]:
+        if isinstance(unit, Missed):
+            missed.append(unit)
+        else:
+            before = f"{unit.nodes[0].name} to {unit.end.name}"
+            fused.append(Fused(_recalibrate(reader, unit), before, unit.form.unit))
+    merge_softmaxes(reader)
+    if written_out := name_softmaxes(reader):
+        doubled = (found for found in find_normalizations(reader) if isinstance(found, Normalization))
+        settle(reader, written_out, {found.softmax for found in doubled})
     normalizations = [*find_normalizations(reader)]
     for found in normalizations or [*look_alikes(reader)]:
         if isinstance(found, Missed):
@@ -275,6 +137,29 @@ def _attend(reader: Reader, found: Normalization, region: Region) -> Node:
                 user.replace_input_with(node, region.x)
     remove_with_sizes(reader, nodes)
     return new
+
+
+def _recalibrate(reader: Reader, unit: FoundUnit) -> Node:
+    """Put one call in the place of a unit of Attention in Attention."""
+    graph = reader.graph
+    with graph.inserting_before(unit.end):
+        gates = tuple(_gate(reader, gate) for gate in unit.gates)
+        new = graph.call_function(calls.recalibrate, (unit.x, unit.form, gates))
+    reader.shapes = {**reader.shapes, new: reader.shapes[unit.end]}
+    _replace(unit.end, new)
+    unused = {user for node in unit.nodes[:-1] for user in node.users if not user.users}
+    remove_with_sizes(reader, {*unit.nodes} | unused)
+    return new
+
+
+def _gate(reader: Reader, found: FoundGate) -> tuple:
+    """What calls.recalibrate takes of a gate."""
+    convolution = found.gate.convolution
+    weight, bias = (reader.argument(convolution, i, name) for i, name in ((1, "weight"), (2, "bias")))
+    if reader.module(convolution) is not None:
+        weight, bias = f"{convolution.target}.weight", None if bias is None else f"{convolution.target}.bias"
+    tensors = (_tensor(reader.graph, held) for held in (weight, bias))
+    return calls.GateForm(found.order, found.gate.flipped, found.scale), *tensors, _norm(reader, found.gate.norm)
 
 
 def _dropout(reader: Reader, node: Node | None) -> Any:
@@ -345,7 +230,7 @@ def remove_with_sizes(reader: Reader, nodes: Iterable[Node]) -> None:
     waiting = list(nodes)
     while waiting:
         for user in waiting.pop().users:
-            if user not in nodes and user not in reader.shapes and user.target is not calls.expect:
+            if user not in nodes and user not in reader.shapes and user.target not in calls.CONDITIONS:
                 nodes.add(user)
                 waiting.append(user)
     remove(nodes)

@@ -12,10 +12,15 @@ import torch
 from torch.fx import Node
 
 from .axes import moved_axis
+from .calls import CONDITIONS
 from .spellings import Reader, spelling
 
 #: Operations that some networks have in the place of the softmax over tokens.
 _OTHER_MAPS = ("sigmoid", "relu", "exp", "softplus", "tanh")
+
+
+#: What torch.finfo knows of a type that serves as an eps.
+TYPE_INFORMATION = ("eps", "tiny", "smallest_normal", "resolution")
 
 
 class Normalization(NamedTuple):
@@ -23,8 +28,8 @@ class Normalization(NamedTuple):
 
     softmax: its first node. end: its last, the division. numerator: the first argument of the division: the softmax or,
     where axes are moved or split in between, what these make of it. tokens, slots: the axis of the softmax and that of
-    the sum, of the numerator. eps: what is added to the sum. dtype: to which the softmax casts, or None. inner: the
-    nodes between the two ends.
+    the sum, of the numerator. eps: what is added to the sum, or its name in torch.finfo of the type of the map. dtype:
+    to which the softmax casts, or None. inner: the nodes between the two ends.
     """
 
     softmax: Node
@@ -32,26 +37,28 @@ class Normalization(NamedTuple):
     numerator: Node
     tokens: int
     slots: int
-    eps: float
+    eps: float | str
     dtype: torch.dtype | None
     inner: frozenset[Node]
 
 
 class Missed(NamedTuple):
-    """What comes close to a double normalization, or to external attention: the node, and how it differs.
+    """What comes close to a double normalization, to external attention or to a unit: the node, and how it differs.
 
-    faint: whether that says something only of a layer that has the submodules of external attention.
+    faint: whether that says something only of a layer that has the submodules of external attention. of_unit: whether
+    it is a unit of Attention in Attention that it comes close to.
     """
 
     node: Node
     reason: str
     faint: bool = False
+    of_unit: bool = False
 
 
 def find_normalizations(reader: Reader) -> Iterator[Normalization | Missed]:
     """All double normalizations of a graph in its order, and what comes close to one."""
     for node in reader.graph.nodes:
-        if (parts := _division(reader, node)) is not None and (found := _read(reader, node, *parts)) is not None:
+        if (parts := division(reader, node)) is not None and (found := _read(reader, node, *parts)) is not None:
             yield found
         elif (order := _order(reader, node)) is not None:
             yield Missed(
@@ -73,7 +80,7 @@ def _order(reader: Reader, node: Node) -> float | None:
     return order if isinstance(order, (int, float)) and order != 1 else None
 
 
-def _division(reader: Reader, node: Node) -> tuple[Node, Node, int, float, set[Node]] | None:
+def division(reader: Reader, node: Node) -> tuple[Node, Node, int, float | str, set[Node]] | None:
     """Of a node that divides something by its own sum over an axis: that, the sum, the axis, eps, and the nodes
     between; else None."""
     operation, operand = reader.operation(node), reader.operand(node)
@@ -96,7 +103,8 @@ def _division(reader: Reader, node: Node) -> tuple[Node, Node, int, float, set[N
     if found is None:
         return None
     total, dim, eps = found
-    if _through_identities(reader, reader.operand(total), between) is not _through_identities(reader, operand, set()):
+    summed = _through_identities(reader, reader.operand(total), between)
+    if summed is not _through_identities(reader, operand, set()):
         return None
     return operand, total, dim, eps, between
 
@@ -117,27 +125,43 @@ def _reciprocal_of(reader: Reader, node: Any, between: set[Node]) -> Node | None
     return found
 
 
-def _sum(reader: Reader, node: Node, between: set[Node]) -> tuple[Node, int, float] | None:
+def _sum(reader: Reader, node: Node, between: set[Node]) -> tuple[Node, int, float | str] | None:
     """The sum over one axis from which a divisor is made, the axis, and eps. The nodes on the way join between."""
-    eps, places = 0.0, []
+    eps: float | str = 0.0
+    places: list[int] = []
     while True:
         between.add(node)
         operation, operand = reader.operation(node), reader.operand(node)
         if operation == "add":
-            numbers = [a for a in node.args if isinstance(a, (int, float))]
-            tensors = [a for a in node.args if isinstance(a, Node)]
+            numbers = [n for a in node.args if (n := _number(reader, a)) is not None]
+            tensors = [a for a in node.args if isinstance(a, Node) and a in reader.shapes]
             if len(numbers) != 1 or len(tensors) != 1 or reader.argument(node, 2, "alpha", default=1) != 1:
                 return None
-            eps, operand = eps + numbers[0], tensors[0]
+            (number,), (operand,) = numbers, tensors
+            if isinstance(number, str) or isinstance(eps, str):
+                if 0.0 not in (number, eps):
+                    return None
+                eps = number if eps == 0.0 else eps
+            else:
+                eps += number
         elif operation == "clamp":
             # Against 0 / 0, which the fused normalization does not have.
-            least = reader.argument(node, 1, "min")
-            if not isinstance(least, (int, float)) or least > 1e-6 or reader.argument(node, 2, "max") is not None:
+            least = _number(reader, reader.argument(node, 1, "min"))
+            large = least is None or (not isinstance(least, str) and least > 1e-6)
+            if large or reader.argument(node, 2, "max") is not None:
+                return None
+        elif operation in ("masked_fill", "where"):
+            # Likewise, in the place of a sum of zero.
+            if (operand := _guarded(reader, node, between)) is None:
                 return None
         elif spelling(node) == "unsqueeze":
             places.append(reader.argument(node, 1, "dim"))
         elif operation == "getitem":
             if (place := _new_axis(node.args[1])) is None:
+                return None
+            places.append(place)
+        elif operation == "reshape":
+            if (place := _added_axis(reader, node)) is None:
                 return None
             places.append(place)
         elif operation in ("sum", "norm"):
@@ -149,7 +173,19 @@ def _sum(reader: Reader, node: Node, between: set[Node]) -> tuple[Node, int, flo
         node = operand
 
 
-def _axis_of_sum(reader: Reader, node: Node, places: list[int], eps: float) -> tuple[Node, int, float] | None:
+def _number(reader: Reader, given: Any) -> float | str | None:
+    """A number, or its name in torch.finfo of the type of a tensor; None for what is neither."""
+    if isinstance(given, (int, float)):
+        return given
+    name = spelling(given) if isinstance(given, Node) else ""
+    if name not in TYPE_INFORMATION or reader.operation(given.args[0]) != "finfo":
+        return None
+    return name if spelling(given.args[0].args[0]) == "dtype" else None
+
+
+def _axis_of_sum(
+    reader: Reader, node: Node, places: list[int], eps: float | str
+) -> tuple[Node, int, float | str] | None:
     """The axis of a sum which stands in its place in the divisor: kept, or put back where it was."""
     shift = 0
     if reader.operation(node) == "norm":
@@ -171,6 +207,30 @@ def _axis_of_sum(reader: Reader, node: Node, places: list[int], eps: float) -> t
     return (node, dim, eps) if same else None
 
 
+def _guarded(reader: Reader, node: Node, between: set[Node]) -> Node | None:
+    """What is kept of a tensor that has another number where it is zero; the condition joins between."""
+    if reader.operation(node) == "where":
+        condition, of = node.args[0], node.args[-1]
+    else:
+        of, condition = node.args[0], node.args[1]
+    if not isinstance(condition, Node) or not isinstance(of, Node) or reader.operation(condition) != "eq":
+        return None
+    if condition.args[0] is not of or condition.args[1] != 0:
+        return None
+    between.add(condition)
+    return of
+
+
+def _added_axis(reader: Reader, node: Node) -> int | None:
+    """Where a reshape puts an axis of length one and does nothing else."""
+    operand = reader.operand(node)
+    if node not in reader.shapes or operand not in reader.shapes:
+        return None
+    before, after = reader.shapes[operand], reader.shapes[node]
+    places = (i for i in range(len(after)) if after[i] == 1 and after[:i] + after[i + 1 :] == before)
+    return next(places, None) if 1 not in before else None
+
+
 def _new_axis(index: Any) -> int | None:
     """Where an index such as [:, None] or [..., None] puts an axis of length one; None if it does more."""
     index = index if isinstance(index, tuple) else (index,)
@@ -189,7 +249,7 @@ def _through_identities(reader: Reader, node: Any, between: set[Node]) -> Any:
 
 
 def _read(
-    reader: Reader, end: Node, numerator: Node, total: Node, dim: int, eps: float, between: set[Node]
+    reader: Reader, end: Node, numerator: Node, total: Node, dim: int, eps: float | str, between: set[Node]
 ) -> Normalization | Missed | None:
     """The double normalization of which a division is the end, or how it differs; None if there is no softmax."""
     path, node = [], numerator
@@ -243,9 +303,17 @@ def _checked(reader: Reader, found: Normalization, path: list[Node]) -> Normaliz
             "of each token: functional.double_normalize(logits, dims=(tokens, slots))",
         )
     region = {softmax, *found.inner}
-    used = sorted({user.name for node in region for user in node.users if user not in region | {end}})
+    users = {user for node in region for user in node.users} - {*region, end}
+    used = sorted(user.name for user in users if not _serves(reader, user, region | {end}))
     if used:
         return Missed(end, f"{told}, but {', '.join(used)} reads the map before the division as well")
     if any(reader.changes_in_place(user) for user in reader.operand(softmax).users if user is not softmax):
         return Missed(end, f"{told}, but the logits are changed in place")
     return found._replace(tokens=tokens, slots=slots)
+
+
+def _serves(reader: Reader, node: Node, region: set[Node]) -> bool:
+    """Whether a node makes a number, of sizes or of the type of the map, for what is inside of a region alone."""
+    if node in reader.shapes or node.op == "output" or node.target in CONDITIONS:
+        return False
+    return all(user in region or _serves(reader, user, region) for user in node.users)

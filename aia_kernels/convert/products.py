@@ -43,7 +43,15 @@ def product_of(reader: Reader, node: Any) -> Product | None:
     if operation in ("linear", "conv"):
         return _layer(reader, node, operation)
     if operation in ("matmul", "mm", "bmm"):
-        return _matmul(reader, node)
+        return _matmul(reader, node, *node.args[:2])
+    if operation == "addmm" and len(node.args) == 3 and not node.kwargs:
+        found = _matmul(reader, node, *node.args[1:])
+        bias = node.args[0]
+        shape = shape_of(reader, bias)
+        right = found is not None and found.source is node.args[1] and shape is not None
+        return found._replace(bias=bias) if found and right and shape == (found.out,) else None
+    if operation == "tensordot":
+        return _tensordot(reader, node)
     return _einsum(reader, node) if operation == "einsum" else None
 
 
@@ -91,10 +99,9 @@ def shape_of(reader: Reader, weight: Any) -> tuple[int, ...] | None:
     return None
 
 
-def _matmul(reader: Reader, node: Node) -> Product | None:
+def _matmul(reader: Reader, node: Node, a: Any = None, b: Any = None) -> Product | None:
     """a @ b, where one of both is a single matrix."""
-    left, right = (_single(reader, a) for a in node.args[:2]) if len(node.args) >= 2 else (None, None)
-    a, b = (*node.args, None, None)[:2]
+    left, right = _single(reader, a), _single(reader, b)
     rank = reader.rank(node)
     if rank is None or not isinstance(a, Node) or not isinstance(b, Node):
         return None
@@ -125,6 +132,23 @@ def _single(reader: Reader, node: Any) -> tuple[Node, tuple[int, int], bool] | N
     if shape is None or len(shape) < 2 or math.prod(shape[:-2]) != 1:
         return None
     return node, (shape[-2], shape[-1]), transposed
+
+
+def _tensordot(reader: Reader, node: Node) -> Product | None:
+    """A tensor and a matrix, with one axis of each."""
+    x, matrix, *dims = (*node.args, *(node.kwargs[name] for name in ("dims",) if name in node.kwargs))
+    found, rank = _single(reader, matrix), reader.rank(x)
+    if found is None or rank is None or reader.rank(node) != rank or len(dims) != 1 or matrix not in reader.shapes:
+        return None
+    (given,) = dims
+    axes = ((rank - 1,), (0,)) if given == 1 else tuple((a,) if isinstance(a, int) else tuple(a) for a in given)
+    if len(axes) != 2 or any(len(a) != 1 for a in axes) or len(reader.shapes[matrix]) != 2:
+        return None
+    axis, contracted = axes[0][0] % rank, axes[1][0] % 2
+    weight, sizes, transposed = found
+    order = (*(i for i in range(rank) if i != axis), axis)
+    moved = None if axis == rank - 1 else order
+    return Product(node, x, axis, weight, sizes, (contracted == 0) != transposed, None, moved)
 
 
 def _einsum(reader: Reader, node: Node) -> Product | None:

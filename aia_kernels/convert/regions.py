@@ -16,11 +16,15 @@ from torch.fx import Node
 
 from .axes import Axis, after, leaves, named
 from .calls import Form
-from .normalizations import Normalization
+from .normalizations import TYPE_INFORMATION, Normalization
 from .products import Product, applied, product_of
 from .spellings import Reader
 
 LAYOUT = ("identity", "reshape", "permute")
+
+#: What makes a number of numbers; of tensors too, some of them.
+_NUMBERS = ("getitem", "mul", "floordiv", "mod", "add", "sub", "div", "pow", "neg", "prod", "int", "round", "floor")
+_NUMBERS += ("ceil", "sqrt", "isqrt", "finfo", *TYPE_INFORMATION)
 
 
 class Block(NamedTuple):
@@ -68,8 +72,12 @@ def find_region(reader: Reader, found: Normalization) -> Region | None:
         downward = _downward(reader, found, after_)
         if upward is None or downward is None:
             continue
-        if (region := _Walk(reader, found, *upward, *downward).region()) is not None:
-            return region
+        x, path, products = upward
+        first = products[0]
+        nearer = first.source, path[path.index(first.node) :], products
+        for start in (upward, nearer) if first.source is not x else (upward,):
+            if (region := _Walk(reader, found, *start, *downward).region()) is not None:
+                return region
     return None
 
 
@@ -132,13 +140,13 @@ def _downward(reader: Reader, found: Normalization, more: int) -> tuple[list[Nod
 
 
 def is_size(reader: Reader, node: Node) -> bool:
-    """Whether a node asks for the sizes of a tensor alone."""
-    return reader.operation(node) in ("size", "shape")
+    """Whether a node asks for the sizes of a tensor alone, or for its type."""
+    return reader.operation(node) in ("size", "shape", "dtype")
 
 
 def is_number(reader: Reader, node: Node) -> bool:
-    """Whether a node makes a size, or a number of sizes, and does nothing else."""
-    made = reader.operation(node) in ("size", "shape", "getitem", "mul", "floordiv", "add", "sub")
+    """Whether a node makes a size, or a number of sizes or of a type, and does nothing else."""
+    made = is_size(reader, node) or reader.operation(node) in _NUMBERS
     return made and not reader.changes_in_place(node)
 
 

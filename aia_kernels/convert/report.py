@@ -71,7 +71,7 @@ class Report:
         if not (self.converted or self.left_alone or self.already_fused):
             return (
                 f"aia_kernels.{self._by}: the model is unchanged; no forward in it divides a softmax by its sum over "
-                "another axis, and no layer has the submodules of a published one"
+                "another axis or recalibrates a tensor by gates, and no layer has the submodules of a published one"
             )
         lines = [f"aia_kernels.{self._by}: {_count(self.converted)} converted, {_count(self.left_alone)} left alone"]
         if self.already_fused:

@@ -90,6 +90,8 @@ class Reader:
         name = spelling(node)
         if name.removesuffix("_") == "dropout" and not self.dropout_of(node):
             return "identity"
+        if name == "getitem" and node.args[0] in self.shapes and _is_whole(node.args[1]):
+            return "identity"
         return _SAME.get(name, _SAME.get(name.removesuffix("_"), name.removesuffix("_")))
 
     def changes_in_place(self, node: Node) -> bool:
@@ -127,6 +129,11 @@ class Reader:
     def rank(self, node: Any) -> int | None:
         """The number of axes of the result of a node, if it is known."""
         return len(self.shapes[node]) if node in self.shapes else None
+
+
+def _is_whole(index: Any) -> bool:
+    """Whether an index leaves a tensor as it is."""
+    return all(i is Ellipsis or i == slice(None) for i in (index if isinstance(index, tuple) else (index,)))
 
 
 def spelling(node: Node) -> str:

@@ -223,7 +223,7 @@ class TestWhereLayersStand:
             == repr(report)
             == (
                 "aia_kernels.convert: the model is unchanged; no forward in it divides a softmax by its sum over "
-                "another axis, and no layer has the submodules of a published one"
+                "another axis or recalibrates a tensor by gates, and no layer has the submodules of a published one"
             )
         )
 

@@ -6,20 +6,23 @@ import copy
 import pickle
 
 import fuse_cases
+import fuse_wordings
 import pytest
 import torch
 import torch.nn.functional as F
 from convert_cases import EXACT, TokenPerformer, assert_same_objects, tensors
-from fuse_variants import VARIANTS, Checks
+from fuse_steps import assert_same_steps, build
+from fuse_steps import inputs_of as inputs_of_shapes
+from fuse_variants import VARIANTS, Checks, Memories, normalize
+from fuse_wordings import WORDINGS, ALoopOverParts, SquareMaps
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import aia_kernels
 from aia_kernels import models, testing
-from aia_kernels.convert import compiler
+from aia_kernels.convert import compiler, flow
 from benchmarks.published import external_attention as external
 
-KINDS = fuse_cases.KINDS | VARIANTS
+KINDS = fuse_cases.KINDS | VARIANTS | WORDINGS
 
 # float32 sums of up to a hundred terms, through two normalizations and their gradients: 1e2 roundings of 6e-8.
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}
@@ -28,37 +31,8 @@ SINGLE = {"rtol": 1e-5, "atol": 1e-5}
 BEHIND_NORM = {"rtol": 1e-5, "atol": 7e-5}
 
 
-def build(kind, dtype=torch.float64):
-    torch.manual_seed(0)
-    return testing.randomise(kind()).to(dtype)
-
-
 def inputs_of(kind, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        given if isinstance(given, int) else torch.randn(given, generator=generator, dtype=torch.float64).to(dtype)
-        for given in KINDS[kind][1:]
-    ]
-
-
-def step(module, inputs):
-    """The output, every gradient, and the buffers of one step."""
-    module.zero_grad()
-    inputs = [x if isinstance(x, int) else x.clone().requires_grad_() for x in inputs]
-    torch.manual_seed(3)
-    y = module(*inputs)
-    y = torch.cat([part.flatten() for part in tree_leaves(y)])
-    y.sin().sum().backward()
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
-    named = {name.removeprefix("_orig_mod."): tensor for name, tensor in (*grads.items(), *module.named_buffers())}
-    return {"y": y.detach(), **dict(enumerate(x.grad for x in inputs if isinstance(x, torch.Tensor))), **named}
-
-
-def assert_same_steps(found, expected, inputs, **tolerance):
-    found, expected = step(found, inputs), step(expected, inputs)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+    return inputs_of_shapes(KINDS[kind][1:], dtype)
 
 
 class Unknown(nn.Module):
@@ -71,6 +45,21 @@ class Unknown(nn.Module):
     def forward(self, x):
         attn = self.mk(x.unflatten(2, (7, 11)).transpose(2, 3).transpose(1, 2)).softmax(2)
         return self.mv(attn / attn.sum(3, keepdim=True))
+
+
+class AnyRank(Memories):
+    """Any number of axes between the batch and the features."""
+
+    def forward(self, x):
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        return self.mv(normalize(self.mk(flat))).view(x.shape)
+
+
+class RowsInALoop(Memories):
+    """Each row of a map [B, H, W, C] for itself."""
+
+    def forward(self, x):
+        return torch.stack([self.mv(normalize(self.mk(x[:, i]))) for i in range(x.shape[1])], 1)
 
 
 class TestKinds:
@@ -138,6 +127,50 @@ class TestKinds:
             model(torch.randn(3, 9, 7))
         monkeypatch.setattr(Checks, "forward", None)
         model(many)
+
+    def test_other_ranks(self, monkeypatch):
+        """Tokens, maps with the features last, and the tokens of one sample: each is recorded when it first comes."""
+        model = build(AnyRank)
+        own = copy.deepcopy(model)
+        aia_kernels.fuse(model)
+        inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 9, 6), (3, 4, 5, 6), (2, 2, 3, 4, 6))]
+        for x in (*inputs, *inputs):
+            assert_same_steps(model, own, [x], **EXACT)
+        monkeypatch.setattr(AnyRank, "forward", None)  # it is not called
+        for x in inputs[:2]:
+            model(x)
+
+    def test_other_sizes_of_a_loop(self, monkeypatch):
+        """How often a loop runs is recorded; another number is another recording, as long as they are few."""
+        model = build(RowsInALoop)
+        own = copy.deepcopy(model)
+        report = aia_kernels.fuse(model, torch.randn(2, 3, 4, 6))
+        assert "external_attention" in str(report)
+        inputs = [torch.randn(2, rows, 4, 6, dtype=torch.float64) for rows in (3, 2, 5)]
+        for x in inputs:
+            assert_same_steps(model, own, [x], **EXACT)
+        monkeypatch.setattr(RowsInALoop, "forward", None)
+        for x in inputs:
+            model(x)
+        monkeypatch.undo()
+        for rows in range(1, 20):
+            x = torch.randn(1, rows, 4, 6, dtype=torch.float64)
+            torch.testing.assert_close(model(x), own(x), **EXACT)
+
+    def test_a_square_map_of_any_size(self):
+        model = build(SquareMaps)
+        own = copy.deepcopy(model)
+        aia_kernels.fuse(model)
+        assert len(type(model)._recipe.sources) == 2
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flow, "_other_forwards", None)  # the first recording holds for all
+            for side in (3, 4, 8):
+                assert_same_steps(model, own, [torch.randn(2, side**2, 6, dtype=torch.float64)], **EXACT)
+
+    def test_what_was_lent_to_the_recording_is_given_back(self):
+        for kind in (SquareMaps, ALoopOverParts):
+            aia_kernels.fuse(build(kind))
+        assert not hasattr(fuse_wordings, "int") and isinstance(torch.finfo, type)
 
     def test_dropout_on_the_map(self):
         model = build(fuse_cases.HeadsWithDropout)
