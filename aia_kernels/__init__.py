@@ -15,12 +15,16 @@ from .algorithms.attention_in_attention import AttentionInAttentionFunction
 from .backends import available_backends, set_backend, use_backend
 from .convert import convert, fuse, fuse_backend, to_reference
 from .modules import (
+    CBAM,
     ST,
     C,
+    CausalCBAM,
+    ChannelGate,
     CinST,
     ExternalAttention,
     ExternalAttention2d,
     MultiHeadExternalAttention,
+    SpatialGate,
     STinC,
     STinC2,
     TemporalShift,
@@ -32,9 +36,12 @@ from .reference import Gate, Norm
 __version__ = "0.2.0"
 
 __all__ = [
+    "CBAM",
     "ST",
     "AttentionInAttentionFunction",
     "C",
+    "CausalCBAM",
+    "ChannelGate",
     "CinST",
     "ExternalAttention",
     "ExternalAttention2d",
@@ -43,6 +50,7 @@ __all__ = [
     "Norm",
     "STinC",
     "STinC2",
+    "SpatialGate",
     "TemporalShift",
     "TokenExternalAttention",
     "available_backends",

@@ -33,6 +33,11 @@ LAYERS: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = 
         "MultiHeadExternalAttention": (lambda: modules.MultiHeadExternalAttention(8, num_heads=2), TOKENS),
         "TokenExternalAttention": (lambda: modules.TokenExternalAttention(8, 8, k=5), TOKENS),
     },
+    "cbam": {
+        "CBAM": (lambda: modules.CBAM(8, 2), MAPS),
+        "ChannelGate": (lambda: modules.ChannelGate(8, 2), MAPS),
+        "SpatialGate": (lambda: modules.SpatialGate(), MAPS),
+    },
     "temporal_shift": {"TemporalShift": (lambda: modules.TemporalShift(SEGMENTS, fold_div=3), (4, 6, 5, 3))},
 }
 

@@ -110,6 +110,41 @@ _RESIDUAL_SCHEMAS = {
 # the next and the previous frame change places: the transpose, and so the gradient. Reads 1 |X|, writes 1 |X|.
 _SHIFT_SCHEMAS = {"temporal_shift": "(Tensor x, int fold, bool reverse) -> Tensor"}
 
+# CBAM. x, y and their gradients are [B, C, H, W], contiguous or channels_last, and not empty. A gate of the channels is
+# [B, C], one of the positions [B, 1, H, W], both in accumulate_dtype; an absent one is 1 everywhere, and one of them is
+# there. Pooled features, maximum and mean in this order, are in accumulate_dtype, and the index of each maximum is
+# int32: the first one wins ties; NaN wins over numbers, the first NaN over later ones.
+_CBAM_SCHEMAS = {
+    # Over H and W, of x: pooled [B, 2, C], argmax [B, C] = h * W + w. Reads 1 |X|.
+    "cbam_pool_positions": "(Tensor x) -> (Tensor pooled, Tensor argmax)",
+    # Over C, of x * channel: pooled [B, 2, H, W], argmax [B, H, W]. Reads 1 |X|.
+    "cbam_pool_channels": "(Tensor x, Tensor? channel) -> (Tensor pooled, Tensor argmax)",
+    # y = x * channel * spatial, and with the confounder also x - y, which is made of the exact y and rounded once.
+    # Reads 1 |X|, writes 1 |X|, or 2 |X| with the confounder.
+    "cbam_recalibrate": "(Tensor x, Tensor? channel, Tensor? spatial, bool confounder) -> Tensor[]",
+    # Of q = (grad_y - grad_confounder) * x: grad_channel [B, C], the sum over positions of q * spatial, and
+    # grad_spatial [B, 1, H, W], the sum over channels of q * channel. Reads 2 |X|, or 3 |X| with a confounder.
+    "cbam_recalibrate_reduce": "(Tensor grad_y, Tensor? grad_confounder, Tensor x, Tensor? channel, "
+    "Tensor? spatial) -> (Tensor grad_channel, Tensor grad_spatial)",
+    # With U(grad, argmax) the transpose of a pool (above): the sum over positions of x * U(grad_spatial [B, 2, H, W]),
+    # [B, C], which is the part of grad_channel that comes through the spatial gate. Reads 1 |X|.
+    "cbam_unpool_reduce": "(Tensor x, Tensor grad_spatial, Tensor spatial_argmax) -> Tensor",
+    # grad_x = ((grad_y - grad_confounder) * spatial + U(grad_spatial)) * channel + U(grad_channel) + grad_confounder,
+    # grad_spatial [B, 2, H, W] and grad_channel [B, 2, C] those of pooled features. A gate, its gradient and its argmax
+    # come together. Reads 1 |X|, or 2 |X| with a confounder, writes 1 |X|.
+    "cbam_unpool": "(Tensor grad_y, Tensor? grad_confounder, Tensor? channel, Tensor? grad_channel, "
+    "Tensor? channel_argmax, Tensor? spatial, Tensor? grad_spatial, Tensor? spatial_argmax) -> Tensor",
+}
+
+# The convolution of the spatial gate, k x k with an odd k, zeros around and no bias: z [B, 1, H, W] of pooled features
+# [B, 2, H, W] by a weight [1, 2, k, k], all contiguous and in one accumulation type; and its transpose in both
+# operands. A backend may lack these two; PyTorch's convolution then takes their place. No x-sized traffic.
+_CONVOLVE_SCHEMAS = {
+    "cbam_convolve": "(Tensor pooled, Tensor weight) -> Tensor",
+    "cbam_convolve_backward": "(Tensor grad_z, Tensor pooled, Tensor weight) -> "
+    "(Tensor grad_pooled, Tensor grad_weight)",
+}
+
 # The whole unit forward, y = x * G_outer(x * G_inner(x)), where all statistics are fixed: no clip depends on another,
 # and a clip may stay on chip. inner is a context or NONE, outer the other context, or either one. The lists are those
 # of gate, with entries for the gate over C, then for those over T, H and W, as far as the unit has them. A backend may
@@ -123,8 +158,11 @@ PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
+CBAM_PASSES = tuple(_CBAM_SCHEMAS)
+CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
 
-_PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS
+_PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
+_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -302,3 +340,47 @@ def _(grad_y, signs):
 @_fake("temporal_shift")
 def _(x, fold, reverse):
     return torch.empty_like(x)
+
+
+@_fake("cbam_pool_positions")
+def _(x):
+    b, c, _, _ = x.shape
+    return x.new_empty((b, 2, c), dtype=accumulate_dtype(x.dtype)), x.new_empty((b, c), dtype=torch.int32)
+
+
+@_fake("cbam_pool_channels")
+def _(x, channel):
+    b, _, h, w = x.shape
+    return x.new_empty((b, 2, h, w), dtype=accumulate_dtype(x.dtype)), x.new_empty((b, h, w), dtype=torch.int32)
+
+
+@_fake("cbam_recalibrate")
+def _(x, channel, spatial, confounder):
+    return [torch.empty_like(x) for _ in range(2 if confounder else 1)]
+
+
+@_fake("cbam_recalibrate_reduce")
+def _(grad_y, grad_confounder, x, channel, spatial):
+    b, c, h, w = x.shape
+    grad_channel = x.new_empty((b, c), dtype=accumulate_dtype(x.dtype))
+    return grad_channel, grad_channel.new_empty((b, 1, h, w))
+
+
+@_fake("cbam_unpool_reduce")
+def _(x, grad_spatial, spatial_argmax):
+    return x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+
+
+@_fake("cbam_unpool")
+def _(grad_y, grad_confounder, channel, grad_channel, channel_argmax, spatial, grad_spatial, spatial_argmax):
+    return torch.empty_like(grad_y)
+
+
+@_fake("cbam_convolve")
+def _(pooled, weight):
+    return torch.empty_like(pooled[:, :1], memory_format=torch.contiguous_format)
+
+
+@_fake("cbam_convolve_backward")
+def _(grad_z, pooled, weight):
+    return torch.empty_like(pooled), torch.empty_like(weight)

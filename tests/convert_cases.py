@@ -7,6 +7,7 @@ from torch import nn
 
 from aia_kernels import testing
 from benchmarks.published import attention_in_attention as units
+from benchmarks.published import cbam
 from benchmarks.published import external_attention as external
 
 # float64 sums in another order, some with projections multiplied first: values of order one to a hundred.
@@ -49,6 +50,8 @@ LAYERS = {
     "EANet": (lambda: external.ExternalAttention2d(6, 5), (3, 6, 3, 4), "ExternalAttention2d"),
     "EAMLP": (lambda: external.MultiHeadExternalAttention(6, 2), (2, 9, 6), "MultiHeadExternalAttention"),
     "two linear": (lambda: external.ExternalAttention(6, 5), (2, 9, 6), "ExternalAttention"),
+    "CBAM": (lambda: cbam.CBAM(6, 2), (2, 6, 3, 4), "CBAM"),
+    "CBAM of 3 x 3, other pools": (lambda: cbam.CBAM(6, 2, 3, ["lse", "max", "lp"]), (2, 6, 3, 4), "CBAM"),
     "T2T performer": (TokenPerformer, (2, 9, 7), "TokenExternalAttention"),
     "T2T transformer": (TokenTransformer, (2, 9, 7), "TransformerTokenExternalAttention"),
 }

@@ -46,6 +46,24 @@ def good() -> dict[str, list]:
         "double_norm_backward_": [x(2, 6, 8), gate(2, 6, 8), gate(2, 6, 2), x(2, 8), 4],
         "residual_relu_": [x(2, 6, 8), x(2, 6, 8), x(8)],
         "residual_relu_backward": [x(2, 6, 8), torch.zeros(12, dtype=torch.uint8)],
+        **_of_cbam(),
+    }
+
+
+def _of_cbam() -> dict[str, list]:
+    x = torch.randn
+    of_channels = torch.rand(B, C), x(B, 2, C), torch.zeros(B, C, dtype=torch.int32)
+    of_positions = torch.rand(B, 1, H, W), x(B, 2, H, W), torch.zeros(B, H, W, dtype=torch.int32)
+    gates = torch.rand(B, C), torch.rand(B, 1, H, W)
+    return {
+        "cbam_pool_positions": [x(B, C, H, W)],
+        "cbam_pool_channels": [x(B, C, H, W), torch.rand(B, C)],
+        "cbam_recalibrate": [x(B, C, H, W), *gates, True],
+        "cbam_recalibrate_reduce": [x(B, C, H, W), x(B, C, H, W), x(B, C, H, W), *gates],
+        "cbam_unpool_reduce": [x(B, C, H, W), x(B, 2, H, W), torch.zeros(B, H, W, dtype=torch.int32)],
+        "cbam_unpool": [x(B, C, H, W), x(B, C, H, W), *of_channels, *of_positions],
+        "cbam_convolve": [x(B, 2, H, W), x(1, 2, 3, 3)],
+        "cbam_convolve_backward": [x(B, 1, H, W), x(B, 2, H, W), x(1, 2, 3, 3)],
     }
 
 

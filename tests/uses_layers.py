@@ -99,6 +99,10 @@ def _shift() -> nn.Module:
     return aia_kernels.TemporalShift(CLIPS.t, fold_div=3)
 
 
+def _cbam() -> nn.Module:
+    return aia_kernels.CBAM(6, 2)
+
+
 LAYERS = {
     "C": Layer(_unit("C"), FRAMES),
     "ST": Layer(_unit("ST"), FRAMES),
@@ -114,6 +118,9 @@ LAYERS = {
     "TemporalShift": Layer(_shift, FRAMES),
     "TemporalShift, channels_last": Layer(_shift, FRAMES, channels_last),
     "TemporalShift, part": Layer(_shift, FRAMES, part),
+    "CBAM": Layer(_cbam, MAPS),
+    "CBAM, channels_last": Layer(_cbam, MAPS, channels_last),
+    "CBAM, part": Layer(_cbam, MAPS, part),
     "ExternalAttention": Layer(_plain, TOKENS),
     "ExternalAttention, transposed": Layer(_plain, TOKENS, transposed),
     "ExternalAttention, part": Layer(_plain, TOKENS, part),
@@ -136,6 +143,7 @@ MAIN = (
     "STinC2, 5d",
     "ST, channels_last",
     "TemporalShift",
+    "CBAM",
     "ExternalAttention",
     "ExternalAttention2d, channels_last",
     "MultiHead, dropout",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..common import maps
 from ..common.layouts import as_clips, as_input, save, saved, stored_as, unviewed
-from ..common.process_groups import gather, resolve
+from ..common.process_groups import gather, joint_statistics, resolve
 from ..reference import Gate, Norm, Unit, attention_in_attention
 from .double_backward import backward_is_followed, gradients
 
@@ -220,7 +220,7 @@ def _with_members(
 ) -> tuple[Tensor, Tensor]:
     """Norm [n, 4] and statistics [n, 3] as they are where the gates with a group share theirs with its members."""
     own = torch.cat((statistics[:, :2], _column(count, statistics)), 1)
-    statistics = _by_group(plan.groups[rows], statistics, own, _joint)
+    statistics = _by_group(plan.groups[rows], statistics, own, joint_statistics)
     rstd = (statistics[:, 1:2] + _column(plan.eps[rows], statistics)).rsqrt()
     return torch.cat((statistics[:, :1], rstd, norm[:, 2:]), 1), statistics
 
@@ -228,15 +228,6 @@ def _with_members(
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """Numbers as a column [n, 1], filled on the device: no copy from the host, so a CUDA graph can hold it."""
     return torch.cat([like.new_full((1, 1), value) for value in values])
-
-
-def _joint(members: Tensor) -> Tensor:
-    """Statistics of a joint batch from the mean, variance and count of its members [members, n, 3]: Chan's formula."""
-    mean, var, count = members.split(1, 2)
-    total = count.sum(0)
-    joint = (count * mean).sum(0) / total
-    joint_var = (count * (var + (mean - joint).square())).sum(0) / total
-    return torch.cat((joint, joint_var, total.reciprocal()), 1)
 
 
 def _by_group(groups: Sequence[str], alone: Tensor, part: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:

@@ -47,6 +47,7 @@ FAMILIES = {
     "attention_in_attention": schemas.PASSES,
     "external_attention": schemas.DOUBLE_NORM_PASSES + schemas.RESIDUAL_PASSES,
     "temporal_shift": schemas.SHIFT_PASSES,
+    "cbam": schemas.CBAM_PASSES,
 }
 
 #: What "auto" tries, in order, by type of device, where nothing was measured (choices.csv); the reference runs
@@ -323,6 +324,8 @@ def passes(name: str, family: str) -> Any:
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})
     if family == "external_attention":
         return MatmulPasses(found)
+    if family == "cbam" and name == "cpu":
+        vars(found).update((p, schemas.callable_pass(p)) for p in schemas.CONVOLVE_PASSES)
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order
     if name == "cuda":

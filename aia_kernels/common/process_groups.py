@@ -25,3 +25,12 @@ def gather(tensor: Tensor, name: str) -> Tensor:
     gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     all_gather(gathered, tensor.contiguous(), group=group)
     return torch.stack(gathered)
+
+
+def joint_statistics(members: Tensor) -> Tensor:
+    """Statistics of a joint batch from the mean, variance and count of its members [members, n, 3]: Chan's formula."""
+    mean, var, count = members.split(1, 2)
+    total = count.sum(0)
+    joint = (count * mean).sum(0) / total
+    joint_var = (count * (var + (mean - joint).square())).sum(0) / total
+    return torch.cat((joint, joint_var, total.reciprocal()), 1)

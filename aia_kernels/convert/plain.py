@@ -6,7 +6,7 @@ or the type of a tensor stands in functions that torch.fx records as they are: a
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple  # noqa: UP035  TorchScript knows no other spelling
 
 import torch
 import torch.fx
@@ -224,6 +224,53 @@ class PlainTemporalShift(modules.TemporalShift):
         return _shaped_as(_shifted(_clips(x, self.num_segments), self.fold_div), x)
 
 
+def _gate_pooled(x: Tensor, name: str) -> Tensor:
+    """One pool of a channel gate, [B, C]."""
+    flat = x.flatten(2)
+    if name == "avg":
+        return flat.mean(2)
+    if name == "max":
+        return torch.max(flat, 2)[0]
+    return flat.pow(2.0).sum(2).sqrt() if name == "lp" else flat.logsumexp(2)
+
+
+class PlainChannelGate(modules.ChannelGate):
+    """ChannelGate in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.mlp(_gate_pooled(x, self.pool_types[0]))
+        for name in self.pool_types[1:]:
+            total = total + self.mlp(_gate_pooled(x, name))
+        return x * total.sigmoid().unsqueeze(2).unsqueeze(3)
+
+
+class PlainSpatialGate(modules.SpatialGate):
+    """SpatialGate in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.spatial(_pooled(x, 1)).sigmoid()
+
+
+class PlainCBAM(modules.CBAM):
+    """CBAM in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ChannelGate(x)
+        if hasattr(self, "SpatialGate"):
+            y = self.SpatialGate(y)
+        return y
+
+
+class PlainCausalCBAM(modules.CausalCBAM):
+    """CausalCBAM in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006  TorchScript
+        y = self.ChannelGate(x)
+        if hasattr(self, "SpatialGate"):
+            y = self.SpatialGate(y)
+        return y, x - y
+
+
 #: The plain layer of each fused one.
 PLAIN_LAYERS = {
     kind.__bases__[-1]: kind
@@ -231,6 +278,7 @@ PLAIN_LAYERS = {
         *(PlainC, PlainST, PlainCinST, PlainSTinC, PlainSTinC2, PlainTemporalShift),
         *(PlainExternalAttention, PlainExternalAttention2d, PlainMultiHeadExternalAttention),
         *(PlainTokenExternalAttention, PlainTransformerTokenExternalAttention),
+        *(PlainCBAM, PlainCausalCBAM, PlainChannelGate, PlainSpatialGate),
     )
 }
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import modules
+from ..modules.cbam import is_map_convolution
 from ..modules.submodules import must_be_called
+from ..reference.cbam import POOLS
 
 
 class Form(NamedTuple):
@@ -97,6 +99,45 @@ def _unit(letters: str, *names: str) -> Form:
         lambda unit: {"use_BN": uses_bn(unit)},
         # Lengths that no two axes share: a gate with its axes in another order has another result.
         lambda unit, generator: _normal((2 * unit.num_segments, 3, 4, 5), generator),
+    )
+
+
+def _cbam_mismatch(block: nn.Module) -> str | None:
+    """CBAM of Jongchan/attention-module, with or without its spatial gate."""
+    gate = block._modules["ChannelGate"]
+    mlp = getattr(gate, "_modules", {}).get("mlp")
+    if (reason := _differs("ChannelGate.mlp", mlp, nn.Sequential)) is not None or len(mlp) != 4:
+        return reason or f"ChannelGate.mlp has {len(mlp)} submodules, expected Flatten, Linear, ReLU, Linear"
+    if (reason := _differs("ChannelGate.mlp.1", mlp[1], nn.Linear)) is not None:
+        return reason
+    c, hidden = mlp[1].in_features, mlp[1].out_features
+    known = getattr(gate, "pool_types", ())
+    if not isinstance(known, (list, tuple)) or not known or any(name not in POOLS for name in known):
+        return f"ChannelGate.pool_types: got {known!r}, expected names of {', '.join(POOLS)}"
+    reasons = [
+        None if type(mlp[2]) is nn.ReLU else f"ChannelGate.mlp.2 is a {type(mlp[2]).__name__}, expected a ReLU",
+        _differs("ChannelGate.mlp.3", mlp[3], nn.Linear, in_features=hidden, out_features=c),
+    ]
+    if "SpatialGate" in block._modules:
+        spatial = getattr(block._modules["SpatialGate"], "_modules", {}).get("spatial")
+        conv, bn = (getattr(spatial, "_modules", {}).get(name) for name in ("conv", "bn"))
+        plain = {"in_channels": 2, "out_channels": 1, "bias": None}
+        if (reason := _differs("SpatialGate.spatial.conv", conv, nn.Conv2d, **plain)) is not None:
+            return reason
+        if not is_map_convolution(conv):
+            return f"SpatialGate.spatial.conv is {conv}, expected an odd kernel that keeps H and W"
+        if bn is not None:
+            reasons.append(_differs("SpatialGate.spatial.bn", bn, _BatchNorm, num_features=1))
+    return _first(*reasons)
+
+
+def _cbam_form(*children: str) -> Form:
+    return Form(
+        frozenset(children),
+        (modules.CBAM,),
+        _cbam_mismatch,
+        lambda block: {"gates_are_read": True, "no_spatial": "SpatialGate" not in block._modules},
+        lambda block, generator: _normal((3, block.ChannelGate.mlp[1].in_features, 4, 5), generator),
     )
 
 
@@ -199,6 +240,8 @@ def _tokens(features: int, generator: torch.Generator) -> Tensor:
 FORMS = (
     _unit("CTHW", "CinST", "STinC", "STinC2"),
     _unit("THW", "ST"),
+    _cbam_form("ChannelGate", "SpatialGate"),
+    _cbam_form("ChannelGate"),
     _unit("C", "C"),
     Form(
         frozenset({"trans_dims", "linear_0", "linear_1", "attn_drop", "proj", "proj_drop"}),

@@ -6,10 +6,12 @@ DTensors a TypeError (sharded.py).
 """
 
 from .attention_in_attention import ST, C, CinST, Gate, Norm, STinC, STinC2, attention_in_attention
+from .cbam import MLP, causal_cbam, cbam
 from .external_attention import double_normalize, external_attention, external_attention_block
 from .temporal_shift import temporal_shift
 
 __all__ = [
+    "MLP",
     "ST",
     "C",
     "CinST",
@@ -18,6 +20,8 @@ __all__ = [
     "STinC",
     "STinC2",
     "attention_in_attention",
+    "causal_cbam",
+    "cbam",
     "double_normalize",
     "external_attention",
     "external_attention_block",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference import Gate, Norm, Unit
+from ..reference import MLP, Gate, Norm, Unit
 
 
 def is_plain(value: Any) -> bool:
@@ -55,6 +55,17 @@ def temporal_shift(function: Callable[..., Tensor], x: Tensor, num_segments: int
     """functional.temporal_shift on a DTensor x [B * T, C, H, W] or [B, C, T, H, W]."""
     batch = _Batch("x", x, num_segments if x.ndim == 4 else 1)
     return batch.joined(function(batch.own(x), num_segments, fold_div))
+
+
+def cbam(function: Callable[..., Any], x: Tensor, mlp: MLP | None, gate: Gate | None, pool_types: Sequence[str]) -> Any:
+    """functional.cbam or causal_cbam, which is ``function``, on a DTensor x [B, C, H, W]."""
+    batch = _Batch("x", x)
+    if mlp is not None:
+        mlp = MLP(*(batch.parameter(f"{name} of mlp", p) for name, p in zip(MLP._fields, mlp, strict=True)))
+    if gate is not None:
+        gate = Gate(batch.parameter("weight of gate", gate.weight), batch.norm("gate", gate.norm))
+    found = function(batch.own(x), mlp, gate, pool_types)
+    return tuple(map(batch.joined, found)) if isinstance(found, tuple) else batch.joined(found)
 
 
 def double_normalize(

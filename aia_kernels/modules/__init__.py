@@ -1,6 +1,7 @@
 """The layers as modules, with the published names and parameters. One file per family."""
 
 from .attention_in_attention import ST, C, CinST, STinC, STinC2
+from .cbam import CBAM, CausalCBAM, ChannelGate, SpatialGate
 from .external_attention import (
     ExternalAttention,
     ExternalAttention2d,
@@ -11,14 +12,18 @@ from .external_attention import (
 from .temporal_shift import TemporalShift
 
 __all__ = [
+    "CBAM",
     "ST",
     "C",
+    "CausalCBAM",
+    "ChannelGate",
     "CinST",
     "ExternalAttention",
     "ExternalAttention2d",
     "MultiHeadExternalAttention",
     "STinC",
     "STinC2",
+    "SpatialGate",
     "TemporalShift",
     "TokenExternalAttention",
     "TransformerTokenExternalAttention",

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..algorithms.cbam import LEARNED
 from ..common.layouts import stored_as
-from ..reference import UNITS, Gate, Norm
-from . import attention_in_attention, external_attention, temporal_shift
+from ..reference import MLP, UNITS, Gate, Norm
+from . import attention_in_attention, cbam, external_attention, temporal_shift
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
@@ -70,6 +71,23 @@ def _temporal_shift(x: Tensor, fold: int, reverse: bool, backend: str) -> Tensor
     return stored_as(reference.temporal_shift(x, fold, reverse), x)
 
 
+def _cbam(x, *rest):
+    parameters, fixed = rest[:LEARNED], rest[LEARNED]
+    pool_types, batch, eps, group, confounder, _backend = rest[LEARNED + 1 :]
+    if group:
+        return NotImplemented
+    mean, var = (None, None) if fixed is None else fixed[0].split(1)
+    norm = Norm(*parameters[5:], mean, var, training=batch, eps=eps)
+    if not batch and fixed is None:  # no norm
+        norm = None
+    mlp = None if parameters[0] is None else MLP(*parameters[:4])
+    gate = None if parameters[4] is None else Gate(parameters[4], norm)
+    y, another, statistics = reference.cbam(x, mlp, gate, pool_types)
+    _y, _confounder, *kept, empty = cbam.fake_forward(x, *rest)
+    results = stored_as(y, x), stored_as(another, x) if confounder else x.new_empty(0)
+    return *results, *kept, empty if statistics is None else statistics
+
+
 # What a forward keeps for its backward comes from the fake implementation: uninitialized, and removed as unused, as
 # the gradients of the decomposed program are those of ATen.
 _TABLE = {
@@ -78,4 +96,5 @@ _TABLE = {
     external_attention.external_attention_forward: _external_attention,
     external_attention.external_attention_block_forward: _external_attention_block,
     temporal_shift.temporal_shift_by: _temporal_shift,
+    cbam.cbam_forward: _cbam,
 }

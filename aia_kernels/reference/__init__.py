@@ -1,6 +1,7 @@
-"""The specification: both families in plain PyTorch. Imports nothing but torch and the maps' bookkeeping."""
+"""The specification: all families in plain PyTorch. Imports nothing but torch and the maps' bookkeeping."""
 
 from .attention_in_attention import UNITS, Unit, attention_in_attention, compose
+from .cbam import MLP, cbam
 from .double_norm import double_normalize, published_double_normalize
 from .external_attention import external_attention, external_attention_block, norm_of_values
 from .gate import Gate
@@ -8,11 +9,13 @@ from .norm import Norm
 from .shift import temporal_shift
 
 __all__ = [
+    "MLP",
     "UNITS",
     "Gate",
     "Norm",
     "Unit",
     "attention_in_attention",
+    "cbam",
     "compose",
     "double_normalize",
     "external_attention",

@@ -1,4 +1,4 @@
-"""A gate, g = sigmoid(BN(conv3d(P))), in plain PyTorch, and the parameters that it takes."""
+"""A gate, g = sigmoid(BN(conv(P))), in plain PyTorch, and the parameters that it takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Gate(NamedTuple):
     """The parameters of one gate.
 
     Attributes:
-        weight: [1, 2, 3, 3, 3], that of its convolution, in the axis order of maps.GATE_AXES.
+        weight: [1, 2, 3, 3, 3], that of its convolution, in the axis order of maps.GATE_AXES; in CBAM [1, 2, k, k].
         norm: Its batch norm over one channel, or None.
     """
 
@@ -36,15 +36,17 @@ def batch_statistics(z: Tensor, process_group: Any = None) -> tuple[Tensor, Tens
 
 
 def gate(pooled: Tensor, parameters: Gate) -> tuple[Tensor, Tensor]:
-    """g = sigmoid(BN(conv3d(P))) of pooled features P [B, 2, i, j, k]; returns g [B, i, j, k] and statistics [3].
+    """g = sigmoid(BN(conv(P))) of pooled features P [B, 2, i, j, k]; returns g [B, i, j, k] and statistics [3].
 
-    The convolution is 2 -> 1, 3x3x3, padding 1, no bias. BN computes in accumulate_dtype, as torch's does. The
-    statistics are the mean and biased variance that BN used and the share of one element in them, 1 / count, or 0 where
-    they are not the batch's (0, 1 and 0 without BN). Updating the running ones is the caller's business.
+    The convolution is 2 -> 1, 3x3x3, padding 1, no bias; of P [B, 2, H, W] it is k x k, padding k // 2, k odd. BN
+    computes in accumulate_dtype, as torch's does. The statistics are the mean and biased variance that BN used and the
+    share of one element in them, 1 / count, or 0 where they are not the batch's (0, 1 and 0 without BN). Updating the
+    running ones is the caller's business.
     """
     weight, norm = parameters
     dtype = accumulate_dtype(pooled.dtype)
-    z = F.conv3d(pooled, weight.to(pooled.dtype), padding=1)[:, 0]
+    conv = F.conv3d if pooled.ndim == 5 else F.conv2d
+    z = conv(pooled, weight.to(pooled.dtype), padding=weight.shape[-1] // 2)[:, 0]
     if norm is None:
         return z.sigmoid(), torch.stack([z.new_full((), value, dtype=dtype) for value in (0, 1, 0)])
     u = z.to(dtype)

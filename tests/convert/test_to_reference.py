@@ -21,6 +21,13 @@ EVERY = {
     **{name: (lambda name=name: getattr(aia_kernels, name)(4), CLIPS) for name in UNITS},
     **{f"{name}, no BN": (lambda name=name: getattr(aia_kernels, name)(4, use_BN=False), CLIPS) for name in UNITS},
     "TemporalShift": (lambda: aia_kernels.TemporalShift(4, fold_div=3), CLIPS),
+    "CBAM": (lambda: aia_kernels.CBAM(6, 2), ((2, 6, 3, 4),)),
+    "CBAM, other pools, no spatial gate": (
+        lambda: aia_kernels.CBAM(6, 2, pool_types=["lse", "lp", "avg"], no_spatial=True),
+        ((2, 6, 3, 4),),
+    ),
+    "ChannelGate": (lambda: aia_kernels.ChannelGate(6, 2), ((2, 6, 3, 4),)),
+    "SpatialGate": (lambda: aia_kernels.SpatialGate(3), ((2, 6, 3, 4),)),
     "ExternalAttention": (lambda: aia_kernels.ExternalAttention(6, S=5), (*TOKENS, (2, 3, 4, 6))),
     "ExternalAttention2d": (lambda: aia_kernels.ExternalAttention2d(6, k=5), ((2, 6, 3, 4),)),
     "ExternalAttention2d, other forms": (

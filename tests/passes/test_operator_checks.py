@@ -40,12 +40,14 @@ from raw_arguments import (
 )
 from torch import Tensor
 
-from aia_kernels import backends
+from aia_kernels import backends, schemas
 from aia_kernels.backends import extension
 from aia_kernels.common import maps
 
+#: What the CPU alone has.
+ON_CPU = schemas.CONVOLVE_PASSES
 #: Of Triton the framework's own operators, or part of a product (values, signed).
-NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward")
+NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *schemas.CBAM_PASSES, *ON_CPU)
 REFUSED = (RuntimeError, ValueError)
 
 
@@ -63,6 +65,8 @@ def cpu(name: str, arguments: list) -> Any:
 def cuda(name: str, arguments: list) -> Any:
     if (reason := extension.without_cuda()) is not None:
         pytest.skip(reason)
+    if name in (*schemas.CBAM_PASSES, *ON_CPU):
+        pytest.skip(f"{name} has no CUDA kernel")
     return implementation("CUDA", name, arguments)
 
 
@@ -249,6 +253,61 @@ BAD = {
     "residual: shift's shape": ("residual_relu_", 2, lambda s: s[:6], r"shift must be contiguous float32 \[8\]"),
     "signs: their type": ("residual_relu_backward", 1, to(torch.int32), r"signs must be contiguous uint8 \[12\]"),
     "signs: short": ("residual_relu_backward", 1, lambda s: s[:11], "signs must be contiguous"),
+    # CBAM.
+    **{
+        f"{name}: {letter} apart": (name, 0, wide(axis), "must be contiguous or channels_last")
+        for name in ("cbam_pool_positions", "cbam_recalibrate", "cbam_unpool", "cbam_unpool_reduce")
+        for axis, letter in enumerate("BCHW")
+        if axis
+    },
+    "cbam: rank": ("cbam_pool_positions", 0, lambda x: x[0], r"x must be \[B, C, H, W\], got float32 \[4, 5, 6\]"),
+    "cbam: empty": ("cbam_pool_channels", 0, lambda x: x[:0], "x must not be empty"),
+    "cbam: integers": ("cbam_recalibrate", 0, to(torch.int32), "x must be float16, bfloat16, float32 or float64"),
+    "cbam: expanded": ("cbam_pool_positions", 0, lambda x: x[:, :1].expand(x.shape), "must be contiguous or"),
+    "cbam: turned": ("cbam_pool_positions", 0, lambda x: x.mT.contiguous().mT, "must be contiguous or channels_last"),
+    "cbam: a gate of another batch": (
+        "cbam_recalibrate",
+        1,
+        lambda g: g[:1],
+        r"channel must be contiguous float32 \[2, 4\]",
+    ),
+    "cbam: a gate without its axis": ("cbam_recalibrate", 2, lambda g: g[:, 0], r"spatial must be .*\[2, 1, 5, 6\]"),
+    "cbam: half a gate": ("cbam_pool_channels", 1, to(torch.float16), "channel must be contiguous float32"),
+    "cbam: grad_y otherwise": (
+        "cbam_recalibrate_reduce",
+        0,
+        lambda g: g.contiguous(memory_format=torch.channels_last),
+        "grad_y and x must agree in shape, strides and dtype",
+    ),
+    "cbam: a confounder of another type": (
+        "cbam_unpool",
+        1,
+        to(torch.float64),
+        "grad_confounder and grad_y must agree in shape, strides and dtype",
+    ),
+    "cbam: no gradient of channels": (
+        "cbam_unpool",
+        3,
+        put(None),
+        "channel, grad_channel and channel_argmax must come",
+    ),
+    "cbam: no indices": ("cbam_unpool", 7, put(None), "spatial, grad_spatial and spatial_argmax must come together"),
+    "cbam: indices of another type": (
+        "cbam_unpool_reduce",
+        2,
+        to(torch.int64),
+        r"spatial_argmax must be contiguous int32 \[2, 5, 6\], got int64",
+    ),
+    "cbam: features without a mean": ("cbam_unpool", 6, lambda g: g[:, :1], r"grad_spatial must be .*\[2, 2, 5, 6\]"),
+    "convolve: even": ("cbam_convolve", 1, lambda w: w[..., :2, :2].contiguous(), "weight must be .* with an odd k"),
+    "convolve: one plane": ("cbam_convolve", 0, lambda p: p[:, :1], r"pooled must be \[B, 2, H, W\] and not empty"),
+    "convolve: half": ("cbam_convolve_backward", 1, to(torch.float16), "pooled must be float32 or float64"),
+    "convolve: a gradient of two planes": (
+        "cbam_convolve_backward",
+        0,
+        lambda g: g.repeat(1, 2, 1, 1),
+        r"grad_z must be contiguous float32 \[2, 1, 5, 6\]",
+    ),
     # The temporal shift.
     "fold: more than half": ("temporal_shift", 1, put(3), "fold must be between 0 and half of the 4 channels, got 3"),
     "fold: negative": ("temporal_shift", 1, put(-1), "fold must be between"),
@@ -325,8 +384,8 @@ def test_types_and_sizes_of_every_operand(call, name, place):
     wrong = torch.complex64 if of(good()[name], place).is_floating_point() else torch.float32
     with pytest.raises(REFUSED, match="must"):
         call(name, changed(good()[name], place, to(wrong)))
-    if name == "temporal_shift":
-        return  # takes any sizes
+    if name in ("temporal_shift", "cbam_pool_positions"):
+        return  # they take any sizes
     with pytest.raises(REFUSED, match="must"):
         call(name, changed(good()[name], place, lambda t: t.repeat(*[2] * max(1, t.ndim))))
 

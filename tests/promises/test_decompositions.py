@@ -35,6 +35,9 @@ CASES = {
     "multi-head": Case(lambda: aia_kernels.MultiHeadExternalAttention(6, 2), (2, 9, 6), train=True),
     "double normalization": Case(lambda: external_cases.Normalize(None, eps=1e-6, group=2), (2, 9, 6)),
     "temporal shift": Case(lambda: aia_kernels.TemporalShift(4), (8, 16, 3, 2), 4),
+    "CBAM in training": Case(lambda: aia_kernels.CBAM(6, 2), (2, 6, 3, 5), train=True),
+    "CBAM": Case(lambda: aia_kernels.CBAM(6, 2), (2, 6, 3, 5)),
+    "channel gate": Case(lambda: aia_kernels.ChannelGate(6, 2), (2, 6, 3, 5)),
 }
 
 

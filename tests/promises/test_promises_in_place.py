@@ -14,6 +14,7 @@ LAYERS = {
     "CinST": (lambda: aia_kernels.CinST(2), (4, 8, 5, 3), "attention_in_attention"),
     "CinST 5d": (lambda: aia_kernels.CinST(), (2, 8, 2, 5, 3), "attention_in_attention"),
     "shift": (lambda: aia_kernels.TemporalShift(2), (4, 8, 5, 3), "temporal_shift"),
+    "CBAM": (lambda: aia_kernels.CBAM(8, 2), (2, 8, 5, 3), "cbam"),
     "ExternalAttention": (lambda: aia_kernels.ExternalAttention(8, S=5), (2, 7, 8), "external_attention"),
     "ExternalAttention2d": (lambda: aia_kernels.ExternalAttention2d(8, k=4), (2, 8, 5, 3), "external_attention"),
     "MultiHead": (lambda: aia_kernels.MultiHeadExternalAttention(8, num_heads=2), (2, 7, 8), "external_attention"),
