@@ -34,7 +34,7 @@ from ..functional.external_attention import (
 )
 from ..functional.sharded import is_distributed
 from ..reference import published_double_normalize
-from .submodules import can_be_read, is_pointwise, must_be_called, norm_of, products_saved, published_is_faster
+from .submodules import can_be_read, held, is_pointwise, must_be_called, norm_of, products_saved, published_is_faster
 
 #: What EANet and EAMLP add to the sum over slots.
 EPS = 1e-9
@@ -66,12 +66,13 @@ class ExternalAttention(nn.Module):
             nn.init.normal_(linear.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        if getattr(x, "ndim", 3) > 3 or not all(can_be_read(linear, nn.Linear) for linear in (self.mk, self.mv)):
+        mk, mv = held(self, "mk"), held(self, "mv")
+        if getattr(x, "ndim", 3) > 3 or not (can_be_read(mk, nn.Linear) and can_be_read(mv, nn.Linear)):
             return self._through_submodules(x)
-        key = self.mk.weight  # read once, as it may be parametrized
-        if _are_tokens(x, key) and published_is_faster(x, self.mk, x.shape[0] * x.shape[1], key.shape[0]):
-            return self.mv(published_double_normalize(self.mk(x)))
-        return external_attention(x, key, self.mv.weight, key_bias=self.mk.bias, value_bias=self.mv.bias)
+        key = held(mk, "weight")  # read once, as it may be parametrized
+        if _are_tokens(x, key) and published_is_faster(x, mk, x.shape[0] * x.shape[1], key.shape[0]):
+            return mv(published_double_normalize(mk(x)))
+        return external_attention(x, key, mv.weight, key_bias=mk.bias, value_bias=mv.bias)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x, or_more=True)
@@ -153,11 +154,11 @@ class ExternalAttention2d(nn.Module):
         return self._attend(x)
 
     def _attend(self, x: Tensor) -> Tensor:
-        if not self._foldable():
-            return self._through_submodules(x)
-        if self._published_is_faster(x):
-            return self._through_submodules(x, plain=True)
         projection, norm = self._conv2()
+        if not self._foldable(projection, norm):
+            return self._through_submodules(x)
+        if self._published_is_faster(x, projection, norm):
+            return self._through_submodules(x, plain=True)
         with no_autocast(x):
             key = self.linear_0.weight.flatten(1) @ self.conv1.weight.flatten(1)
             key = without_effect(key, self.conv1.bias, self.linear_0.bias)
@@ -169,49 +170,49 @@ class ExternalAttention2d(nn.Module):
 
     def _conv2(self) -> tuple[Any, nn.Module | None]:
         """The convolution and the norm of conv2, None for what it lacks."""
-        parts = [*self.conv2._modules.values()]
+        parts = [*held(self, "conv2")._modules.values()]
         projection = parts.pop(0) if parts and isinstance(parts[0], nn.Conv2d) else None
         return projection, parts[0] if parts else None
 
-    def _published_is_faster(self, x: Tensor) -> bool:
+    def _published_is_faster(self, x: Tensor, projection: Any, norm: nn.Module | None) -> bool:
         """By counting: folding leaves out c^2 multiplications per position and projection, and costs c^2 k a call each.
 
         Not where a call is recorded: torch's batch norm changes what selective checkpointing may have kept.
         """
-        weight, (projection, norm) = self.linear_0._parameters.get("weight"), self._conv2()
+        linear_0 = held(self, "linear_0")
+        weight = linear_0._parameters.get("weight")
         if weight is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4 or is_traced():
             return False
         (k, c), positions = weight.shape[:2], x.numel() // max(1, x.shape[1])
         if x.shape[1] != c or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
             return False
-        tensors = getattr(norm, "running_mean", None), getattr(norm, "weight", None)
-        if any(t is not None and t.dtype != x.dtype for t in tensors):
-            return False
+        for t in () if norm is None else (norm._buffers.get("running_mean"), norm._parameters.get("weight")):
+            if t is not None and t.dtype != x.dtype:
+                return False
         calls = self.BATCH_CALLS if isinstance(norm, _BatchNorm) and norm.training else 1
         saved = (1 if projection is None else 2) * c * c * (positions - k)
-        return published_is_faster(x, self.linear_0, positions, k, saved, calls)
+        return published_is_faster(x, linear_0, positions, k, saved, calls)
 
-    def _foldable(self) -> bool:
-        if not can_be_read(self.conv2, nn.Sequential):
+    def _foldable(self, projection: Any, norm: nn.Module | None) -> bool:
+        conv2, linear_1 = held(self, "conv2"), held(self, "linear_1")
+        parts = (projection is not None) + (norm is not None)
+        if not can_be_read(conv2, nn.Sequential) or len(conv2._modules) != parts:
             return False
-        projection, norm = self._conv2()
-        projections = [] if projection is None else [projection]
-        convolutions = (self.conv1, self.linear_0, self.linear_1, *projections)
-        return (
-            len(self.conv2) == len(projections) + (norm is not None)
-            and not any(map(must_be_called, convolutions))
-            and all(map(is_pointwise, convolutions))
-            and not (isinstance(norm, _BatchNorm) and must_be_called(norm))
-            and all(conv.bias is None for conv in (self.linear_1, *projections))
-        )
+        for conv in (held(self, "conv1"), held(self, "linear_0"), linear_1, projection):
+            if conv is not None and (must_be_called(conv) or not is_pointwise(conv)):
+                return False
+        if isinstance(norm, _BatchNorm) and must_be_called(norm):
+            return False
+        return linear_1.bias is None and (projection is None or projection.bias is None)
 
     def _through_submodules(self, x: Tensor, plain: bool = False) -> Tensor:
-        logits = self.linear_0(self.conv1(x).flatten(2))
+        conv1, linear_0, linear_1, conv2 = (held(self, name) for name in ("conv1", "linear_0", "linear_1", "conv2"))
+        logits = linear_0(conv1(x).flatten(2))
         if plain:
             attention = published_double_normalize(logits, EPS, tokens=2, slots=1)
         else:
             attention = double_normalize(logits, dims=(2, 1), eps=EPS)
-        z = self.conv2(self.linear_1(attention).unflatten(2, x.shape[2:]))
+        z = conv2(linear_1(attention).unflatten(2, x.shape[2:]))
         y = x + z if self.residual else z  # stored as x, which comes first
         return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
@@ -264,15 +265,16 @@ class MultiHeadExternalAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        linears = (self.trans_dims, self.linear_0, self.linear_1, self.proj)
-        if not _readable(linears, self.attn_drop):
+        linears = tuple([held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "proj")])
+        attn_drop = held(self, "attn_drop")
+        if not _readable(linears, attn_drop):
             return self._through_submodules(x)
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        trans_dims = self.trans_dims.weight  # read once, as it may be parametrized
+        dropout = attn_drop.p if attn_drop.training else 0.0
+        trans_dims = held(linears[0], "weight")  # read once, as it may be parametrized
         saved = self._products_saved(x, trans_dims)
         if saved is not None and not is_symbolic() and not dropout:
             rows = x.shape[0] * x.shape[1] * self.num_heads
-            if published_is_faster(x, self.trans_dims, rows, self.k, max(0, saved)):
+            if published_is_faster(x, linears[0], rows, self.k, max(0, saved)):
                 return self._through_submodules(x, plain=True)
         attend = self._folded if saved is None or saved >= 0 else self._by_heads
         return self.proj_drop(attend(x, trans_dims, dropout))
@@ -318,10 +320,13 @@ class MultiHeadExternalAttention(nn.Module):
 
     def _through_submodules(self, x: Tensor, plain: bool = False) -> Tensor:
         _check_tokens(x)
-        heads = self.trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
+        trans_dims, linear_0, linear_1, attn_drop, proj, proj_drop = (
+            held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "attn_drop", "proj", "proj_drop")
+        )
+        heads = trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
         normalize = published_double_normalize if plain else double_normalize
-        attention = self.attn_drop(normalize(self.linear_0(heads), eps=EPS))
-        return self.proj_drop(self.proj(self.linear_1(attention).transpose(1, 2).flatten(2)))
+        attention = attn_drop(normalize(linear_0(heads), eps=EPS))
+        return proj_drop(proj(linear_1(attention).transpose(1, 2).flatten(2)))
 
 
 class TokenExternalAttention(nn.Module):
@@ -367,7 +372,7 @@ class TokenExternalAttention(nn.Module):
 
     def _memories(self) -> tuple[Any, Any]:
         """The key and the value memory: nn.Linear, or what was put in their places."""
-        return getattr(self, self.memories[0]), getattr(self, self.memories[1])
+        return held(self, self.memories[0]), held(self, self.memories[1])
 
     def forward(self, x: Tensor) -> Tensor:
         key, value = self._memories()
@@ -417,7 +422,10 @@ def _are_tokens(x: Any, key: Tensor) -> bool:
 
 
 def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:
-    return can_be_read(dropout, nn.Dropout) and all(can_be_read(linear, nn.Linear) for linear in linears)
+    for linear in linears:
+        if not can_be_read(linear, nn.Linear):
+            return False
+    return can_be_read(dropout, nn.Dropout)
 
 
 def _check_at_least_one(**sizes: int) -> None:

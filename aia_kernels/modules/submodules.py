@@ -96,24 +96,30 @@ def published_is_faster(x: Tensor, linear: nn.Module, *work: int) -> bool:
         work: The arguments of choices.fusing_pays: rows, slots, products, calls.
     """
     weight: Any = linear._parameters.get("weight")
+    if not is_plain(weight) or is_symbolic():  # a DTensor takes no plain x, and is refused by name
+        return False
+    dtype, device = x.dtype, x.device
     return (
-        is_plain(weight)  # a DTensor takes no plain x, and is refused by name
-        and not is_symbolic()
-        and x.dtype in (torch.float32, torch.float64)
-        and x.dtype == weight.dtype
-        and x.device == weight.device
-        and backends.plain_is_faster(x.device, *work)
+        (dtype == torch.float32 or dtype == torch.float64)
+        and dtype == weight.dtype
+        and device == weight.device
+        and backends.plain_is_faster(device, *work)
         and autocast_dtype(x) is None
         and not needs_reference()
     )
+
+
+_ONES = frozenset((1,) * n for n in (1, 2, 3))
+_NO_PADDING = frozenset(("same", "valid", *((0,) * n for n in (1, 2, 3))))
 
 
 def is_pointwise(conv: nn.Module) -> bool:
     """Whether a module is a convolution that is one matrix product per position: a kernel of one, all else plain."""
     return (
         isinstance(conv, _ConvNd)
-        and set(conv.kernel_size) == set(conv.stride) == {1}
-        and (conv.padding == "same" or conv.padding == "valid" or set(conv.padding) == {0})
+        and tuple(conv.kernel_size) in _ONES
+        and tuple(conv.stride) in _ONES
+        and (conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)) in _NO_PADDING
         and conv.groups == 1
     )
 
@@ -125,7 +131,7 @@ def is_gate_convolution(conv: nn.Module, with_bias: bool = False) -> bool:
         isinstance(conv, nn.Conv3d)
         and (conv.kernel_size, conv.padding_mode) == ((3, 3, 3), "zeros")
         and (conv.padding == "same" or conv.padding == (1, 1, 1))
-        and set(conv.stride) == set(conv.dilation) == {1}
+        and tuple(conv.stride) == tuple(conv.dilation) == (1, 1, 1)
         and conv.groups == 1
         and (with_bias or conv.bias is None)
     )

@@ -92,7 +92,7 @@ def published_double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -
     mass = p.sum(slots, keepdim=True)
     if eps:
         return p / (eps + mass)
-    if not mass.detach().amin() >= _SAFE_MASS[logits.dtype]:
+    if not mass.detach().amin().item() >= _SAFE_MASS[logits.dtype]:
         moved = logits.movedim((tokens, slots), (-2, -1))
         return double_normalize(moved, moved.shape[-1]).movedim((-2, -1), (tokens, slots))
     return p / mass
