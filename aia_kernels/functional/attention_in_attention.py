@@ -211,6 +211,8 @@ def _through_passes(
     if algorithm.can_evaluate(plan):
         return as_input(algorithm.evaluate(plan, clips, of_gates), x.ndim), [None] * len(gates)
     result = algorithm.forward(plan, clips, of_gates)
+    if not any(batch):  # nothing keeps the statistics
+        return as_input(result.y, x.ndim), [None] * len(gates)
     return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
 
 
@@ -228,7 +230,7 @@ def _fixed(norm: Norm, uses_batch: bool) -> tuple[Tensor | None, Tensor | None]:
     mean, var = norm.running_mean, norm.running_var
     if uses_batch or mean is None or var is None:
         return None, None
-    return mean.detach(), var.detach()
+    return (mean.detach(), var.detach()) if mean.requires_grad or var.requires_grad else (mean, var)
 
 
 def _group_name(norm: Norm | None) -> str:

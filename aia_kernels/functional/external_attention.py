@@ -15,7 +15,7 @@ The backend ``reference`` takes its own formula on all four; so does "auto" on a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -195,34 +195,45 @@ def external_attention(
         refuse_an_empty_shard("x", x, process_group)
         return _nothing(x.new_zeros((*x.shape[:2], heads * value.shape[-2])), x, key, value, bias)
     keep, scale = _dropout_mask((*x.shape[:2], heads * slots), dropout, x.device)
+    memories, making = Memories(key, value, bias), Making(group, eps, padding, keep, scale, process_group)
     if key.ndim == 4 or value.ndim == 4:
-        return _attend_by_sample(x, key, value, bias, padding, keep, heads, group, eps, scale, process_group)
-    return _attend(x, key, value, bias, padding, keep, group, eps, scale, process_group)
+        return _attend_by_sample(x, memories, making, heads)
+    return _attend(x, memories, making)
 
 
-def _attend_by_sample(
-    x: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    padding: Tensor | None,
-    keep: Tensor | None,
-    heads: int,
-    group: int,
-    eps: float,
-    scale: float,
-    process_group: Any,
-) -> Tensor:
-    """o with memories [B, H, M, k] and [B, H, v, M] of each sample, one of them or both."""
+class Memories(NamedTuple):
+    """The parameters of a call, of one type: key [H or 1, S, k], value [H or 1, v, S], bias [H * v] or None. Of each
+    sample: key [B, H or 1, S, k], value [B, H or 1, v, S]."""
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+class Making(NamedTuple):
+    """How the map of a call is made of its logits, and what becomes of it: field for field what
+    reference.external_attention takes behind the memories."""
+
+    group: int
+    eps: float
+    padding: Tensor | None
+    keep: Tensor | None
+    scale: float
+    process_group: Any
+
+
+def _attend_by_sample(x: Tensor, memories: Memories, making: Making, heads: int) -> Tensor:
+    """o with a key or a value, or both, of each sample."""
+    padding = making.padding
     if padding is not None:
         x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-    settings = {"group": group, "eps": eps, "padding_mask": padding, "process_group": process_group}
+    settings = {"group": making.group, "eps": making.eps, "process_group": making.process_group}
     with no_autocast(x):
-        attention = double_normalize(_heads_apart(x, heads) @ key.mT, **settings)
-        if keep is not None:
-            attention = attention * _heads_apart(keep, heads) * scale
-        o = (attention @ value.mT).transpose(1, 2).flatten(2)
-        o = o if bias is None else o + bias
+        attention = double_normalize(_heads_apart(x, heads) @ memories.key.mT, padding_mask=padding, **settings)
+        if making.keep is not None:
+            attention = attention * _heads_apart(making.keep, heads) * making.scale
+        o = (attention @ memories.value.mT).transpose(1, 2).flatten(2)
+        o = o if memories.bias is None else o + memories.bias
     return o if padding is None else o.masked_fill(padding.unsqueeze(-1), 0.0)
 
 
@@ -243,33 +254,22 @@ def without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
     return key
 
 
-def _attend(
-    x: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    padding: Tensor | None,
-    keep: Tensor | None,
-    group: int,
-    eps: float,
-    scale: float,
-    process_group: Any,
-) -> Tensor:
-    """o [B, N, H * v] by one of the paths, for x [B, N, H * k], key [H or 1, S, k], value [H or 1, v, S] and bias
-    [H * v], not empty and of one type. Dropout: A * keep * scale takes the place of A, keep [B, N, H * S]."""
-    backend, transformed = _path(x, x.dtype, _map_elements(x, key) // group, group, process_group)
+def _attend(x: Tensor, memories: Memories, making: Making) -> Tensor:
+    """o [B, N, H * v] by one of the paths, for x [B, N, H * k] in the type of the memories, and neither empty. Dropout:
+    A * keep * scale takes the place of A, keep [B, N, H * S]."""
+    group, eps, padding, keep, scale, process_group = making
+    backend, transformed = _path(x, x.dtype, _map_elements(x, memories.key) // group, group, process_group)
     with no_autocast(x):
         if backend == "reference" or transformed:
-            settings = group, eps, padding, keep, scale, process_group
-            return reference.external_attention(x, key, value, bias, *settings)
-        x, (key, value, bias) = with_rows(x), contiguous(key, value, bias)
+            return reference.external_attention(x, *memories, *making)
+        x, parameters = with_rows(x), contiguous(*memories)
         if is_traced():
             settings = group, eps, _group_name(process_group), scale
-            return operators.external_attention_forward(x, key, value, bias, padding, keep, *settings, backend)[0]
+            return operators.external_attention_forward(x, *parameters, padding, keep, *settings, backend)[0]
         plan = Plan(backends.passes(backend, FAMILY), group, eps, _group_name(process_group), scale)
-        if _wants_gradients(x, key, value, bias):
-            return algorithm.ExternalAttentionFunction.apply(x, key, value, bias, plan, padding, keep)
-        return algorithm.forward(plan, x, key, value, bias, padding, keep)[0]
+        if _wants_gradients(x, *parameters):
+            return algorithm.ExternalAttentionFunction.apply(x, *parameters, plan, padding, keep)
+        return algorithm.forward(plan, x, *parameters, padding, keep)[0]
 
 
 def external_attention_block(
