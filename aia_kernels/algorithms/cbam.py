@@ -79,8 +79,8 @@ class Kept(NamedTuple):
 
     Of the channel gate: the pooled features [B, 2, C], the index of each maximum [B, C], the MLP's hidden layer behind
     its ReLU [B, pools, hidden] and g_c [B, C]. Of the spatial gate: the pooled features [B, 2, H, W], the index of each
-    maximum [B, H, W], the convolution's result z [B, 1, H, W], and BN's mean, variance and the share of one element in
-    them, 1 / count or 0 where they are not the batch's [1, 3].
+    maximum [B, H, W], the convolution's result z and g_s [B, 1, H, W], and BN's mean, variance and the share of one
+    element in them, 1 / count or 0 where they are not the batch's [1, 3].
     """
 
     channel_pooled: Tensor | None
@@ -90,12 +90,16 @@ class Kept(NamedTuple):
     spatial_pooled: Tensor | None
     spatial_argmax: Tensor | None
     z: Tensor | None
+    spatial: Tensor | None
     statistics: Tensor | None
 
 
 @without_autocast
-def forward(plan: Plan, x: Tensor, parameters: Parameters) -> tuple[list[Tensor], Kept]:
-    """y and, where the plan says so, the confounder, on x [B, C, H, W], contiguous or channels_last and not empty."""
+def forward(plan: Plan, x: Tensor, parameters: Parameters, keeps: bool = True) -> tuple[list[Tensor], Kept]:
+    """y and, where the plan says so, the confounder, on x [B, C, H, W], contiguous or channels_last and not empty.
+
+    keeps: a backward follows; else fixed statistics of BN need not come out.
+    """
     p, passes = _wide(parameters, x), plan.passes
     channel_pooled = channel_argmax = hidden = channel = spatial_pooled = spatial_argmax = z = statistics = spatial = (
         None
@@ -106,11 +110,14 @@ def forward(plan: Plan, x: Tensor, parameters: Parameters) -> tuple[list[Tensor]
     if p.conv is not None:
         spatial_pooled, spatial_argmax = passes.cbam_pool_channels(x, channel)
         z = _convolve(passes, spatial_pooled, p.conv)
-        statistics = _statistics(plan, z, p)
-        spatial = _activated(z, statistics, plan.eps, p)[1]
+        if keeps or plan.batch:
+            statistics = _statistics(plan, z, p)
+            spatial = _spatial_gate(plan, z, *statistics[0].split(1)[:2], p)
+        else:
+            spatial = _spatial_gate(plan, z, *_fixed(z, p), p)
     results = passes.cbam_recalibrate(x, channel, spatial, plan.confounder)
-    kept = channel_pooled, channel_argmax, hidden, channel, spatial_pooled, spatial_argmax, z, statistics
-    return results, Kept(*kept)
+    of_spatial = spatial_pooled, spatial_argmax, z, spatial, statistics
+    return results, Kept(channel_pooled, channel_argmax, hidden, channel, *of_spatial)
 
 
 @without_autocast
@@ -126,12 +133,10 @@ def backward(
     """The gradients of x, None where it is not needed, and of the LEARNED parameters, None for absent ones, in
     accumulate_dtype. The gradients of y and of the confounder are stored as x."""
     p, passes, grads = _wide(parameters, x), plan.passes, [None] * LEARNED
-    xhat = spatial = grad_spatial_pooled = grad_channel_pooled = None
-    if kept.z is not None:
-        xhat, spatial = _activated(kept.z, kept.statistics, plan.eps, p)
+    spatial, grad_spatial_pooled, grad_channel_pooled = kept.spatial, None, None
     grad_channel, grad_spatial = passes.cbam_recalibrate_reduce(grad_y, grad_confounder, x, kept.channel, spatial)
     if spatial is not None:
-        grad_spatial_pooled, *grads[4:] = _spatial_gate_backward(plan, grad_spatial, xhat, spatial, kept, p)
+        grad_spatial_pooled, *grads[4:] = _spatial_gate_backward(plan, grad_spatial, kept, p)
     if kept.channel is not None:
         if spatial is not None:
             through_spatial = passes.cbam_unpool_reduce(x, grad_spatial_pooled, kept.spatial_argmax)
@@ -147,7 +152,7 @@ def backward(
 
 def _wide(parameters: Parameters, x: Tensor) -> Parameters:
     dtype = accumulate_dtype(x.dtype)
-    return Parameters(*(None if p is None else p.to(dtype) for p in parameters))
+    return Parameters(*[p if p is None or p.dtype is dtype else p.to(dtype) for p in parameters])
 
 
 def _selection(plan: Plan) -> list[int] | None:
@@ -181,9 +186,8 @@ def _channel_gate_backward(plan: Plan, grad: Tensor, kept: Kept, p: Parameters) 
 def _statistics(plan: Plan, z: Tensor, p: Parameters) -> Tensor:
     """BN's mean, variance and the share of one element in them, [1, 3]."""
     if not plan.batch:
-        mean = z.new_zeros(1) if p.mean is None else p.mean.reshape(1)
-        var = z.new_ones(1) if p.var is None else p.var.reshape(1)
-        return torch.stack((mean, var, z.new_zeros(1)), 1)
+        mean, var = _fixed(z, p)
+        return torch.stack((mean, var, torch.zeros_like(mean)), 1)
     var, mean = torch.var_mean(z, correction=0)
     if plan.group:
         own = torch.stack((mean, var, torch.full_like(mean, z.numel()))).unsqueeze(0)
@@ -191,37 +195,43 @@ def _statistics(plan: Plan, z: Tensor, p: Parameters) -> Tensor:
     return torch.stack((mean, var, torch.full_like(mean, 1 / z.numel()))).unsqueeze(0)
 
 
-def _activated(z: Tensor, statistics: Tensor, eps: float, p: Parameters) -> tuple[Tensor, Tensor]:
-    """xhat and g_s = sigmoid(scale xhat + shift), of z."""
-    mean, var, _ = statistics[0].unbind()
-    u = xhat = (z - mean) * torch.rsqrt(var + eps)
-    if p.scale is not None:
-        u = u * p.scale
-    if p.shift is not None:
-        u = u + p.shift
-    return xhat, u.sigmoid()
+def _fixed(z: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
+    """BN's mean and variance where they are not the batch's, [1] each."""
+    return (z.new_zeros(1), z.new_ones(1)) if p.mean is None else (p.mean.reshape(1), p.var.reshape(1))
 
 
-def _spatial_gate_backward(
-    plan: Plan, grad: Tensor, xhat: Tensor, g: Tensor, kept: Kept, p: Parameters
-) -> tuple[Tensor, ...]:
-    """The gradients of the pooled features [B, 2, H, W], and of conv, scale and shift.
+def _spatial_gate(plan: Plan, z: Tensor, mean: Tensor, var: Tensor, p: Parameters) -> Tensor:
+    """g_s = sigmoid(scale (z - mean) / sqrt(var + eps) + shift)."""
+    return torch.ops.aten.native_batch_norm(z, p.scale, p.shift, mean, var, False, 0.0, plan.eps)[0].sigmoid_()
 
-    dz = scale rstd (du - mean of du - xhat mean of (du xhat)), the means as sums times the share of an element.
-    """
-    _, var, share = kept.statistics[0].unbind()
-    du = grad * g * (1 - g)
-    grad_shift, grad_scale = du.sum(), (du * xhat).sum()
-    sums = torch.stack((grad_shift, grad_scale))
+
+def _spatial_gate_backward(plan: Plan, grad: Tensor, kept: Kept, p: Parameters) -> tuple[Tensor, ...]:
+    """The gradients of the pooled features [B, 2, H, W], and of conv, scale and shift."""
+    du = torch.ops.aten.sigmoid_backward(grad, kept.spatial)
+    mean, var, share = kept.statistics[0].split(1)
     if plan.group:
-        sums = gather(sums, plan.group).sum(0)
-    factor = torch.rsqrt(var + plan.eps)
-    if p.scale is not None:
-        factor = factor * p.scale
-    mean = sums * share
-    dz = (du - mean[0] - xhat * mean[1]) * factor
+        dz, grad_scale, grad_shift = _shared_norm_backward(plan, du, kept.z, mean, var, share, p.scale)
+    else:
+        rstd = torch.rsqrt(var + plan.eps) if plan.batch else None
+        of_norm = mean, var, mean, rstd, plan.batch, plan.eps, [True, True, True]
+        scale = torch.ones_like(mean) if p.scale is None else p.scale
+        dz, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(du, kept.z, scale, *of_norm)
     grad_pooled, grad_conv = _convolve_backward(plan.passes, dz, kept.spatial_pooled, p.conv)
-    return grad_pooled, grad_conv, grad_scale.reshape(1), grad_shift.reshape(1)
+    return grad_pooled, grad_conv, grad_scale, grad_shift
+
+
+def _shared_norm_backward(
+    plan: Plan, du: Tensor, z: Tensor, mean: Tensor, var: Tensor, share: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz, and the gradients of scale and shift, where a process group shares the statistics:
+    dz = scale rstd (du - mean of du - xhat mean of (du xhat)), the means as sums of all times the share of an element.
+    """
+    rstd = torch.rsqrt(var + plan.eps)
+    xhat = (z - mean) * rstd
+    own = torch.stack((du.sum(), (du * xhat).sum()))
+    mean_du, mean_product = gather(own, plan.group).sum(0) * share
+    dz = (du - mean_du - xhat * mean_product) * (rstd if scale is None else rstd * scale)
+    return dz, own[1:], own[:1]
 
 
 def _convolve(passes: Any, pooled: Tensor, weight: Tensor) -> Tensor:

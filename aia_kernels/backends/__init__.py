@@ -325,7 +325,8 @@ def passes(name: str, family: str) -> Any:
     if family == "external_attention":
         return MatmulPasses(found)
     if family == "cbam" and name == "cpu":
-        vars(found).update((p, schemas.callable_pass(p)) for p in schemas.CONVOLVE_PASSES)
+        more = *schemas.CONVOLVE_PASSES, "move_statistics_"
+        vars(found).update((p, schemas.callable_pass(p)) for p in more)
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order
     if name == "cuda":

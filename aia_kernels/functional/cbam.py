@@ -87,14 +87,14 @@ def _cbam(
     if x.numel() == 0:
         return _empty(x, mlp, gate)[: 1 + confounder]
     x, norm = with_dense_maps(x), None if gate is None else gate.norm
-    backend = backends.select(x.device, x.dtype, FAMILY)
+    backend, passes = backends.select(x.device, x.dtype, FAMILY), None
     if backend == "reference" or needs_reference() or not algorithm.POOLS.keys() >= set(pool_types):
         *results, statistics = reference(x, mlp, gate, pool_types)
         results = results[: 1 + confounder]
     else:
         passes = None if is_traced() else backends.passes(backend, FAMILY)
         results, statistics = _through_passes(x, mlp, gate, Plan(passes, pool_types, confounder=confounder), backend)
-    update_running_statistics([norm], [statistics])
+    update_running_statistics([norm], [statistics], getattr(passes, "move_statistics_", None))
     return tuple(results)
 
 
@@ -120,7 +120,7 @@ def _through_passes(
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *learned)):
         y, confounder, (statistics,) = algorithm.CbamFunction.apply(x, plan, fixed, *learned)
         return (y, confounder) if plan.confounder else (y,), statistics
-    results, kept = algorithm.forward(plan, x, Parameters(*learned, *fixed))
+    results, kept = algorithm.forward(plan, x, Parameters(*learned, *fixed), False)
     return results, kept.statistics
 
 
@@ -154,6 +154,8 @@ def _check(x: Tensor, mlp: MLP | None, gate: Gate | None) -> None:
         raise TypeError(f"mlp: got {type(mlp).__name__}, expected an MLP or None")
     if gate is not None and not isinstance(gate, Gate):
         raise TypeError(f"gate: got {type(gate).__name__}, expected a Gate or None")
+    if _fit(x, mlp, gate):
+        return
     expected: tuple[torch.dtype, ...] = (x.dtype,)
     if (autocast := autocast_dtype(x)) is not None and x.dtype in (torch.float32, autocast):
         # Under autocast parameters stay in float32 and activations come in either type.
@@ -162,6 +164,31 @@ def _check(x: Tensor, mlp: MLP | None, gate: Gate | None) -> None:
         _check_mlp(x, mlp, expected)
     if gate is not None:
         _check_gate(x, gate, expected)
+
+
+def _fit(x: Tensor, mlp: MLP | None, gate: Gate | None) -> bool:
+    """Whether all parameters are what they mostly are: plain, of the type of x, beside it and of sizes that fit. What
+    does not fit is looked at one by one, and may be right all the same."""
+    c, norm = x.shape[1], gate.norm if gate is not None else None
+    sizes: list[tuple[Tensor | None, tuple[int, ...]]] = []
+    if mlp is not None:
+        hidden = len(mlp.weight_1) if sharded.is_plain(mlp.weight_1) and mlp.weight_1.ndim else 0
+        sizes += zip(mlp, ((hidden, c), (hidden,), (c, hidden), (c,)), strict=True)
+        if not hidden or mlp.weight_2 is None:
+            return False
+    if gate is not None:
+        k = gate.weight.shape[-1] if sharded.is_plain(gate.weight) and gate.weight.ndim else 0
+        if k % 2 == 0 or (norm is not None and (not isinstance(norm, Norm) or (norm.uses_batch and x.numel() == c))):
+            return False
+        sizes.append((gate.weight, (1, 2, k, k)))
+        if norm is not None:
+            sizes += zip(norm[:4], ((1,),) * 4, strict=True)
+            if (norm.running_mean is None) != (norm.running_var is None):
+                return False
+    return all(
+        p is None or (sharded.is_plain(p) and p.dtype is x.dtype and p.device == x.device and p.shape == shape)
+        for p, shape in sizes
+    )
 
 
 def _check_parameter(

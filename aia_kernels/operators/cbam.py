@@ -22,7 +22,7 @@ _PARAMETERS = (
 )
 _KEPT = (
     "Tensor channel_pooled, Tensor channel_argmax, Tensor hidden, Tensor channel, Tensor spatial_pooled, "
-    "Tensor spatial_argmax, Tensor z, Tensor statistics"
+    "Tensor spatial_argmax, Tensor z, Tensor spatial, Tensor statistics"
 )
 _SETTINGS = "str[] pool_types, bool batch, float eps, str group, bool confounder, str backend"
 _FORWARD = f"(Tensor x, {_PARAMETERS}, Tensor? fixed, {_SETTINGS}) -> (Tensor y, Tensor confounder, {_KEPT})"
@@ -71,7 +71,8 @@ def fake_forward(x, *rest):
         kept[:4] = wide.new_empty((b, 2, c)), x.new_empty((b, c), dtype=torch.int32), hidden, wide.new_empty((b, c))
     if conv is not None:
         argmax = x.new_empty((b, h, w), dtype=torch.int32)
-        kept[4:] = wide.new_empty((b, 2, h, w)), argmax, wide.new_empty((b, 1, h, w)), wide.new_empty((1, 3))
+        maps = (wide.new_empty((b, 1, h, w)) for _ in range(2))
+        kept[4:] = wide.new_empty((b, 2, h, w)), argmax, *maps, wide.new_empty((1, 3))
     y = torch.empty_like(with_dense_maps(x))
     return y, torch.empty_like(y) if confounder else x.new_empty(0), *kept
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import OPERATORS
+from . import arguments, cbam
 from .spoiled import readable, spoil
+
+OPERATORS = arguments.OPERATORS | cbam.OPERATORS
 
 
 class Set:

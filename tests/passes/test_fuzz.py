@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 from conftest import LEVELS, at_level, skip_unless_runnable
-from fuzz import arguments, sanitized
-from fuzz.sets import Set, copied, same
+from fuzz import sanitized
+from fuzz.sets import OPERATORS, Set, copied, same
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -16,7 +16,7 @@ def test_values_at_every_level(level):
     skip_unless_runnable("cpu", "cpu")
     with at_level(level):
         outcomes = {(one.operator, one.run() is None) for one in map(Set, range(800))}
-    assert outcomes == {(name, taken) for name in arguments.OPERATORS for taken in (True, False)}
+    assert outcomes == {(name, taken) for name in OPERATORS for taken in (True, False)}
 
 
 #: By sanitizer: the instruction levels and the operator, all without a name, that are compiled and run. Threads meet in

@@ -1,0 +1,173 @@
+"""Right arguments of CBAM's raw operators, as arguments.py has those of the others, and their checks."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pass_cases import double, magnitude
+from plain_cbam import PlainCbam
+from torch import Tensor
+
+from aia_kernels.common.dtypes import accumulate_dtype
+
+from .arguments import FLOATS, Operator, numbers, placed, sums_within
+
+plain_cbam = PlainCbam()
+
+
+def feature_maps(r: random.Random) -> Tensor:
+    while True:
+        shape = (
+            r.choice((1, 1, 2, 3)),
+            r.choice((1, 2, 3, 8, 15, 16, 17, 33, 70, 260, 4200)),
+            r.choice((1, 2, 3, 4, 5, 9, 18, 70)),
+            r.choice((1, 2, 3, 4, 7, 9, 17, 70)),
+        )
+        if math.prod(shape) <= 20000:
+            return placed(r, in_layout(numbers(r, shape, r.choice(FLOATS)), r.random() < 0.5))
+
+
+def in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def another(r: random.Random, x: Tensor) -> Tensor:
+    """Another tensor that is stored as x, [B, C, H, W]."""
+    return placed(r, in_layout(numbers(r, x.shape, x.dtype), not x.is_contiguous()))
+
+
+def map_gates_for(r: random.Random, x: Tensor) -> list[Tensor | None]:
+    """Of channels and of positions; one of them at least."""
+    b, c, h, w = x.shape
+    gates = [placed(r, torch.rand(shape, dtype=accumulate_dtype(x.dtype))) for shape in ((b, c), (b, 1, h, w))]
+    return r.choice(([gates[0], None], [None, gates[1]], gates, gates))
+
+
+def map_features_for(r: random.Random, x: Tensor, of_channels: bool) -> list[Tensor]:
+    b, c, h, w = x.shape
+    kept, length = ((c,), h * w) if of_channels else ((h, w), c)
+    grad = numbers(r, (b, 2, *kept), accumulate_dtype(x.dtype))
+    return [grad, placed(r, torch.randint(length, (b, *kept), dtype=torch.int32))]
+
+
+def draw_pool_positions(r):
+    return [feature_maps(r)]
+
+
+def draw_pool_channels(r):
+    x = feature_maps(r)
+    return [x, r.choice((None, map_gates_for(r, x)[0]))]
+
+
+def check_map_pool(name: str) -> Callable:
+    """Maxima of what was multiplied by a gate may be off by that rounding, and their index with it."""
+
+    def check(before, after, results):
+        (x, *gate), (pooled, argmax), method = before, results, getattr(plain_cbam, name)
+        (want, want_argmax), (sizes, _) = method(*double(*before)), method(*magnitude(*before))
+        n = x.shape[2] * x.shape[3] if name == "cbam_pool_positions" else x.shape[1]
+        sums_within(pooled[:, 1], want[:, 1], sizes[:, 1], n)
+        if gate and gate[0] is not None:
+            sums_within(pooled[:, 0], want[:, 0], sizes[:, 0], 1)
+            chosen = (x.double() * gate[0].double()[:, :, None, None]).gather(1, argmax.long().unsqueeze(1)).squeeze(1)
+            sums_within(pooled[:, 0], chosen, chosen.abs(), 1)
+        else:
+            assert torch.equal(pooled[:, 0].double(), want[:, 0]) and torch.equal(argmax, want_argmax)
+
+    return check
+
+
+def draw_map_recalibrate(r):
+    x = feature_maps(r)
+    return [x, *map_gates_for(r, x), r.random() < 0.5]
+
+
+def check_map_recalibrate(before, after, results):
+    x, *gates, confounder = before
+    wants = plain_cbam.cbam_recalibrate(*double(x, *gates), confounder)
+    for got, want in zip(results, wants, strict=True):
+        sums_within(got, want, x.double().abs(), 1)
+
+
+def draw_map_recalibrate_reduce(r):
+    x = feature_maps(r)
+    return [another(r, x), r.choice((None, another(r, x))), x, *map_gates_for(r, x)]
+
+
+def check_map_recalibrate_reduce(before, after, results):
+    sizes = magnitude(*before)
+    if sizes[1] is not None:
+        sizes[:2] = sizes[0] + sizes[1], None
+    _, c, h, w = before[2].shape
+    wants, of_sizes = plain_cbam.cbam_recalibrate_reduce(*double(*before)), plain_cbam.cbam_recalibrate_reduce(*sizes)
+    for got, want, size, n in zip(results, wants, of_sizes, (h * w, c), strict=True):
+        sums_within(got, want, size, n)
+
+
+def draw_map_unpool_reduce(r):
+    x = feature_maps(r)
+    return [x, *map_features_for(r, x, False)]
+
+
+def check_map_unpool_reduce(before, after, results):
+    method, n = plain_cbam.cbam_unpool_reduce, before[0].shape[2] * before[0].shape[3]
+    sums_within(results, method(*double(*before)), method(*magnitude(*before)), n)
+
+
+def draw_map_unpool(r):
+    x = feature_maps(r)
+    channel, spatial = map_gates_for(r, x)
+    of_channels = [None] * 3 if channel is None else [channel, *map_features_for(r, x, True)]
+    of_positions = [None] * 3 if spatial is None else [spatial, *map_features_for(r, x, False)]
+    return [x, r.choice((None, another(r, x))), *of_channels, *of_positions]
+
+
+def check_map_unpool(before, after, results):
+    sizes = magnitude(*before)
+    if sizes[1] is not None:
+        sizes[0] = sizes[0] + 2 * sizes[1]
+    sums_within(results, plain_cbam.cbam_unpool(*double(*before)), plain_cbam.cbam_unpool(*sizes), 6)
+
+
+def draw_convolve(r):
+    b, h, w, k = r.choice((1, 2, 3)), r.choice((1, 2, 7, 40)), r.choice((1, 3, 16, 70)), r.choice((1, 3, 7))
+    dtype = r.choice(FLOATS[:2])
+    return [placed(r, torch.randn(shape).to(dtype)) for shape in ((b, 2, h, w), (1, 2, k, k))]
+
+
+def check_convolve(before, after, results):
+    pad = before[1].shape[-1] // 2
+    want, sizes = (F.conv2d(*operands, padding=pad) for operands in (double(*before), magnitude(*before)))
+    sums_within(results, want, sizes, 2 * before[1].shape[-1] ** 2)
+
+
+def draw_convolve_backward(r):
+    pooled, weight = draw_convolve(r)
+    return [placed(r, torch.randn_like(pooled[:, :1])), pooled, weight]
+
+
+def check_convolve_backward(before, after, results):
+    def transposed(grad, *leaves):
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        return torch.autograd.grad(F.conv2d(*leaves, padding=leaves[1].shape[-1] // 2), leaves, grad)
+
+    terms_of = before[2].shape[-1] ** 2, before[0].numel()
+    wants = zip(results, transposed(*double(*before)), transposed(*magnitude(*before)), terms_of, strict=True)
+    for got, want, sizes, n in wants:
+        sums_within(got, want, sizes, n)
+
+
+OPERATORS = {
+    "cbam_pool_positions": Operator(draw_pool_positions, check_map_pool("cbam_pool_positions")),
+    "cbam_pool_channels": Operator(draw_pool_channels, check_map_pool("cbam_pool_channels")),
+    "cbam_recalibrate": Operator(draw_map_recalibrate, check_map_recalibrate),
+    "cbam_recalibrate_reduce": Operator(draw_map_recalibrate_reduce, check_map_recalibrate_reduce),
+    "cbam_unpool_reduce": Operator(draw_map_unpool_reduce, check_map_unpool_reduce),
+    "cbam_unpool": Operator(draw_map_unpool, check_map_unpool),
+    "cbam_convolve": Operator(draw_convolve, check_convolve),
+    "cbam_convolve_backward": Operator(draw_convolve_backward, check_convolve_backward),
+}
