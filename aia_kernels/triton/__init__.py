@@ -1,11 +1,19 @@
-"""Triton backend, for CUDA devices and for the Triton interpreter: the passes of attention in attention
-(aia_kernels.schemas), and of external attention the elementary ones (schemas.DOUBLE_NORM_PASSES) and the fused ones
-(aia_kernels.algorithms.external_attention_passes).
+"""Triton backend, for CUDA devices and for the Triton interpreter: the passes of attention in attention, of CBAM and of
+the temporal shift (aia_kernels.schemas), and of external attention the elementary ones (schemas.DOUBLE_NORM_PASSES) and
+the fused ones (aia_kernels.algorithms.external_attention_passes).
 
 Maps keep the storage order of x with the pooled letter struck out.
 """
 
 from ..common.running_statistics import move_statistics_
+from .cbam import (
+    cbam_pool_channels,
+    cbam_pool_positions,
+    cbam_recalibrate,
+    cbam_recalibrate_reduce,
+    cbam_unpool,
+    cbam_unpool_reduce,
+)
 from .double_norm import column_statistics, double_norm_, double_norm_backward_, double_norm_backward_reduce
 from .gate import gate, gate_again, gate_backward, gate_backward_reduce
 from .logits import attention_gradient, empty_attention, logits, normalize
@@ -18,6 +26,12 @@ from .values import logits_gradient, values
 
 __all__ = [
     "attention_gradient",
+    "cbam_pool_channels",
+    "cbam_pool_positions",
+    "cbam_recalibrate",
+    "cbam_recalibrate_reduce",
+    "cbam_unpool",
+    "cbam_unpool_reduce",
     "column_statistics",
     "double_norm_",
     "double_norm_backward_",

@@ -140,6 +140,48 @@ def check_optional_unpooled(prefix: str, grad: Tensor | None, argmax: Tensor | N
         raise ValueError(f"{prefix}context must be 0, as there is no {prefix}grad_pooled, got {context}")
 
 
+def check_maps(name: str, x: Tensor) -> None:
+    """x is [B, C, H, W], not empty, and contiguous or channels_last."""
+    check_operand(name, x, x)
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be [B, C, H, W], got {described(x)}")
+    if not x.numel():
+        raise ValueError(f"{name} must not be empty, got {described(x)}")
+    # Indices of channels and of positions have 32 bits, with room for a block beyond their end.
+    _, c, h, w = x.shape
+    if max(c, h, w, h * w) >= 2**30:
+        raise ValueError(f"{name} must have fewer than 2^30 channels and positions, got {described(x)}")
+    check_floating(name, x)
+    if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+        raise ValueError(f"{name} must be contiguous or channels_last, got {described(x)}")
+
+
+def check_map_gates(channel: Tensor | None, spatial: Tensor | None, x: Tensor) -> None:
+    """The gate of the channels [B, C] and that of the positions [B, 1, H, W] of x, or None; one of them is there."""
+    if channel is None and spatial is None:
+        raise ValueError("channel or spatial must be a tensor, got None twice")
+    b, c, h, w = x.shape
+    for name, gate, sizes in (("channel", channel, (b, c)), ("spatial", spatial, (b, 1, h, w))):
+        if gate is not None:
+            check_contiguous(name, gate, sizes, accumulate_dtype(x.dtype), x)
+
+
+def check_map_features(grad: Tensor | None, argmax: Tensor | None, x: Tensor, of_channels: bool) -> None:
+    """A gradient of pooled features of the channels [B, 2, C] or positions [B, 2, H, W], and the index of each maximum
+    [B, C] or [B, H, W]."""
+    side, kept = ("channel", x.shape[1:2]) if of_channels else ("spatial", x.shape[2:])
+    check_contiguous(f"grad_{side}", grad, (x.shape[0], 2, *kept), accumulate_dtype(x.dtype), x)
+    check_contiguous(f"{side}_argmax", argmax, (x.shape[0], *kept), torch.int32, x)
+
+
+def come_together(names: Sequence[str], operands: Sequence[Tensor | None]) -> bool:
+    """Whether all three of a gate, its gradient and its indices are there; refused if some are."""
+    there = [operand is not None for operand in operands]
+    if any(there) != all(there):
+        raise ValueError(f"{names[0]}, {names[1]} and {names[2]} must come together")
+    return all(there)
+
+
 def check_packed(name: str, packed: Tensor, dims: Sequence[int], features: int = 0) -> int:
     """packed is [B, M], or [B, 2, M] for features, of the one or three maps whose lengths dims hold, and not empty;
     returns how many maps there are."""

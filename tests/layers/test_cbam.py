@@ -404,6 +404,20 @@ def test_autocast(cbam_on):
         torch.testing.assert_close(y, module(x.float()).to(dtype), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", MAIN)
+def test_triton_in_the_interpreter(name):
+    """A whole layer on the Triton passes, with the framework's convolution between them."""
+    skip_unless_runnable("triton", "cpu", FAMILY)
+    module, x = layer(name), sample(name).requires_grad_()
+    with aia_kernels.use_backend("triton"):
+        found = results(module, x)
+        grads = torch.autograd.grad(sum(y.sin().sum() for y in found), (x, *module.parameters()))
+    expected = formula(module, x)[: len(found)]
+    exact = torch.autograd.grad(sum(y.sin().sum() for y in expected), (x, *module.parameters()))
+    for got, want in zip((*found, *grads), (*expected, *exact), strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
+
+
 class Recorder(TorchDispatchMode):
     """The passes of this package that ran, in order."""
 

@@ -47,7 +47,7 @@ from aia_kernels.common import maps
 #: What the CPU alone has.
 ON_CPU = schemas.CONVOLVE_PASSES
 #: Of Triton the framework's own operators, or part of a product (values, signed).
-NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *schemas.CBAM_PASSES, *ON_CPU)
+NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *ON_CPU)
 REFUSED = (RuntimeError, ValueError)
 
 
