@@ -38,6 +38,15 @@ LAYERS: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = 
         "ChannelGate": (lambda: modules.ChannelGate(8, 2), MAPS),
         "SpatialGate": (lambda: modules.SpatialGate(), MAPS),
     },
+    "linear_attention": {
+        "PositionLinearAttention": (lambda: modules.PositionLinearAttention(8, scale=4), MAPS),
+        "PositionLinearAttention, softplus": (
+            lambda: modules.PositionLinearAttention(8, scale=4, feature="softplus"),
+            MAPS,
+        ),
+        "ChannelLinearAttention": (modules.ChannelLinearAttention, MAPS),
+        "EfficientAttention": (lambda: modules.EfficientAttention(8, 4, 2, 6), MAPS),
+    },
     "temporal_shift": {"TemporalShift": (lambda: modules.TemporalShift(SEGMENTS, fold_div=3), (4, 6, 5, 3))},
 }
 

@@ -140,6 +140,18 @@ def external_compiled_on(request) -> Iterator[tuple[str, str]]:
     yield from _chosen(request, "external_attention")
 
 
+@pytest.fixture(params=BACKENDS_ON, ids="-".join)
+def linear_on(request) -> Iterator[tuple[str, str]]:
+    """backend_on for linear attention."""
+    yield from _chosen(request, "linear_attention")
+
+
+@pytest.fixture(params=COMPILED_ON, ids="-".join)
+def linear_compiled_on(request) -> Iterator[tuple[str, str]]:
+    """compiled_on for linear attention."""
+    yield from _chosen(request, "linear_attention")
+
+
 #: Instruction levels for which the C++ passes are compiled: each must be right, not only the one in force here.
 LEVELS = ("v4", "v3", "base")
 
@@ -207,8 +219,10 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch) -> None:
-    """Inputs of tests are small; "auto" would leave external attention to plain PyTorch (test_small_calls.py)."""
-    monkeypatch.setattr("aia_kernels.backends.choices.CALL_COST", float("-inf"))
+    """Inputs of tests are small; "auto" would leave external and linear attention to plain PyTorch
+    (test_small_calls.py, test_linear_attention_modules.py)."""
+    for cost in ("CALL_COST", "FOLDING_COST"):
+        monkeypatch.setattr(f"aia_kernels.backends.choices.{cost}", float("-inf"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from aia_kernels import testing
 from benchmarks.published import attention_in_attention as units
 from benchmarks.published import cbam
 from benchmarks.published import external_attention as external
+from benchmarks.published import linear_attention as linear
 
 # float64 sums in another order, some with projections multiplied first: values of order one to a hundred.
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -52,6 +53,10 @@ LAYERS = {
     "two linear": (lambda: external.ExternalAttention(6, 5), (2, 9, 6), "ExternalAttention"),
     "CBAM": (lambda: cbam.CBAM(6, 2), (2, 6, 3, 4), "CBAM"),
     "CBAM of 3 x 3, other pools": (lambda: cbam.CBAM(6, 2, 3, ["lse", "max", "lp"]), (2, 6, 3, 4), "CBAM"),
+    "linear attention": (lambda: linear.PositionLinearAttention(8, 4), (2, 8, 4, 4), "PositionLinearAttention"),
+    "MANet": (lambda: linear.KernelAttention(8, 2), (2, 8, 4, 4), "KernelLinearAttention"),
+    "linear attention, channels": (linear.ChannelLinearAttention, (2, 6, 4, 4), "ChannelLinearAttention"),
+    "efficient attention": (lambda: linear.EfficientAttention(6, 4, 2, 8), (2, 6, 3, 4), "EfficientAttention"),
     "T2T performer": (TokenPerformer, (2, 9, 7), "TokenExternalAttention"),
     "T2T transformer": (TokenTransformer, (2, 9, 7), "TransformerTokenExternalAttention"),
 }

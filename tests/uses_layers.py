@@ -95,6 +95,14 @@ def _block() -> nn.Module:
     return aia_kernels.ExternalAttention2d(6, k=5)
 
 
+def _linear(feature: str = "l2") -> nn.Module:
+    return aia_kernels.PositionLinearAttention(6, 2, feature=feature)
+
+
+def _efficient() -> nn.Module:
+    return aia_kernels.EfficientAttention(6, 4, 2, 8)
+
+
 def _shift() -> nn.Module:
     return aia_kernels.TemporalShift(CLIPS.t, fold_div=3)
 
@@ -134,6 +142,13 @@ LAYERS = {
     "Token": Layer(_token, TOKENS),
     "Token, transposed": Layer(_token, TOKENS, transposed),
     "Token, dropout": Layer(lambda: _token(0.4), TOKENS, draws=True),
+    "PositionLinear": Layer(_linear, MAPS),
+    "PositionLinear, channels_last": Layer(_linear, MAPS, channels_last),
+    "PositionLinear, part": Layer(lambda: _linear("softplus"), MAPS, part),
+    "ChannelLinear": Layer(aia_kernels.ChannelLinearAttention, MAPS),
+    "ChannelLinear, channels_last": Layer(aia_kernels.ChannelLinearAttention, MAPS, channels_last),
+    "Efficient": Layer(_efficient, MAPS),
+    "Efficient, channels_last": Layer(_efficient, MAPS, channels_last),
     "double_normalize": Layer(DoubleNormalize, TOKENS),
     "double_normalize, transposed": Layer(DoubleNormalize, TOKENS, transposed),
 }
@@ -148,6 +163,8 @@ MAIN = (
     "ExternalAttention2d, channels_last",
     "MultiHead, dropout",
     "Token",
+    "PositionLinear",
+    "Efficient, channels_last",
     "double_normalize",
 )
 #: One of each family, for uses that take seconds; the others of MAIN follow in the sweep.

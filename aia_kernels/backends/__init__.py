@@ -46,6 +46,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 FAMILIES = {
     "attention_in_attention": schemas.PASSES,
     "external_attention": schemas.DOUBLE_NORM_PASSES + schemas.RESIDUAL_PASSES,
+    "linear_attention": (),  # products of PyTorch and few operations on what is small beside x
     "temporal_shift": schemas.SHIFT_PASSES,
     "cbam": schemas.CBAM_PASSES,
 }
@@ -203,6 +204,8 @@ def why_not(name: str, device: torch.device | str, dtype: torch.dtype, family: s
     if device.type != needed:
         hint = " unless TRITON_INTERPRET=1 is set" if name == "triton" and needed == "cuda" else ""
         return f"the {name} backend runs on {needed} tensors{hint}, and these are on {device.type}"
+    if not FAMILIES[family]:
+        return None
     if name == "triton":
         return _triton_missing(family)
     if name == "cpu":
@@ -292,6 +295,20 @@ def plain_is_faster(device: torch.device, rows: int, slots: int, products: int =
         Whether it does; never where a backend is named.
     """
     return device.type == "cpu" and chosen_backend() == "auto" and not choices.fusing_pays(rows, slots, products, calls)
+
+
+def published_flow_is_faster(device: torch.device, elements: int, products: int) -> bool:
+    """Tell whether "auto" leaves a layer of attention by a memory per sample to its published flow on a CPU.
+
+    Args:
+        device: That of the tensors.
+        elements: As of choices.folding_pays.
+        products: As of choices.folding_pays.
+
+    Returns:
+        Whether it does; never where a backend is named.
+    """
+    return device.type == "cpu" and chosen_backend() == "auto" and not choices.folding_pays(elements, products)
 
 
 # What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.

@@ -37,6 +37,9 @@ def measured_order(device_name: str, family: str, dtype: str) -> tuple[str, ...]
 #: In multiplications of a matrix product on one core: what a call of the fused passes costs over plain PyTorch, a tenth
 #: of a millisecond, and what they save for an element of the attention map, one nanosecond.
 CALL_COST, ELEMENT_GAIN = 4_000_000, 30
+#: Of attention by a memory per sample, in the same unit: what a call of its algorithm costs over the published flow,
+#: and what it saves for an element of that flow's tensors of all tokens.
+FOLDING_COST, TRAFFIC_GAIN = 12_000_000, 100
 #: The lanes of a vector of the passes at AVX2. They lie along slots, and where these are fewer, most of them are idle.
 LANES = 8
 
@@ -55,3 +58,16 @@ def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> boo
     """
     gain = ELEMENT_GAIN * rows * slots if slots >= LANES else 0
     return gain + products > calls * CALL_COST
+
+
+def folding_pays(elements: int, products: int) -> bool:
+    """Tell whether the algorithm of attention by a memory per sample is faster than its published flow on a CPU.
+
+    Args:
+        elements: Of x, keys and values that the published flow reads and writes again and again.
+        products: The multiplications that folding leaves out, less those that it costs, of a forward.
+
+    Returns:
+        Whether what is saved is worth the cost of the call.
+    """
+    return TRAFFIC_GAIN * elements + products > FOLDING_COST

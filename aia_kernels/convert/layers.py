@@ -18,7 +18,8 @@ def convert(model: nn.Module) -> Report:
 
     Layers are found by the names, kinds and shapes of their submodules, wherever their code comes from: the units C,
     ST, CinST, STinC and STinC2 of Attention in Attention (arXiv 2204.09303); EANet's External_attention, EAMLP's
-    Attention and the attention of its T2T stages (arXiv 2105.02358); and external attention by two linear layers. A
+    Attention and the attention of its T2T stages (arXiv 2105.02358); external attention by two linear layers; linear
+    attention over positions and channels, with MANet's form (arXiv 2007.14902); and EfficientAttention (1812.01243). A
     layer is converted if its forward computes what the fused layer computes. This is tried on a small copy with random
     parameters: output, gradients and buffers, in evaluation and in training.
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .. import modules
 from ..functional.checks import check_clips
 from ..modules.external_attention import EPS
+from ..modules.linear_attention import attended
+from ..reference.linear_attention import channel_linear_attention
 from ..reference.shift import temporal_shift
 from .behaviour import overridden
 from .flow import is_rewritten, own_class
@@ -76,6 +78,10 @@ def _activated(y: Tensor, activation: Optional[str]) -> Tensor:  # noqa: UP045  
     return nn.functional.silu(y) if name == "silu" else y
 
 
+def _over_channels(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    return channel_linear_attention(x.flatten(2), gamma, eps).reshape(x.shape)
+
+
 for _name in (
     "_clips",
     "_shaped_as",
@@ -85,6 +91,7 @@ for _name in (
     "_tokens",
     "_as_maps",
     "_activated",
+    "_over_channels",
 ):
     torch.fx.wrap(_name)
 
@@ -217,6 +224,54 @@ class PlainTransformerTokenExternalAttention(modules.TransformerTokenExternalAtt
         return q + self.proj_drop(self.proj(self.linear_2(attention)))
 
 
+class PlainPositionLinearAttention(modules.PositionLinearAttention):
+    """PositionLinearAttention in plain PyTorch, its values not folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = _as_maps(x)
+        query, key, value = (
+            self.query_conv(maps).flatten(2),
+            self.key_conv(maps).flatten(2),
+            self.value_conv(maps).flatten(2),
+        )
+        o = attended(query, key, value, self.feature, self.eps)
+        return x + self.gamma * o.reshape(x.shape)
+
+
+class PlainKernelLinearAttention(modules.KernelLinearAttention):
+    """KernelLinearAttention in plain PyTorch, its values not folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = _as_maps(x)
+        query, key, value = (
+            self.query_conv(maps).flatten(2),
+            self.key_conv(maps).flatten(2),
+            self.value_conv(maps).flatten(2),
+        )
+        o = attended(query, key, value, "softplus", self.eps)
+        return x + self.gamma * o.reshape(x.shape)
+
+
+class PlainChannelLinearAttention(modules.ChannelLinearAttention):
+    """ChannelLinearAttention in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _over_channels(x, self.gamma, self.eps)
+
+
+class PlainEfficientAttention(modules.EfficientAttention):
+    """EfficientAttention in plain PyTorch, its values and reprojection not folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = _as_maps(x)
+        key = self.keys(maps).flatten(2).unflatten(1, [self.head_count, -1])
+        query = self.queries(maps).flatten(2).unflatten(1, [self.head_count, -1])
+        value = self.values(maps).flatten(2).unflatten(1, [self.head_count, -1])
+        context = value @ key.softmax(3).transpose(2, 3)
+        o = (context @ query.softmax(2)).flatten(1, 2).unflatten(2, maps.shape[2:])
+        return x + self.reprojection(o).reshape(x.shape)
+
+
 class PlainTemporalShift(modules.TemporalShift):
     """TemporalShift in plain PyTorch."""
 
@@ -279,6 +334,8 @@ PLAIN_LAYERS = {
         *(PlainExternalAttention, PlainExternalAttention2d, PlainMultiHeadExternalAttention),
         *(PlainTokenExternalAttention, PlainTransformerTokenExternalAttention),
         *(PlainCBAM, PlainCausalCBAM, PlainChannelGate, PlainSpatialGate),
+        *(PlainPositionLinearAttention, PlainKernelLinearAttention),
+        *(PlainChannelLinearAttention, PlainEfficientAttention),
     )
 }
 

@@ -33,8 +33,13 @@ class Form(NamedTuple):
 
 
 def find_form(module: nn.Module) -> Form | None:
-    """The form whose names a module has; of several, the one with the most names."""
+    """The form whose names a module has; of several, the one with the most names. Linear attention over channels has
+    no submodules: it is known by its one parameter, and by an eps or a function l2_norm that it holds."""
     names = set(module._modules.keys())
+    if not names and module._parameters.keys() == {"gamma"} and not module._buffers:
+        held = vars(module).keys() & {"eps", "l2_norm"}
+        gamma = module._parameters["gamma"]
+        return CHANNELS if held and gamma is not None and tuple(gamma.shape) == (1,) else None
     return next((form for form in FORMS if form.children <= names), None)
 
 
@@ -212,6 +217,44 @@ def _token_form(key: str, value: str, layer: type[nn.Module]) -> Form:
     )
 
 
+def _linear_mismatch(attention: nn.Module) -> str | None:
+    """Linear attention's position attention module, and MANet's kernel attention."""
+    query, key, value = (attention._modules[f"{name}_conv"] for name in ("query", "key", "value"))
+    if (reason := _differs("key_conv", key, nn.Conv2d)) is not None:
+        return reason
+    c, d = key.in_channels, key.out_channels
+    gamma = attention._parameters.get("gamma")
+    if gamma is None or tuple(gamma.shape) != (1,):
+        found = None if gamma is None else tuple(gamma.shape)
+        return f"gamma: got {found}, expected a parameter of shape (1,)"
+    return _first(
+        _pointwise("query_conv", query, nn.Conv2d, in_channels=c, out_channels=d),
+        _pointwise("key_conv", key, nn.Conv2d),
+        _pointwise("value_conv", value, nn.Conv2d, in_channels=c, out_channels=c),
+    )
+
+
+def _efficient_mismatch(attention: nn.Module) -> str | None:
+    """efficient-attention's module."""
+    keys, values = attention._modules["keys"], attention._modules["values"]
+    if (reason := _differs("keys", keys, nn.Conv2d) or _differs("values", values, nn.Conv2d)) is not None:
+        return reason
+    c, k, v = keys.in_channels, keys.out_channels, values.out_channels
+    heads = getattr(attention, "head_count", None)
+    if not isinstance(heads, int) or heads < 1 or k % heads or v % heads:
+        return f"head_count: got {heads!r}, expected a divisor of the {k} features of keys and the {v} of values"
+    return _first(
+        _pointwise("keys", keys, nn.Conv2d),
+        _pointwise("queries", attention._modules["queries"], nn.Conv2d, in_channels=c, out_channels=k),
+        _pointwise("values", values, nn.Conv2d, in_channels=c),
+        _pointwise("reprojection", attention._modules["reprojection"], nn.Conv2d, in_channels=v, out_channels=c),
+    )
+
+
+def _eps(attention: nn.Module) -> dict[str, float]:
+    return {"eps": getattr(attention, "eps", 1e-6)}
+
+
 def _plain_mismatch(attention: nn.Module) -> str | None:
     """The popular port with two linear layers."""
     mk, mv = attention._modules["mk"], attention._modules["mv"]
@@ -236,6 +279,15 @@ def _tokens(features: int, generator: torch.Generator) -> Tensor:
     return tokens
 
 
+#: Linear attention over channels. Its published code takes square maps, as that over positions.
+CHANNELS = Form(
+    frozenset(),
+    (modules.ChannelLinearAttention,),
+    lambda attention: None,
+    _eps,
+    lambda attention, generator: _normal((2, 5, 2, 2), generator),
+)
+
 #: Those with more names come first: the names of one form may be a part of another's.
 FORMS = (
     _unit("CTHW", "CinST", "STinC", "STinC2"),
@@ -253,11 +305,26 @@ FORMS = (
     _token_form("linear_0", "linear_1", modules.TokenExternalAttention),
     _token_form("linear_1", "linear_2", modules.TransformerTokenExternalAttention),
     Form(
+        frozenset({"keys", "queries", "values", "reprojection"}),
+        (modules.EfficientAttention,),
+        _efficient_mismatch,
+        lambda attention: {"head_count": attention.head_count},
+        lambda attention, generator: _normal((2, attention.keys.in_channels, 3, 4), generator),
+    ),
+    Form(
         frozenset({"conv1", "linear_0", "linear_1", "conv2"}),
         (modules.ExternalAttention2d,),
         _block_mismatch,
         lambda block: {"k": block.linear_0.out_channels},
         lambda block, generator: _tokens(block.conv1.in_channels, generator).mT.unflatten(2, (3, 4)),
+    ),
+    Form(
+        frozenset({"query_conv", "key_conv", "value_conv"}),
+        (modules.PositionLinearAttention, modules.KernelLinearAttention),
+        _linear_mismatch,
+        _eps,
+        # Few positions, so that eps shows.
+        lambda attention, generator: _normal((3, attention.key_conv.in_channels, 2, 2), generator),
     ),
     Form(
         frozenset({"mk", "mv"}),
@@ -270,4 +337,4 @@ FORMS = (
 )
 
 #: Every layer that a published one may become.
-FUSED_LAYERS = frozenset(layer for form in FORMS for layer in form.layers)
+FUSED_LAYERS = frozenset(layer for form in (*FORMS, CHANNELS) for layer in form.layers)

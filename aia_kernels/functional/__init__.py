@@ -8,6 +8,7 @@ DTensors a TypeError (sharded.py).
 from .attention_in_attention import ST, C, CinST, Gate, Norm, STinC, STinC2, attention_in_attention
 from .cbam import MLP, causal_cbam, cbam
 from .external_attention import double_normalize, external_attention, external_attention_block
+from .linear_attention import channel_linear_attention, efficient_attention, linear_attention
 from .temporal_shift import temporal_shift
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "attention_in_attention",
     "causal_cbam",
     "cbam",
+    "channel_linear_attention",
     "double_normalize",
+    "efficient_attention",
     "external_attention",
     "external_attention_block",
+    "linear_attention",
     "temporal_shift",
 ]

@@ -118,6 +118,24 @@ def external_attention_block(
     return batch.joined(function(batch.own(x), *own, value_bias=bias, residual=residual, **settings))
 
 
+def linear_attention(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    parameters: dict[str, Any],
+    padding_mask: Tensor | None,
+    process_group: Any,
+    settings: dict[str, Any],
+) -> Tensor:
+    """A function of functional/linear_attention.py on a DTensor x; parameters by their names, biases a list of them."""
+    batch = _Batch("x", x)
+    mask = batch.mask(padding_mask, process_group)
+    own: dict[str, Any] = {name: batch.parameter(name, p) for name, p in parameters.items() if name != "biases"}
+    if "biases" in parameters:
+        own["biases"] = [batch.parameter("biases", p) for p in parameters["biases"]]
+    masks = {} if mask is None else {"padding_mask": mask}
+    return batch.joined(function(batch.own(x), **own, **masks, **settings))
+
+
 class _Batch:
     """How the samples of x lie on a mesh. What one process refuses, every process refuses, so that none waits for
     another.

@@ -13,6 +13,7 @@ _EXPORTS = {
     "eamlp": ("EAMLP", "eamlp_14", "eamlp_19", "eamlp_7"),
     "eanet": ("EANet",),
     "generation": ("Discriminator", "Generator", "SpectralExternalAttention", "gradient_penalty"),
+    "linear_attention": ("LinearAttentionHead",),
     "point_cloud": ("PointCloudClassifier", "PointCloudSegmenter"),
     "resnet": ("AIAResNet", "aia_resnet50", "aia_resnet101"),
     "video": ("VideoNet",),

@@ -14,6 +14,7 @@ from .generation import Discriminator as Discriminator
 from .generation import Generator as Generator
 from .generation import SpectralExternalAttention as SpectralExternalAttention
 from .generation import gradient_penalty as gradient_penalty
+from .linear_attention import LinearAttentionHead as LinearAttentionHead
 from .point_cloud import PointCloudClassifier as PointCloudClassifier
 from .point_cloud import PointCloudSegmenter as PointCloudSegmenter
 from .resnet import AIAResNet as AIAResNet

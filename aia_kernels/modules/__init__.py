@@ -9,6 +9,12 @@ from .external_attention import (
     TokenExternalAttention,
     TransformerTokenExternalAttention,
 )
+from .linear_attention import (
+    ChannelLinearAttention,
+    EfficientAttention,
+    KernelLinearAttention,
+    PositionLinearAttention,
+)
 from .temporal_shift import TemporalShift
 
 __all__ = [
@@ -17,10 +23,14 @@ __all__ = [
     "C",
     "CausalCBAM",
     "ChannelGate",
+    "ChannelLinearAttention",
     "CinST",
+    "EfficientAttention",
     "ExternalAttention",
     "ExternalAttention2d",
+    "KernelLinearAttention",
     "MultiHeadExternalAttention",
+    "PositionLinearAttention",
     "STinC",
     "STinC2",
     "SpatialGate",

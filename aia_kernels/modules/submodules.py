@@ -95,6 +95,11 @@ def published_is_faster(x: Tensor, linear: nn.Module, *work: int) -> bool:
             that of spectral_norm moves each time.
         work: The arguments of choices.fusing_pays: rows, slots, products, calls.
     """
+    return published_serves(x, linear) and backends.plain_is_faster(x.device, *work)
+
+
+def published_serves(x: Tensor, linear: nn.Module) -> bool:
+    """Whether the published flow of a layer takes x as it is and loses nothing; linear as of published_is_faster."""
     weight: Any = linear._parameters.get("weight")
     if not is_plain(weight) or is_symbolic():  # a DTensor takes no plain x, and is refused by name
         return False
@@ -103,7 +108,6 @@ def published_is_faster(x: Tensor, linear: nn.Module, *work: int) -> bool:
         (dtype == torch.float32 or dtype == torch.float64)
         and dtype == weight.dtype
         and device == weight.device
-        and backends.plain_is_faster(device, *work)
         and autocast_dtype(x) is None
         and not needs_reference()
     )

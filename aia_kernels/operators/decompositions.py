@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import reference
 from ..algorithms.cbam import LEARNED
 from ..common.layouts import stored_as
-from ..reference import MLP, UNITS, Gate, Norm
-from . import attention_in_attention, cbam, external_attention, temporal_shift
+from ..reference import MLP, UNITS, Form, Gate, Norm, Weights
+from . import attention_in_attention, cbam, external_attention, linear_attention, temporal_shift
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
@@ -67,6 +67,15 @@ def _external_attention_block(x, key, value, weight, bias, fixed, eps, batch, no
     return stored_as(y, x), *kept, statistics
 
 
+def _linear_attention(x, *arguments):
+    *tensors, padding, feature, heads, eps, shards, _keeps_logits, _keeps_sums = arguments
+    if shards:
+        return NotImplemented
+    _y, *kept = linear_attention.fake_forward(x, *arguments)
+    y = reference.linear_attention(x, Weights(*tensors), Form(feature, heads, eps), padding)
+    return stored_as(y, x), *kept
+
+
 def _temporal_shift(x: Tensor, fold: int, reverse: bool, backend: str) -> Tensor:
     return stored_as(reference.temporal_shift(x, fold, reverse), x)
 
@@ -95,6 +104,7 @@ _TABLE = {
     external_attention.double_normalize_forward: _double_normalize,
     external_attention.external_attention_forward: _external_attention,
     external_attention.external_attention_block_forward: _external_attention_block,
+    linear_attention.linear_attention_forward: _linear_attention,
     temporal_shift.temporal_shift_by: _temporal_shift,
     cbam.cbam_forward: _cbam,
 }

@@ -34,6 +34,20 @@ EVERY = {
         lambda: aia_kernels.ExternalAttention2d(6, 5, norm=None, activation="gelu", residual=False, projection=False),
         ((2, 6, 3, 4), (2, 6, 7), (2, 6, 2, 3, 2)),
     ),
+    "PositionLinearAttention": (
+        lambda: aia_kernels.PositionLinearAttention(6, 2),
+        ((2, 6, 3, 4), (2, 6, 7), (2, 6, 2, 3, 2)),
+    ),
+    "PositionLinearAttention, softplus": (
+        lambda: aia_kernels.PositionLinearAttention(6, 2, feature="softplus"),
+        ((2, 6, 3, 4),),
+    ),
+    "KernelLinearAttention": (lambda: modules.KernelLinearAttention(6, 2), ((2, 6, 3, 4), (2, 6, 7))),
+    "ChannelLinearAttention": (aia_kernels.ChannelLinearAttention, ((2, 6, 3, 4), (2, 6, 7), (2, 6, 2, 3, 2))),
+    "EfficientAttention": (
+        lambda: aia_kernels.EfficientAttention(6, 4, 2, 8),
+        ((2, 6, 3, 4), (2, 6, 7), (2, 6, 2, 3, 2)),
+    ),
     "MultiHead": (lambda: aia_kernels.MultiHeadExternalAttention(6, num_heads=2), TOKENS),
     "Token": (lambda: aia_kernels.TokenExternalAttention(6, 5, k=7), TOKENS),
     "TransformerToken": (lambda: modules.TransformerTokenExternalAttention(6, 5, k=7), TOKENS),

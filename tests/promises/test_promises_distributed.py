@@ -7,6 +7,7 @@ them fails, its traceback names the work.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import external_cases
 import pytest
@@ -166,9 +167,46 @@ def refuses_an_empty_shard(rank: int, backend: str) -> None:
         functional.double_normalize(torch.randn(2, 0, 4), process_group=dist.group.WORLD)
 
 
+def sharded_memory(rank: int, backend: str) -> None:
+    """Tokens in shards of 5 and 2: y, the gradients of the shard, and the sum of those of the parameters."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 7, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    shapes = {"query": (4, 6), "key": (4, 6), "value": (6, 6), "query_bias": (4,), "key_bias": (4,), "value_bias": (6,)}
+    mask = torch.tensor([[0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    own = slice(0, 5) if rank == 0 else slice(5, 7)
+    for feature, masked in itertools.product(("l2", "softplus", "softmax"), (False, True)):
+        softmax = feature == "softmax"
+        all_shapes = shapes | ({"reprojection": (6, 6)} if softmax else {"gamma": (1,)})
+        tensors = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in all_shapes.items()}
+        function = functional.efficient_attention if softmax else functional.linear_attention
+        settings = {} if softmax else {"feature": feature}
+
+        def step(x, grad, mask, function=function, settings=settings, tensors=tensors, **group):
+            leaves = {"x": x} | tensors
+            leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+            own = {name: t for name, t in leaves.items() if not name.endswith("_bias")}
+            biases = [leaves.get(f"{name}_bias") for name in ("query", "key", "value", "reprojection")]
+            biases = biases if "reprojection" in own else biases[:3]
+            y = function(**own, biases=biases, heads=2, padding_mask=mask, **settings, **group)
+            y.backward(grad)
+            return y.detach(), {name: t.grad for name, t in leaves.items()}
+
+        with backends.use_backend("reference"):
+            y, grads = step(x, grad, mask if masked else None)
+        with backends.use_backend(backend):
+            shard_mask = mask[:, own] if masked else None
+            found, of_shard = step(x[:, own], grad[:, own], shard_mask, process_group=dist.group.WORLD)
+        told = f"rank {rank}, {feature}, masked {masked}"
+        assert_agree({"y": found, "x": of_shard.pop("x")}, {"y": y[:, own], "x": grads.pop("x")[:, own]}, told)
+        for p in of_shard.values():
+            dist.all_reduce(p)
+        assert_agree(of_shard, grads, told)
+
+
 WORK = {
     "attention_in_attention": (every_synchronized_case, data_parallel, refuses_an_empty_batch),
     "external_attention": (every_sharded_case, every_synchronized_block, refuses_an_empty_shard),
+    "linear_attention": (sharded_memory,),
 }
 
 

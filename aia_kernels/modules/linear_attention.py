@@ -1,0 +1,240 @@
+"""Attention by a memory per sample as modules, with the published names, parameters and initialization: linear
+attention (arXiv 2007.14902) and efficient attention (arXiv 1812.01243).
+
+The submodules hold parameters and settings. A layer reads them and does not call them. If one has hooks or is of
+another kind (quantized, adapted, replaced), all of them are called in the published order. So they are where "auto"
+counts that their flow is the faster one (backends.published_flow_is_faster).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..algorithms.linear_attention import keeps
+from ..functional.checks import check_integer
+from ..functional.linear_attention import MAPS, channel_linear_attention, efficient_attention, linear_attention
+from ..functional.sharded import is_distributed
+from .submodules import is_pointwise, must_be_called, published_serves
+
+
+class _OnMaps(nn.Module):
+    """A layer on maps [B, C, H, W]; points [B, C, N] and volumes [B, C, D, H, W] are taken as maps of one column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if getattr(x, "ndim", 4) in (3, 5):
+            return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)
+        if getattr(x, "ndim", 4) != 4:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W], [B, C, N] or [B, C, D, H, W]")
+        return self._attend(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PositionLinearAttention(_OnMaps):
+    """Linear attention over positions, y = x + gamma * o (arXiv 2007.14902; functional.linear_attention).
+
+    It takes x [B, in_places, H, W], contiguous or channels_last, and returns y, shaped and stored as x. Points and
+    volumes are taken alike. Any H and W will do; the published code fails where they differ.
+
+    Args:
+        in_places: C, the channels of x.
+        scale: Keys and queries have C // scale features.
+        eps: Added to the sums of the keys.
+        feature: "l2", as published, or "softplus", the kernel attention of MANet.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1, or the feature is none of these; in forward, as
+            functional.linear_attention.
+    """
+
+    # That of the published module, which has no attribute for it.
+    feature = "l2"
+
+    def __init__(self, in_places: int, scale: int = 8, eps: float = 1e-6, *, feature: str = "l2"):
+        super().__init__()
+        _check_at_least_one(in_places=in_places, scale=scale)
+        if in_places < scale:
+            raise ValueError(f"in_places: got {in_places}, expected at least scale = {scale}")
+        if feature not in MAPS:
+            raise ValueError(f"feature: got {feature!r}, expected 'l2' or 'softplus'")
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.in_places, self.eps, self.feature = in_places, eps, feature
+        self.query_conv = nn.Conv2d(in_places, in_places // scale, kernel_size=1)
+        self.key_conv = nn.Conv2d(in_places, in_places // scale, kernel_size=1)
+        self.value_conv = nn.Conv2d(in_places, in_places, kernel_size=1)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, feature={self.feature!r}"
+
+    def _attend(self, x: Tensor) -> Tensor:
+        if not all(map(_can_be_read, (self.query_conv, self.key_conv, self.value_conv))):
+            return self._through_submodules(x)
+        if _is_ordinary(x, self.key_conv) and self._published_is_faster(x):
+            return self._through_submodules(x)
+        query, key, value = (conv.weight.flatten(1) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        return linear_attention(
+            x,
+            query,
+            key,
+            value,
+            biases=(self.query_conv.bias, self.key_conv.bias, self.value_conv.bias),
+            gamma=self.gamma,
+            feature=self.feature,
+            eps=self.eps,
+        )
+
+    def _published_is_faster(self, x: Tensor) -> bool:
+        """By counting: folding leaves out c^2 multiplications per position, and costs d c^2 per sample."""
+        c, d = self.key_conv.in_channels, self.key_conv.out_channels
+        saved = c * c * (x.numel() // c - x.shape[0] * d)
+        return backends.published_flow_is_faster(x.device, 2 * x.numel(), saved)
+
+    def _through_submodules(self, x: Tensor) -> Tensor:
+        query, key, value = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        return x + self.gamma * attended(query, key, value, self.feature, self.eps).unflatten(2, x.shape[2:])
+
+
+class KernelLinearAttention(PositionLinearAttention):
+    """PositionLinearAttention with the feature "softplus": the kernel attention of MANet, as convert finds it.
+
+    Args:
+        in_places: As of PositionLinearAttention.
+        scale: As of PositionLinearAttention.
+        eps: As of PositionLinearAttention.
+    """
+
+    feature = "softplus"
+
+    def __init__(self, in_places: int, scale: int = 8, eps: float = 1e-6):
+        super().__init__(in_places, scale, eps, feature="softplus")
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, feature: str, eps: float) -> Tensor:
+    """o [B, v, N] of q and k [B, d, N] and v [B, v, N] in the published order of operations: a memory of the values
+    themselves, and the division behind it."""
+    if feature == "softplus":
+        query, key = nn.functional.softplus(query), nn.functional.softplus(key)
+    else:
+        query, key = unit(query), unit(key)
+    mass = query.transpose(1, 2) @ (key.sum(2, keepdim=True) + eps)
+    o = value @ key.transpose(1, 2) @ query
+    if feature == "l2":
+        mass, o = mass + key.shape[2], o + value.sum(2, keepdim=True)
+    return o / mass.transpose(1, 2)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """[B, d, N] divided by their length over d; zero where that is zero."""
+    square = rows.square().sum(1, keepdim=True)
+    return rows * (square + (square == 0)).rsqrt()
+
+
+class ChannelLinearAttention(_OnMaps):
+    """Linear attention over channels, y = x + gamma * o (arXiv 2007.14902; functional.channel_linear_attention).
+
+    It takes x [B, C, H, W], contiguous or channels_last, and returns y, shaped and stored as x. Points and volumes are
+    taken alike.
+
+    Args:
+        eps: Added to the sums over channels.
+
+    Raises:
+        TypeError, ValueError: In forward, as functional.channel_linear_attention.
+    """
+
+    def __init__(self, eps: float = 1e-6):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.eps = eps
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return channel_linear_attention(x, self.gamma, eps=self.eps)
+
+
+class EfficientAttention(_OnMaps):
+    """Efficient attention, y = x + reprojection(o), with softmaxes over tokens and over the features of a head
+    (arXiv 1812.01243; functional.efficient_attention).
+
+    It takes x [B, in_channels, H, W], contiguous or channels_last, and returns y, shaped and stored as x. Points and
+    volumes are taken alike.
+
+    Args:
+        in_channels: C, the channels of x.
+        key_channels: The features of keys and of queries, of all heads.
+        head_count: The heads, a divisor of key_channels and of value_channels.
+        value_channels: The features of values, of all heads.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1, or no multiple of head_count; in forward, as
+            functional.efficient_attention.
+    """
+
+    def __init__(self, in_channels: int, key_channels: int, head_count: int, value_channels: int):
+        super().__init__()
+        sizes = {"in_channels": in_channels, "key_channels": key_channels, "value_channels": value_channels}
+        _check_at_least_one(head_count=head_count, **sizes)
+        for name in ("key_channels", "value_channels"):
+            if sizes[name] % head_count:
+                raise ValueError(f"{name}: got {sizes[name]}, expected a multiple of head_count = {head_count}")
+        self.in_channels, self.key_channels, self.value_channels = in_channels, key_channels, value_channels
+        self.head_count = head_count
+        self.keys = nn.Conv2d(in_channels, key_channels, 1)
+        self.queries = nn.Conv2d(in_channels, key_channels, 1)
+        self.values = nn.Conv2d(in_channels, value_channels, 1)
+        self.reprojection = nn.Conv2d(value_channels, in_channels, 1)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        convolutions = self.queries, self.keys, self.values, self.reprojection
+        if not all(map(_can_be_read, convolutions)):
+            return self._through_submodules(x)
+        if _is_ordinary(x, self.keys) and self._published_is_faster(x):
+            return self._through_submodules(x)
+        query, key, value, reprojection = (conv.weight.flatten(1) for conv in convolutions)
+        biases = tuple(conv.bias for conv in convolutions)
+        return efficient_attention(x, query, key, value, reprojection, biases=biases, heads=self.head_count)
+
+    def _published_is_faster(self, x: Tensor) -> bool:
+        """By counting. Per position, folding leaves out the products of the values and of the reprojection and puts
+        wider ones in their places; in training keys and queries are made twice where they are not small beside x."""
+        c, k, v, heads = self.keys.in_channels, self.keys.out_channels, self.values.out_channels, self.head_count
+        saved = 2 * (c * v + k * v // heads - k * c)
+        if torch.is_grad_enabled() and not keeps(c, k, k, None)[0]:
+            saved -= 2 * k * c // 3  # a step is three times a forward
+        positions = x.numel() // c
+        per_sample = 2 * k * c * v // heads
+        return backends.published_flow_is_faster(
+            x.device, (k + v) * positions, saved * positions - per_sample * x.shape[0]
+        )
+
+    def _through_submodules(self, x: Tensor) -> Tensor:
+        key, query, value = (
+            conv(x).flatten(2).unflatten(1, (self.head_count, -1)) for conv in (self.keys, self.queries, self.values)
+        )
+        context = value @ key.softmax(3).transpose(2, 3)
+        o = (context @ query.softmax(2)).flatten(1, 2).unflatten(2, x.shape[2:])
+        return x + self.reprojection(o)
+
+
+def _is_ordinary(x: Any, conv: Any) -> bool:
+    """Whether x is what an ordinary call brings, which the published flow takes too: maps that are not empty."""
+    ordinary = isinstance(x, Tensor) and not is_distributed(x) and x.ndim == 4 and x.numel() > 0
+    return ordinary and x.shape[1] == conv.in_channels and published_serves(x, conv)
+
+
+def _can_be_read(conv: Any) -> bool:
+    return not must_be_called(conv) and is_pointwise(conv)
+
+
+def _check_at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        check_integer(name, size)
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
