@@ -1,10 +1,11 @@
 """How many times faster than the published flow each layer is, over the sizes that networks have: rows and a heat map.
 
-    python -m benchmarks.ratios [--layers NAMES] [--results DIR]
+    python -m benchmarks.ratios [--layers NAMES] [--every K] [--results DIR]
 
 One thread, fp32, contiguous, eval and a training step. Both forms are sampled in turns, by processor time, which a busy
 machine disturbs least. A cell below one is a size at which a user would lose. What aia_kernels/backends/choices.py goes
-by was found here. Numbers are not checked: the tests and benchmarks.run do that.
+by was found here. Numbers are not checked: the tests and benchmarks.run do that. The whole space takes about half an
+hour; every fifth size, which meets each sample size, token count and map with some of the widths, a fifth of it.
 """
 
 from __future__ import annotations
@@ -144,11 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.split("\n\n")[0])
     known = list(dict.fromkeys(cell.layer for cell in cells()))
     parser.add_argument("--layers", nargs="+", choices=known, default=known, metavar="LAYER")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="measure each Kth size alone")
     parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="DIR")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     where = measure.machine("cpu")
-    wanted = [cell for cell in cells() if cell.layer in chosen.layers]
+    wanted = [cell for cell in cells() if cell.layer in chosen.layers][:: max(1, chosen.every)]
     file = chosen.results / "ratios.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as opened:
