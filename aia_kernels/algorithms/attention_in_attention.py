@@ -284,7 +284,10 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         clips, grad_clips = (as_clips(a, ctx.num_segments) for a in (x, stored_as(grad_y, x)))
         grad_x, *grads = backward(plan, grad_clips, clips, parameters[::3], inner, outer, ctx.needs_input_grad[0])
         grads = [g for weight, affine in zip(*grads, strict=True) for g in (weight, *affine)]
-        grads = [None if p is None else g.to(p.dtype) for p, g in zip(parameters, grads, strict=True)]
+        grads = [
+            None if p is None else g if g.dtype == p.dtype else g.to(p.dtype)
+            for p, g in zip(parameters, grads, strict=True)
+        ]
         return None if grad_x is None else as_input(grad_x, x.ndim), None, None, None, *grads
 
 

@@ -120,12 +120,13 @@ def pack(maps: Sequence[Tensor], context: int, map_order: str) -> Tensor:
 
 
 @functools.lru_cache
-def _weight_axes(context: int, map_order: str, back: bool) -> list[tuple[int, ...]]:
-    """How the axes of each gate weight of a context are permuted from the paper's order to the stored one, or back."""
-    permutations = []
+def _weight_axes(context: int, map_order: str, back: bool) -> list[tuple[int, ...] | None]:
+    """How the axes of each gate weight of a context are permuted from the paper's order to the stored one, or back;
+    None where they are in that order."""
+    permutations: list[tuple[int, ...] | None] = []
     for pooled, axes in zip(POOLED_AXES[context], map_axes(context, map_order), strict=True):
         found, wanted = (axes, GATE_AXES[pooled]) if back else (GATE_AXES[pooled], axes)
-        permutations.append((0, 1, *(2 + found.index(a) for a in wanted)))
+        permutations.append(None if found == wanted else (0, 1, *(2 + found.index(a) for a in wanted)))
     return permutations
 
 
@@ -133,4 +134,4 @@ def weights_in_order(weights: Sequence[Tensor], context: int, map_order: str, ba
     """Views of the gate weights of a context, each [1, 2, 3, 3, 3] in the paper's axis order, in stored order; or
     back."""
     permutations = _weight_axes(context, map_order, back)
-    return [weight.permute(axes) for weight, axes in zip(weights, permutations, strict=True)]
+    return [w if axes is None else w.permute(axes) for w, axes in zip(weights, permutations, strict=True)]

@@ -190,7 +190,7 @@ def _through_passes(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """y and the statistics [1, 3] of each gate by one of the paths 1 (passes is None), 3 and 4; None where no gate uses
     its batch and nothing keeps them."""
-    clips, dtype = as_clips(x, num_segments), accumulate_dtype(x.dtype)
+    dtype = accumulate_dtype(x.dtype)
     norms = [gate.norm or _NO_NORM for gate in gates]
     batch = tuple([norm is not _NO_NORM and norm.uses_batch for norm in norms])
     eps = tuple([norm.eps for norm in norms])
@@ -200,13 +200,15 @@ def _through_passes(
         p.dtype != gate.weight.dtype for gate, norm in zip(gates, norms, strict=True) for p in norm[:2] if p is not None
     )
     plan = algorithm.Plan(unit, passes, batch, eps, tuple([_group_name(norm) for norm in norms]), wide)
+    wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
+    if wanted and passes is not None:
+        return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
+    clips = as_clips(x, num_segments)
     if passes is None:
         packed = operators.packed(parameters, fixed, plan.batch, dtype)
         settings = unit.name, backend, plan.batch, plan.eps, plan.groups, operators.index_dtype(clips, unit.name)
         y, *_, statistics = operators.unit_forward(clips, *packed, *settings)
         return as_input(y, x.ndim), statistics.split(1)
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)):
-        return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
     of_gates = algorithm.gate_parameters(parameters, fixed)
     if algorithm.can_evaluate(plan):
         return as_input(algorithm.evaluate(plan, clips, of_gates), x.ndim), [None] * len(gates)
