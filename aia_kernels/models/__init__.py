@@ -7,6 +7,7 @@ from typing import Any
 
 #: What each module of this package exports.
 _EXPORTS = {
+    "cbam_resnet": ("CBAMResNet", "cbam_resnet50"),
     "checkpoints": ("CheckpointError", "load_checkpoint", "load_imagenet"),
     "detection": ("ExternalAttentionFPN", "FeaturePyramid"),
     "dilated_resnet": ("DilatedResNet",),

@@ -1,4 +1,6 @@
 # For type checkers: what __init__.py imports on first use.
+from .cbam_resnet import CBAMResNet as CBAMResNet
+from .cbam_resnet import cbam_resnet50 as cbam_resnet50
 from .checkpoints import CheckpointError as CheckpointError
 from .checkpoints import load_checkpoint as load_checkpoint
 from .checkpoints import load_imagenet as load_imagenet
