@@ -146,9 +146,9 @@ _CONVOLVE_SCHEMAS = {
 }
 
 # The whole unit forward, y = x * G_outer(x * G_inner(x)), where all statistics are fixed: no clip depends on another,
-# and a clip may stay on chip. inner is a context or NONE, outer the other context, or either one. The lists are those
-# of gate, with entries for the gate over C, then for those over T, H and W, as far as the unit has them. A backend may
-# lack it. Reads 1 |X| where a clip fits on chip, else 2 or, with an inner context, 3; writes 1 |X|.
+# and a clip may stay on chip, or in cache. inner is a context or NONE, outer the other context, or either one. The
+# lists are those of gate, with entries for the gate over C, then for those over T, H and W, as far as the unit has
+# them. A backend may lack it. Reads 1 |X| where a clip fits on chip, else 2 or, with an inner context, 3; writes 1 |X|.
 _EVALUATE_SCHEMAS = {
     "evaluate": "(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
     "float[] eps, int inner, int outer) -> Tensor",

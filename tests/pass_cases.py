@@ -58,7 +58,8 @@ CASES = {
 }
 
 
-#: For the CPU: a tile that is several blocks of channels wide, or a plane that is written as a whole.
+#: For the CPU: a tile that is several blocks of channels wide, or a plane that is written as a whole; units of several
+#: tiles, and planes of several tiles and units; frames that are no multiple of those met together.
 TILES = {
     "groups of blocks, ragged": Case((4, 3, 75, 3, 5), "THWC"),
     "more blocks than a tile holds": Case((1, 2, 90, 2, 65), "THWC"),
@@ -69,6 +70,9 @@ TILES = {
     "a whole plane, ragged": Case((1, 2, 37, 9, 9)),
     "a whole plane, bf16": Case((1, 3, 16, 7, 7), "CTHW", torch.bfloat16),
     "a plane of several tiles": Case((1, 2, 17, 20, 20)),
+    "several tiles of short rows": Case((1, 5, 43, 7, 7)),
+    "planes of several tiles": Case((1, 3, 5, 40, 33)),
+    "planes of several units": Case((1, 1, 6, 70, 65)),
 }
 
 #: For CUDA: vectors that keep to rows, planes and frames or do not; tiles that do not hold a plane or a row; frames
@@ -219,6 +223,8 @@ def special(case: Case, kind: str) -> Tensor:
         x[torch.rand(case.shape) < 0.1] = math.nan
         x[torch.rand(case.shape) < 0.1] = math.inf
         x[torch.rand(case.shape) < 0.1] = -math.inf
+    elif kind == "few nan":
+        x[0, 0, 0, 0, 0] = x[-1, -1, -1, -1, -1] = math.nan
     elif kind == "nothing but -inf":
         x[:] = -math.inf
     elif kind == "zeros of both signs":
@@ -249,9 +255,17 @@ GATES_BETWEEN_VECTORS = {
     "fp64": (2, (4, 4, 8, 4, 4, 8, 2, 2, 4), torch.float64),
 }
 
+#: For the CPU: units of some rows, of some slabs, and planes smaller than a vector.
+BOXES = {
+    "boxes of rows": (1, (11, 60, 41), torch.float32),
+    "boxes of slabs": (2, (190, 7, 7, 3, 190, 7, 3, 190, 7), torch.float32),
+    "boxes of pixels": (1, (50, 1, 1, 9, 2, 1, 9, 1, 2), torch.float64),
+}
+
 #: Which of them run where.
 EVERY_GATE = (
     (BACKENDS, GATES),
+    (CPU, BOXES),
     ((*CUDA, "emulator, 3 blocks"), CHUNKS),
     (("emulator, between vectors",), GATES_BETWEEN_VECTORS),
     (("triton, 3 programs",), pick(GATES, "three maps")),

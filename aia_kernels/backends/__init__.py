@@ -346,6 +346,5 @@ def passes(name: str, family: str) -> Any:
         vars(found).update((p, schemas.callable_pass(p)) for p in more)
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order
-    if name == "cuda":
-        found.evaluate = schemas.callable_pass("evaluate")
+    found.evaluate = schemas.callable_pass("evaluate")
     return found

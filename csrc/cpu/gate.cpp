@@ -1,12 +1,13 @@
 // The gate passes on the CPU: 3x3x3 convolution 2 -> 1, batch normalisation and sigmoid on packed maps, and their
 // transposes. See aia_kernels/schemas.py for what each computes.
 //
-// A map is copied, box by box, to a stream in which a zero follows each row and a row of zeros each slab. Then
-// every neighbour of an element is a fixed distance away, whatever the lengths of the axes, and the lanes run along the
-// stream. The convolution along the row is done last: first, for each of its three taps, the sum over the other two
-// axes, S_k[i] = sum w[.., k] P[i + ..]; then z[i] = S_0[i - 1] + S_1[i] + S_2[i + 1]. So every load is shared by three
-// products. Two features and 27 neighbours make 54 multiply-adds per element. The transpose with respect to the
-// features is the same correlation with the taps mirrored.
+// Lanes run along the rows of a slab, one after the other, as they lie in the map: every neighbour of an element is a
+// fixed distance away, whatever the lengths of the axes. Slabs and rows outside the map are left out of the sums; what
+// lies beyond the ends of a row is masked. The convolution along the row is done last: first, for each of its three
+// taps, the sum over the other two axes, S_k[i] = sum w[.., k] P[i + ..]; then z[i] = S_0[i - 1] + S_1[i] + S_2[i + 1].
+// So every load is shared by three products, and two masks serve them all. Two features and 27 neighbours make 54
+// multiply-adds per element. The transpose with respect to the features is the same correlation with the taps mirrored.
+#include <numeric>
 #include <vector>
 
 #include "exponential.h"
@@ -27,12 +28,10 @@ struct Box {
   bool whole() const { return rows == dims[1]; }
   int64_t length() const { return dims[2]; }
   int64_t plane() const { return dims[1] * dims[2]; }
+  int64_t run() const { return rows * length(); }  // elements of a slab
   int64_t start() const { return offset + d0 * plane() + d1 * length(); }
-  int64_t size() const { return slabs * rows * length(); }
-  int64_t ahead() const { return whole() ? size() : rows * length(); }  // to the next unit
-  // Of rows and slabs in the stream. Whole slabs share the row of zeros between them; others have neighbours there.
-  int64_t pitch() const { return length() + 1; }
-  int64_t slab_pitch() const { return (rows + (whole() ? 1 : 2)) * pitch(); }
+  int64_t size() const { return slabs * run(); }
+  int64_t ahead() const { return whole() ? size() : run(); }  // to the next unit
 };
 
 // The box of a unit among all, of which the last ones may be smaller than the others.
@@ -59,7 +58,7 @@ void for_each_box(const PackedDims& maps, int64_t begin, int64_t end, Each&& eac
 template <class Body>
 AIA_INLINE void for_pieces(const Box& at, Body&& body) {
   if (at.whole()) return body(at.start(), at.size());
-  for (int64_t s = 0; s < at.slabs; ++s) body(at.start() + s * at.plane(), at.rows * at.length());
+  for (int64_t s = 0; s < at.slabs; ++s) body(at.start() + s * at.plane(), at.run());
 }
 
 // The first lanes; zero in the others.
@@ -72,70 +71,72 @@ AIA_INLINE Vec<A> keep(Vec<A> v, int lanes) {
   return iota<A>() < splat_index<A>(lanes) ? v : Vec<A>{};
 }
 
-constexpr int kBlocks = 4;  // vectors of the stream that are convolved at a time
+// The taps that stay inside the map along one axis: the source index is d + k - 1.
+struct Taps {
+  int first, last;
+  Taps(int64_t d, int64_t size) : first(d == 0), last(d + 1 < size ? 3 : 2) {}
+};
 
-// A box as a stream, with its neighbours.
+// Calls body(begin, end, taps) for the positions of a box's slabs whose rows have the same neighbours.
+template <class Body>
+AIA_INLINE void for_alike_rows(const Box& at, Body&& body) {
+  const int64_t length = at.length(), size = at.dims[1];
+  for (int64_t r = 0; r < at.rows;) {
+    const Taps taps(at.d1 + r, size);
+    const int64_t last = taps.first == 0 && taps.last == 3 ? std::min(at.rows, size - 1 - at.d1) : r + 1;
+    body(r * length, last * length, taps);
+    r = last;
+  }
+}
+
+constexpr int kBlocks = 4;  // vectors that are convolved at a time
+
+// How many slabs from slab s of a box on are met as one run: those of short planes, of which even the neighbours' rows
+// before and behind lie inside the map. They are read there, and masked.
+inline int64_t slabs_together(const Box& at, int64_t s) {
+  const bool some = at.whole() && at.plane() >= at.length() + kLanes && at.plane() <= 16 * kLanes;
+  const int64_t last = at.dims[0] - 2;
+  return some && at.d0 + s >= 2 && at.d0 + s < last ? std::min(at.slabs, last - at.d0) - s : 1;
+}
+
+// Which elements have a left, a right, an upper and a lower neighbour in their slab, vector by vector from the first
+// element of a slab on, or as for left and right of any row: masks that repeat after `period` vectors.
 template <class A>
-class Stream {
+class Neighbours {
  public:
-  explicit Stream(const PackedDims& maps) {
-    int64_t capacity = 0;
-    for (int i = 0; i < maps.n; ++i) {
-      const UnitSize unit = unit_size(maps, i);
-      const Box at{i, 0, 0, unit.slabs, 0, unit.rows, maps.dims[i], 0, 0};
-      capacity = std::max(capacity, (unit.slabs + 2) * (at.slab_pitch() + at.pitch()) + lead(at) + tail(at) + kLanes);
-    }
-    data_.resize(capacity);
+  Neighbours(int64_t rows, int64_t length) {
+    const int64_t plane = rows * length <= 16 * kLanes ? rows * length : length;  // slabs_together
+    period_ = plane / std::gcd<int64_t>(plane, kLanes);
+    while (period_ < kBlocks) period_ *= 2;
+    masks_.resize(period_ + kBlocks);
+    for (int64_t i = 0, at = 0; i < period_ + kBlocks; ++i)
+      for (int lane = 0; lane < kLanes; ++lane, at = at + 1 == plane ? 0 : at + 1) {
+        masks_[i].left[lane] = at % length > 0 ? -1 : 0;
+        masks_[i].right[lane] = at % length + 1 < length ? -1 : 0;
+        masks_[i].above[lane] = at >= length ? -1 : 0;
+        masks_[i].below[lane] = at + length < plane ? -1 : 0;
+      }
   }
 
-  // The first element of the box.
-  A* begin(const Box& at) { return data_.data() + lead(at) + at.slab_pitch() + (at.whole() ? 0 : at.pitch()); }
-
-  // Fills the stream with value(offset in the packed clip, lanes); `elements` of what it loads from follow the clip.
-  template <class Value>
-  void fill(const PackedDims& maps, const Box& at, int64_t elements, Value&& value) {
-    const int64_t length = at.length(), pitch = at.pitch(), end = maps.packed() + elements;
-    const int64_t above = at.whole() ? 0 : -1, first = std::max(above, -at.d1),
-                  last = std::min(at.rows + 1, at.dims[1] - at.d1);
-    A* to = zeros(data_.data(), lead(at));
-    for (int64_t s = -1; s <= at.slabs; ++s) {
-      if (at.d0 + s < 0 || at.d0 + s >= at.dims[0]) {
-        to = zeros(to, at.slab_pitch());
-        continue;
-      }
-      to = zeros(to, (first - above) * pitch);
-      const int64_t from = at.start() + s * at.plane() + first * length;
-      for_rows(last - first, length, end - from, [&](int64_t r, int64_t i, auto lanes) {
-        const Vec<A> v = value(from + r * length + i, lanes);
-        store(to + r * pitch + i, length < kLanes ? keep<A>(v, static_cast<int>(length)) : v);
-        to[r * pitch + length] = A(0);
-      });
-      to = zeros(to + (last - first) * pitch, (at.rows + 1 - last) * pitch);
-    }
-    zeros(to, tail(at));
+  struct Masks {
+    IVec<A> left, right, above, below;
+  };
+  AIA_INLINE const Masks& operator[](int64_t i) const { return masks_[i]; }
+  AIA_INLINE int64_t behind(int64_t i, int blocks) const {
+    return i + blocks < period_ ? i + blocks : i + blocks - period_;
   }
 
  private:
-  static int64_t lead(const Box& at) { return at.pitch() + kLanes; }
-  static int64_t tail(const Box& at) { return 2 * at.pitch() + (kBlocks + 2) * kLanes; }
-  static A* zeros(A* to, int64_t n) {  // by whole vectors: what follows is written later
-    for (int64_t i = 0; i < n; i += kLanes) store(to + i, Vec<A>{});
-    return to + n;
-  }
-
-  std::vector<A> data_;
+  int64_t period_;
+  std::vector<Masks> masks_;
 };
 
-// What of a stream belongs to the box, to the packed clip.
+// Of each map.
 template <class A>
-void unpad(const Box& at, const A* stream, A* clip) {
-  const int64_t length = at.length(), rows = at.rows, slabs = at.slabs, pitch = at.pitch(), slab = at.slab_pitch();
-  for (int64_t s = 0; s < slabs; ++s) {
-    const A* from = stream + s * slab;
-    A* out = clip + at.start() + s * at.plane();
-    for_rows(rows, length, rows * length,
-             [&](int64_t r, int64_t i, auto lanes) { store(out + r * length + i, load(from + r * pitch + i), lanes); });
-  }
+std::vector<Neighbours<A>> neighbours_of(const PackedDims& maps) {
+  std::vector<Neighbours<A>> all;
+  for (int i = 0; i < maps.n; ++i) all.emplace_back(maps.dims[i][1], maps.dims[i][2]);
+  return all;
 }
 
 // A neighbour of an element, and the three weights of its row.
@@ -144,38 +145,102 @@ struct Tap {
   const A *source, *weight;
 };
 
-// S_k of kBlocks vectors of the stream: the sum over taps of weight[k] * source[at].
-template <class A>
-AIA_INLINE void sum_taps(const Tap<A>* tap, int count, int64_t at, Vec<A> (&sums)[3][kBlocks]) {
-  for (const Tap<A>* last = tap + count; tap < last; ++tap) {
+// Adds to S_k of so many vectors the sum over taps of weight[k] * source[at], as kept(value, j) keeps it of the j-th.
+template <int blocks, class A, class Lanes, class Kept>
+AIA_INLINE void sum_taps(const Tap<A>* tap, const Tap<A>* last, int64_t at, Lanes lanes, Vec<A> (&sums)[3][blocks],
+                         Kept&& kept) {
+  for (; tap < last; ++tap) {
     const Vec<A> w[3] = {splat(tap->weight[0]), splat(tap->weight[1]), splat(tap->weight[2])};
-    for (int j = 0; j < kBlocks; ++j) {
-      const Vec<A> value = in_register<A>(load(tap->source + at + j * kLanes));
+    for (int j = 0; j < blocks; ++j) {
+      const Vec<A> value = in_register<A>(kept(load(tap->source + at + j * kLanes, lanes), j));
       for (int k = 0; k < 3; ++k) sums[k][j] += value * w[k];
     }
   }
 }
 
-// out[i] = sum over sources and taps of weight[source][k0][k1][k2] * source[i + k0 - 1 slabs + k1 - 1 rows + k2 - 1].
+// Slabs of a map as they are read: the box begins at `begin`, and whole vectors may be read before `end`.
 template <class A>
-void correlate(const Box& at, std::initializer_list<const A*> sources, const A* weight, A* out) {
-  Tap<A> taps[18];
-  int count = 0;
-  for (const A* source : sources)
-    for (int64_t k0 = -1; k0 <= 1; ++k0)
-      for (int64_t k1 = -1; k1 <= 1; ++k1, ++count)
-        taps[count] = {source + k0 * at.slab_pitch() + k1 * at.pitch(), weight + 3 * count};
+struct Source {
+  const A *begin, *end;
+};
+
+// out[i] for i in [begin, end), whole rows, by the taps [first, last). What follows is overwritten, up to `room`.
+// together: they are whole slabs, whose first rows have none above and whose last rows have none below.
+template <bool together, class A>
+void correlate_rows(const Tap<A>* first, const Tap<A>* last, const Neighbours<A>& near, int64_t begin, int64_t end,
+                    int64_t readable, A* out, int64_t room) {
   // A vector is finished when its right neighbour is known: what it lacks till then, and what its neighbour needs.
   Vec<A> unfinished{}, s0{}, s2{};
-  const int64_t n = at.slabs * at.slab_pitch();
-  for (int64_t i = 0; i < n + kLanes; i += kBlocks * kLanes) {
-    Vec<A> sums[3][kBlocks] = {};
-    sum_taps<A>(taps, count, i, sums);
-    for (int j = 0; j < kBlocks; ++j) {
-      store(out + i + (j - 1) * kLanes, unfinished + shift_down<A>(s2, sums[2][j]));
-      unfinished = shift_up<A>(s0, sums[0][j]) + sums[1][j];
+  IVec<A> right{};
+  int64_t i = begin, vector = 0;
+  const auto advance = [&](auto blocks, auto lanes) {
+    Vec<A> sums[3][blocks] = {};
+    const auto all = [](Vec<A> v, int) { return v; };
+    if constexpr (together) {
+      const Tap<A>*here = first + (last - first) / 3, *below = last - (last - first) / 3;
+      sum_taps<blocks, A>(first, here, i, lanes, sums,
+                          [&](Vec<A> v, int j) { return keep_where<A>(near[vector + j].above, v); });
+      sum_taps<blocks, A>(here, below, i, lanes, sums, all);
+      sum_taps<blocks, A>(below, last, i, lanes, sums,
+                          [&](Vec<A> v, int j) { return keep_where<A>(near[vector + j].below, v); });
+    } else {
+      sum_taps<blocks, A>(first, last, i, lanes, sums, all);
+    }
+    for (int j = 0; j < blocks; ++j, i += kLanes) {
+      if (i > begin) store(out + i - kLanes, unfinished + keep_where<A>(right, shift_down<A>(s2, sums[2][j])));
+      unfinished = keep_where<A>(near[vector + j].left, shift_up<A>(s0, sums[0][j])) + sums[1][j];
+      right = near[vector + j].right;
       s0 = sums[0][j], s2 = sums[2][j];
     }
+    vector = near.behind(vector, blocks);
+  };
+  constexpr std::integral_constant<int, kLanes> full;
+  const int64_t whole = std::min(end - begin + kLanes - 1, readable - begin) / kLanes;
+  for (; i + kBlocks * kLanes <= begin + whole * kLanes;) advance(std::integral_constant<int, kBlocks>{}, full);
+  switch (whole - (i - begin) / kLanes) {
+    case 3: advance(std::integral_constant<int, 3>{}, full); break;
+    case 2: advance(std::integral_constant<int, 2>{}, full); break;
+    case 1: advance(std::integral_constant<int, 1>{}, full); break;
+  }
+  if (i < end) advance(std::integral_constant<int, 1>{}, static_cast<int>(end - i));
+  i -= kLanes;
+  store(out + i, unfinished + keep_where<A>(right, shift_down<A>(s2, Vec<A>{})),
+        static_cast<int>(std::min<int64_t>(kLanes, room - i)));
+}
+
+// out[i] = sum over sources and taps of weight[source][k0][k1][k2] * source[i + k0 - 1 slabs + k1 - 1 rows + k2 - 1],
+// with slabs of the sources `pitch` elements apart.
+template <class A>
+void correlate(const Box& at, std::initializer_list<Source<A>> sources, int64_t pitch, const A* weight,
+               const Neighbours<A>& near, A* out) {
+  const int64_t length = at.length();
+  for (int64_t s = 0, count; s < at.slabs; s += count, out += count * at.plane()) {
+    count = slabs_together(at, s);
+    const Taps k0(at.d0 + s, at.dims[0]);
+    Tap<A> taps[18];  // by k1: the first and the last row leave out one
+    int64_t n = 0;
+    for (int k1 = 0; k1 < 3; ++k1) {
+      const A* of_source = weight;
+      for (const Source<A>& source : sources) {
+        for (int k = k0.first; k < k0.last; ++k)
+          taps[n++] = {source.begin + (s + k - 1) * pitch + (k1 - 1) * length, of_source + (k * 3 + k1) * 3};
+        of_source += 27;
+      }
+    }
+    if (count > 1) {
+      correlate_rows<true, A>(taps, taps + n, near, 0, count * at.plane(), count * at.plane() + kLanes, out,
+                              (at.slabs - s) * at.plane());
+      continue;
+    }
+    const int64_t room = at.whole() ? (at.slabs - s) * at.plane() : at.run();
+    for_alike_rows(at, [&](int64_t begin, int64_t end, const Taps& k1) {
+      int64_t readable = end + kLanes;
+      for (const Source<A>& source : sources)
+        readable =
+            std::min<int64_t>(readable, source.end - source.begin - (s + k0.last - 2) * pitch - (k1.last - 2) * length);
+      correlate_rows<false, A>(taps + k1.first * (n / 3), taps + k1.last * (n / 3), near, begin, end, readable, out,
+                               room);
+    });
   }
 }
 
@@ -215,57 +280,76 @@ AIA_INLINE A sum_over(int64_t n, Value&& value) {
   return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// out[k1][k2] = sum over the box of features[i + k1 - 1 rows] * dz[i - k2 + 1], the products of the weight's taps in
-// one plane. Both are streams, so the products to the left and right of a row are zero.
-template <class A>
-void weight_taps(const Box& at, const A* features, const A* dz, double* out) {
-  const int64_t pitch = at.pitch(), slab = at.slab_pitch(), slabs = at.slabs, n = at.rows * pitch;
-  Vec<A> sums[3][3] = {};
-  for (int64_t s = 0; s < slabs; ++s, features += slab, dz += slab)
-    for_vectors(n, [&](int64_t i, auto lanes) {
-      const Vec<A> near[3] = {in_register<A>(load(dz + i + 1)), in_register<A>(load(dz + i)),
-                              in_register<A>(load(dz + i - 1))};
-      for (int k1 = 0; k1 < 3; ++k1) {
-        const Vec<A> value = in_register<A>(keep<A>(load(features + i + (k1 - 1) * pitch), lanes));
-        for (int k2 = 0; k2 < 3; ++k2) sums[k1][k2] += value * near[k2];
+// Features whose products with dz are summed at a time: their sums stay in registers.
+constexpr int kFeatures = kLanes == 16 ? 2 : 1;
+
+// Adds to sums[f][k1][k2] the products row[f][k1][i] * dz[i - k2 + 1] of whole rows, or slabs (together), of n
+// elements.
+template <bool together, class A>
+void add_weight_taps(const A* const (&row)[kFeatures][3], const A* dz, int64_t n, const Neighbours<A>& near,
+                     Vec<A> (&sums)[kFeatures][3][3]) {
+  Vec<A> total[kFeatures][3][3];
+  for (int k = 0; k < 9 * kFeatures; ++k) total[k / 9][k / 3 % 3][k % 3] = sums[k / 9][k / 3 % 3][k % 3];
+  int64_t vector = 0;
+  for_vectors(n, [&](int64_t i, auto lanes) {
+    const auto& masks = near[vector];
+    const auto from_dz = [&](int64_t k) { return in_register<A>(keep<A>(load(dz + i + k), lanes)); };
+    const Vec<A> of[3] = {keep_where<A>(masks.right, from_dz(1)), from_dz(0), keep_where<A>(masks.left, from_dz(-1))};
+    for (int f = 0; f < kFeatures; ++f)
+      for (int k = 0; k < 3; ++k) {
+        Vec<A> value = load(row[f][k] + i, lanes);
+        if (together && k != 1) value = keep_where<A>(k ? masks.below : masks.above, value);
+        value = in_register<A>(value);
+        for (int k2 = 0; k2 < 3; ++k2) total[f][k][k2] += value * of[k2];
       }
-    });
-  for (int k = 0; k < 9; ++k) out[k] = sum_lanes<A>(sums[k / 3][k % 3]);
+    vector = near.behind(vector, 1);
+  });
+  for (int k = 0; k < 9 * kFeatures; ++k) sums[k / 9][k / 3 % 3][k % 3] = total[k / 9][k / 3 % 3][k % 3];
 }
 
-// Both features of a box, as streams.
+// out[27 f + 3 k1 + k2] = sum over the box of feature[f][i + k1 - 1 rows] * dz[i - k2 + 1], the products of the
+// weight's taps in one plane, for features whose box begins a slab before (k0 = 0), here or a slab behind; they lie
+// `packed` apart. Outside the map both are zero.
 template <class A>
-struct Features {
-  Stream<A> maximum, mean;
-
-  explicit Features(const PackedDims& maps) : maximum(maps), mean(maps) {}
-  void fill(const PackedDims& maps, const Box& at, const A* pooled) {
-    const int64_t packed = maps.packed(), clips = (maps.B - at.b - 1) * 2 * packed;
-    const A* clip = pooled + at.b * 2 * packed;
-    const auto load_from = [ahead = at.ahead()](const A* feature) {
-      return [=](int64_t i, auto n) { return load_ahead(feature + i, ahead, n); };
-    };
-    maximum.fill(maps, at, clips + packed, load_from(clip));
-    mean.fill(maps, at, clips, load_from(clip + packed));
+void weight_taps(const Box& at, int64_t k0, const A* feature, int64_t packed, const A* zeros, const A* dz,
+                 int64_t pitch, const Neighbours<A>& near, double* out) {
+  const int64_t length = at.length();
+  Vec<A> sums[kFeatures][3][3] = {};
+  for (int64_t s = 0, count; s < at.slabs; s += count) {
+    count = slabs_together(at, s);
+    if (at.d0 + s + k0 < 1 || at.d0 + s + k0 > at.dims[0]) continue;
+    const A *of_dz = dz + s * pitch, *slab = feature + (s + k0 - 1) * at.plane();
+    const A* row[kFeatures][3];
+    if (count > 1) {
+      for (int k = 0; k < 3 * kFeatures; ++k) row[k / 3][k % 3] = slab + k / 3 * packed + (k % 3 - 1) * length;
+      add_weight_taps<true, A>(row, of_dz, count * at.plane(), near, sums);
+      continue;
+    }
+    for_alike_rows(at, [&](int64_t begin, int64_t end, const Taps& k1) {
+      for (int k = 0; k < 3 * kFeatures; ++k)
+        row[k / 3][k % 3] =
+            k1.first <= k % 3 && k % 3 < k1.last ? slab + k / 3 * packed + begin + (k % 3 - 1) * length : zeros;
+      add_weight_taps<false, A>(row, of_dz + begin, end - begin, near, sums);
+    });
   }
-};
+  for (int k = 0; k < 9 * kFeatures; ++k) out[k / 9 * 27 + k % 9] = sum_lanes<A>(sums[k / 9][k / 3 % 3][k % 3]);
+}
 
 // z = conv(pooled), box by box, to the packed clip.
 template <class A>
 class Convolution {
  public:
-  explicit Convolution(const PackedDims& maps) : features_(maps), result_(maps) {}
+  explicit Convolution(const PackedDims& maps) : near_(neighbours_of<A>(maps)) {}
 
   void operator()(const PackedDims& maps, const Box& at, const A* pooled, const A* weight, A* clip) {
-    features_.fill(maps, at, pooled);
-    A* stream = result_.begin(at);
-    correlate<A>(at, {features_.maximum.begin(at), features_.mean.begin(at)}, weight + at.map * 54, stream);
-    unpad(at, stream, clip);
+    const int64_t packed = maps.packed();
+    const A *maximum = pooled + at.b * 2 * packed + at.start(), *end = pooled + maps.B * 2 * packed;
+    correlate<A>(at, {{maximum, end}, {maximum + packed, end}}, at.plane(), weight + at.map * 54, near_[at.map],
+                 clip + at.start());
   }
 
  private:
-  Features<A> features_;
-  Stream<A> result_;
+  std::vector<Neighbours<A>> near_;
 };
 
 // The gates of a box; they may overwrite z.
@@ -343,19 +427,53 @@ void backward_reduce(const PackedDims& maps, const A* grad_gate, const A* z, con
   });
 }
 
+// The gradient of z in a box and what surrounds it in the map. Rows and slabs outside the map are not there.
+template <class A>
+class GradientOfZ {
+ public:
+  explicit GradientOfZ(const PackedDims& maps) {
+    int64_t capacity = 0;
+    for (int i = 0; i < maps.n; ++i) {
+      const UnitSize unit = unit_size(maps, i);
+      capacity = std::max(capacity, (unit.slabs + 2) * (unit.rows + 2) * maps.dims[i][2]);
+    }
+    data_.resize(capacity + (kBlocks + 2) * kLanes);
+  }
+
+  static int64_t pitch(const Box& at) { return at.whole() ? at.plane() : (at.rows + 2) * at.length(); }
+  const A* begin(const Box& at) const { return data_.data() + kLanes + pitch(at) + at.length(); }
+  const A* end() const { return data_.data() + data_.size(); }
+
+  // Calls value(offset in the packed clip, lanes).
+  template <class Value>
+  void fill(const Box& at, Value&& value) {
+    const int64_t first = at.d1 > 0 ? -1 : 0, rows = std::min(at.rows + 1, at.dims[1] - at.d1) - first;
+    for (int64_t s = at.d0 > 0 ? -1 : 0; s < std::min(at.slabs + 1, at.dims[0] - at.d0); ++s) {
+      const int64_t from = at.start() + s * at.plane() + first * at.length();
+      A* to = data_.data() + (begin(at) - data_.data()) + s * pitch(at) + first * at.length();
+      for_positions(rows * at.length(), [&](int64_t i, auto lanes) { store(to + i, value(from + i, lanes)); });
+    }
+  }
+
+ private:
+  std::vector<A> data_;
+};
+
 template <class A>
 void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, const A* correction,
               const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin, int64_t end) {
   const int64_t packed = maps.packed();
-  Stream<A> dz(maps), result(maps);
-  Features<A> features(maps);
+  const std::vector<Neighbours<A>> near = neighbours_of<A>(maps);
+  GradientOfZ<A> dz(maps);
+  std::vector<A> zeros;
+  for (int i = 0; i < maps.n; ++i) zeros.resize(std::max<size_t>(zeros.size(), maps.dims[i][2]));
   for_each_box(maps, begin, end, [&](const Box& at) {
     const Norm<A> bn(norm + at.map * 4);
     const A scale = bn.weight * bn.rstd;
     const A mean_du = correction[at.map * 2], mean_du_normalized = correction[at.map * 2 + 1];
     const bool corrected = mean_du_normalized != A(0);  // else an infinite z would make a NaN of the zero
     const A *clip_z = z + at.b * packed, *clip_grad = grad_gate + at.b * packed;
-    dz.fill(maps, at, (maps.B - at.b - 1) * packed, [&](int64_t i, auto n) {
+    dz.fill(at, [&](int64_t i, auto n) {
       const Vec<A> normalized = bn.normalized(load_ahead(clip_z + i, at.ahead(), n));
       const Vec<A> du = bn.through_gate(load_ahead(clip_grad + i, at.ahead(), n), normalized);
       return (du - mean_du - (corrected ? normalized * mean_du_normalized : Vec<A>{})) * scale;
@@ -363,15 +481,14 @@ void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* n
     for (int i = 0; i < 2; ++i) {
       A mirrored[27];
       for (int k = 0; k < 27; ++k) mirrored[k] = weight[at.map * 54 + i * 27 + 26 - k];
-      correlate<A>(at, {dz.begin(at)}, mirrored, result.begin(at));
-      unpad(at, result.begin(at), grad_pooled + (at.b * 2 + i) * packed);
+      correlate<A>(at, {{dz.begin(at), dz.end()}}, dz.pitch(at), mirrored, near[at.map],
+                   grad_pooled + (at.b * 2 + i) * packed + at.start());
     }
-    features.fill(maps, at, pooled);
     double* grad_weight = partial + at.index * kWeightPartials;
-    for (int k = 0; k < 6; ++k) {
-      Stream<A>& of = k < 3 ? features.maximum : features.mean;
-      weight_taps(at, of.begin(at) + (k % 3 - 1) * at.slab_pitch(), dz.begin(at), grad_weight + k * 9);
-    }
+    for (int i = 0; i < 2; i += kFeatures)
+      for (int k0 = 0; k0 < 3; ++k0)
+        weight_taps<A>(at, k0, pooled + (at.b * 2 + i) * packed + at.start(), packed, zeros.data(), dz.begin(at),
+                       dz.pitch(at), near[at.map], grad_weight + (i * 3 + k0) * 9);
   });
 }
 

@@ -4,6 +4,7 @@
 // stand behind a few of the names, where a compiler does not find the instruction.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -54,6 +55,14 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// f(0), f(1), ... f(n - 1).
+template <int n, class F>
+AIA_INLINE auto at_each(F&& f) {
+  return [&]<int... j>(std::integer_sequence<int, j...>) {
+    return std::array{f(j)...};
+  }(std::make_integer_sequence<int, n>{});
+}
 
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -186,10 +195,14 @@ AIA_INLINE void store(f16* p, Vec<float> v) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 namespace detail {
 
+#if defined(__AVX512F__)
+AIA_INLINE __mmask16 first_lanes(int n) { return _cvtu32_mask16(_bzhi_u32(0xffff, n)); }
+#else
 AIA_INLINE __m256i first_lanes(int n) { return bit_cast<__m256i>(iota<float>() < splat_index<float>(n)); }
+#endif
 
 }  // namespace detail
 #endif
@@ -216,7 +229,10 @@ __attribute__((noinline)) void store_part(T* p, Vec<Accumulate<T>> v, int n) {
 template <class T>
 AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
   if (n >= kLanes) return load(p);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return detail::bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(detail::first_lanes(n), p));
+#elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>)
     return detail::bit_cast<Vec<float>>(_mm256_maskload_ps(p, detail::first_lanes(n)));
 #endif
@@ -225,7 +241,36 @@ AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
 template <class T>
 AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, int n) {
   if (n >= kLanes) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, detail::first_lanes(n), detail::bit_cast<__m512>(v));
+#endif
   detail::store_part(p, v, n);
+}
+
+// The lanes of a mask; zero in the others.
+template <class A>
+AIA_INLINE Vec<A> keep_where(IVec<A> mask, Vec<A> v) {
+  return detail::bit_cast<Vec<A>>(detail::bit_cast<IVec<A>>(v) & mask);
+}
+
+// Whether two halves of a vector are loaded from two places at little cost.
+template <class A>
+#if defined(__AVX512F__)
+constexpr bool kLoadsHalves = sizeof(A) == 4;
+#else
+constexpr bool kLoadsHalves = false;
+#endif
+// n lanes from each of kLanes / n places.
+template <int n, class A>
+AIA_INLINE Vec<A> load_from_each(const A* first, const A* second) {
+#if defined(__AVX512F__)
+  if constexpr (2 * n == kLanes)
+    return detail::bit_cast<Vec<A>>(
+        _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(first)), _mm256_loadu_ps(second), 1));
+#endif
+  static_cast<void>(second);
+  return load(first);
 }
 
 // The value, loaded once: GCC would rather load it again for every product that takes it.
@@ -274,16 +319,25 @@ __attribute__((noinline)) void store_index_part(Index* p, IVec<A> index, int n) 
 // Indices of the smallest type make up nearly all there are; for them compilers need help to find the one instruction.
 template <class A, class Index>
 AIA_INLINE IVec<A> load_index(const Index* p, int n) {
-  if (n < kLanes) return detail::load_index_part<A>(p, n);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
-    return detail::bit_cast<IVec<A>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
+    const __m128i bytes = n < kLanes ? _mm_maskz_loadu_epi8(detail::first_lanes(n), p)
+                                     : _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return detail::bit_cast<IVec<A>>(_mm512_cvtepu8_epi32(bytes));
+  }
+  if constexpr (sizeof(Index) == 2 && sizeof(A) == 4) {
+    const __m256i words = n < kLanes ? _mm256_maskz_loadu_epi16(detail::first_lanes(n), p)
+                                     : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return detail::bit_cast<IVec<A>>(_mm512_cvtepi16_epi32(words));
+  }
+#endif
+  if (n < kLanes) return detail::load_index_part<A>(p, n);
+#if defined(__AVX2__) && !defined(__AVX512F__)
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
     return detail::bit_cast<IVec<A>>(_mm256_cvtepu8_epi32(_mm_loadu_si64(p)));
   if constexpr (sizeof(Index) == 2 && sizeof(A) == 4)
     return detail::bit_cast<IVec<A>>(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(__AVX2__)
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
     const __m128i words = _mm_unpacklo_epi8(_mm_loadu_si32(p), __m128i{});
     return detail::bit_cast<IVec<A>>(_mm_unpacklo_epi16(words, __m128i{}));
@@ -304,14 +358,24 @@ __attribute__((noinline)) IVec<A> load_wide_index(const char* p, int bytes, int 
 // Indices of so many bytes each.
 template <class A, class Lanes>
 AIA_INLINE IVec<A> load_index(const char* p, int bytes, Lanes n) {
-  return bytes == 1 ? load_index<A>(reinterpret_cast<const uint8_t*>(p), n) : detail::load_wide_index<A>(p, bytes, n);
+  if (bytes == 1) return load_index<A>(reinterpret_cast<const uint8_t*>(p), n);
+#if defined(__AVX512F__)
+  if (bytes == 2) return load_index<A>(reinterpret_cast<const int16_t*>(p), n);
+#endif
+  return detail::load_wide_index<A>(p, bytes, n);
 }
 template <class A, class Index>
 AIA_INLINE void store_index(Index* p, IVec<A> index, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
-    if (n >= kLanes)
-      return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(detail::bit_cast<__m512i>(index)));
+    const __m128i bytes = _mm512_cvtepi32_epi8(detail::bit_cast<__m512i>(index));
+    if (n >= kLanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    return _mm_mask_storeu_epi8(p, detail::first_lanes(n), bytes);
+  }
+  if constexpr (sizeof(Index) == 2 && sizeof(A) == 4) {
+    const __m256i words = _mm512_cvtepi32_epi16(detail::bit_cast<__m512i>(index));
+    if (n >= kLanes) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+    return _mm256_mask_storeu_epi16(p, detail::first_lanes(n), words);
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
@@ -332,6 +396,27 @@ AIA_INLINE void store_index(Index* p, IVec<A> index, int n) {
   detail::store_index_part<A>(p, index, n);
 }
 
+// a > b ? a : b and a < b ? a : b, so b where one is NaN: one instruction, of which GCC makes two.
+template <class A>
+AIA_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return detail::bit_cast<Vec<A>>(_mm512_max_ps(detail::bit_cast<__m512>(a), detail::bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return detail::bit_cast<Vec<A>>(_mm256_max_ps(detail::bit_cast<__m256>(a), detail::bit_cast<__m256>(b)));
+#endif
+  return a > b ? a : b;
+}
+template <class A>
+AIA_INLINE Vec<A> smaller(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return detail::bit_cast<Vec<A>>(_mm512_min_ps(detail::bit_cast<__m512>(a), detail::bit_cast<__m512>(b)));
+#endif
+  return a < b ? a : b;
+}
+
 // Running maximum with the semantics of torch.max(dim): the first index wins ties, the first NaN wins over all.
 template <class A>
 AIA_INLINE void max_first(Vec<A> v, IVec<A> index, Vec<A>& best, IVec<A>& best_index) {
@@ -349,6 +434,23 @@ AIA_INLINE void max_first(Vec<A> v, IVec<A> index, Vec<A>& best, IVec<A>& best_i
   const IVec<A> keep = (v <= best) | (best != best);
   best = keep ? best : v;
   best_index = keep ? best_index : index;
+}
+
+// The same for v without NaN, by fewer instructions. A NaN that is the best already stays it.
+template <class A>
+AIA_INLINE void max_first_of_numbers(Vec<A> v, IVec<A> index, Vec<A>& best, IVec<A>& best_index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __m512 value = detail::bit_cast<__m512>(v), old = detail::bit_cast<__m512>(best);
+    const __mmask16 take = _mm512_cmp_ps_mask(value, old, _CMP_GT_OQ);
+    best = detail::bit_cast<Vec<A>>(_mm512_max_ps(value, old));
+    best_index = detail::bit_cast<IVec<A>>(
+        _mm512_mask_mov_epi32(detail::bit_cast<__m512i>(best_index), take, detail::bit_cast<__m512i>(index)));
+    return;
+  }
+#endif
+  best_index = v > best ? index : best_index;
+  best = larger<A>(v, best);
 }
 
 // v + addend in the lanes where the condition holds.
@@ -375,24 +477,6 @@ AIA_INLINE A sum_lanes(Vec<A> v) {
   return detail::sum_halves<A, kLanes / 2>(v, AllLanes{});
 }
 
-// a > b ? a : b and a < b ? a : b, so b where one is NaN: one instruction, of which GCC makes two.
-template <class A>
-AIA_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4)
-    return detail::bit_cast<Vec<A>>(_mm512_max_ps(detail::bit_cast<__m512>(a), detail::bit_cast<__m512>(b)));
-#endif
-  return a > b ? a : b;
-}
-template <class A>
-AIA_INLINE Vec<A> smaller(Vec<A> a, Vec<A> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4)
-    return detail::bit_cast<Vec<A>>(_mm512_min_ps(detail::bit_cast<__m512>(a), detail::bit_cast<__m512>(b)));
-#endif
-  return a < b ? a : b;
-}
-
 namespace detail {
 
 template <int first, class V, int... lane>
@@ -415,12 +499,20 @@ AIA_INLINE V interleave(V a, V b, std::integer_sequence<int, lane...>) {
       a, b, ((lane & ~3) + first + (lane & 3) / (2 * run) * run + lane % run + (lane & run ? kLanes : 0))...);
 }
 
-template <int d, class V>
-AIA_INLINE void swap_all_blocks(V (&r)[kLanes]) {
+template <int d, int n, class V>
+AIA_INLINE void swap_all_blocks(V (&r)[n]) {
   if constexpr (d >= 4) {
-    for (int i = 0; i < kLanes; ++i)
+    for (int i = 0; i < n; ++i)
       if (!(i & d)) swap_blocks<d>(r[i], r[i + d], AllLanes{});
     swap_all_blocks<d / 2>(r);
+  }
+}
+
+template <int d, int n, class V>
+AIA_INLINE void add_blocks(V (&r)[n]) {
+  if constexpr (d >= 4) {
+    for (int i = 0; i < d; ++i) swap_blocks<d>(r[i], r[i + d], AllLanes{}), r[i] += r[i + d];
+    add_blocks<d / 2>(r);
   }
 }
 
@@ -436,18 +528,62 @@ AIA_INLINE Vec<A> shift_down(Vec<A> left, Vec<A> right) {
   return detail::lanes_from<1>(left, right, AllLanes{});
 }
 
-// Transpose in place: blocks of four lanes change places, and then the lanes of each block.
-template <class V>
-AIA_INLINE void transpose(V (&r)[kLanes]) {
+// Transpose every n lanes in place: blocks of four lanes change places, and then the lanes of each block.
+template <int n, class V>
+AIA_INLINE void transpose(V (&r)[n]) {
   constexpr AllLanes lanes;
-  detail::swap_all_blocks<kLanes / 2>(r);
-  for (int i = 0; i < kLanes; i += 4) {
+  detail::swap_all_blocks<n / 2>(r);
+  for (int i = 0; i < n; i += 4) {
     const V a = detail::interleave<0, 1>(r[i], r[i + 1], lanes), b = detail::interleave<2, 1>(r[i], r[i + 1], lanes);
     const V c = detail::interleave<0, 1>(r[i + 2], r[i + 3], lanes);
     const V d = detail::interleave<2, 1>(r[i + 2], r[i + 3], lanes);
     r[i] = detail::interleave<0, 2>(a, c, lanes), r[i + 1] = detail::interleave<2, 2>(a, c, lanes);
     r[i + 2] = detail::interleave<0, 2>(b, d, lanes), r[i + 3] = detail::interleave<2, 2>(b, d, lanes);
   }
+}
+
+// The halves of a vector change places.
+template <class V>
+AIA_INLINE V swap_halves(V v) {
+  return detail::lanes_from<kLanes / 2>(v, v, AllLanes{});
+}
+
+// The first half of one vector, and the second of another.
+template <class V>
+AIA_INLINE V from_halves(V first, V second) {
+  return (iota<float>() < splat_index<float>(kLanes / 2)) ? first : second;
+}
+
+// The halves of a vector to two places: n lanes of each.
+template <class A>
+AIA_INLINE void store_to_each(A* first, A* second, Vec<A> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __m512 both = detail::bit_cast<__m512>(v);
+    const __m256 low = _mm512_castps512_ps256(both), high = _mm512_extractf32x8_ps(both, 1);
+    if (n < kLanes / 2) {
+      _mm256_mask_storeu_ps(first, detail::first_lanes(n), low);
+      _mm256_mask_storeu_ps(second, detail::first_lanes(n), high);
+    } else {
+      _mm256_storeu_ps(first, low), _mm256_storeu_ps(second, high);
+    }
+    return;
+  }
+#endif
+  store(first, v, n), store(second, swap_halves(v), n);
+}
+
+// Lane i of the result: the sum of the lanes of r[i]; of its first n lanes and, where n is less than all, lane n + i
+// that of the next n.
+template <class A, int n>
+AIA_INLINE Vec<A> sum_of_each(Vec<A> (&r)[n]) {
+  constexpr AllLanes lanes;
+  detail::add_blocks<n / 2>(r);
+  const auto halves = [&](Vec<A> a, Vec<A> b) {
+    return detail::interleave<0, 1>(a, b, lanes) + detail::interleave<2, 1>(a, b, lanes);
+  };
+  const Vec<A> ab = halves(r[0], r[1]), cd = halves(r[2], r[3]);
+  return detail::interleave<0, 2>(ab, cd, lanes) + detail::interleave<2, 2>(ab, cd, lanes);
 }
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

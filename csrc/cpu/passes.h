@@ -37,7 +37,7 @@ struct Volume {
 
 // Units of the gate passes, of one map of one clip: whole slabs of the outermost axis or, where slabs are large, rows
 // of a few of them, of about so many elements. A unit meets its neighbours too, so it is no thin slice.
-constexpr int64_t kBoxElements = 8192, kBoxSlabs = 8;
+constexpr int64_t kBoxElements = 16384, kBoxSlabs = 16;
 struct UnitSize {
   int64_t slabs, rows;
 };
@@ -81,25 +81,50 @@ inline int64_t tile_blocks(const Volume& x) { return std::clamp<int64_t>(tile_ve
 // A tile of planes: rows of one plane, or whole planes of some channels, of about so many elements. Elementwise passes
 // share the channel maps of its rows between at least so many channels.
 constexpr int64_t kPlaneElements = 2048, kGroupChannels = 16;
-inline int64_t plane_rows(const Volume& x) { return std::clamp<int64_t>(kPlaneElements / x.W, 1, x.H); }
+// Rows of up to so many elements, as many in every tile of a plane as in the others or one less.
+inline int64_t even_rows(const Volume& x, int64_t elements) {
+  const int64_t most = std::clamp<int64_t>(elements / x.W, 1, x.H), tiles = (x.H + most - 1) / most;
+  return (x.H + tiles - 1) / tiles;
+}
+inline int64_t plane_rows(const Volume& x) { return even_rows(x, kPlaneElements); }
 inline int64_t plane_channels(const Volume& x) { return std::clamp<int64_t>(kPlaneElements / (x.H * x.W), 1, x.C); }
 inline int64_t group_channels(const Volume& x) {
   return (kGroupChannels + plane_channels(x) - 1) / plane_channels(x) * plane_channels(x);
 }
 
-// Rows of a frame in one unit of a pass that meets all its channels. Of planes: the accumulators of a run stay in the
-// L1 cache.
-constexpr int64_t kRunPositions = 1024;
+// A reduction of planes over space and time meets a few frames of a tile at a time: an accumulator over T is loaded and
+// stored once for all of them.
+constexpr int64_t kReducedPlaneElements = 1024, kFrames = 2;
+inline int64_t reduced_rows(const Volume& x) { return even_rows(x, kReducedPlaneElements); }
+inline int64_t reduced_channels(const Volume& x) {
+  return std::clamp<int64_t>(kReducedPlaneElements / (x.H * x.W), 1, x.C);
+}
+// The channels of a unit: runs of memory long enough for the hardware to foresee, and accumulators over T that stay in
+// the L2 cache.
+constexpr int64_t kReducedUnitElements = 6272;
+inline int64_t reduced_group(const Volume& x) {
+  const int64_t channels = reduced_channels(x);
+  return std::max<int64_t>(1, kReducedUnitElements / (x.H * x.W * channels)) * channels;
+}
+
+// Rows of a frame in one unit of a pass that meets all its channels. Of planes: whole ones where their accumulators
+// stay in the L2 cache, met in tiles of some rows and a few channels.
+constexpr int64_t kRunPositions = 4096, kRunTilePositions = 1024;
+constexpr int kRunChannels = 4;
 inline int64_t unit_rows(const Volume& x) {
   if (channels_side_by_side(x)) return tile_rows(x, tile_vectors(x) / tile_blocks(x));
-  return std::clamp<int64_t>(kRunPositions / x.W, 1, x.H);
+  return even_rows(x, kRunPositions);
+}
+inline int64_t run_rows(const Volume& x) { return std::min(unit_rows(x), even_rows(x, kRunTilePositions)); }
+inline int64_t run_channels(const Volume& x) {
+  return std::clamp<int64_t>(kPlaneElements / (x.H * x.W), std::min<int64_t>(kRunChannels, x.C), x.C);
 }
 inline int64_t row_units(const Volume& x) { return x.B * x.T * ((x.H + unit_rows(x) - 1) / unit_rows(x)); }
 
 // Units of a reduction. Over channels: rows of every frame. Over space and time: the channels of a tile, of every clip.
 inline int64_t reduction_units(const Volume& x, int context) {
   if (context == kChannel) return row_units(x);
-  const int64_t channels = channels_side_by_side(x) ? x.blocks * x.lanes : plane_channels(x);
+  const int64_t channels = channels_side_by_side(x) ? x.blocks * x.lanes : reduced_group(x);
   return x.B * ((x.C + channels - 1) / channels);
 }
 // Units of an elementwise pass that meets maps of contexts up to `highest`: rows of every frame where channels lie side

@@ -22,6 +22,33 @@ struct GateRun {
   }
 };
 
+// Planes k and k + 1 of a tile, where there are two; else the same one twice.
+struct Pair {
+  int64_t rows, W, run;
+  int64_t second;  // 1, or 0
+
+  Pair(const Volume& x, const Planes& at, int64_t k)
+      : rows(at.rows), W(x.W), run(at.run(x)), second(k + 1 < at.channels ? 1 : 0) {}
+
+  // The rows of the H map: row(offset from that of plane k, lanes).
+  template <class Row>
+  AIA_INLINE auto both(Row&& row) const {
+    const int n = static_cast<int>(W);
+    return from_halves(row(int64_t{0}, n), swap_halves(row(second * W, n)));
+  }
+
+  // Stores value(r) for each row, half of it to each plane. What follows a row is overwritten by the next ones, but for
+  // what lies behind the plane: that may be the other, which is there already.
+  template <class A, class Value>
+  AIA_INLINE void for_rows(A* to, Value&& value) const {
+    A* other = to + second * run;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t lanes = r * W + kLanes / 2 <= rows * W ? kLanes / 2 : W;
+      store_to_each(to + r * W, other + r * W, value(r), static_cast<int>(lanes));
+    }
+  }
+};
+
 template <class A>
 class GatePlanes {
  public:
@@ -36,6 +63,8 @@ class GatePlanes {
     clip_ = static_cast<const A*>(gate_.maps) + at.b * x_.packed(gate_.context);
     if (!rest_) return;
     const int64_t W = x_.W;
+    if constexpr (kLoadsHalves<A>)
+      if (W <= kLanes / 2) return meet_short_rows(at);
     for (int64_t k = 0; k < at.channels; ++k) {
       const A *h = clip_ + offset_h(x_, at, k), *w = clip_ + offset_w(x_, at, k);
       A* rows = rest_->at(k * at.run(x_));
@@ -53,6 +82,18 @@ class GatePlanes {
   }
 
  private:
+  // A vector holds rows of two planes.
+  void meet_short_rows(const Planes& at) {
+    for (int64_t k = 0; k < at.channels; k += 2) {
+      const Pair pair(x_, at, k);
+      const A *h = clip_ + offset_h(x_, at, k), *w = clip_ + offset_w(x_, at, k);
+      const Vec<A> of_h = pair.both([&](int64_t i, int n) { return load(h + i, n); });
+      pair.for_rows(rest_->at(k * at.run(x_)), [&](int64_t r) {
+        return (of_h + from_halves(splat(w[r]), splat(w[r + pair.second * x_.H]))) * A(1.0 / 3);
+      });
+    }
+  }
+
   const Volume& x_;
   const Gate& gate_;
   std::optional<PlaneBuffer<A>> rest_;
@@ -113,6 +154,8 @@ class UnpooledPlanes {
     const int64_t W = x_.W;
     const A share_h = A(1) / static_cast<A>(x_.H), share_w = A(1) / static_cast<A>(W);
     const I* argmax = reinterpret_cast<const I*>(argmax_);
+    if constexpr (kLoadsHalves<A>)
+      if (W <= kLanes / 2) return meet_short_rows(at, argmax);
     for (int64_t k = 0; k < at.channels; ++k) {
       const int64_t of_h = offset_h(x_, at, k), of_w = offset_w(x_, at, k);
       A* rows = rest_->at(k * at.run(x_));
@@ -125,6 +168,27 @@ class UnpooledPlanes {
           u = add_where<A>(column == splat_index<A>(argmax[of_w + r]), u, splat(peak_[of_w + r]));
           store(rows + r * W + i, u);
         }
+      });
+    }
+  }
+
+  // A vector holds rows of two planes.
+  template <class I>
+  void meet_short_rows(const Planes& at, const I* argmax) {
+    const A share_h = A(1) / static_cast<A>(x_.H), share_w = A(1) / static_cast<A>(x_.W);
+    const IVec<A> column = iota<A>() & splat_index<A>(kLanes / 2 - 1);
+    for (int64_t k = 0; k < at.channels; k += 2) {
+      const Pair pair(x_, at, k);
+      const int64_t of_h = offset_h(x_, at, k);
+      const Vec<A> peak = pair.both([&](int64_t i, int n) { return load(peak_ + of_h + i, n); });
+      const Vec<A> mean = pair.both([&](int64_t i, int n) { return load(mean_ + of_h + i, n); }) * share_h;
+      const IVec<A> arg = pair.both([&](int64_t i, int n) { return load_index<A>(argmax + of_h + i, n); });
+      pair.for_rows(rest_->at(k * at.run(x_)), [&](int64_t r) {
+        const int64_t of_w = offset_w(x_, at, k) + r, other_w = of_w + pair.second * x_.H;
+        Vec<A> u = mean + from_halves(splat(mean_[of_w]), splat(mean_[other_w])) * share_w;
+        u = add_where<A>(arg == splat_index<A>(at.h + r), u, peak);
+        return add_where<A>(column == from_halves(splat_index<A>(argmax[of_w]), splat_index<A>(argmax[other_w])), u,
+                            from_halves(splat(peak_[of_w]), splat(peak_[other_w])));
       });
     }
   }

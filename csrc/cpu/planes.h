@@ -49,8 +49,11 @@ class PlaneBuffer {
   Buffer<A> data_;
 };
 
-// Elements of the largest tile of a pass, which takes all channels of some rows or not.
+// Elements of the largest tile of an elementwise pass, and of a reduction.
 inline int64_t plane_capacity(const Volume& x) { return plane_channels(x) * plane_rows(x) * x.W; }
+inline int64_t reduced_capacity(const Volume& x, int context) {
+  return context == kChannel ? run_channels(x) * run_rows(x) * x.W : reduced_channels(x) * reduced_rows(x) * x.W;
+}
 
 // Calls body(i, lanes) for the vectors of a run of n positions. The last one overlaps its neighbour, which does to
 // positions twice what is done to each alone, and spares a remainder.
@@ -82,18 +85,21 @@ AIA_INLINE void for_runs(const Volume& x, const Planes& at, bool joined, Body&& 
   for (int64_t k = 0; k < at.channels; ++k) body(k, at.run(x));
 }
 
-// The tiles of the unit-th group of so many channels of a clip: rows outermost, then channels, then frames, so that
-// what the frames share (the T maps) stays in cache. Calls each(tile).
+// The tiles of the unit-th group of channels of a clip, a few frames at a time, in the order of memory. Calls
+// each(tile, frames, i): the i-th tile of the group, in the first of so many frames.
 template <class Each>
-void for_planes_of_unit(const Volume& x, int64_t unit, int64_t group, Each&& each) {
+void for_planes_of_unit(const Volume& x, int64_t unit, Each&& each) {
+  const int64_t rows = reduced_rows(x), channels = reduced_channels(x), group = reduced_group(x);
   const int64_t groups = (x.C + group - 1) / group, b = unit / groups, first = unit % groups * group;
-  const int64_t rows = plane_rows(x), channels = plane_channels(x), last = std::min(x.C, first + group);
-  for (int64_t h = 0; h < x.H; h += rows)
-    for (int64_t c = first; c < last; c += channels)
-      for (int64_t t = 0; t < x.T; ++t) {
-        const int64_t ahead = t + 1 < x.T ? x.stride_t : channels * x.stride_c - t * x.stride_t;
-        each(Planes{b, t, c, h, std::min(rows, x.H - h), std::min(channels, last - c), ahead});
+  for (int64_t t = 0; t < x.T; t += kFrames) {
+    int64_t i = 0;
+    for (int64_t c = first; c < std::min(x.C, first + group); c += channels)
+      for (int64_t h = 0; h < x.H; h += rows, ++i) {
+        const int64_t ahead = h + rows < x.H ? rows * x.W : channels * x.stride_c - h * x.W;
+        each(Planes{b, t, c, h, std::min(rows, x.H - h), std::min(channels, x.C - c), ahead},
+             std::min(kFrames, x.T - t), i);
       }
+  }
 }
 
 // The tiles of a unit of an elementwise pass that meets maps of contexts up to `highest`, in the order of memory: a
@@ -110,13 +116,18 @@ void for_elementwise_planes(const Volume& x, int64_t unit, int highest, Each&& e
             Planes{frame / x.T, t, c, h, std::min(rows, x.H - h), std::min(channels, last - c), channels * x.stride_c});
 }
 
-// The tiles of the unit-th run of rows of a frame (unit_rows), from the first channel to the last. Calls each(tile).
+// The tiles of the unit-th run of rows of a frame (unit_rows), from the first channel to the last, a few at a time, in
+// the order of memory. Calls each(tile, r): r rows of the run lie before it.
 template <class Each>
 void for_planes_of_rows(const Volume& x, int64_t unit, Each&& each) {
   const int64_t rows = unit_rows(x), runs = (x.H + rows - 1) / rows, frame = unit / runs, h = unit % runs * rows;
-  const int64_t taken = std::min(rows, x.H - h), channels = taken < x.H ? 1 : plane_channels(x);
+  const int64_t taken = std::min(rows, x.H - h), channels = run_channels(x), step = run_rows(x);
   for (int64_t c = 0; c < x.C; c += channels)
-    each(Planes{frame / x.T, frame % x.T, c, h, taken, std::min(channels, x.C - c), channels * x.stride_c});
+    for (int64_t r = 0; r < taken; r += step) {
+      const int64_t ahead = r + step < taken ? step * x.W : channels * x.stride_c - r * x.W;
+      each(Planes{frame / x.T, frame % x.T, c, h + r, std::min(step, taken - r), std::min(channels, x.C - c), ahead},
+           r);
+    }
 }
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

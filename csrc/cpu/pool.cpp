@@ -32,7 +32,7 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
         emit);
     return;
   }
-  GatePlanes<A> field(x, gate, plane_capacity(x));
+  GatePlanes<A> field(x, gate, reduced_capacity(x, context));
   reduce_planes<A, SumAndMax<A>>(
       x, context, field.along_planes(), begin, end,
       [&](const Planes& at) {
@@ -44,7 +44,7 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
           };
         };
       },
-      emit);
+      [&](int64_t offset) { __builtin_prefetch(data + offset); }, emit);
 }
 
 // kInner: there is an inner gate, or inner features, or both.
@@ -122,7 +122,7 @@ void unpool_reduce(const Volume& x, const T* data, const Unpooled& from, int gat
         emit);
     return;
   }
-  UnpooledPlanes<A> field(x, from, plane_capacity(x));
+  UnpooledPlanes<A> field(x, from, reduced_capacity(x, gate_context));
   reduce_planes<A, Sum<A>>(
       x, gate_context, field.along_planes(), begin, end,
       [&](const Planes& at) {
@@ -133,7 +133,7 @@ void unpool_reduce(const Volume& x, const T* data, const Unpooled& from, int gat
           };
         };
       },
-      emit);
+      [&](int64_t offset) { __builtin_prefetch(data + offset); }, emit);
 }
 
 template <class T>

@@ -65,7 +65,7 @@ void recalibrate_reduce(const Volume& x, const T* grad_y, const T* data, int con
           };
         };
       },
-      emit);
+      [&](int64_t offset) { __builtin_prefetch(data + offset), __builtin_prefetch(grad_y + offset); }, emit);
 }
 
 template <class T>

@@ -13,10 +13,15 @@ namespace aia::cpu::AIA_CPU_LEVEL {
 
 template <class A>
 struct Sum {
+  static constexpr bool kCompares = false;
   Vec<A> sum{};
 
-  AIA_INLINE void add(Vec<A> v, IVec<A>) { sum += v; }
+  template <class Numbers = std::false_type>
+  AIA_INLINE void add(Vec<A> v, IVec<A>) {
+    sum += v;
+  }
   AIA_INLINE void add_where(IVec<A> valid, Vec<A> v, IVec<A>) { sum += valid ? v : Vec<A>{}; }
+  Sum halves_swapped() const { return {swap_halves(sum)}; }
   // Accumulators, one per position with lanes along channels, into one with lanes along the positions.
   static Sum across_lanes(const Sum* from) {
     Vec<A> sums[kLanes];
@@ -30,17 +35,24 @@ struct Sum {
 
 template <class A>
 struct SumAndMax {
+  static constexpr bool kCompares = true;
   Vec<A> sum{}, max = splat(-std::numeric_limits<A>::infinity());
   IVec<A> argmax{};
 
+  // Numbers: whether v has no NaN.
+  template <class Numbers = std::false_type>
   AIA_INLINE void add(Vec<A> v, IVec<A> index) {
     sum += v;
-    max_first<A>(v, index, max, argmax);
+    if constexpr (Numbers::value)
+      max_first_of_numbers<A>(v, index, max, argmax);
+    else
+      max_first<A>(v, index, max, argmax);
   }
   AIA_INLINE void add_where(IVec<A> valid, Vec<A> v, IVec<A> index) {
     sum += valid ? v : Vec<A>{};
     max_first<A>(valid ? v : splat(-std::numeric_limits<A>::infinity()), index, max, argmax);
   }
+  SumAndMax halves_swapped() const { return {swap_halves(sum), swap_halves(max), swap_halves(argmax)}; }
   static SumAndMax across_lanes(const SumAndMax* from) {
     Vec<A> sums[kLanes], maxima[kLanes];
     IVec<A> indices[kLanes];

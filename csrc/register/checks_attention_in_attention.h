@@ -148,6 +148,33 @@ inline void add_norms(Gates& gates, int n, const Numbers& scale, const Numbers& 
   }
 }
 
+// The gates of the contexts of a whole unit, from the arguments of evaluate.
+struct UnitArguments {
+  Gates inner, outer;
+
+  UnitArguments(const Tensor& x, const std::vector<Tensor>& weight, const Numbers& scale, const Numbers& shift,
+                const Numbers& mean, const Numbers& var, const std::vector<double>& eps, int64_t inner_context,
+                int64_t outer_context) {
+    check_context(outer_context, "outer");
+    AIA_CHECK(inner_context == kNone || inner_context + outer_context == kChannel + kSpacetime,
+              "inner must be 0 or the context that outer is not, got ", inner_context, " and ", outer_context);
+    const auto n = static_cast<size_t>(inner_context + outer_context);  // a context is the number of its gates
+    for (const size_t size : {weight.size(), scale.size(), shift.size(), mean.size(), var.size(), eps.size()})
+      AIA_CHECK(size == n, "every list must hold an entry for each of ", n, " gates, got ", size);
+    const auto gates_of = [&](int64_t context) {
+      const int first = context == kSpacetime && inner_context != kNone ? 1 : 0, count = static_cast<int>(context);
+      const auto some = [&](const auto& list) {
+        return std::decay_t<decltype(list)>(list.begin() + first, list.begin() + first + count);
+      };
+      Gates found = weights_of(some(weight), count, x);
+      const std::vector<bool> batch(count);
+      add_norms(found, count, some(scale), some(shift), some(mean), some(var), some(eps), batch, x);
+      return found;
+    };
+    inner = gates_of(inner_context), outer = gates_of(outer_context);
+  }
+};
+
 // The maps of gate_backward_reduce, and those of gate_backward.
 inline PackedDims dims_of_gradient(const Tensor& grad_gate, const Tensor& z, const Tensor& norm,
                                    const std::vector<int64_t>& dims) {

@@ -107,16 +107,17 @@ inline Volume volume_of(const Activation& a, int lanes = 1) {
 
 // Large blocks go back to the system when they are freed, so each new one is paid for page by page, several times what
 // writing it costs. Large pages take most of that away. The advice may be refused, which changes nothing.
-inline Tensor with_large_pages(Tensor out) {
+inline void advise_large_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kLarge = size_t{4} << 20, kPage = size_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
-  if (bytes >= kLarge) {
-    const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
+  if (bytes < kLarge) return;
+  const auto start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+inline Tensor with_large_pages(Tensor out) {
+  advise_large_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
   return out;
 }
 

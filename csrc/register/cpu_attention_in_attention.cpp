@@ -11,9 +11,8 @@
 #include <vector>
 
 #include "../common/moments.h"
-#include "../common/norm.h"
-#include "checks_attention_in_attention.h"
 #include "cpu.h"
+#include "cpu_gates.h"
 
 // Makes a level of csrc/register/cpu.h the one in force, or without a name that of AIA_KERNELS_CPU_LEVEL, which may
 // have changed. Returns null, or why it cannot.
@@ -45,6 +44,7 @@ using aia::Numbers;
 using aia::PackedDims;
 using aia::Unpooled;
 using aia::unpooled_of;
+using aia::cpu::contiguous_weights;
 using aia::cpu::gate_units;
 using aia::cpu::GatePasses;
 using aia::cpu::output_like;
@@ -164,17 +164,6 @@ void for_partials(const PackedDims& d, const std::vector<double>& partial, int p
   const double* values = partial.data();
   for (int map = 0; map < d.n; ++map)
     for (int64_t i = 0; i < d.B * aia::cpu::map_units(d, map); ++i, values += per_unit) add(map, values);
-}
-
-// The weights of n gates, [n, 54] contiguous.
-template <class A>
-std::vector<A> contiguous_weights(const Gates& gates, int n) {
-  std::vector<A> weights(n * 54);
-  for (int i = 0; i < n * 54; ++i) {
-    const aia::GateParameters& gate = gates[i / 54];
-    weights[i] = aia::read<A>(gate.weight, aia::tap_offset(gate, i / 27 % 2, i % 27));
-  }
-  return weights;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor> weight, Numbers scale, Numbers shift,

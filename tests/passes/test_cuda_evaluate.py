@@ -1,6 +1,6 @@
-"""A unit with fixed statistics as one operator of the CUDA backend, both ways: in clusters, and in groups of clips.
+"""A unit with fixed statistics as one operator: of the CPU, and of CUDA both ways, in clusters and in groups of clips.
 
-The kernels run on the host emulator, and on a GPU where there is one. The plain passes in float64 give the right
+The CUDA kernels run on the host emulator, and on a GPU where there is one. The plain passes in float64 give the right
 answers, and a bound on errors with them.
 """
 
@@ -12,7 +12,7 @@ import cuda_passes
 import pass_cases
 import pytest
 import torch
-from pass_backends import CUDA, on, passes_of
+from pass_backends import CPU_ON_THREADS, CUDA, on, on_threads, passes_of
 from pass_cases import GATE_ROUNDINGS, Case, activation, epsilon, special
 from plain_passes import PlainPasses
 from torch import Tensor
@@ -24,8 +24,6 @@ from aia_kernels.common.dtypes import accumulate_dtype
 from aia_kernels.reference import UNITS
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
-
-plain = PlainPasses()
 
 UNIT_NAMES = ("C", "ST", "CinST", "STinC")
 
@@ -63,9 +61,10 @@ class Parameters(NamedTuple):
     eps: list[float]
 
 
-def parameters_of(x: Tensor, unit: str) -> Parameters:
+def parameters_of(passes, x: Tensor, unit: str) -> Parameters:
     """Of the order of one; some absent, and each weight a view of one in the paper's order, not all contiguous."""
-    dtype, order, found = x.dtype, maps.storage_order(x), Parameters([], [], [], [], [], [])
+    dtype, found = x.dtype, Parameters([], [], [], [], [], [])
+    order = passes.map_order(maps.storage_order(x))
     for context in (maps.CHANNEL, maps.SPACETIME):
         if context not in (UNITS[unit].inner, UNITS[unit].outer):
             continue
@@ -80,32 +79,36 @@ def parameters_of(x: Tensor, unit: str) -> Parameters:
     return found
 
 
-def gates_of(pooled: Tensor, x: Tensor, parameters: Parameters, rows: slice, context: int) -> Tensor:
+def dims_of(plain, x: Tensor, context: int) -> list[int]:
+    order = plain.map_order(maps.storage_order(x))
+    return [d for m in maps.map_dims(x.shape, context, order) for d in m]
+
+
+def gates_of(plain, pooled: Tensor, x: Tensor, parameters: Parameters, rows: slice, context: int) -> Tensor:
     """The gates of a context, in the type of what is pooled."""
     *numbers, eps = (values[rows] for values in parameters)
     numbers = [[None if n is None else n.to(pooled.dtype) for n in of] for of in numbers]
-    dims = [d for m in maps.map_dims(x.shape, context, maps.storage_order(x)) for d in m]
-    return plain.gate(pooled, *numbers, eps, [False] * len(eps), dims)[0]
+    return plain.gate(pooled, *numbers, eps, [False] * len(eps), dims_of(plain, x, context))[0]
 
 
-def expected_of(x: Tensor, parameters: Parameters, unit: str) -> tuple[Tensor, float]:
+def expected_of(passes, x: Tensor, parameters: Parameters, unit: str) -> tuple[Tensor, float]:
     """y in float64, and a bound on the error of its gates, in roundings of the accumulation type.
 
     A pooled feature is off by one rounding for each element of an axis and 8 more, z by 54 more, on the convolution of
     magnitudes, and a gate by a quarter of that times scale * rstd, and GATE_ROUNDINGS. An error of the inner gate is
     one of what is pooled, of which the magnitudes are those of x, as gates do not exceed 1.
     """
-    described, double = UNITS[unit], x.double()
+    plain, described, double = PlainPasses(passes.map_order), UNITS[unit], x.double()
     guide, error = None, 0.0
     for context in (described.inner, described.outer):
         if context == maps.NONE:
             continue
         rows = described.rows(context)
         pooled, _ = plain.pool(double, context, guide, described.inner if guide is not None else maps.NONE)
-        guide = gates_of(pooled, x, parameters, rows, context)
+        guide = gates_of(plain, pooled, x, parameters, rows, context)
         magnitudes, _ = plain.pool(double.abs(), context, None, maps.NONE)
-        dims = [d for m in maps.map_dims(x.shape, context, maps.storage_order(x)) for d in m]
-        largest = plain.conv(magnitudes, [w.double().abs() for w in parameters.weight[rows]], dims).max().item()
+        weights = [w.double().abs() for w in parameters.weight[rows]]
+        largest = plain.conv(magnitudes, weights, dims_of(plain, x, context)).max().item()
         slope = max(
             1.0 if scale is None else (scale.double().abs() / (var.double() + eps).sqrt()).item()
             for scale, var, eps in zip(parameters.scale[rows], parameters.var[rows], parameters.eps[rows], strict=True)
@@ -114,9 +117,9 @@ def expected_of(x: Tensor, parameters: Parameters, unit: str) -> tuple[Tensor, f
     return double * plain.field(guide, double, described.outer), error
 
 
-def check(y: Tensor, x: Tensor, parameters: Parameters, unit: str) -> None:
+def check(passes, y: Tensor, x: Tensor, parameters: Parameters, unit: str) -> None:
     x = x.cpu()
-    want, roundings = expected_of(x, parameters, unit)
+    want, roundings = expected_of(passes, x, parameters, unit)
     assert y.dtype == x.dtype and y.stride() == x.stride()
     bound = roundings * epsilon(accumulate_dtype(x.dtype)) * x.double().abs() + epsilon(x.dtype) * want.abs()
     error = (y.double() - want).abs()
@@ -140,12 +143,12 @@ def evaluated(passes, x: Tensor, parameters: Parameters, unit: str, **way) -> Te
     return passes.evaluate(x, *moved, UNITS[unit].inner, UNITS[unit].outer, **way).cpu()
 
 
-@on(*CUDA)
+@on(*CPU_ON_THREADS, *CUDA)
 @pytest.mark.parametrize("name", CASES)
 def test_the_way_that_is_chosen(passes, name, unit):
     x = activation(CASES[name])
-    parameters = parameters_of(x, unit)
-    check(evaluated(passes, x, parameters, unit), x, parameters, unit)
+    parameters = parameters_of(passes, x, unit)
+    check(passes, evaluated(passes, x, parameters, unit), x, parameters, unit)
 
 
 @on("emulator")
@@ -153,8 +156,8 @@ def test_the_way_that_is_chosen(passes, name, unit):
 @pytest.mark.parametrize("cluster", [1, 2, 4, 16])
 def test_clusters_of_every_size(passes, name, unit, cluster):
     x = activation(CASES[name])
-    parameters = parameters_of(x, unit)
-    check(evaluated(passes, x, parameters, unit, cluster=cluster), x, parameters, unit)
+    parameters = parameters_of(passes, x, unit)
+    check(passes, evaluated(passes, x, parameters, unit, cluster=cluster), x, parameters, unit)
 
 
 @on("emulator")
@@ -164,18 +167,40 @@ def test_groups(passes, name, unit, clips):
     """What queues the passes; the passes themselves have tests of their own."""
     case = CASES[name]
     x = activation(case._replace(shape=(5, *case.shape[1:])))
-    parameters = parameters_of(x, unit)
-    check(evaluated(passes, x, parameters, unit, cluster=0, clips=clips), x, parameters, unit)
+    parameters = parameters_of(passes, x, unit)
+    check(passes, evaluated(passes, x, parameters, unit, cluster=0, clips=clips), x, parameters, unit)
+
+
+@on("cpu")
+@pytest.mark.parametrize("name", ["prime", "prime THWC", "bf16"])
+def test_threads_with_clips_of_their_own_and_threads_that_share_them(passes, name, unit):
+    """As many clips as threads, and fewer: the same bits."""
+    x = activation(CASES[name]._replace(shape=(4, *CASES[name].shape[1:])))
+    parameters, results = parameters_of(passes, x, unit), []
+    for threads in (1, 2, 3, 4, 16):
+        with on_threads(threads):
+            results.append(evaluated(passes, x, parameters, unit))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@on("cpu")
+@pytest.mark.parametrize("kind", ["nan", "nothing but -inf"])
+def test_special_values_on_a_cpu(passes, unit, kind):
+    check_special_values(passes, unit, kind)
 
 
 @on("emulator")
 @pytest.mark.parametrize("way", [{"cluster": 2}, {"cluster": 0}], ids=["clusters", "groups"])
 @pytest.mark.parametrize("kind", ["nan", "nothing but -inf"])
 def test_special_values(passes, unit, way, kind):
+    check_special_values(passes, unit, kind, **way)
+
+
+def check_special_values(passes, unit, kind, **way):
     """What is NaN is NaN, and the rest as it should be."""
     x = special(Case((2, 3, 5, 4, 6)), kind)
-    parameters = parameters_of(x, unit)
-    got, (want, _) = evaluated(passes, x, parameters, unit, **way), expected_of(x, parameters, unit)
+    parameters = parameters_of(passes, x, unit)
+    got, (want, _) = evaluated(passes, x, parameters, unit, **way), expected_of(passes, x, parameters, unit)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0, equal_nan=True)
 
 
@@ -238,7 +263,8 @@ def everything(emulator) -> list[Tensor]:
     for case in (Case((1, 2, 8, 5, 4)), Case((1, 3, 10, 3, 3), "THWC")):
         x = activation(case)
         for unit in UNIT_NAMES:
-            results.append(evaluated(emulator, x, parameters_of(x, unit), unit, cluster=2))
+            parameters = parameters_of(emulator, x, unit)
+            results.append(evaluated(emulator, x, parameters, unit, cluster=2))
     return results
 
 

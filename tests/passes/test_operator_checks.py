@@ -470,7 +470,7 @@ def unit() -> list:
     return [torch.randn(B, T, C, H, W), [torch.randn(1, 2, 3, 3, 3) for _ in range(4)], *numbers, [1e-5] * 4, 1, 3]
 
 
-#: Of evaluate, which CUDA alone has: which argument and which entry of it, what it becomes, the words expected.
+#: Of evaluate: which argument and which entry of it, what it becomes, the words expected.
 BAD_UNITS = {
     "x apart": (0, wide(2), "x must be stored densely"),
     "no outer context": (8, put(0), f"outer {CONTEXT}"),
@@ -490,7 +490,9 @@ BAD_UNITS = {
 
 @pytest.mark.parametrize("place, change, words", BAD_UNITS.values(), ids=BAD_UNITS)
 def test_bad_units_are_refused(place, change, words):
+    cpu("evaluate", unit())
     with pytest.raises(RuntimeError, match=NO_DEVICE):
         cuda("evaluate", unit())
-    with pytest.raises(RuntimeError, match=words):
-        cuda("evaluate", changed(unit(), place, change))
+    for call in (cpu, cuda):
+        with pytest.raises(RuntimeError, match=words):
+            call("evaluate", changed(unit(), place, change))

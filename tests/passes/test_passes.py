@@ -115,7 +115,7 @@ def test_pool_gated(passes, plain, case, context, gate_context):
 
 
 @each(*SPECIAL)
-@pytest.mark.parametrize("kind", ["ties", "nan", "nothing but -inf", "zeros of both signs"])
+@pytest.mark.parametrize("kind", ["ties", "nan", "few nan", "nothing but -inf", "zeros of both signs"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the infinities that the interpreter meets
 def test_pool_special_values(passes, plain, case, kind):
     """As torch.max: the first index on ties, the first NaN before any number. Small integers have exact sums."""

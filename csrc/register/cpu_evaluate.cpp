@@ -1,0 +1,131 @@
+// The CPU implementation of a whole unit with fixed statistics (evaluate of aia_kernels/schemas.py): no clip depends on
+// another, so each goes through all passes while it is in cache, with maps that all clips of a thread share.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cpu.h"
+#include "cpu_gates.h"
+
+namespace {
+
+using aia::Activation;
+using aia::Gate;
+using aia::Gates;
+using aia::kNone;
+using aia::kSpacetime;
+using aia::Numbers;
+using aia::PackedDims;
+using aia::cpu::GatePasses;
+using aia::cpu::passes;
+using aia::cpu::PoolPasses;
+using aia::cpu::RecalibratePasses;
+using aia::cpu::Volume;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The maps of a context in one clip, in the order in which they are packed.
+PackedDims maps_of(const Volume& x, int context) {
+  if (context != kSpacetime) return {1, 1, {{x.T, x.H, x.W}}};
+  if (aia::cpu::channels_side_by_side(x)) return {1, 3, {{x.H, x.W, x.C}, {x.T, x.W, x.C}, {x.T, x.H, x.C}}};
+  return {1, 3, {{x.C, x.H, x.W}, {x.T, x.C, x.W}, {x.T, x.C, x.H}}};
+}
+
+// One context of a unit on one clip: x is pooled, and gates come of it.
+template <class A>
+class ContextGates {
+ public:
+  ContextGates(const Activation& x, const Volume& clip, const Gates& gates, int context)
+      : clip_(clip),
+        context_(context),
+        index_bytes_(bytes_of(aia::index_type(x, context))),
+        dims_(maps_of(clip, context)),
+        weight_(aia::cpu::contiguous_weights<A>(gates, context)),
+        norm_(4 * context) {
+    A statistics[3];
+    for (int i = 0; i < context; ++i) aia::finish_norm(gates[i], 0, 0, 1, norm_.data() + 4 * i, statistics);
+  }
+
+  // Elements of type A that the maps of a clip take: two features, the gates, and the indices, which nothing reads.
+  int64_t elements() const { return context_ ? packed() * 4 : 0; }
+
+  // split(units, body) calls body(begin, end) for all units.
+  template <class Split>
+  Gate operator()(const void* x, const Gate& guide, A* maps, const Split& split) const {
+    A *pooled = maps, *gate = maps + 2 * packed(), *argmax = maps + 3 * packed();
+    split(aia::cpu::reduction_units(clip_, context_), [&](int64_t begin, int64_t end) {
+      passes<PoolPasses>(clip_.scalar).pool(clip_, x, guide, context_, pooled, argmax, index_bytes_, begin, end);
+    });
+    split(aia::cpu::gate_units(dims_), [&](int64_t begin, int64_t end) {
+      passes<GatePasses<A>>().conv_activate(dims_, pooled, weight_.data(), norm_.data(), gate, gate, begin, end);
+    });
+    return {gate, context_};
+  }
+
+ private:
+  int64_t packed() const { return clip_.packed(context_); }
+  static int bytes_of(ScalarType index) { return index == ScalarType::Byte ? 1 : index == ScalarType::Short ? 2 : 4; }
+
+  const Volume& clip_;
+  const int context_, index_bytes_;
+  const PackedDims dims_;
+  const std::vector<A> weight_;
+  std::vector<A> norm_;
+};
+
+// itemsize: bytes of an element of x and y.
+template <class A>
+void evaluate_clips(const Activation& a, const aia::UnitArguments& gates, int inner, int outer, const char* data,
+                    char* y, int64_t itemsize) {
+  const Volume x = aia::cpu::volume_of(a, passes<PoolPasses>(a.scalar).lanes);
+  Volume clip = x;
+  clip.B = 1;
+  const ContextGates<A> guide_of(a, clip, gates.inner, inner), gate_of(a, clip, gates.outer, outer);
+  const auto run = [&](int64_t begin, int64_t end, const auto& split) {
+    const int64_t elements = guide_of.elements() + gate_of.elements();
+    const std::unique_ptr<A[]> maps(new A[elements]);
+    aia::cpu::advise_large_pages(maps.get(), elements * sizeof(A));
+    for (int64_t b = begin; b < end; ++b) {
+      const char* from = data + b * x.stride_b * itemsize;
+      char* to = y + b * x.stride_b * itemsize;
+      Gate guide{nullptr, kNone};
+      if (inner) guide = guide_of(from, guide, maps.get(), split);
+      const Gate gate = gate_of(from, guide, maps.get() + guide_of.elements(), split);
+      split(aia::cpu::elementwise_units(clip, outer), [&](int64_t first, int64_t last) {
+        passes<RecalibratePasses>(x.scalar).recalibrate(clip, from, gate, to, first, last);
+      });
+    }
+  };
+  // Threads take clips of their own where all get as many, or nearly so; else they share each.
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  if (x.B % threads == 0 || x.B >= 4 * threads)
+    aia::cpu::parallel(x.B, [&](int64_t begin, int64_t end) {
+      run(begin, end, [](int64_t units, const auto& body) { body(0, units); });
+    });
+  else
+    run(0, x.B, [](int64_t units, const auto& body) { aia::cpu::parallel(units, body); });
+}
+
+Tensor evaluate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numbers shift, Numbers mean, Numbers var,
+                std::vector<double> eps, int64_t inner, int64_t outer) {
+  const Activation a = aia::activation_of(x, "x");
+  const aia::UnitArguments gates(x, weight, scale, shift, mean, var, eps, inner, outer);
+  Tensor y = aia::cpu::output_like(x);
+  const auto data = static_cast<const char*>(x.const_data_ptr());
+  const auto out = static_cast<char*>(y.mutable_data_ptr());
+  const auto itemsize = static_cast<int64_t>(x.element_size());
+  const auto run = [&](auto type) {
+    evaluate_clips<decltype(type)>(a, gates, static_cast<int>(inner), static_cast<int>(outer), data, out, itemsize);
+  };
+  if (x.scalar_type() == ScalarType::Double)
+    run(double{});
+  else
+    run(float{});
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) { m.impl("evaluate", TORCH_BOX(&evaluate)); }
