@@ -101,6 +101,10 @@ def test_names_of_the_package_exist(page):
     assert not sorted(name for name in names if not resolves(name))
 
 
+def test_the_first_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
 def test_the_checks_find_something():
     readme = ROOT / "README.md"
     assert any(line.startswith("make test ") for line in commands(readme))
