@@ -37,6 +37,14 @@ def check_integer(name: str, value: Any) -> int:
     raise TypeError(f"{name}: got {value!r}, expected an integer")
 
 
+def check_at_least_one(**sizes: Any) -> None:
+    """Refuse sizes, by their names, that are no integers of at least 1."""
+    for name, size in sizes.items():
+        check_integer(name, size)
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
+
+
 def check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: got {value!r}, expected a number")

@@ -1,6 +1,7 @@
 """The layers as modules, with the published names and parameters. One file per family."""
 
 from .attention_in_attention import ST, C, CinST, STinC, STinC2
+from .causal_attention import CausalAttention, ComplementAttention
 from .cbam import CBAM, CausalCBAM, ChannelGate, SpatialGate
 from .external_attention import (
     ExternalAttention,
@@ -9,6 +10,7 @@ from .external_attention import (
     TokenExternalAttention,
     TransformerTokenExternalAttention,
 )
+from .halo_attention import HaloAttention, HaloAttn
 from .linear_attention import (
     ChannelLinearAttention,
     EfficientAttention,
@@ -21,13 +23,17 @@ __all__ = [
     "CBAM",
     "ST",
     "C",
+    "CausalAttention",
     "CausalCBAM",
     "ChannelGate",
     "ChannelLinearAttention",
     "CinST",
+    "ComplementAttention",
     "EfficientAttention",
     "ExternalAttention",
     "ExternalAttention2d",
+    "HaloAttention",
+    "HaloAttn",
     "KernelLinearAttention",
     "MultiHeadExternalAttention",
     "PositionLinearAttention",

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.tracing import is_symbolic, is_traced
 from ..functional.block import ACTIVATIONS
-from ..functional.checks import check_integer
+from ..functional.checks import check_at_least_one
 from ..functional.external_attention import (
     double_normalize,
     external_attention,
@@ -59,7 +59,7 @@ class ExternalAttention(nn.Module):
 
     def __init__(self, d_model: int, S: int = 64):
         super().__init__()
-        _check_at_least_one(d_model=d_model, S=S)
+        check_at_least_one(d_model=d_model, S=S)
         self.mk = nn.Linear(d_model, S, bias=False)
         self.mv = nn.Linear(S, d_model, bias=False)
         for linear in (self.mk, self.mv):
@@ -130,7 +130,7 @@ class ExternalAttention2d(nn.Module):
         projection: bool = True,
     ):
         super().__init__()
-        _check_at_least_one(c=c, k=k)
+        check_at_least_one(c=c, k=k)
         if activation is not None and activation not in ACTIVATIONS:
             expected = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation: got {activation!r}, expected {expected} or None")
@@ -251,7 +251,7 @@ class MultiHeadExternalAttention(nn.Module):
         proj_drop: float = 0.0,
     ):
         super().__init__()
-        _check_at_least_one(dim=dim, num_heads=num_heads)
+        check_at_least_one(dim=dim, num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"dim: got {dim}, expected a multiple of num_heads = {num_heads}")
         self.coef = 4
@@ -354,7 +354,7 @@ class TokenExternalAttention(nn.Module):
 
     def __init__(self, dim: int, in_dim: int, k: int = 128, attn_drop: float = 0.0, proj_drop: float = 0.0):
         super().__init__()
-        _check_at_least_one(dim=dim, in_dim=in_dim, k=k)
+        check_at_least_one(dim=dim, in_dim=in_dim, k=k)
         self.k = k
         self.q_linear = nn.Linear(dim, in_dim)
         self.add_module(self.memories[0], nn.Linear(in_dim, k, bias=False))
@@ -426,10 +426,3 @@ def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:
         if not can_be_read(linear, nn.Linear):
             return False
     return can_be_read(dropout, nn.Dropout)
-
-
-def _check_at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        check_integer(name, size)
-        if size < 1:
-            raise ValueError(f"{name}: got {size}, expected at least 1")

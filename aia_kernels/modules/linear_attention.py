@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..algorithms.linear_attention import keeps
-from ..functional.checks import check_integer
+from ..functional.checks import check_at_least_one
 from ..functional.linear_attention import MAPS, channel_linear_attention, efficient_attention, linear_attention
 from ..functional.sharded import is_distributed
 from .submodules import is_pointwise, must_be_called, published_serves
@@ -57,7 +57,7 @@ class PositionLinearAttention(_OnMaps):
 
     def __init__(self, in_places: int, scale: int = 8, eps: float = 1e-6, *, feature: str = "l2"):
         super().__init__()
-        _check_at_least_one(in_places=in_places, scale=scale)
+        check_at_least_one(in_places=in_places, scale=scale)
         if in_places < scale:
             raise ValueError(f"in_places: got {in_places}, expected at least scale = {scale}")
         if feature not in MAPS:
@@ -180,7 +180,7 @@ class EfficientAttention(_OnMaps):
     def __init__(self, in_channels: int, key_channels: int, head_count: int, value_channels: int):
         super().__init__()
         sizes = {"in_channels": in_channels, "key_channels": key_channels, "value_channels": value_channels}
-        _check_at_least_one(head_count=head_count, **sizes)
+        check_at_least_one(head_count=head_count, **sizes)
         for name in ("key_channels", "value_channels"):
             if sizes[name] % head_count:
                 raise ValueError(f"{name}: got {sizes[name]}, expected a multiple of head_count = {head_count}")
@@ -231,10 +231,3 @@ def _is_ordinary(x: Any, conv: Any) -> bool:
 
 def _can_be_read(conv: Any) -> bool:
     return not must_be_called(conv) and is_pointwise(conv)
-
-
-def _check_at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        check_integer(name, size)
-        if size < 1:
-            raise ValueError(f"{name}: got {size}, expected at least 1")

@@ -1,0 +1,137 @@
+"""Attention with a causal intervention: CATT (arXiv 2103.03493), and the transformer's form of CaaM (arXiv 2108.08782).
+
+In PyTorch's scaled_dot_product_attention on every backend; nothing of this package's passes serves them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.checks import check_at_least_one, check_tensor
+
+
+class CausalAttention(nn.Module):
+    """CATT: attention inside the sample beside attention to a learned dictionary of other samples, joined.
+
+        o = fc([softmax(q(h) k(c)^T / sqrt d) v(c),  softmax(q(h) k(M)^T / sqrt d) v(M)])
+
+    It takes h [B, N, dim], of which the queries are made, and returns o of that shape. The context c [B, L, dim] is h
+    where none is given, and mask says what of it counts: [B, L] boolean, True where a token of the context takes no
+    part. Keys and values of the dictionary M depend on parameters alone: they are made once in a call for the whole
+    batch, whose queries are one sequence to them. State dict: att.query, att.key, att.value, fc, M.
+
+    Args:
+        dim: The features of a token, a multiple of heads.
+        heads: Their number.
+        slots: The entries of the dictionary, 500 or 1000 as published.
+        dropout: The probability of dropout on both maps of attention.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1, or dim no multiple of heads; in forward, a tensor has
+            another shape or type.
+    """
+
+    def __init__(self, dim: int, heads: int = 12, slots: int = 500, dropout: float = 0.0):
+        super().__init__()
+        _check_heads(dim, heads)
+        check_at_least_one(slots=slots)
+        self.heads, self.dropout = heads, dropout
+        self.att = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")})
+        self.M = nn.Parameter(torch.rand(1, slots, dim) / 100)
+        self.fc = nn.Linear(2 * dim, dim)
+
+    def forward(self, h: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        context = h if context is None else context
+        dim = self.fc.out_features
+        for name, t in (("h", h), ("context", context)):
+            check_tensor(name, t)
+            if t.ndim != 3 or t.shape[2] != dim or t.shape[0] != h.shape[0]:
+                raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected [{h.shape[0]}, N, {dim}]")
+        shown = None if mask is None else _shown(mask, context)
+        dropout = self.dropout if self.training else 0.0
+        query = self.att["query"](h)
+        inside = _attend(query, *self._keys_and_values(context), self.heads, dropout, shown)
+        across = _attend(query.reshape(1, -1, dim), *self._keys_and_values(self.M), self.heads, dropout)
+        return self.fc(torch.cat((inside, across.view_as(h)), -1))
+
+    def _keys_and_values(self, of: Tensor) -> tuple[Tensor, Tensor]:
+        return self.att["key"](of), self.att["value"](of)
+
+
+class ComplementAttention(nn.Module):
+    """CaaM's pair of attentions in a vision transformer: softmax(q k^T) v, causal, and softmax(-q k^T) v, its
+    complement, by the same projections.
+
+    It takes x [B, N, dim] and returns both, [B, N, dim] each. State dict, as published: qkv, proj.
+
+    Args:
+        dim: The features of a token, a multiple of num_heads.
+        num_heads: The heads.
+        qkv_bias: Whether queries, keys and values have biases.
+        qk_scale: The factor of the logits; None: 1 over the root of the features of a head.
+        attn_drop: The probability of dropout on both maps of attention.
+        proj_drop: The probability of dropout on both results.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1, or dim no multiple of num_heads; in forward, x has
+            another shape or type.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_tensor("x", x)
+        if x.ndim != 3 or x.shape[2] != self.proj.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, {self.proj.in_features}]")
+        query, key, value = self.qkv(x).chunk(3, -1)
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        both = (_attend(q, key, value, self.num_heads, dropout, scale=self.scale) for q in (query, -query))
+        causal, complement = (self.proj_drop(self.proj(o)) for o in both)
+        return causal, complement
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    dropout: float,
+    shown: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """[B, N, dim] of query, key and value [B, N or L, dim]; shown [B, 1, 1, L], True where a key takes part."""
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown, dropout_p=dropout, scale=scale)
+    return o.transpose(1, 2).flatten(2)
+
+
+def _shown(mask: Tensor, context: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: got {found}, expected torch.bool, True where a token takes no part")
+    if mask.shape != context.shape[:2]:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(context.shape[:2])}")
+    return ~mask[:, None, None]
+
+
+def _check_heads(dim: int, heads: int) -> None:
+    check_at_least_one(dim=dim, heads=heads)
+    if dim % heads:
+        raise ValueError(f"dim: got {dim}, expected a multiple of the {heads} heads")

@@ -1,0 +1,181 @@
+"""Attention of blocks to their surroundings (HaloNet, arXiv 2103.12731), with both published layouts of parameters.
+
+A block of b x b queries looks at the window of (b + 2 halo)^2 positions around it. Relative positions are learned by
+row and by column:
+
+    o_i = softmax over the window of (scale q_i k_j^T + q_i R_h[row j - row i] + q_i R_w[column j - column i]) v_j
+
+In PyTorch's scaled_dot_product_attention on every backend; nothing of this package's passes serves it. The terms of the
+positions join the product: q_i gets its terms for each row and each column of the window as further features, and k_j
+which row and which column it is in. So no map of attention is added to another, and padding is a row or a column
+whose term is the lowest number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.checks import check_at_least_one, check_tensor
+
+
+class HaloAttention(nn.Module):
+    """HaloNet's attention on maps, with the parameters of halonet-pytorch; positions beyond the map are left out.
+
+    It takes x [B, dim, H, W], H and W multiples of block_size, and returns o of that shape.
+
+    Args:
+        dim: The channels of x.
+        block_size: b.
+        halo_size: How many positions a window is larger than its block on each side.
+        dim_head: The features of a head.
+        heads: Their number.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1; in forward, x is none of these maps.
+    """
+
+    def __init__(self, *, dim: int, block_size: int, halo_size: int, dim_head: int = 64, heads: int = 8):
+        super().__init__()
+        check_at_least_one(dim=dim, block_size=block_size, halo_size=halo_size, dim_head=dim_head, heads=heads)
+        self.dim, self.heads, self.scale = dim, heads, dim_head**-0.5
+        self.block_size, self.halo_size = block_size, halo_size
+        self.rel_pos_emb = _Positions(("rel_height", "rel_width"), block_size + 2 * halo_size, dim_head, self.scale)
+        self.to_q = nn.Linear(dim, dim_head * heads, bias=False)
+        self.to_kv = nn.Linear(dim, dim_head * heads * 2, bias=False)
+        self.to_out = nn.Linear(dim_head * heads, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_maps(x, self.dim, self.block_size)
+        by_position = x.movedim(1, -1)
+        q = self.to_q(by_position) * self.scale
+        k, v = self.to_kv(by_position).chunk(2, -1)
+        q, k, v = (_heads_first(t, self.heads) for t in (q, k, v))
+        o = _attend(q, k, v, self.rel_pos_emb.tables(), self.block_size, self.halo_size, masked=True)
+        return self.to_out(o).movedim(-1, 1)
+
+
+class HaloAttn(nn.Module):
+    """HaloNet's attention on maps, with the parameters of timm's layer; positions beyond the map are zeros, as there.
+
+    It takes x [B, dim, H, W], H and W multiples of block_size, and returns o [B, dim_out, H, W].
+
+    Args:
+        dim: The channels of x.
+        dim_out: Those of o; None: dim.
+        num_heads: The heads, a divisor of dim_out.
+        dim_head: The features of keys and queries of a head; None: dim_out / num_heads.
+        block_size: b.
+        halo_size: How many positions a window is larger than its block on each side.
+        qkv_bias: Whether queries, keys and values have biases.
+        scale_pos_embed: Whether the terms of the positions are scaled as the products with the keys are.
+
+    Raises:
+        TypeError, ValueError: A size is no integer of at least 1, or dim_out no multiple of num_heads; in forward, x is
+            none of these maps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int | None = None,
+        num_heads: int = 8,
+        dim_head: int | None = None,
+        block_size: int = 8,
+        halo_size: int = 3,
+        qkv_bias: bool = False,
+        scale_pos_embed: bool = False,
+    ):
+        super().__init__()
+        dim_out = dim if dim_out is None else dim_out
+        check_at_least_one(dim=dim, dim_out=dim_out, num_heads=num_heads, block_size=block_size, halo_size=halo_size)
+        if dim_out % num_heads:
+            raise ValueError(f"dim_out: got {dim_out}, expected a multiple of num_heads = {num_heads}")
+        dim_head = dim_out // num_heads if dim_head is None else dim_head
+        check_at_least_one(dim_head=dim_head)
+        self.dim, self.num_heads, self.scale = dim, num_heads, dim_head**-0.5
+        self.block_size, self.halo_size, self.scale_pos_embed = block_size, halo_size, scale_pos_embed
+        self.keys = num_heads * dim_head
+        self.q = nn.Conv2d(dim, self.keys, 1, bias=qkv_bias)
+        self.kv = nn.Conv2d(dim, self.keys + dim_out, 1, bias=qkv_bias)
+        self.pos_embed = _Positions(("height_rel", "width_rel"), block_size + 2 * halo_size, dim_head, self.scale)
+        for weight in (self.q.weight, self.kv.weight):
+            nn.init.trunc_normal_(weight, std=dim**-0.5)
+        for table in self.pos_embed.parameters():
+            nn.init.trunc_normal_(table, std=self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_maps(x, self.dim, self.block_size)
+        q = self.q(x).movedim(1, -1)
+        # As published, each head has its keys and its values side by side.
+        kv = self.kv(x).movedim(1, -1).unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
+        k, v = kv.split((self.keys // self.num_heads, kv.shape[-1] - self.keys // self.num_heads), -1)
+        tables = self.pos_embed.tables()
+        if not self.scale_pos_embed:
+            tables = tuple(t / self.scale for t in tables)
+        q = _heads_first(q * self.scale, self.num_heads)
+        return _attend(q, k, v, tables, self.block_size, self.halo_size, masked=False).movedim(-1, 1)
+
+
+class _Positions(nn.Module):
+    """The two tables of relative positions [2 window - 1, d], by rows and by columns, under their published names."""
+
+    def __init__(self, names: tuple[str, str], window: int, features: int, scale: float):
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(2 * window - 1, features) * scale))
+
+    def tables(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.names)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], block: int, halo: int, masked: bool) -> Tensor:
+    """o [B, H, W, heads * v] of q, k and v [B, heads, H, W, features], q scaled."""
+    (b, heads, h, w, _), window = q.shape, block + 2 * halo
+    sizes = b, heads, h // block, w // block, block, block
+    q = q.unflatten(3, (-1, block)).unflatten(2, (-1, block)).transpose(3, 4)  # [B, heads, rows, columns, b, b, d]
+    difference = torch.arange(window, device=q.device) - torch.arange(block, device=q.device).unsqueeze(1) + window - 1
+    by_row, by_column = (table[difference] for table in tables)  # [b, window, d]
+    rows, columns = torch.einsum("...yxd,yjd->...yxj", q, by_row), torch.einsum("...yxd,xjd->...yxj", q, by_column)
+    if masked:
+        lowest = torch.finfo(q.dtype).min / 4  # twice of it is still a number
+        rows = rows.masked_fill(_outside(h, block, halo, q.device).view(1, 1, -1, 1, 1, 1, window), lowest)
+        columns = columns.masked_fill(_outside(w, block, halo, q.device).view(1, 1, 1, -1, 1, 1, window), lowest)
+    q = torch.cat((q, rows, columns), -1).flatten(4, 5)
+    k, v = (_windows(t, block, halo) for t in (k, v))
+    one_hot = torch.eye(window, dtype=k.dtype, device=k.device)
+    places = torch.cat((one_hot.repeat_interleave(window, 0), one_hot.repeat(window, 1)), 1)
+    k = torch.cat((k, places.expand(*k.shape[:-1], -1)), -1)
+    # Each block of each head is a sample: four axes, which PyTorch's kernels ask for.
+    q, k, v = (t.flatten(0, 3).unsqueeze(1) for t in (q, k, v))
+    o = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+    o = o.view(*sizes, -1).transpose(3, 4)  # [B, heads, rows, b, columns, b, v]
+    return o.permute(0, 2, 3, 4, 5, 1, 6).reshape(b, h, w, -1)
+
+
+def _windows(t: Tensor, block: int, halo: int) -> Tensor:
+    """[B, heads, rows, columns, window^2, d] of t [B, heads, H, W, d], zeros around it."""
+    padded = nn.functional.pad(t, (0, 0, halo, halo, halo, halo))
+    window = block + 2 * halo
+    return padded.unfold(2, window, block).unfold(3, window, block).movedim(4, -1).flatten(4, 5)
+
+
+def _outside(length: int, block: int, halo: int, device: torch.device) -> Tensor:
+    """Whether a place of the window of each block along an axis is beyond the map, [blocks, window]."""
+    starts = torch.arange(0, length, block, device=device).unsqueeze(1) - halo
+    places = starts + torch.arange(block + 2 * halo, device=device)
+    return (places < 0) | (places >= length)
+
+
+def _heads_first(t: Tensor, heads: int) -> Tensor:
+    """[B, heads, H, W, d] of t [B, H, W, heads * d]."""
+    return t.unflatten(-1, (heads, -1)).movedim(-2, 1)
+
+
+def _check_maps(x: Tensor, channels: int, block: int) -> None:
+    check_tensor("x", x)
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
+    if x.shape[2] % block or x.shape[3] % block or not x.numel():
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected H and W multiples of block_size = {block}, not 0")

@@ -1,0 +1,108 @@
+"""CATT and CaaM's pair of attentions: the formulas written out, the published keys, and what the dictionary costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import EXACT
+from conftest import DEVICES
+from torch.utils.flop_counter import FlopCounterMode
+
+from aia_kernels import CausalAttention, ComplementAttention, testing
+
+B, N, L, DIM, HEADS, SLOTS = 2, 5, 7, 6, 2, 9
+
+
+def weighted(q, k, v, sign=1.0, shown=None):
+    """Attention of each head, written out."""
+    heads = []
+    for qh, kh, vh in zip(*(t.chunk(HEADS, -1) for t in (q, k, v)), strict=True):
+        logits = sign * qh @ kh.mT / (DIM // HEADS) ** 0.5
+        if shown is not None:
+            logits = logits.masked_fill(~shown.unsqueeze(1), -torch.inf)
+        weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        heads.append(weights @ vh)
+    return torch.cat(heads, -1)
+
+
+def assert_same(found, expected, inputs):
+    torch.testing.assert_close(found, expected, **EXACT)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), **EXACT)
+
+
+def tensors(device, *lengths):
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(B, n, DIM, generator=generator, dtype=torch.float64) for n in lengths)
+    return [t.to(device).requires_grad_() for t in made]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_catt(masked, device):
+    module = testing.randomise(CausalAttention(DIM, HEADS, SLOTS)).double().to(device)
+    h, context = tensors(device, N, L)
+    mask = torch.arange(L, device=device) > torch.tensor([[4], [6]], device=device) if masked else None
+    att = module.att
+    q, k, v = att["query"](h), att["key"](context), att["value"](context)
+    inside = weighted(q, k, v, shown=None if mask is None else ~mask)
+    across = weighted(q, *(att[name](module.M).expand(B, -1, -1) for name in ("key", "value")))
+    expected = module.fc(torch.cat((inside, across), -1))
+    assert_same(module(h, context, mask), expected, (h, context, *module.parameters()))
+
+
+def test_catt_looks_at_itself_and_has_published_keys():
+    module = testing.randomise(CausalAttention(DIM, HEADS, SLOTS)).double()
+    (h,) = tensors("cpu", N)
+    torch.testing.assert_close(module(h), module(h, h), rtol=0, atol=0)
+    keys = {f"att.{name}.{p}" for name in ("query", "key", "value") for p in ("weight", "bias")}
+    assert module.state_dict().keys() == keys | {"M", "fc.weight", "fc.bias"}
+    fresh = CausalAttention(DIM, HEADS)
+    assert fresh.M.shape == (1, 500, DIM) and fresh.M.min() >= 0 and fresh.M.max() <= 0.01
+
+
+def test_the_dictionary_is_projected_once_for_the_batch():
+    module = CausalAttention(DIM, HEADS, 1000)
+    counted = []
+    for samples in (1, 2):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(torch.randn(samples, 1, DIM))
+        counted.append(counter.get_total_flops())
+    of_dictionary = 2 * 2 * 1000 * DIM * DIM
+    assert counted[1] - counted[0] < counted[0] - of_dictionary + 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_caam(bias, device):
+    module = testing.randomise(ComplementAttention(DIM, HEADS, qkv_bias=bias)).double().to(device)
+    (x,) = tensors(device, N)
+    q, k, v = module.qkv(x).chunk(3, -1)
+    expected = [module.proj(weighted(q, k, v, sign)) for sign in (1.0, -1.0)]
+    assert_same(torch.stack(module(x)), torch.stack(expected), (x, *module.parameters()))
+    assert module.state_dict().keys() - {"qkv.bias"} == {"qkv.weight", "proj.weight", "proj.bias"}
+
+
+def test_dropout_in_training_alone():
+    module, (h,) = CausalAttention(DIM, HEADS, SLOTS, dropout=0.5).double(), tensors("cpu", N)
+    assert not torch.equal(module(h), module(h))
+    module.eval()
+    assert torch.equal(module(h), module(h))
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: CausalAttention(6, 4), ValueError, "dim: got 6, expected a multiple of the 4 heads"),
+        (lambda: CausalAttention(6, 2, 0), ValueError, "slots: got 0"),
+        (lambda: CausalAttention(6, 2)(torch.randn(2, 6)), ValueError, r"h: got shape \(2, 6\)"),
+        (lambda: CausalAttention(6, 2)(torch.randn(2, 3, 5)), ValueError, r"h: got shape \(2, 3, 5\)"),
+        (lambda: CausalAttention(6, 2)(*torch.randn(2, 2, 3, 6), torch.ones(2, 3)), TypeError, "mask: got torch.float"),
+        (lambda: CausalAttention(6, 2)(*torch.randn(2, 2, 3, 6), torch.ones(2, 2).bool()), ValueError, "mask: got sh"),
+        (lambda: ComplementAttention(6, 4), ValueError, "dim: got 6"),
+        (lambda: ComplementAttention(6, 2)(torch.randn(2, 6)), ValueError, r"x: got shape \(2, 6\)"),
+    ],
+)
+def test_bad_input(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

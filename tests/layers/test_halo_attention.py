@@ -1,0 +1,116 @@
+"""HaloNet's attention in both published layouts of parameters: the formula, query by query."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import EXACT
+from conftest import DEVICES
+
+from aia_kernels import HaloAttention, HaloAttn, testing
+
+DIM, BLOCK, HALO, HEADS, D = 6, 3, 2, 2, 4
+WINDOW = BLOCK + 2 * HALO
+LAYERS = {
+    "halonet-pytorch": lambda: HaloAttention(dim=DIM, block_size=BLOCK, halo_size=HALO, dim_head=D, heads=HEADS),
+    "timm": lambda: HaloAttn(DIM, 8, HEADS, 3, BLOCK, HALO, qkv_bias=True),
+    "timm, scaled": lambda: HaloAttn(DIM, 8, HEADS, None, BLOCK, HALO, scale_pos_embed=True),
+}
+
+
+def parts(module, x):
+    """Queries, keys and values [H, W, heads, d] of one sample, in each layout; the tables and the scale of their terms;
+    whether padding is left out; and what follows."""
+    maps = x.movedim(0, -1)
+    if isinstance(module, HaloAttention):
+        q, kv = module.to_q(maps), module.to_kv(maps)
+        k, v = kv[..., : HEADS * D], kv[..., HEADS * D :]
+        tables = module.rel_pos_emb.rel_height, module.rel_pos_emb.rel_width
+        return *(t.unflatten(-1, (HEADS, -1)) for t in (q, k, v)), tables, D**-0.5, True, module.to_out
+    q, kv = module.q(x.unsqueeze(0))[0].movedim(0, -1), module.kv(x.unsqueeze(0))[0].movedim(0, -1)
+    q, kv = q.unflatten(-1, (HEADS, -1)), kv.unflatten(-1, (HEADS, -1))
+    d = q.shape[-1]
+    tables = module.pos_embed.height_rel, module.pos_embed.width_rel
+    return q, kv[..., :d], kv[..., d:], tables, d**-0.5 if module.scale_pos_embed else 1.0, False, lambda o: o
+
+
+def by_query(module, x):
+    ys = []
+    for sample in x:
+        q, k, v, (by_row, by_column), of_terms, masked, after = parts(module, sample)
+        h, w, d = *q.shape[:2], q.shape[-1]
+        o = sample.new_zeros(h, w, HEADS, v.shape[-1])
+        for row in range(h):
+            for column in range(w):
+                top, left = row // BLOCK * BLOCK - HALO, column // BLOCK * BLOCK - HALO
+                for head in range(HEADS):
+                    query, logits, values = q[row, column, head], [], []
+                    for i in range(WINDOW):
+                        for j in range(WINDOW):
+                            r, c = top + i, left + j
+                            inside = 0 <= r < h and 0 <= c < w
+                            if masked and not inside:
+                                continue
+                            key = k[r, c, head] if inside else torch.zeros_like(query)
+                            terms = by_row[i - row % BLOCK + WINDOW - 1] + by_column[j - column % BLOCK + WINDOW - 1]
+                            logits.append(query @ key * d**-0.5 + query @ terms * of_terms)
+                            values.append(v[r, c, head] if inside else torch.zeros_like(v[0, 0, 0]))
+                    o[row, column, head] = torch.stack(logits).softmax(0) @ torch.stack(values)
+        ys.append(after(o.flatten(2)).movedim(-1, 0))
+    return torch.stack(ys)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_is_the_formula(name, device):
+    module = testing.randomise(LAYERS[name]()).double().to(device)
+    x = torch.randn(2, DIM, 6, 3, dtype=torch.float64, device=device, requires_grad=True)
+    found, expected = module(x), by_query(module, x)
+    torch.testing.assert_close(found, expected, **EXACT)
+    grad = torch.randn_like(expected)
+    inputs = x, *module.parameters()
+    torch.testing.assert_close(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), **EXACT)
+
+
+def test_published_keys():
+    module = LAYERS["halonet-pytorch"]()
+    assert {key: tuple(p.shape) for key, p in module.state_dict().items()} == {
+        "rel_pos_emb.rel_height": (2 * WINDOW - 1, D),
+        "rel_pos_emb.rel_width": (2 * WINDOW - 1, D),
+        "to_q.weight": (HEADS * D, DIM),
+        "to_kv.weight": (2 * HEADS * D, DIM),
+        "to_out.weight": (DIM, HEADS * D),
+        "to_out.bias": (DIM,),
+    }
+    assert {key: tuple(p.shape) for key, p in LAYERS["timm, scaled"]().state_dict().items()} == {
+        "q.weight": (8, DIM, 1, 1),
+        "kv.weight": (16, DIM, 1, 1),
+        "pos_embed.height_rel": (2 * WINDOW - 1, 4),
+        "pos_embed.width_rel": (2 * WINDOW - 1, 4),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_leaves_padding_out(dtype):
+    """Its term is the lowest number: it must not become infinite, and its weight must be 0."""
+    module = testing.randomise(LAYERS["halonet-pytorch"]())
+    x = torch.randn(1, DIM, 3, 3)
+    expected = module(x)
+    found = module.to(dtype)(x.to(dtype))
+    # Logits of order ten, rounded to the type, are off by ten roundings; o is a mean of values of order one to four.
+    assert (found.float() - expected).abs().max() <= 64 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: LAYERS["timm"]()(torch.randn(1, DIM, 4, 3)), "multiples of block_size = 3"),
+        (lambda: LAYERS["timm"]()(torch.randn(1, 5, 3, 3)), r"x: got shape \(1, 5, 3, 3\), expected \[B, 6, H, W\]"),
+        (lambda: LAYERS["halonet-pytorch"]()(torch.randn(6, 3, 3)), r"x: got shape \(6, 3, 3\)"),
+        (lambda: HaloAttn(8, 9, 2), "dim_out: got 9"),
+        (lambda: HaloAttention(dim=8, block_size=2, halo_size=0), "halo_size: got 0"),
+    ],
+)
+def test_bad_input(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
