@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import EXACT
+from conftest import some_of
 from fuse_steps import assert_same_steps, build, inputs_of
 from torch import nn
 
@@ -75,7 +76,7 @@ def test_memories_of_samples(group, passes_called):
     assert passes_called
 
 
-@pytest.mark.parametrize(
+@some_of(
     "kind",
     [
         fuse_cases.NormOfGroups,
@@ -86,7 +87,8 @@ def test_memories_of_samples(group, passes_called):
         fuse_wordings.WrittenOut,
         fuse_wordings.SquareMaps,
     ],
-    ids=lambda kind: kind.__name__,
+    fuse_cases.NormOfGroups,
+    fuse_cases.MemoriesFromData,
 )
 def test_fused(kind, passes_called):
     model = build(kind)
