@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
+from sass_lines import code
+
 from benchmarks.offline import sass
 from benchmarks.offline.machine_code import occupancy, split_name
-
-
-def code(*lines: str) -> list[sass.Instruction]:
-    """Instructions 16 bytes apart; a line is "@P0 NAME operands" or "NAME operands"."""
-    found = []
-    for k, line in enumerate(lines):
-        predicate, _, rest = line.partition(" ") if line.startswith("@") else (None, "", line)
-        opcode, _, text = rest.partition(" ")
-        found.append(sass.Instruction(16 * k, predicate.removeprefix("@") if predicate else None, opcode, text))
-    return found
 
 
 def hot(*lines: str) -> sass.HotPath:

@@ -1,0 +1,88 @@
+// A CUDA runtime that runs nothing and tells its caller of every launch, and the passes of csrc/cuda behind C
+// functions: by these the kernels that a shape takes, their grids and their parameters are had without a GPU
+// (launches.py).
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "../../csrc/cuda/passes.h"
+
+namespace {
+
+using Told = void (*)(const char* kernel, unsigned blocks, unsigned threads, unsigned shared_bytes, void** arguments);
+
+Told told;
+// Filled while the library is loaded, in whatever order its parts are.
+std::map<const void*, std::string>& kernels() {
+  static std::map<const void*, std::string> names;
+  return names;
+}
+
+void* buffer(int number) { return reinterpret_cast<void*>(static_cast<uintptr_t>(number) << 40); }
+
+}  // namespace
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void*) { return nullptr; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, void*, void*, void*, void*,
+                            int*) {
+  kernels()[function] = name;
+}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t) { return 0; }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaSuccess; }
+cudaError_t __cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaSuccess; }
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t bytes,
+                             cudaStream_t) {
+  told(kernels().at(function).c_str(), grid.x, block.x, static_cast<unsigned>(bytes), arguments);
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t bytes,
+                                        cudaStream_t) {
+  return cudaLaunchKernel(function, grid, block, arguments, bytes, nullptr);
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return ""; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : attribute == cudaDevAttrL2CacheSize ? 50 << 20 : 0;
+  return cudaSuccess;
+}
+
+// Buffers: 1 and 2 are x-sized inputs, 3 an x-sized output; 4 and more are maps.
+int launches_of(const char* pass, const int64_t* sizes, int order, int scalar, int context, int gate_context,
+                int index_bytes, int inner_bytes, Told tell) {
+  using namespace aia;
+  using namespace aia::cuda;
+  told = tell;
+  const std::string name = pass;
+  const Shape shape{sizes[0],
+                    static_cast<int>(sizes[1]),
+                    static_cast<int>(sizes[2]),
+                    static_cast<int>(sizes[3]),
+                    static_cast<int>(sizes[4]),
+                    static_cast<Order>(order),
+                    static_cast<Scalar>(scalar)};
+  const Gate gate{buffer(4), context}, inner_gate{gate_context ? buffer(5) : nullptr, gate_context};
+  const Unpooled outer{buffer(6), buffer(7), index_bytes, context};
+  const Unpooled inner{buffer(8), buffer(9), inner_bytes, gate_context};
+  if (name == "pool")
+    return cuda::pool(shape, buffer(1), context, inner_gate, buffer(6), buffer(7), index_bytes, nullptr);
+  if (name == "recalibrate") return cuda::recalibrate(shape, buffer(1), gate, buffer(3), nullptr);
+  if (name == "recalibrate_reduce")
+    return cuda::recalibrate_reduce(shape, buffer(1), buffer(2), context, buffer(4), nullptr);
+  if (name == "unpool_reduce") return cuda::unpool_reduce(shape, buffer(1), outer, gate_context, buffer(5), nullptr);
+  if (name == "unpool") return cuda::unpool(shape, buffer(1), gate, outer, inner_gate, inner, buffer(3), nullptr);
+  return -1;
+}
+}
