@@ -97,6 +97,34 @@ VECTORS = {
     "row beyond a tile, vectors": Case((1, 1, 2, 2, 2300), "CTHW"),
 }
 
+#: For the walk of unpool over T in CUDA: vectors of four, two and one, of several channels or of one, with indices of
+#: one byte and of two; fewer frames than are on their way, as many, and more; the planes of a ResNet's stages.
+FRAMES = {
+    "fours": Case((2, 3, 4, 3, 8)),
+    "fours bf16, many frames": Case((1, 11, 4, 3, 8), "TCHW", torch.bfloat16),
+    "fours CTHW fp16": Case((1, 3, 8, 2, 4), "CTHW", torch.float16),
+    "fours, 16-bit indices": Case((1, 2, 300, 1, 4)),
+    "fours CTHW bf16, 16-bit indices": Case((1, 5, 300, 1, 4), "CTHW", torch.bfloat16),
+    "twos": Case((2, 9, 300, 1, 6)),
+    "twos bf16": Case((1, 3, 300, 2, 2), "TCHW", torch.bfloat16),
+    "twos CTHW bf16": Case((2, 2, 300, 2, 2), "CTHW", torch.bfloat16),
+    "ones": Case((1, 10, 300, 1, 3)),
+    "ones bf16": Case((2, 2, 300, 1, 3), "TCHW", torch.bfloat16),
+    "ones CTHW": Case((2, 2, 300, 1, 3), "CTHW"),
+    "channels": Case((2, 9, 256, 1, 2), "THWC"),
+    "channels bf16": Case((1, 5, 256, 2, 1), "THWC", torch.bfloat16),
+    "channels, 16-bit indices": Case((1, 2, 512, 1, 2), "THWC"),
+    "channels bf16, 16-bit indices": Case((1, 2, 512, 1, 2), "THWC", torch.bfloat16),
+    "few channels": Case((2, 2, 12, 2, 3), "THWC"),
+    "few channels bf16": Case((2, 2, 12, 2, 3), "THWC", torch.bfloat16),
+    "fp64": Case((1, 9, 4, 3, 4), "TCHW", torch.float64),
+    "an axis of 16-bit indices": Case((1, 2, 4, 1, 300)),
+    "56x56 bf16": Case((1, 2, 4, 56, 56), "TCHW", torch.bfloat16),
+    "28x28": Case((1, 2, 4, 28, 28)),
+    "14x14 bf16": Case((1, 8, 4, 14, 14), "TCHW", torch.bfloat16),
+    "7x7 bf16": Case((1, 8, 8, 7, 7), "TCHW", torch.bfloat16),
+}
+
 #: Axes whose maxima have an index of two bytes or four, and where the vectors of CUDA matter. Longer than they need be
 #: for all else.
 WIDE_INDICES = {

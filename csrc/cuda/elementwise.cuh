@@ -44,18 +44,24 @@ __global__ void __launch_bounds__(kElementThreads, 1)
   }
 }
 
-// Queues an operation; kVectors for vectors of 16 bytes.
+// Queues an operation in elements.
+template <class T, class Op>
+int element_by_element(const Shape& shape, const void* x, void* y, const Op& op, void* stream) {
+  const Volume<Accumulate<T>> v(shape);
+  const int64_t blocks = shape.B * ceil_div(v.size(), kElementThreads * 4);
+  return launch(elementwise_kernel<T, 1, 4, Op>, blocks, kElementThreads, stream, v, static_cast<const T*>(x),
+                static_cast<T*>(y), op);
+}
+
+// Queues an operation, in vectors where it can; kVectors for vectors of 16 bytes.
 template <class T, int kVectors, class Op>
 int elementwise(const Shape& shape, const void* x, void* y, const Op& op, void* stream) {
   constexpr int kWide = 16 / sizeof(T);
   const Volume<Accumulate<T>> v(shape);
-  const auto run = [&](auto kernel, const Volume<Accumulate<T>>& volume, int elements) {
-    const int64_t blocks = shape.B * ceil_div(v.size(), kElementThreads * elements);
-    return launch(kernel, blocks, kElementThreads, stream, volume, static_cast<const T*>(x), static_cast<T*>(y), op);
-  };
-  if (are_aligned({x, y}) && v.size() % kWide == 0)
-    return run(elementwise_kernel<T, kWide, kVectors, Op>, v.with_vectors(op.aligned()), kWide * kVectors);
-  return run(elementwise_kernel<T, 1, 4, Op>, v, 4);
+  if (!are_aligned({x, y}) || v.size() % kWide != 0) return element_by_element<T>(shape, x, y, op, stream);
+  const int64_t blocks = shape.B * ceil_div(v.size(), kElementThreads * kWide * kVectors);
+  return launch(elementwise_kernel<T, kWide, kVectors, Op>, blocks, kElementThreads, stream,
+                v.with_vectors(op.aligned()), static_cast<const T*>(x), static_cast<T*>(y), op);
 }
 
 }  // namespace aia::cuda

@@ -31,6 +31,30 @@ __device__ __forceinline__ T shuffle_xor(T value, int bits) {
   return __shfl_xor_sync(0xffffffffu, value, bits);
 }
 
+// The same number, or address in global memory, of which the compiler does not know where it comes from.
+__device__ __forceinline__ void opaque(int& number) { asm("" : "+r"(number)); }
+template <class T>
+__device__ __forceinline__ void opaque(T*& address) {
+  asm("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+}
+
+// Copies so many bytes, 4, 8 or 16, from global to shared memory while the thread goes on. It sees them once it has
+// waited for all but the last kLater of its groups; end_of_copies() ends a group, which may be empty.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes) : "memory");
+}
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLater>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
 // Waits for all blocks of a launch_together; what they wrote to global memory before is then visible to all.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 

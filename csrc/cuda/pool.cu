@@ -1,10 +1,8 @@
-// pool and its transposes (aia_kernels/schemas.py has the equations).
+// pool and unpool_reduce (aia_kernels/schemas.py has the equations).
 //
 //   pool           reads 1 |X|   maximum, its first index, and mean of x * G over the axes of a context
 //   unpool_reduce  reads 1 |X|   sum of x * U over the axes of a context, over its number of maps
-//   unpool         reads 1 |X|, writes 1 |X|   grad_y * G + G_inner * U + U_inner
 #include "../common/max_first.h"
-#include "elementwise.cuh"
 #include "reduce.cuh"
 
 namespace aia::cuda {
@@ -61,24 +59,6 @@ struct PoolOp {
   }
 };
 
-template <class A>
-struct UnpoolOp {
-  GateField<A> gate;
-  UnpooledField<A> outer;
-  GateField<A> inner_gate;
-  UnpooledField<A> inner;
-
-  bool aligned() const { return gate.aligned() && outer.aligned() && inner_gate.aligned() && inner.aligned(); }
-
-  template <int V>
-  __device__ __forceinline__ void apply(const Volume<A>& v, int64_t clip, const Position& p, Vector<A, V>& grad) const {
-    const auto g = spread<V>(gate, v, clip, p), inside = spread<V>(inner_gate, v, clip, p);
-    const auto u = spread<V>(outer, v, clip, p), inner_u = spread<V>(inner, v, clip, p);
-#pragma unroll
-    for (int k = 0; k < V; ++k) grad.at[k] = grad.at[k] * g.at[k] + inside.at[k] * u.at[k] + inner_u.at[k];
-  }
-};
-
 }  // namespace
 
 int pool(const Shape& shape, const void* x, int context, Gate gate, void* pooled, void* argmax, int index_bytes,
@@ -98,17 +78,6 @@ int unpool_reduce(const Shape& shape, const void* x, Unpooled unpooled, int gate
     using A = Accumulate<T>;
     const SumOp<A, UnpooledField<A>> op(UnpooledField<A>(unpooled), gate_context, grad_gate);
     return reduce(shape, Plain<T>{static_cast<const T*>(x)}, gate_context, op, stream);
-  });
-}
-
-int unpool(const Shape& shape, const void* grad_y, Gate gate, Unpooled outer, Gate inner_gate, Unpooled inner,
-           void* grad_x, void* stream) {
-  return with_scalar(shape.scalar, [&](auto type) {
-    using T = decltype(type);
-    using A = Accumulate<T>;
-    const UnpoolOp<A> op{GateField<A>(gate), UnpooledField<A>(outer), GateField<A>(inner_gate),
-                         UnpooledField<A>(inner)};
-    return elementwise<T, 2>(shape, grad_y, grad_x, op, stream);
   });
 }
 

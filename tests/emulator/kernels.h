@@ -21,6 +21,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -213,10 +214,13 @@ inline void Block::start(Fiber& fiber) {
   makecontext(&fiber.context, enter, 0);
 }
 
+void forget_copies(const Block* block);
+
 inline void Block::start(int index, int rank, Scope together, int threads, size_t dynamic_bytes,
                          const std::function<void()>& kernel) {
   kernel_ = &kernel;
   index_ = index, rank_ = rank, threads_ = threads;
+  forget_copies(this);
   together_ = together;
   dynamic_bytes_ = dynamic_bytes;
   shared_.clear();
@@ -288,7 +292,48 @@ inline void run_together(Scope scope, int64_t first, int count, int threads, siz
 
 }  // namespace aia::emulator
 
+namespace aia::emulator {
+
+// Copies that a thread has asked for, by group, the last one still open. They are made as late as can be: when it
+// waits.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+inline std::map<std::pair<const Block*, int>, std::vector<std::vector<Copy>>> copies;
+
+inline void forget_copies(const Block* block) {
+  std::erase_if(copies, [&](const auto& of_thread) { return of_thread.first.first == block; });
+}
+
+inline std::vector<std::vector<Copy>>& copies_of_thread() {
+  auto& groups = copies[{running, threadIdx.x}];
+  if (groups.empty()) groups.emplace_back();
+  return groups;
+}
+
+}  // namespace aia::emulator
+
 namespace aia::cuda {
+
+inline void opaque(int&) {}
+template <class T>
+void opaque(T*&) {}
+
+template <int kBytes>
+void copy_async(void* to, const void* from) {
+  emulator::copies_of_thread().back().push_back({to, from, kBytes});
+}
+inline void end_of_copies() { emulator::copies_of_thread().emplace_back(); }
+template <int kLater>
+void wait_for_copies() {
+  auto& groups = emulator::copies_of_thread();
+  while (groups.size() > kLater + 1) {
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
 
 inline void grid_barrier(const std::source_location& where = std::source_location::current()) {
   emulator::running->barrier(where, emulator::Scope::kGrid);

@@ -42,7 +42,7 @@ STORING = (
     "temporal_shift_kernel",
 )
 SINGLE = re.compile(
-    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel)|"
+    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel|unpool_kernel)|"
     r"reduce_columnsILi1E\S*Join"
 )
 

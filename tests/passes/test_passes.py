@@ -5,12 +5,13 @@ from __future__ import annotations
 import pass_cases
 import pytest
 import torch
-from pass_backends import BACKENDS, CPU, each, on, passes_of
+from pass_backends import BACKENDS, CPU, CUDA, each, on, passes_of
 from pass_cases import (
     CASES,
     EVERY,
     EVERY_GATE,
     FEWER,
+    FRAMES,
     GATE_ROUNDINGS,
     OTHERS,
     SPECIAL,
@@ -157,6 +158,18 @@ def test_unpool(passes, plain, case, unit):
 @each(*FEWER, sweep=(*OTHERS, *WIDE))  # in every run they are of test_unpool alone
 @pytest.mark.parametrize("unit", ["C", "ST", "STinC2"])
 def test_unpool_of_other_units(passes, plain, case, unit):
+    unpool_agrees(passes, plain, activation(case), *UNPOOLED[unit])
+
+
+@each((CUDA, FRAMES))
+@pytest.mark.parametrize("unit", ["CinST", "STinC"])
+def test_unpool_walks_over_frames(passes, plain, case, unit):
+    unpool_agrees(passes, plain, activation(case), *UNPOOLED[unit])
+
+
+@each(sweep=((CUDA, FRAMES),))
+@pytest.mark.parametrize("unit", ["C", "ST", "STinC2"])
+def test_unpool_walks_over_frames_of_other_units(passes, plain, case, unit):
     unpool_agrees(passes, plain, activation(case), *UNPOOLED[unit])
 
 
