@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw their rows with ma
 from benchmarks import clip, registry
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo import attention_in_attention as gates
+from benchmarks.demo import cbam as maps
 from benchmarks.demo import external_attention as slots
 from benchmarks.demo import table as demo_table
 from benchmarks.published import attention_in_attention as published
@@ -53,7 +54,7 @@ class TestDemo:
         pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
         seen = []
         monkeypatch.setattr(demo.network, "report", lambda images, **settings: seen.append(images) or right)
-        for family in (gates, slots):
+        for family in (gates, maps, slots):
             monkeypatch.setattr(family, "rows", lambda stages: [])
         status = demo.main(["--output", str(tmp_path / "demo.png"), "--clips", "2"])
         assert status == (0 if right else 1)
@@ -68,13 +69,15 @@ class TestDemo:
         with pytest.raises(clip.VideoError, match="has 66 frames; at least 67 are needed"):
             clip.decode(clip.CLIP, least=67)
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", [*FAMILIES, "cbam"])
     def test_a_row_of_the_table(self, family):
         stages = {
             name: torch.randn(8, *sizes, generator=torch.Generator().manual_seed(0)) for name, sizes in STAGES.items()
         }
         if family == "external_attention":
             row = slots.rows(stages)[1]
+        elif family == "cbam":
+            row = maps.rows({"32x6x4": torch.randn(8, 32, 6, 4, generator=torch.Generator().manual_seed(0))})[0]
         else:
             x = UnitCase("ST", "5x6x4", 1, "fp32", "contiguous", (5, 6, 4)).make_input()
             row = gates.rows({"5x6x4": x})[list(published.UNITS).index("ST")]
