@@ -162,6 +162,34 @@ def every_synchronized_block(rank: int, backend: str) -> None:
         synchronized_block(rank, backend, 3, compiled=True)
 
 
+def synchronized_gates(rank: int, backend: str, split: int = 3, compiled: bool = False) -> None:
+    """CBAM, whose spatial gate shares the statistics of its batch."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(5, 6, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    module = randomise(aia_kernels.CBAM(6, 2)).double()
+    expected = testing.run(module, x, grad, "reference")
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    own = slice(0, split) if rank == 0 else slice(split, None)
+    leaf = x[own].clone().requires_grad_()
+    with backends.use_backend(backend):
+        call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+        y = call(leaf)
+        y.backward(grad[own])
+    told = f"rank {rank}, {split} samples on rank 0"
+    assert_agree({"y": y.detach(), "grad x": leaf.grad}, {k: expected[k][own] for k in ("y", "grad x")}, told)
+    for p in module.parameters():
+        dist.all_reduce(p.grad)
+    found = {f"grad {key}": p.grad for key, p in module.named_parameters()}
+    assert_agree(found | {key: b for key, b in module.named_buffers() if b.is_floating_point()}, expected, told)
+
+
+def every_synchronized_gate(rank: int, backend: str) -> None:
+    for split in (3, 1):
+        synchronized_gates(rank, backend, split)
+    if backend != "reference":
+        synchronized_gates(rank, backend, 3, compiled=True)
+
+
 def refuses_an_empty_shard(rank: int, backend: str) -> None:
     with pytest.raises(ValueError, match="a token on every member of process_group"):
         functional.double_normalize(torch.randn(2, 0, 4), process_group=dist.group.WORLD)
@@ -205,6 +233,7 @@ def sharded_memory(rank: int, backend: str) -> None:
 
 WORK = {
     "attention_in_attention": (every_synchronized_case, data_parallel, refuses_an_empty_batch),
+    "cbam": (every_synchronized_gate,),
     "external_attention": (every_sharded_case, every_synchronized_block, refuses_an_empty_shard),
     "linear_attention": (sharded_memory,),
 }
