@@ -27,6 +27,7 @@ from . import measure, plot, progress, records
 from .providers import build, on_backend
 from .registry import MODES, Case
 from .registry.attention_in_attention import UnitCase
+from .registry.cbam import STAGES, GatesCase
 from .registry.external_attention import LayerCase
 
 COLUMNS = [
@@ -63,6 +64,9 @@ HEADS = (
 CLIPS = ((1, 1, 7, 7), (1, 8, 7, 7), (8, 8, 7, 7), (1, 8, 14, 14), (8, 8, 14, 14), (1, 8, 28, 28), (8, 4, 28, 28))
 CLIPS += ((1, 8, 56, 56), (8, 8, 56, 56), (1, 8, 112, 112), (8, 1, 28, 28))
 CHANNELS = (8, 64, 256, 512, 2048)
+#: Batches and maps of CBAM beside the stages of ResNet-50: channels, height, width.
+BATCHES = (1, 8, 32)
+FEATURES = (*STAGES.values(), (16, 4, 4), (64, 8, 8), (64, 14, 14), (256, 7, 7), (64, 112, 112))
 
 
 class Cell(NamedTuple):
@@ -88,6 +92,10 @@ def cells() -> Iterator[Cell]:
         case = UnitCase(unit, "", b, "fp32", "contiguous", (c, h, w), t)
         if case.x_bytes <= MOST_BYTES:
             yield Cell(unit, str(c), f"{b} x {t}x{h}x{w}", case)
+    for b, (c, h, w) in itertools.product(BATCHES, FEATURES):
+        gates = GatesCase("CBAM", "", b, "fp32", "contiguous", (c, h, w))
+        if gates.x_bytes <= MOST_BYTES:
+            yield Cell("CBAM", str(c), f"{b} x {h}x{w}", gates)
 
 
 def _cell(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...], name: str) -> Iterator[Cell]:
