@@ -17,11 +17,11 @@ def convert(model: nn.Module) -> Report:
     """Make every published layer in a model the fused layer, in place, and say what became of which.
 
     Layers are found by the names, kinds and shapes of their submodules, wherever their code comes from: the units C,
-    ST, CinST, STinC and STinC2 of Attention in Attention (arXiv 2204.09303); EANet's External_attention, EAMLP's
-    Attention and the attention of its T2T stages (arXiv 2105.02358); external attention by two linear layers; linear
-    attention over positions and channels, with MANet's form (arXiv 2007.14902); and EfficientAttention (1812.01243). A
-    layer is converted if its forward computes what the fused layer computes. This is tried on a small copy with random
-    parameters: output, gradients and buffers, in evaluation and in training.
+    ST, CinST, STinC and STinC2 of Attention in Attention (arXiv 2204.09303); CBAM with its gates (arXiv 1807.06521);
+    EANet's External_attention, EAMLP's Attention and the attention of its T2T stages (arXiv 2105.02358); external
+    attention by two linear layers; linear attention over positions and channels, with MANet's form (arXiv 2007.14902);
+    and EfficientAttention (1812.01243). A layer is converted if its forward computes what the fused layer computes.
+    This is tried on a small copy with random parameters: output, gradients and buffers, in evaluation and in training.
 
     A converted layer is the same object with another class. It keeps its parameters and buffers, and so optimizers and
     the keys of the state dict; its training mode, device, dtype and requires_grad; num_segments, dropouts and the
