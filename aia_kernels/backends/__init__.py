@@ -294,7 +294,9 @@ def plain_is_faster(device: torch.device, rows: int, slots: int, products: int =
     Returns:
         Whether it does; never where a backend is named.
     """
-    return device.type == "cpu" and chosen_backend() == "auto" and not choices.fusing_pays(rows, slots, products, calls)
+    if device.type != "cpu" or chosen_backend() != "auto":
+        return False
+    return not choices.fusing_pays(rows, slots, products, calls, backward=torch.is_grad_enabled())
 
 
 def published_flow_is_faster(device: torch.device, elements: int, products: int) -> bool:

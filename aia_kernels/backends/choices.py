@@ -41,10 +41,11 @@ CALL_COST, ELEMENT_GAIN = 4_000_000, 30
 #: and what it saves for an element of that flow's tensors of all tokens.
 FOLDING_COST, TRAFFIC_GAIN = 12_000_000, 100
 #: The lanes of a vector of the passes at AVX2. They lie along slots, and where these are fewer, most of them are idle.
+#: With slots for one vector alone they save nothing over PyTorch's forward; its backward has more to save.
 LANES = 8
 
 
-def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> bool:
+def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1, backward: bool = True) -> bool:
     """Tell whether the fused passes of external attention are faster than plain PyTorch on a CPU.
 
     Args:
@@ -52,11 +53,12 @@ def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> boo
         slots: Normalized together in a row.
         products: The multiplications that folding leaves out, less those that it costs.
         calls: What the call costs, in CALL_COST.
+        backward: Whether one may follow, as gradients are recorded.
 
     Returns:
         Whether what is saved is worth the cost of the call.
     """
-    gain = ELEMENT_GAIN * rows * slots if slots >= LANES else 0
+    gain = ELEMENT_GAIN * rows * slots if slots > LANES or (backward and slots == LANES) else 0
     return gain + products > calls * CALL_COST
 
 

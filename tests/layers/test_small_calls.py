@@ -104,6 +104,8 @@ def test_what_saves_more_products_is_fused_earlier():
     assert choices.fusing_pays(rows + 1, 8) and not choices.fusing_pays(rows, 8)
     assert choices.fusing_pays(rows // 2, 8, choices.CALL_COST) and not choices.fusing_pays(rows + 1, 8, -1000)
     assert not choices.fusing_pays(10 * rows, 1)
+    # Without a backward, slots for one vector save nothing.
+    assert choices.fusing_pays(rows, 16, backward=False) and not choices.fusing_pays(9 * rows, 8, backward=False)
 
 
 @pytest.mark.parametrize("name", MAIN)
