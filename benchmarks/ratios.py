@@ -29,6 +29,7 @@ from .registry import MODES, Case
 from .registry.attention_in_attention import UnitCase
 from .registry.cbam import STAGES, GatesCase
 from .registry.external_attention import LayerCase
+from .registry.linear_attention import MemoryCase
 
 COLUMNS = [
     *("layer", "settings", "sizes", "mode", "ratio", "low", "high", "published_ms", "fused_ms"),
@@ -69,6 +70,13 @@ BATCHES = (1, 8, 32)
 FEATURES = (*STAGES.values(), (16, 4, 4), (64, 8, 8), (64, 14, 14), (256, 7, 7), (64, 112, 112))
 
 
+#: Square maps of linear attention, whose published code takes no other; of efficient attention key features, heads and
+#: features of values of a width.
+SQUARES = ((1, 4), (1, 8), (8, 8), (1, 16), (8, 16), (1, 32), (8, 32), (1, 64), (1, 128))
+CHANNELS_OF_MAPS = (16, 64, 128, 256, 512)
+EFFICIENT = ((8, 1, 1), (2, 8, 2), (4, 4, 4))
+
+
 class Cell(NamedTuple):
     """One size of one layer: its name, what it is built with and the sizes of x as the map names them, and the case."""
 
@@ -88,6 +96,12 @@ def cells() -> Iterator[Cell]:
             yield from _cell(layer, arguments, settings, (b, n, next(iter(arguments.values()))), f"{b} x {n}")
     for (arguments, settings), (b, h, w) in itertools.product(block, MAPS):
         yield from _cell("ExternalAttention2d", arguments, settings, (b, arguments["c"], h, w), f"{b} x {h}x{w}")
+    for c, (b, n) in itertools.product(CHANNELS_OF_MAPS, SQUARES):
+        yield from _on_maps("PositionLinearAttention", {"in_places": c}, str(c), (b, c, n, n))
+        yield from _on_maps("ChannelLinearAttention", {}, str(c), (b, c, n, n))
+        for k, heads, v in EFFICIENT:
+            arguments = {"in_channels": c, "key_channels": c // k, "head_count": heads, "value_channels": c // v}
+            yield from _on_maps("EfficientAttention", arguments, f"{c}, {c // k}, {heads}, {c // v}", (b, c, n, n))
     for unit, c, (b, t, h, w) in itertools.product(("C", "ST", "CinST", "STinC"), CHANNELS, CLIPS):
         case = UnitCase(unit, "", b, "fp32", "contiguous", (c, h, w), t)
         if case.x_bytes <= MOST_BYTES:
@@ -104,6 +118,13 @@ def _cell(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...], na
     tokens, columns = math.prod(sizes) // width, case.slots[0]
     if tokens * width * (columns + 8 * width) <= MOST_PRODUCTS and 4 * tokens * max(columns, width) <= MOST_BYTES:
         yield Cell(layer, settings, name, case)
+
+
+def _on_maps(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...]) -> Iterator[Cell]:
+    case = MemoryCase(layer, "", sizes[0], "fp32", "contiguous", sizes, tuple(arguments.items()))
+    b, c, h, w = sizes
+    if 3 * math.prod(sizes) * c <= MOST_PRODUCTS and case.x_bytes <= MOST_BYTES:
+        yield Cell(layer, settings, f"{b} x {h}x{w}", case)
 
 
 def measured(cell: Cell, mode: str) -> tuple[list[float], list[float]]:

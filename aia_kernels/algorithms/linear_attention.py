@@ -100,13 +100,14 @@ def forward(plan: Plan, x: Tensor, weights: Weights, padding: Tensor | None) -> 
     features = _features(plan, logits, padding)
     sums = _sum_of_members(_with_total(features.key, tokens), plan.shards)
     memory = _memory(plan, sums, weights, x.shape[1])[1]
-    query = features.query
-    if weights.gamma is not None:
-        query = query * weights.gamma.to(query.dtype)
+    query, factor = features.query, None if weights.gamma is None else weights.gamma.to(features.query.dtype)
     if plan.form.feature != "softmax":
-        query = query * _inverse_mass(plan, features.query, sums, padding)[0]
+        inverse = _inverse_mass(plan, query, sums, padding)[0]
+        factor = inverse if factor is None else inverse * factor
     elif padding is not None:
         query = query.masked_fill(_per_token(padding), 0.0)
+    if factor is not None:
+        query = query * factor
     y = _plus_product(x, memory.mT.to(x.dtype), query.flatten(1, 2).to(x.dtype))
     return y, logits, sums
 

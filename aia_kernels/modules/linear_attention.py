@@ -72,9 +72,9 @@ class PositionLinearAttention(_OnMaps):
         return f"eps={self.eps}, feature={self.feature!r}"
 
     def _attend(self, x: Tensor) -> Tensor:
-        if not all(map(_can_be_read, (self.query_conv, self.key_conv, self.value_conv))):
-            return self._through_submodules(x)
         if _is_ordinary(x, self.key_conv) and self._published_is_faster(x):
+            return self._through_submodules(x)
+        if not all(map(_can_be_read, (self.query_conv, self.key_conv, self.value_conv))):
             return self._through_submodules(x)
         query, key, value = (conv.weight.flatten(1) for conv in (self.query_conv, self.key_conv, self.value_conv))
         return linear_attention(
@@ -193,9 +193,9 @@ class EfficientAttention(_OnMaps):
 
     def _attend(self, x: Tensor) -> Tensor:
         convolutions = self.queries, self.keys, self.values, self.reprojection
-        if not all(map(_can_be_read, convolutions)):
+        if _is_ordinary(x, self.keys) and isinstance(self.values, nn.Conv2d) and self._published_is_faster(x):
             return self._through_submodules(x)
-        if _is_ordinary(x, self.keys) and self._published_is_faster(x):
+        if not all(map(_can_be_read, convolutions)):
             return self._through_submodules(x)
         query, key, value, reprojection = (conv.weight.flatten(1) for conv in convolutions)
         biases = tuple(conv.bias for conv in convolutions)
@@ -209,24 +209,23 @@ class EfficientAttention(_OnMaps):
         if torch.is_grad_enabled() and not keeps(c, k, k, None)[0]:
             saved -= 2 * k * c // 3  # a step is three times a forward
         positions = x.numel() // c
-        per_sample = 2 * k * c * v // heads
-        return backends.published_flow_is_faster(
-            x.device, (k + v) * positions, saved * positions - per_sample * x.shape[0]
-        )
+        per_sample = 4 * k * c * v // heads  # small products, at half the speed of large ones
+        elements = 2 * (k + v) * positions // 3  # measured: x itself is met less often than in linear attention
+        return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0])
 
     def _through_submodules(self, x: Tensor) -> Tensor:
-        key, query, value = (
-            conv(x).flatten(2).unflatten(1, (self.head_count, -1)) for conv in (self.keys, self.queries, self.values)
-        )
-        context = value @ key.softmax(3).transpose(2, 3)
-        o = (context @ query.softmax(2)).flatten(1, 2).unflatten(2, x.shape[2:])
+        key, query, value = (conv(x).flatten(2) for conv in (self.keys, self.queries, self.values))
+        if (heads := self.head_count) > 1:  # views cost as much as small products
+            key, query, value = (t.unflatten(1, (heads, -1)) for t in (key, query, value))
+        o = value @ key.softmax(-1).mT @ query.softmax(-2)
+        o = (o.flatten(1, 2) if heads > 1 else o).unflatten(2, x.shape[2:])
         return x + self.reprojection(o)
 
 
 def _is_ordinary(x: Any, conv: Any) -> bool:
     """Whether x is what an ordinary call brings, which the published flow takes too: maps that are not empty."""
     ordinary = isinstance(x, Tensor) and not is_distributed(x) and x.ndim == 4 and x.numel() > 0
-    return ordinary and x.shape[1] == conv.in_channels and published_serves(x, conv)
+    return ordinary and isinstance(conv, nn.Conv2d) and x.shape[1] == conv.in_channels and published_serves(x, conv)
 
 
 def _can_be_read(conv: Any) -> bool:

@@ -99,3 +99,6 @@ class EfficientAttention(nn.Module):
             context = key @ values[:, i * v : (i + 1) * v].transpose(1, 2)
             heads.append((context.transpose(1, 2) @ query).reshape(b, v, h, w))
         return self.reprojection(torch.cat(heads, dim=1)) + x
+
+
+LAYERS = {layer.__name__: layer for layer in (PositionLinearAttention, ChannelLinearAttention, EfficientAttention)}

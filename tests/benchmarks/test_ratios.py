@@ -15,13 +15,18 @@ def test_the_space_has_every_layer_and_the_sizes_at_its_ends():
     found = list(ratios.cells())
     assert {cell.layer for cell in found} >= {"ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"}
     assert {cell.layer for cell in found} >= {"C", "ST", "CinST", "STinC", "CBAM"}
+    of_maps = {"PositionLinearAttention", "ChannelLinearAttention", "EfficientAttention"}
+    assert {(cell.layer, cell.sizes) for cell in found} >= {
+        (name, s) for name in of_maps for s in ("1 x 4x4", "1 x 128x128")
+    }
     plain = {(cell.settings, cell.sizes) for cell in found if cell.layer == "ExternalAttention"}
     assert {("16, 1", "1 x 1"), ("16, 1", "1 x 1000000"), ("1024, 512", "64 x 49")} <= plain
     assert all(cell.case.x_bytes <= ratios.MOST_BYTES for cell in found)
 
 
 def test_rows_and_picture(tmp_path, monkeypatch):
-    small = [next(c for c in ratios.cells() if c.layer == layer) for layer in ("ExternalAttention", "CinST", "CBAM")]
+    names = "ExternalAttention", "CinST", "CBAM", "EfficientAttention"
+    small = [next(c for c in ratios.cells() if c.layer == layer) for layer in names]
     monkeypatch.setattr(ratios, "cells", lambda: iter(small))
     monkeypatch.setattr(ratios, "ROUNDS", 2)
     threads = torch.get_num_threads()
