@@ -8,6 +8,7 @@ fails here with the same words.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
@@ -488,11 +489,10 @@ BAD_UNITS = {
 }
 
 
+@pytest.mark.parametrize("call", [cpu, cuda])
 @pytest.mark.parametrize("place, change, words", BAD_UNITS.values(), ids=BAD_UNITS)
-def test_bad_units_are_refused(place, change, words):
-    cpu("evaluate", unit())
-    with pytest.raises(RuntimeError, match=NO_DEVICE):
-        cuda("evaluate", unit())
-    for call in (cpu, cuda):
-        with pytest.raises(RuntimeError, match=words):
-            call("evaluate", changed(unit(), place, change))
+def test_bad_units_are_refused(call, place, change, words):
+    with pytest.raises(RuntimeError, match=NO_DEVICE) if call is cuda else contextlib.nullcontext():
+        call("evaluate", unit())
+    with pytest.raises(RuntimeError, match=words):
+        call("evaluate", changed(unit(), place, change))
