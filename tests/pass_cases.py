@@ -111,6 +111,7 @@ FRAMES = {
     "ones": Case((1, 10, 300, 1, 3)),
     "ones bf16": Case((2, 2, 300, 1, 3), "TCHW", torch.bfloat16),
     "ones CTHW": Case((2, 2, 300, 1, 3), "CTHW"),
+    "ones CTHW bf16": Case((2, 9, 300, 1, 3), "CTHW", torch.bfloat16),
     "channels": Case((2, 9, 256, 1, 2), "THWC"),
     "channels bf16": Case((1, 5, 256, 2, 1), "THWC", torch.bfloat16),
     "channels, 16-bit indices": Case((1, 2, 512, 1, 2), "THWC"),

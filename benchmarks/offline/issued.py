@@ -122,7 +122,7 @@ def row(library: Library, name: str, unit: str, side: int, layout: str, dtype: s
     elements, size = 64 * STAGES[side] * side * side, launches.SIZES[dtype]
     moved = sum(count.read + count.written for count in counts)
     expected = sum(TRAFFIC[name]) * elements * size
-    if abs(moved / expected - 1) > 0.02:
+    if abs(moved / expected - 1) > 0.03:  # elements of 16 bits are copied in words; warps share those at their ends
         raise AssertionError(f"{name} moves {moved / expected:.3f} of what it should: {shape}, {layout}, {dtype}")
     instructions = sum(count.instructions for count in counts)
     issue = instructions / (MULTIPROCESSORS * 4 * CLOCK)

@@ -236,6 +236,8 @@ class Warp:
         self.issued.wavefronts += max(1, len(np.unique(at // 128))) * (1 if size <= 16 else 2)
         if step.name in ("STS", "LDS", "STL", "LDL"):
             return 0
+        if step.name == "LDGSTS":  # the least copy is a word, which two lanes may share
+            at = np.unique(at)
         buffers = at >> np.uint64(BUFFER_BITS)
         side = self.issued.stored if step.name in ("STG", "ST", "RED") else self.issued.loaded
         for buffer, count in zip(*np.unique(buffers, return_counts=True), strict=True):

@@ -273,12 +273,15 @@ struct UnpoolCall {
 };
 
 // Frames of grad_y that a thread has asked for, 128 bytes or eight frames, in its own places of shared memory:
-// registers are for maps. A copy has 4 bytes at least, so single elements of 16 bits are loaded when they are needed.
+// registers are for maps. A copy has 4 bytes at least: of single elements of 16 bits, the word in which one lies. So
+// clips must be whole words, as they are with an even number of channels; else elements are loaded when they are
+// needed.
 template <class T, int V, int kPlanes>
 struct Ahead {
-  static constexpr int kBytes = V * sizeof(T), kFrames = std::min(8, 128 / (kBytes * kPlanes));
-  static constexpr bool kCopied = kBytes >= 4;
-  using Place = Vector<T, V>;
+  static constexpr bool kInWord = V * sizeof(T) == 2, kCopied = !kInWord || kPlanes % 2 == 0;
+  static constexpr int kCopy = kInWord ? 2 : V;  // elements
+  static constexpr int kBytes = kCopy * sizeof(T), kFrames = std::min(8, 128 / (kBytes * kPlanes));
+  using Place = Vector<T, kCopy>;
 
   const T* x;
   Place* mine;
@@ -294,11 +297,18 @@ struct Ahead {
   }
   // The frame where the walk stands; asks for the one that takes its places.
   template <class At>
-  __device__ __forceinline__ void take(const At& walk, Place (&grads)[kPlanes]) const {
+  __device__ __forceinline__ void take(const At& walk, Vector<T, V> (&grads)[kPlanes]) const {
     if constexpr (kCopied) wait_for_copies<kFrames - 1>();
 #pragma unroll
-    for (int r = 0; r < kPlanes; ++r)
-      grads[r] = kCopied ? *place(walk.p.t, r) : load_vector<V>(x + walk.of_vector(r).x);
+    for (int r = 0; r < kPlanes; ++r) {
+      const int k = walk.of_vector(r).x;
+      if constexpr (!kCopied)
+        grads[r] = load_vector<V>(x + k);
+      else if constexpr (kInWord)
+        grads[r].at[0] = reinterpret_cast<const T*>(place(walk.p.t, r))[k % 2u];
+      else
+        grads[r] = *place(walk.p.t, r);
+    }
     ask(walk, kFrames);
   }
 
@@ -309,8 +319,10 @@ struct Ahead {
     if constexpr (kCopied) {
       if (walk.p.t + frames < walk.v.T) {
 #pragma unroll
-        for (int r = 0; r < kPlanes; ++r)
-          copy_async<kBytes>(place(walk.p.t + frames, r), x + (walk.of_vector(r).x + frames * walk.frame.x));
+        for (int r = 0; r < kPlanes; ++r) {
+          const int k = walk.of_vector(r).x + frames * walk.frame.x;
+          copy_async<kBytes>(place(walk.p.t + frames, r), x + (kInWord ? k & ~1 : k));
+        }
       }
       end_of_copies();
     }
@@ -440,7 +452,8 @@ struct Unpooling {
                      : run<T, 4, kPlanes, false, Of, int16_t, uint8_t>();
       if (maps && v.I == 1 && !bytes && length % 2 == 0 && packed % 2 == 0 && v.O % 4 == 0)
         return run<T, 2, 4, false, Of, int16_t, uint8_t>();
-      if (narrow && v.I == 1 && !bytes && v.O % 4 == 0) return run<T, 1, 4, false, Of, int16_t, uint8_t>();
+      const bool words = sizeof(T) == 4 || are_aligned({grad_y});
+      if (narrow && words && v.I == 1 && !bytes && v.O % 4 == 0) return run<T, 1, 4, false, Of, int16_t, uint8_t>();
     }
     return v.I > 1 ? run<T, 1, 1, true, Of, int, int>() : run<T, 1, 1, false, Of, int, int>();
   }

@@ -20,7 +20,7 @@ def most(layout: str, dtype: str, stage: int) -> float:
     fp32 and 1.0 in bf16. Rows that no vector of four divides meet their maps in twos, at 14, or one by one, at 7."""
     reached = {"fp32": 0.54, "bf16": 1.1}[dtype]
     if layout == "TCHW":
-        by_stage = {"fp32": (0.59, 0.74, 1.15), "bf16": (1.22, 1.62, 2.0)}[dtype]
+        by_stage = {"fp32": (0.59, 0.74, 1.11), "bf16": (1.22, 1.62, 2.43)}[dtype]
         reached = by_stage[{56: 0, 28: 0, 14: 1, 7: 2}[stage]]
     return 1.05 * reached
 
@@ -30,8 +30,8 @@ def hold(row: dict) -> None:
     key = row["layout"], row["dtype"], int(row["stage"])
     assert int(row["local_bytes"]) == 0, row
     assert float(row["issue_per_memory"]) <= most(*key), row
-    # Elements of 16 bits that lie alone are not copied ahead.
-    assert int(row["in_flight_kib_per_sm"]) >= KIB_IN_FLIGHT or key == ("TCHW", "bf16", 7), row
+    # Elements of 16 bits that lie alone: eight frames of four channels are 64 bytes a thread.
+    assert int(row["in_flight_kib_per_sm"]) >= (32 if key == ("TCHW", "bf16", 7) else KIB_IN_FLIGHT), row
 
 
 def test_the_committed_rows():
