@@ -1,4 +1,4 @@
-// The double normalisation of external attention on the CPU. See aia_kernels/schemas.py for what each pass computes.
+// The double normalization of external attention on the CPU. See aia_kernels/schemas.py for what each pass computes.
 //
 // Lanes are columns. The reductions over tokens take a block of columns at a time and a few tokens that stay in the L1
 // cache: column_statistics finds their maximum first, then their exponentials. What is done to the groups of a token is
@@ -226,7 +226,7 @@ void with_vectors(int64_t group, Body&& body) {
 // A group of a token whose mass is too small to be told from the terms of its sum (or is NaN), from its maximum: makes
 // the logits A, and returns the mass.
 template <class T, class A>
-__attribute__((noinline)) A normalise_from_maximum(const T* logits, const A* lse, int64_t group, A eps, A* attention) {
+__attribute__((noinline)) A normalize_from_maximum(const T* logits, const A* lse, int64_t group, A eps, A* attention) {
   for_columns(group,
               [&](int64_t c, auto lanes) { store(attention + c, load(logits + c, lanes) - load(lse + c, lanes)); });
   A maximum = -kInfinity<A>, sum = 0;
@@ -260,7 +260,7 @@ __attribute__((noinline)) void double_norm_of(const Tokens& at, T* logits, const
              if (sum >= kSafeMass<A>) [[likely]]
                return {{A(1) / (sum + eps)}};
              const int64_t c = g * at.group;
-             token_mass[g] = normalise_from_maximum(x + c, origin + c, at.group, eps, attention.get());
+             token_mass[g] = normalize_from_maximum(x + c, origin + c, at.group, eps, attention.get());
              return {{A(1)}, attention.get()};
            },
            [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(x + c, p * factor[0], lanes); });

@@ -1,4 +1,4 @@
-// What the CPU passes of the double normalisation look like from outside; see passes.h.
+// What the CPU passes of the double normalization look like from outside; see passes.h.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The gate passes on the CPU: 3x3x3 convolution 2 -> 1, batch normalisation and sigmoid on packed maps, and their
+// The gate passes on the CPU: 3x3x3 convolution 2 -> 1, batch normalization and sigmoid on packed maps, and their
 // transposes. See aia_kernels/schemas.py for what each computes.
 //
 // Lanes run along the rows of a slab, one after the other, as they lie in the map: every neighbour of an element is a
