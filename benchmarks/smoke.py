@@ -38,6 +38,20 @@ PASS = "pass"
 
 SEGMENTS = 4
 MAPS, TOKENS = (8, 16, 14, 14), (2, 49, 32)
+
+
+class Difference(nn.Module):
+    """That of the two results of a layer, so that one gradient reaches both."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.layer(x)
+        return one - other
+
+
 #: By family: each layer with the sizes of its input. 14 x 14 is met by vectors, and ends in half of one.
 LAYERS: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = {
     "attention_in_attention": {name: (lambda name=name: getattr(aia_kernels, name)(SEGMENTS), MAPS) for name in NAMES},
@@ -47,8 +61,19 @@ LAYERS: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = 
         "MultiHeadExternalAttention": (lambda: aia_kernels.MultiHeadExternalAttention(32, num_heads=2), TOKENS),
         "TokenExternalAttention": (lambda: aia_kernels.TokenExternalAttention(32, 32), TOKENS),
     },
+    "cbam": {
+        "CBAM": (lambda: aia_kernels.CBAM(16, 4), MAPS),
+        "CausalCBAM": (lambda: Difference(aia_kernels.CausalCBAM(16, 4)), MAPS),
+    },
+    "linear_attention": {
+        "PositionLinearAttention": (lambda: aia_kernels.PositionLinearAttention(16, scale=4), MAPS),
+        "ChannelLinearAttention": (lambda: aia_kernels.ChannelLinearAttention(), MAPS),
+        "EfficientAttention": (lambda: aia_kernels.EfficientAttention(16, 8, 2, 16), MAPS),
+    },
     "temporal_shift": {"TemporalShift": (lambda: aia_kernels.TemporalShift(SEGMENTS), MAPS)},
 }
+#: Families by backends that do not have their passes yet: backends.why_not tells so, and nothing is wrong with it.
+LACKING = {("cuda", "cbam")}
 #: The inputs of the raw passes. In channels_last every backend stores maps in one order.
 PASS_CASES = {
     "attention_in_attention": UnitCase("CinST", "16x14x14", 2, "fp32", "channels_last", (16, 14, 14), SEGMENTS),
@@ -80,7 +105,8 @@ class Subject(NamedTuple):
 def subjects(device: str) -> list[Subject]:
     """Triton's first: they compile."""
     names = {family: [*layers, *(["passes"] if family in PASS_CASES else [])] for family, layers in LAYERS.items()}
-    return [Subject(b, family, name) for b in BACKENDS[device] for family, of in names.items() for name in of]
+    own = [(b, family) for b in BACKENDS[device] for family in names if (b, family) not in LACKING]
+    return [Subject(b, family, name) for b, family in own for name in names[family]]
 
 
 def cells(subject: Subject, device: str) -> dict[str, Callable[[], None]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import aia_kernels
+from aia_kernels import backends
 
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
@@ -36,12 +38,23 @@ def cpu_backend():
 
 
 def test_every_layer_and_every_familys_passes_are_subjects():
-    found = {(subject.family, subject.name) for subject in smoke.subjects("cuda") if subject.backend == "cuda"}
+    found = {(subject.family, subject.name) for subject in smoke.subjects("cuda") if subject.backend == "triton"}
     public = {name: getattr(aia_kernels, name) for name in aia_kernels.__all__}
     layers = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, torch.nn.Module)}
-    assert {name for _, name in found} - {"passes"} == layers
+    of_the_framework = {"CausalAttention", "ComplementAttention", "HaloAttention", "HaloAttn"}  # on every backend
+    parts = {"ChannelGate", "SpatialGate"}  # of CBAM; all must be seen on one screen
+    assert {name for _, name in found} - {"passes"} == layers - of_the_framework - parts
     assert {subject.backend for subject in smoke.subjects("cuda")} == {"triton", "cuda"}
     assert {family for family, name in found if name == "passes"} == {"attention_in_attention", "external_attention"}
+
+
+def test_a_backend_is_asked_for_what_it_has():
+    by_backend = {
+        b: {subject.family for subject in smoke.subjects("cuda") if subject.backend == b} for b in ("triton", "cuda")
+    }
+    assert by_backend["triton"] == set(backends.FAMILIES) and by_backend["cuda"] == by_backend["triton"] - {"cbam"}
+    assert {("cuda", "cbam")} == smoke.LACKING
+    assert not (Path(aia_kernels.__file__).parents[1] / "csrc" / "register" / "cuda_cbam.cpp").exists()
 
 
 @pytest.mark.parametrize("family", smoke.PASS_CASES)
@@ -79,9 +92,8 @@ def test_a_subject_that_cannot_run_says_why(path):
     assert cell[-1] == "start" and result.startswith("cannot run: ")
 
 
-STUB = """#!{python}
+STUB = """
 import os, sys, time
-sys.path.insert(0, {root!r})
 path, behind = sys.argv[sys.argv.index("--results") + 1] + "/smoke.csv", sys.argv[-1]
 subject = sys.argv[sys.argv.index("--run") + 1 :][:3]
 def note(cell, result=""):
@@ -101,8 +113,9 @@ for cell in "abcde"["abcde".find(behind) + 1 if behind else 0 :]:
 
 
 def test_a_cell_that_dies_hangs_or_loses_the_device_is_told_and_the_next_ones_run(path, tmp_path, monkeypatch):
-    stub = tmp_path / "python"
-    stub.write_text(STUB.format(python=sys.executable, root=str(tmp_path)).replace("\\\\n", "\\n"))
+    stub, script = tmp_path / "python", tmp_path / "stub.py"
+    script.write_text(STUB)
+    stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')  # its path may hold a space
     stub.chmod(0o755)
     monkeypatch.setattr(smoke.sys, "executable", str(stub))
     smoke.supervise(SHIFT, "cpu", path, smoke.Limits(1.0, 1.0, time.time() + 50))

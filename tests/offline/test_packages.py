@@ -78,7 +78,9 @@ def dist(tmp_path_factory) -> Path:
     compiler = folder / "g++"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
-    tools = [f"BIN={Path(sys.executable).parent}", "INSTALLED=", "TOOLS="]
+    environment = folder / "environment"  # make cannot be given a path that holds a space
+    environment.symlink_to(sys.prefix)
+    tools = [f"BIN={environment / 'bin'}", "INSTALLED=", "TOOLS="]
     run("make", "wheel", *tools, cwd=sources, CXX=str(compiler), FORCE_CUDA="0")
     return sources / "dist"
 

@@ -61,7 +61,8 @@ def test_the_chosen_backend_runs():
 
 @pytest.mark.parametrize("name, one_way, back", [("C", 3, 4), ("ST", 3, 4), ("CinST", 5, 7), ("STinC", 5, 7)])
 def test_nothing_runs_between_the_passes(name, one_way, back):
-    """At small sizes launches are what a unit costs: one for each pass, and one for the running statistics."""
+    """At small sizes launches are what a unit costs: one for each pass, and one for the running statistics. The CPU has
+    evaluation in one."""
     skip_unless_runnable("cpu", "cpu")
     module, x, grad_y = getattr(aia_kernels, name)(2), X.clone().requires_grad_(), torch.ones_like(X)
     y = module(x)
@@ -75,7 +76,7 @@ def test_nothing_runs_between_the_passes(name, one_way, back):
     module.eval()
     with Recorder() as evaluation, torch.no_grad():
         module(x)
-    for recorder, count in ((forward, one_way + 1), (backward, back), (evaluation, one_way)):
+    for recorder, count in ((forward, one_way + 1), (backward, back), (evaluation, 1)):
         assert len(recorder.names) == count, recorder.names
         assert all(operator.startswith(f"{schemas.NAMESPACE}::") for operator in recorder.names)
 
