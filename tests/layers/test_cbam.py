@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import EXACT, assert_forward_mode, assert_grad_and_vmap
-from conftest import BACKENDS_ON, COMPILED_ON, skip_unless_runnable
+from conftest import BACKENDS_ON, COMPILED_ON, TRACED, skip_unless_runnable
 from kept_memory import kept_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +33,15 @@ def cbam_on(request):
 
 @pytest.fixture(params=COMPILED_ON, ids="-".join)
 def cbam_compiled_on(request):
+    backend, device = request.param
+    skip_unless_runnable(backend, device, FAMILY)
+    with aia_kernels.use_backend(backend):
+        yield backend, device
+
+
+@pytest.fixture(params=TRACED, ids="-".join)
+def cbam_traced_on(request):
+    """cbam_on, with the reference in sweeps alone."""
     backend, device = request.param
     skip_unless_runnable(backend, device, FAMILY)
     with aia_kernels.use_backend(backend):
@@ -331,16 +340,16 @@ class _First(nn.Module):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["CBAM", "CausalCBAM", "CBAM, no spatial gate", "SpatialGate"])
-def test_compiled(name, layout, cbam_on):
+def test_compiled(name, layout, cbam_traced_on):
     """One graph for any batch; values, gradients and statistics of plain eager."""
     torch._dynamo.reset()
-    module = layer(name, device=cbam_on[1])
+    module = layer(name, device=cbam_traced_on[1])
     eager = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for b in (2, 3):
         steps = []
         for of, call in ((module, compiled), (eager, eager)):
-            x = sample(name, b).to(cbam_on[1]).contiguous(memory_format=layout).requires_grad_()
+            x = sample(name, b).to(cbam_traced_on[1]).contiguous(memory_format=layout).requires_grad_()
             found = results(of, x, call)
             of.zero_grad()
             sum((y.sin() * (i + 1)).sum() for i, y in enumerate(found)).backward()
@@ -366,14 +375,14 @@ def test_operator(backend, device, confounder):
     torch.library.opcheck(torch.ops.aia_kernels.cbam_forward, (x, *alone, fixed, *settings))
 
 
-def test_exported(cbam_on):
-    module = layer("CausalCBAM", device=cbam_on[1]).eval()
+def test_exported(cbam_traced_on):
+    module = layer("CausalCBAM", device=cbam_traced_on[1]).eval()
     batch = {0: torch.export.Dim("batch", max=64)}
-    x = sample("CausalCBAM").to(cbam_on[1])
+    x = sample("CausalCBAM").to(cbam_traced_on[1])
     program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert any("aia_kernels" in name for name in called) == (cbam_on[0] != "reference")
-    x = sample("CausalCBAM", 5).to(cbam_on[1])
+    assert any("aia_kernels" in name for name in called) == (cbam_traced_on[0] != "reference")
+    x = sample("CausalCBAM", 5).to(cbam_traced_on[1])
     for got, want in zip(program.module()(x), module(x), strict=True):
         torch.testing.assert_close(got, want, **EXACT)
     plain = program.run_decompositions(aia_kernels.decompositions())
