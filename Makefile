@@ -14,7 +14,7 @@ TOOLS := $(VENV)/tools
 # A file runs in one worker, which makes what its tests share once.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # Every layer, pass and promise on the CPU, and nothing that compiles or interprets for long.
-CHECKED := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,golden passes external_passes cpu_level shift build \
+CHECKED := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,golden passes external_passes cpu_level shift \
   attention_in_attention external_attention external_attention_modules external_attention_parameters convert \
   external_attention_submodules convert_look_alikes promises_bad_input promises_checkpoint promises_determinism \
   promises_dispatch promises_func promises_in_place promises_memory)))
