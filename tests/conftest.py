@@ -113,16 +113,16 @@ def some_of(names: str, cases: Iterable, *in_every_run, indirect: bool = False) 
 
 
 #: For tests that compile for seconds. Of plain PyTorch, which torch is tested with, a few small cases hold the same.
-TRACED = [pytest.param((b, d), marks=pytest.mark.sweep if b == "reference" else ()) for b, d in BACKENDS_ON]
+_TRACED = [pytest.param((b, d), marks=pytest.mark.sweep if b == "reference" else ()) for b, d in BACKENDS_ON]
 
 
-@pytest.fixture(params=TRACED, ids="-".join)
+@pytest.fixture(params=_TRACED, ids="-".join)
 def traced_on(request) -> Iterator[tuple[str, str]]:
     """backend_on, with the reference in sweeps alone."""
     yield from _chosen(request)
 
 
-@pytest.fixture(params=TRACED, ids="-".join)
+@pytest.fixture(params=_TRACED, ids="-".join)
 def external_traced_on(request) -> Iterator[tuple[str, str]]:
     """traced_on for external attention."""
     yield from _chosen(request, "external_attention")
@@ -138,6 +138,24 @@ def external_on(request) -> Iterator[tuple[str, str]]:
 def external_compiled_on(request) -> Iterator[tuple[str, str]]:
     """compiled_on for external attention."""
     yield from _chosen(request, "external_attention")
+
+
+@pytest.fixture(params=BACKENDS_ON, ids="-".join)
+def cbam_on(request) -> Iterator[tuple[str, str]]:
+    """backend_on for CBAM."""
+    yield from _chosen(request, "cbam")
+
+
+@pytest.fixture(params=COMPILED_ON, ids="-".join)
+def cbam_compiled_on(request) -> Iterator[tuple[str, str]]:
+    """compiled_on for CBAM."""
+    yield from _chosen(request, "cbam")
+
+
+@pytest.fixture(params=_TRACED, ids="-".join)
+def cbam_traced_on(request) -> Iterator[tuple[str, str]]:
+    """traced_on for CBAM."""
+    yield from _chosen(request, "cbam")
 
 
 @pytest.fixture(params=BACKENDS_ON, ids="-".join)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import EXACT, assert_forward_mode, assert_grad_and_vmap
-from conftest import BACKENDS_ON, COMPILED_ON, TRACED, skip_unless_runnable
+from conftest import COMPILED_ON, skip_unless_runnable
 from kept_memory import kept_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,32 +20,6 @@ from aia_kernels.reference import MLP, Gate, Norm
 from benchmarks.published import cbam as published
 
 FAMILY = "cbam"
-
-
-@pytest.fixture(params=BACKENDS_ON, ids="-".join)
-def cbam_on(request):
-    """The reference and the compiled backends of each device, chosen for the duration of the test."""
-    backend, device = request.param
-    skip_unless_runnable(backend, device, FAMILY)
-    with aia_kernels.use_backend(backend):
-        yield backend, device
-
-
-@pytest.fixture(params=COMPILED_ON, ids="-".join)
-def cbam_compiled_on(request):
-    backend, device = request.param
-    skip_unless_runnable(backend, device, FAMILY)
-    with aia_kernels.use_backend(backend):
-        yield backend, device
-
-
-@pytest.fixture(params=TRACED, ids="-".join)
-def cbam_traced_on(request):
-    """cbam_on, with the reference in sweeps alone."""
-    backend, device = request.param
-    skip_unless_runnable(backend, device, FAMILY)
-    with aia_kernels.use_backend(backend):
-        yield backend, device
 
 
 LAYERS = {

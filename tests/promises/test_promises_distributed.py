@@ -133,11 +133,10 @@ def every_sharded_case(rank: int, backend: str) -> None:
         sharded(rank, "groups", backend, lengths, True, compiled=True)
 
 
-def synchronized_block(rank: int, backend: str, split: int, activation: str = "relu", compiled: bool = False) -> None:
-    sizes = Sizes(5, 3, 4, 6, 8)
-    x, grad = external_cases.make_input("block", sizes), external_cases.make_grad("block", sizes)
-    module = external_cases.make("block", sizes)
-    module.activation = activation
+def in_shares(
+    rank: int, module: nn.Module, x: torch.Tensor, grad: torch.Tensor, backend: str, split: int, compiled: bool
+) -> None:
+    """A step on the own share of a batch, with SyncBatchNorm, gives what the reference gives of the whole."""
     expected = testing.run(module, x, grad, "reference")
     module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     own = slice(0, split) if rank == 0 else slice(split, None)
@@ -152,6 +151,14 @@ def synchronized_block(rank: int, backend: str, split: int, activation: str = "r
         dist.all_reduce(p.grad)
     found = {f"grad {key}": p.grad for key, p in module.named_parameters()}
     assert_agree(found | {key: b for key, b in module.named_buffers() if b.is_floating_point()}, expected, told)
+
+
+def synchronized_block(rank: int, backend: str, split: int, activation: str = "relu", compiled: bool = False) -> None:
+    sizes = Sizes(5, 3, 4, 6, 8)
+    x, grad = external_cases.make_input("block", sizes), external_cases.make_grad("block", sizes)
+    module = external_cases.make("block", sizes)
+    module.activation = activation
+    in_shares(rank, module, x, grad, backend, split, compiled)
 
 
 def every_synchronized_block(rank: int, backend: str) -> None:
@@ -167,20 +174,7 @@ def synchronized_gates(rank: int, backend: str, split: int = 3, compiled: bool =
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(5, 6, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     module = randomise(aia_kernels.CBAM(6, 2)).double()
-    expected = testing.run(module, x, grad, "reference")
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    own = slice(0, split) if rank == 0 else slice(split, None)
-    leaf = x[own].clone().requires_grad_()
-    with backends.use_backend(backend):
-        call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
-        y = call(leaf)
-        y.backward(grad[own])
-    told = f"rank {rank}, {split} samples on rank 0"
-    assert_agree({"y": y.detach(), "grad x": leaf.grad}, {k: expected[k][own] for k in ("y", "grad x")}, told)
-    for p in module.parameters():
-        dist.all_reduce(p.grad)
-    found = {f"grad {key}": p.grad for key, p in module.named_parameters()}
-    assert_agree(found | {key: b for key, b in module.named_buffers() if b.is_floating_point()}, expected, told)
+    in_shares(rank, module, x, grad, backend, split, compiled)
 
 
 def every_synchronized_gate(rank: int, backend: str) -> None:
