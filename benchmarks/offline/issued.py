@@ -30,6 +30,7 @@ from pathlib import Path
 
 from .. import records, table
 from . import ROOT, launches, machine_code, sass, warp
+from .lanes import LANES
 
 FILE = records.RESULTS / "issued.csv"
 PAGE = ROOT / "docs" / "gpu.md"
@@ -98,13 +99,13 @@ def _sample(blocks: int) -> list[int]:
 def _of_block(program: warp.Program, bank: bytes, block: int, threads: int) -> tuple[float, ...]:
     """The numbers of a Count; bytes in flight are those of a thread. Of warps that run for long, four stand for all."""
     inputs, output = frozenset(launches.INPUTS), launches.OUTPUT
-    warps = -(-threads // warp.LANES)
+    warps = -(-threads // LANES)
 
     def one(number: int) -> tuple[float, ...]:
         found = warp.Warp(program, bank, block, number, threads, inputs).run()
         read = sum(found.loaded[buffer] for buffer in inputs)
         written = found.stored[output]
-        return found.instructions, read, written, found.wavefronts, found.in_flight / warp.LANES
+        return found.instructions, read, written, found.wavefronts, found.in_flight / LANES
 
     first = one(0)
     chosen = range(warps) if first[0] < LONG else sorted({0, warps // 3, 2 * warps // 3, warps - 1})
@@ -141,7 +142,7 @@ def row(library: Library, name: str, unit: str, side: int, layout: str, dtype: s
         "local_bytes": kernel.local,
         "blocks": launch.blocks,
         "blocks_per_sm": fitting,
-        "per_element": f"{instructions * warp.LANES / elements:.1f}",
+        "per_element": f"{instructions * LANES / elements:.1f}",
         "in_flight_kib_per_sm": f"{count.in_flight * launch.threads * resident / 1024:.0f}",
         "issue_us": f"{issue * 1e6:.1f}",
         "memory_us": f"{memory * 1e6:.1f}",
