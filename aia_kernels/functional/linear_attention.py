@@ -175,7 +175,7 @@ def channel_linear_attention(x: Tensor, gamma: Tensor | None = None, *, eps: flo
     checked_input(x, 1)
     check_eps(eps)
     check_parameter("gamma", gamma, x, ((1,), ()))
-    dtype = _product_dtype(x)
+    dtype = _product_dtype(x, gamma)
     tokens = (as_tokens(x) if x.ndim > 3 else x).to(dtype)
     with no_autocast(x):
         if tokens.numel() == 0:
