@@ -34,8 +34,8 @@ from ..common.process_groups import gather, joint_statistics, resolve
 from ..reference import MLP, Gate, Norm, cbam
 from .double_backward import backward_is_followed, gradients
 
-#: Where the pools of a channel gate stand in pooled features; others have no pass.
-POOLS = {"max": 0, "avg": 1}
+#: Where the pools of a channel gate stand in pooled features, "mix" being the mean of both; others have no pass.
+POOLS = {"max": (0,), "avg": (1,), "mix": (0, 1)}
 
 
 class Plan(NamedTuple):
@@ -155,15 +155,21 @@ def _wide(parameters: Parameters, x: Tensor) -> Parameters:
     return Parameters(*[p if p is None or p.dtype is dtype else p.to(dtype) for p in parameters])
 
 
-def _selection(plan: Plan) -> list[int] | None:
-    """Where the pools stand in pooled features, None where they are these as they are."""
-    return None if sorted(plan.pool_types) == sorted(POOLS) else [POOLS[name] for name in plan.pool_types]
+def _selection(plan: Plan) -> list[tuple[int, ...]] | None:
+    """Of which pooled features each pool is the mean, None where the pools are these as they are."""
+    return None if sorted(plan.pool_types) == ["avg", "max"] else [POOLS[name] for name in plan.pool_types]
+
+
+def _selected(pooled: Tensor, selection: list[tuple[int, ...]] | None) -> Tensor:
+    """The pools [B, pools, C] of a channel gate of pooled features [B, 2, C]."""
+    if selection is None:
+        return pooled
+    return torch.stack([pooled[:, places].mean(1) for places in selection], 1)
 
 
 def _channel_gate(plan: Plan, pooled: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
     """The hidden layer [B, pools, hidden] and g_c [B, C]. The second map is linear: the pools are added before it."""
-    selection = _selection(plan)
-    hidden = F.linear(pooled if selection is None else pooled[:, selection], p.weight_1, p.bias_1).relu()
+    hidden = F.linear(_selected(pooled, _selection(plan)), p.weight_1, p.bias_1).relu()
     bias = None if p.bias_2 is None else p.bias_2 * hidden.shape[1]
     return hidden, F.linear(hidden.sum(1), p.weight_2, bias).sigmoid()
 
@@ -171,14 +177,15 @@ def _channel_gate(plan: Plan, pooled: Tensor, p: Parameters) -> tuple[Tensor, Te
 def _channel_gate_backward(plan: Plan, grad: Tensor, kept: Kept, p: Parameters) -> tuple[Tensor, ...]:
     """The gradients of the pooled features [B, 2, C], and of weight_1, bias_1, weight_2 and bias_2."""
     hidden, g, selection = kept.hidden, kept.channel, _selection(plan)
-    pooled = kept.channel_pooled if selection is None else kept.channel_pooled[:, selection]
+    pooled = _selected(kept.channel_pooled, selection)
     grad = grad * g * (1 - g)
     grad_hidden = (grad @ p.weight_2).unsqueeze(1) * (hidden > 0)
     flat = grad_hidden.flatten(0, 1)
     grad_pooled = (flat @ p.weight_1).view_as(pooled)
     if selection is not None:
-        index = torch.tensor(selection, device=grad.device)
-        grad_pooled = torch.zeros_like(kept.channel_pooled).index_add_(1, index, grad_pooled)
+        of_pools, grad_pooled = grad_pooled, torch.zeros_like(kept.channel_pooled)
+        for i, places in enumerate(selection):
+            grad_pooled[:, places] += of_pools[:, i : i + 1] / len(places)
     grad_1 = flat.mT @ pooled.flatten(0, 1), flat.sum(0)
     return grad_pooled, *grad_1, grad.mT @ hidden.sum(1), grad.sum(0) * hidden.shape[1]
 

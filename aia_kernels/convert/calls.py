@@ -16,6 +16,7 @@ from ..common.maps import GATE_AXES
 from ..common.tracing import is_traced
 from ..functional.attention_in_attention import attention_in_attention
 from ..functional.block import with_bias
+from ..functional.cbam import POOL_TYPES, cbam
 from ..functional.external_attention import (
     double_normalize,
     external_attention,
@@ -23,7 +24,7 @@ from ..functional.external_attention import (
     without_effect,
 )
 from ..modules.submodules import norm_of, products_saved
-from ..reference import UNITS, Gate, Norm
+from ..reference import MLP, UNITS, Gate, Norm
 
 
 class Form(NamedTuple):
@@ -297,6 +298,11 @@ def _gate(letter: str, form: GateForm, weight: Tensor, bias: Tensor | None, norm
         weight = weight.flip(1)
     if form.scale != 1.0:
         weight = weight * form.scale
+    return _with_norm(weight, bias, norm)
+
+
+def _with_norm(weight: Tensor, bias: Tensor | None, norm: _BatchNorm | tuple | None) -> Gate:
+    """A gate with the bias of its convolution in its norm."""
     of_bn = _described(norm)
     if bias is None:
         return Gate(weight, of_bn)
@@ -305,6 +311,30 @@ def _gate(letter: str, form: GateForm, weight: Tensor, bias: Tensor | None, norm
     if of_bn.uses_batch:  # it takes the bias away again
         return Gate(without_effect(weight, bias), of_bn)
     return Gate(weight, with_bias(of_bn, bias))
+
+
+def gates(x: Tensor, mlp: tuple | None, gate: tuple | None) -> Tensor:
+    """CBAM, or one of its gates.
+
+    Args:
+        x: [B, C, H, W].
+        mlp: Of the channel gate, weight and bias of both maps and the names of its pools (functional.cbam), or None.
+        gate: Of the spatial gate, the weight and the bias or None of its convolution, its batch norm as of block, and
+            how the maximum and the mean come to it: "max, mean", "mean, max", or "mix" for their mean; or None.
+
+    Returns:
+        y, stored as x.
+    """
+    of_channels, pools = (None, POOL_TYPES) if mlp is None else (MLP(*mlp[:4]), mlp[4])
+    if gate is None:
+        return cbam(x, of_channels, None, pools)
+    weight, bias, norm, order = gate
+    if order == "mix":
+        weight = (weight / 2).expand(-1, 2, -1, -1)
+    described = _with_norm(weight.flip(1) if order == "mean, max" else weight, bias, norm)
+    y = cbam(x, of_channels, described, pools)
+    _follow_bias(described.norm, bias)
+    return y
 
 
 def _follow_bias(norm: Norm | None, bias: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,30 @@ def holds_gates(module: nn.Module) -> bool:
         return False
     own = any(p is not None and tuple(p.shape) == _GATE for p in module._parameters.values())
     return own or has_gates(module) or any(map(has_gates, module.children()))
+
+
+def has_both_gates(module: nn.Module) -> bool:
+    """Whether the parameters of a module may be those of CBAM's two gates, and of nothing else."""
+    return _gates_of_cbam(module) == (1, 2)
+
+
+def holds_a_gate_of_cbam(module: nn.Module) -> bool:
+    """Whether a module holds one that may be a gate of CBAM, and nothing else."""
+    own = (child for child in module.children() if not type(child).__module__.startswith("torch."))
+    return any(_gates_of_cbam(child) in ((1, 0), (0, 2)) for child in own)
+
+
+def _gates_of_cbam(module: nn.Module) -> tuple[int, int] | None:
+    """How many convolutions to one map and how many linear maps, from C features to fewer and back, a module has; None
+    where it has other parameters than these, their biases and norms of one element."""
+    shapes = [tuple(p.shape) for p in module.parameters()]
+    maps = [shape for shape in shapes if len(shape) == 4 and shape[0] == 1 and shape[1] in (1, 2) and shape[2] > 1]
+    linear = [shape[:2] for shape in shapes if len(shape) > 1 and shape not in maps and math.prod(shape[2:]) == 1]
+    rest = [shape for shape in shapes if len(shape) < 2]
+    if len(maps) + len(linear) + len(rest) < len(shapes) or (linear and linear[0] != linear[-1][::-1]):
+        return None
+    biases = (), (1,), *((n,) for shape in linear for n in shape)
+    return (len(maps), len(linear)) if all(shape in biases for shape in rest) else None
 
 
 def likely_shapes(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Shapes, Shapes]]:

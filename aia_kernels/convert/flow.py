@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from ..common.tracing import is_traced, needs_reference
 from . import behaviour
 from .calls import NotAsRecorded
-from .examples import Shapes, example_of, has_gates, holds_gates, likely_shapes
+from .examples import Shapes, example_of, has_both_gates, has_gates, holds_a_gate_of_cbam, holds_gates, likely_shapes
 from .graphs import casts_to_single, method_of, rewrite, source_of
 from .normalizations import Missed
 from .published import FUSED_LAYERS
@@ -104,7 +104,7 @@ def rewrite_forwards(
             if isinstance(found, Flow):
                 report._ways_back.append(functools.partial(setattr, module, "__class__", type(module)))
                 module.__class__ = found.layer
-                inside |= {*module.modules()} if has_gates(module) else set()
+                inside |= {*module.modules()} if _is_whole(module) else set()
     for module, known_as in names.items():
         told = done.get(module)
         if isinstance(told, Flow):
@@ -121,13 +121,18 @@ def _in_turn(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules in the order in which their forwards are looked at.
 
     Those inside come first, so that what is around calls them. But what has the gates of a unit of Attention in
-    Attention, and nothing else, comes before the gates themselves. A module without parameters, a normalization of
-    one's own, comes last: where it stands between two products, all of them are one call.
+    Attention or of CBAM, and nothing else, comes before the gates themselves. A module without parameters, a
+    normalization of one's own, comes last: where it stands between two products, all of them are one call.
     """
     outside_first = [*modules]
-    whole = [m for m in outside_first if has_gates(m) and not type(m).__module__.startswith("torch.")]
+    whole = [m for m in outside_first if _is_whole(m) and not type(m).__module__.startswith("torch.")]
     rest = [m for m in outside_first[::-1] if m not in {*whole}]
     return whole + sorted(rest, key=lambda module: next(module.parameters(), None) is None)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module has the gates of one layer, and nothing else."""
+    return has_gates(module) or has_both_gates(module)
 
 
 def _likeliest(as_published: str | None, told: Missed | str | None) -> str | None:
@@ -146,10 +151,10 @@ def may_hold(module: nn.Module) -> bool:
     that is one; or whether it has the parameters of gates."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
-    if holds_gates(module):
+    if holds_gates(module) or has_both_gates(module) or holds_a_gate_of_cbam(module):
         return True
     for child in module.children():
-        if isinstance(child, (nn.Softmax, nn.Softmax2d)) or (_is_open(child) and may_hold(child)):
+        if isinstance(child, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)) or (_is_open(child) and may_hold(child)):
             return True
     names = _names(own_class(module))
     return any(word in name.lower() for name in names for word in _TELLING) or not names.isdisjoint(_TELLING_ALONE)
@@ -201,7 +206,8 @@ def rewritten(
     if ranks is not None:
         likely = [pair for pair in likely if _ranks(pair[0]) == ranks]
     first = _attempt(module, inputs, likely, opened=False)
-    if isinstance(first, Flow) and "double_normalize" not in first.calls and not holds_gates(module):
+    is_one_call = isinstance(first, Flow) and "double_normalize" not in first.calls
+    if is_one_call and not holds_gates(module) and not has_both_gates(module):
         return first
     second = _attempt(module, inputs, likely, opened=True)
     if isinstance(second, Flow) and (not isinstance(first, Flow) or _fuses_more(second, first)):
@@ -211,7 +217,10 @@ def rewritten(
 
 def _fuses_more(flow: Flow, other: Flow) -> bool:
     """Whether what was made of a module with its submodules opened is to be preferred."""
-    alone = [sum(call == "double_normalize" for call in of.calls) for of in (flow, other)]
+    parts = "double_normalize", "ChannelGate", "SpatialGate"
+    if "CBAM" in flow.calls and "CBAM" not in other.calls:
+        return True
+    alone = [sum(call in parts for call in of.calls) for of in (flow, other)]
     return alone[0] < alone[1] or (alone[0] == alone[1] == 0 and len(flow.calls) > len(other.calls))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
 
 from . import calls
+from .cbam import FoundGates, find_gates
 from .look_alikes import look_alikes
 from .normalizations import Missed, Normalization, find_normalizations
 from .products import Product
@@ -90,6 +91,12 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
         else:
             before = f"{unit.nodes[0].name} to {unit.end.name}"
             fused.append(Fused(_recalibrate(reader, unit), before, unit.form.unit))
+    for gates in [*find_gates(reader)]:
+        if isinstance(gates, Missed):
+            missed.append(gates)
+        else:
+            before = f"{gates.nodes[0].name} to {gates.end.name}"
+            fused.append(Fused(_gated(reader, gates), before, gates.name))
     merge_softmaxes(reader)
     if written_out := name_softmaxes(reader):
         doubled = (found for found in find_normalizations(reader) if isinstance(found, Normalization))
@@ -152,14 +159,38 @@ def _recalibrate(reader: Reader, unit: FoundUnit) -> Node:
     return new
 
 
+def _gated(reader: Reader, found: FoundGates) -> Node:
+    """Put one call in the place of CBAM, or of one of its gates."""
+    graph, channel, spatial = reader.graph, found.channel, found.spatial
+    with graph.inserting_before(found.end):
+        mlp: Any = None
+        if channel is not None:
+            products = channel.first, channel.second
+            tensors = ((_matrix(graph, p, 1.0, 1, False, False), _tensor(graph, p.bias)) for p in products)
+            mlp = (*(t for pair in tensors for t in pair), channel.pools)
+        gate: Any = None
+        if spatial is not None:
+            gate = (*_convolution(reader, spatial.convolution), _norm(reader, spatial.norm), spatial.order)
+        new = graph.call_function(calls.gates, (found.x, mlp, gate))
+    reader.shapes = {**reader.shapes, new: reader.shapes[found.end]}
+    _replace(found.end, new)
+    unused = {user for node in found.nodes[:-1] for user in node.users if not user.users}
+    remove_with_sizes(reader, {*found.nodes} | unused)
+    return new
+
+
+def _convolution(reader: Reader, node: Node) -> tuple[Node | None, ...]:
+    """The weight and the bias of a convolution that is a module or a function."""
+    weight, bias = (reader.argument(node, i, name) for i, name in ((1, "weight"), (2, "bias")))
+    if reader.module(node) is not None:
+        weight, bias = f"{node.target}.weight", None if bias is None else f"{node.target}.bias"
+    return tuple(_tensor(reader.graph, held) for held in (weight, bias))
+
+
 def _gate(reader: Reader, found: FoundGate) -> tuple:
     """What calls.recalibrate takes of a gate."""
-    convolution = found.gate.convolution
-    weight, bias = (reader.argument(convolution, i, name) for i, name in ((1, "weight"), (2, "bias")))
-    if reader.module(convolution) is not None:
-        weight, bias = f"{convolution.target}.weight", None if bias is None else f"{convolution.target}.bias"
-    tensors = (_tensor(reader.graph, held) for held in (weight, bias))
-    return calls.GateForm(found.order, found.gate.flipped, found.scale), *tensors, _norm(reader, found.gate.norm)
+    form = calls.GateForm(found.order, found.gate.flipped, found.scale)
+    return form, *_convolution(reader, found.gate.convolution), _norm(reader, found.gate.norm)
 
 
 def _dropout(reader: Reader, node: Node | None) -> Any:

@@ -286,6 +286,8 @@ def _gate_pooled(x: Tensor, name: str) -> Tensor:
         return flat.mean(2)
     if name == "max":
         return torch.max(flat, 2)[0]
+    if name == "mix":
+        return (flat.mean(2) + torch.max(flat, 2)[0]) / 2
     return flat.pow(2.0).sum(2).sqrt() if name == "lp" else flat.logsumexp(2)
 
 

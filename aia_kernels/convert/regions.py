@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch.fx import Node
@@ -154,6 +155,23 @@ def is_arranged(reader: Reader, node: Node) -> bool:
     """Whether a node arranges the axes of a tensor, or repeats it, and does nothing else."""
     arranged = reader.operation(node) in (*LAYOUT, "expand", "repeat") and reader.module(node) is None
     return arranged and not reader.changes_in_place(node)
+
+
+def read_elsewhere(reader: Reader, nodes: Iterable[Node], end: Node) -> str | None:
+    """Which user outside of nodes, between an x and an end, one call in their place would not serve; None if there is
+    none. Sizes and numbers made of them are served where they are used inside alone."""
+    inside = set(nodes)
+
+    def serves(node: Node) -> bool:
+        if node in reader.shapes or not (is_size(reader, node) or is_number(reader, node)):
+            return False
+        return all(user in inside or serves(user) for user in node.users)
+
+    for node in inside - {end}:
+        for user in node.users:
+            if user not in inside and user.users and not serves(user):
+                return f"{user.name} reads {node.name} as well"
+    return None
 
 
 class _Walk:

@@ -51,6 +51,8 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv",
     nn.Conv2d: "conv",
     nn.Conv3d: "conv",
+    nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d",
+    nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
     nn.Dropout: "dropout",
     nn.Identity: "identity",
     nn.Flatten: "reshape",

@@ -18,7 +18,7 @@ from .axes import Atom, leaves
 from .calls import ClipForm
 from .normalizations import Missed
 from .recalibrations import Field, Gate, Meanings, Term, own_axis, same
-from .regions import LAYOUT, is_number, is_size
+from .regions import LAYOUT, read_elsewhere
 from .spellings import Reader
 
 
@@ -237,23 +237,13 @@ class _Search:
 
     def _used_elsewhere(self, nodes: tuple[Node, ...], x: Node) -> str | None:
         """What reads something between x and the result, or changes x, as one call would not let it."""
-        reader, inside = self.reader, {*nodes}
+        reader = self.reader
         for node in reader.graph.nodes:
             if node in reader.shapes and _is_base(self.meanings, node, self.base):
                 for user in node.users:
                     if reader.changes_in_place(user) and reader.operand(user) is node:
                         return f"{user.name} changes it in place"
-        for node in nodes:
-            for user in () if node is nodes[-1] else node.users:
-                if user not in inside and user.users and not self._serves(user, inside):
-                    return f"{user.name} reads {node.name} as well"
-        return None
-
-    def _serves(self, node: Node, inside: set[Node]) -> bool:
-        """Whether a size, or a number made of sizes, is used inside alone."""
-        if node in self.reader.shapes or not (is_size(self.reader, node) or is_number(self.reader, node)):
-            return False
-        return all(user in inside or self._serves(user, inside) for user in node.users)
+        return read_elsewhere(reader, nodes, nodes[-1])
 
 
 def _context(terms: dict[Term, float]) -> _Context | str:

@@ -41,8 +41,8 @@ def cbam(x: Tensor, mlp: MLP | None, gate: Gate | None, pool_types: Sequence[str
         mlp: The channel gate: g_c = sigmoid(sum over pools of mlp(pool of x over H and W)). None: there is none.
         gate: The spatial gate: g_s = sigmoid(BN(conv(maximum and mean of x * g_c over C))), its weight [1, 2, k, k]
             with an odd k, and its norm or None. None: there is none; one of the two must be there.
-        pool_types: What the channel gate pools with: "avg", "max", "lp" (p = 2) or "lse". The last two are computed in
-            plain PyTorch.
+        pool_types: What the channel gate pools with: "avg", "max", "mix" (the mean of these two), "lp" (p = 2) or
+            "lse". The last two are computed in plain PyTorch.
 
     Returns:
         y, shaped and stored as x, in its type.

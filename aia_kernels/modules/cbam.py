@@ -47,7 +47,8 @@ class ChannelGate(nn.Module):
     Args:
         gate_channels: C.
         reduction_ratio: The hidden layer of the MLP has C // reduction_ratio features.
-        pool_types: "avg", "max", "lp" or "lse"; the last two are computed in plain PyTorch.
+        pool_types: "avg", "max", "mix" (the mean of these two, as in timm's LightCbam), "lp" or "lse"; the last two are
+            computed in plain PyTorch.
 
     Raises:
         TypeError, ValueError: With the name of the argument, what came and what is expected.
@@ -266,15 +267,16 @@ def _read_spatial(gate: Any) -> Gate | None:
     return Gate(conv.weight, None if bn is None else norm_of(bn))
 
 
-def is_map_convolution(conv: nn.Module) -> bool:
-    """Whether a module is the convolution of a gate as published: k x k with an odd k, zeros around, no bias."""
+def is_map_convolution(conv: nn.Module, with_bias: bool = False) -> bool:
+    """Whether a module is the convolution of a gate as published: k x k with an odd k, zeros around, no bias unless it
+    may have one."""
     return (
         isinstance(conv, nn.Conv2d)
         and conv.kernel_size[0] == conv.kernel_size[1]
         and conv.kernel_size[0] % 2 == 1
-        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+        and (conv.padding == (conv.kernel_size[0] // 2,) * 2 or conv.padding == "same")
         and conv.padding_mode == "zeros"
         and set(conv.stride) == set(conv.dilation) == {1}
         and conv.groups == 1
-        and conv.bias is None
+        and (with_bias or conv.bias is None)
     )

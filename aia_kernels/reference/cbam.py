@@ -54,8 +54,12 @@ def _log_sum_exp(x: Tensor) -> Tensor:
     return x.flatten(2).logsumexp(2)
 
 
-#: What a channel gate may pool with, by the published names, [B, C, H, W] to [B, C].
-POOLS = {"avg": _mean, "max": _maximum, "lp": _power_mean, "lse": _log_sum_exp}
+def _mixed(x: Tensor) -> Tensor:
+    return (_mean(x) + _maximum(x)) / 2
+
+
+#: What a channel gate may pool with, by the published names, [B, C, H, W] to [B, C]; "mix" is that of timm's LightCbam.
+POOLS = {"avg": _mean, "max": _maximum, "lp": _power_mean, "lse": _log_sum_exp, "mix": _mixed}
 
 
 def channel_gate(x: Tensor, mlp: MLP, pool_types: Sequence[str]) -> Tensor:

@@ -27,6 +27,7 @@ LAYERS = {
     "CBAM, one hidden feature, 3 x 3": lambda: CBAM(5, 5, kernel_size=3),
     "CBAM, max": lambda: CBAM(6, 3, pool_types=["max"]),
     "CBAM, pools twice": lambda: CBAM(6, 3, pool_types=["avg", "max", "avg"]),
+    "CBAM, mixed pools": lambda: CBAM(6, 3, pool_types=["mix", "max", "mix"]),
     "CBAM, other pools": lambda: CBAM(6, 3, pool_types=["lse", "lp", "avg"]),
     "CBAM, no spatial gate": lambda: CBAM(6, 2, no_spatial=True),
     "CBAM, one channel": lambda: CBAM(1, 1),
@@ -64,6 +65,10 @@ def formula(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
                 pooled = flat.sum(2) / flat.shape[2]
             elif name == "max":
                 pooled = torch.stack([torch.stack([row.max() for row in one]) for one in flat])
+            elif name == "mix":
+                pooled = (
+                    flat.sum(2) / flat.shape[2] + torch.stack([torch.stack([*map(max, one)]) for one in flat])
+                ) / 2
             elif name == "lp":
                 pooled = flat.pow(2).sum(2).pow(0.5)
             else:

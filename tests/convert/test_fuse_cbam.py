@@ -1,0 +1,169 @@
+"""fuse: CBAM and its gates are found by what flows, whatever their wording."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cbam_variants import KINDS, InABottleneck, InOneForward, Light, PooledOneByOne, ReducedOverBothAxes
+from conftest import some_of
+from convert_cases import EXACT, assert_same_objects, tensors
+from fuse_steps import assert_same_steps, build, inputs_of
+from torch import nn
+
+import aia_kernels
+from aia_kernels.convert import compiler
+
+# float32 sums of up to two hundred terms, twice, and of as many gradients: 1e2 roundings of 6e-8.
+SINGLE = {"rtol": 1e-5, "atol": 2e-5}
+
+
+def called(report):
+    return [name for entry in report.converted for name in entry.now.split(" and ")]
+
+
+class TestKinds:
+    @some_of("call", [aia_kernels.fuse, aia_kernels.convert], aia_kernels.fuse)
+    @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+    def test_is_found_and_computes_the_same(self, kind, call, monkeypatch):
+        expected, shape = KINDS[kind]
+        model = build(kind)
+        before, keys, own = tensors(model), list(model.state_dict()), copy.deepcopy(model)
+        report = call(model)
+        assert called(report) == expected, report
+        assert not report.left_alone, report
+        assert_same_objects(model, before)
+        assert list(model.state_dict()) == keys
+        for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+            for training in (True, False):
+                for module in (model, own):
+                    module.to(dtype).train(training)
+                assert_same_steps(model, own, inputs_of([shape], dtype), **tolerance)
+        monkeypatch.setattr(kind, "forward", None)  # it is not called
+        model(*inputs_of([shape], torch.float32))
+
+    @pytest.mark.parametrize("kind", [PooledOneByOne, ReducedOverBothAxes, Light])
+    def test_other_sizes_and_layouts(self, kind):
+        model = build(kind)
+        own = copy.deepcopy(model)
+        aia_kernels.fuse(model)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            (x,) = inputs_of([(3, KINDS[kind][1][1], 9, 3)])
+            x = x.contiguous(memory_format=layout)
+            assert_same_steps(model, own, [x], **EXACT)
+            assert copy.deepcopy(model)(x).is_contiguous(memory_format=layout)
+
+    def test_copies_pickles_and_back(self):
+        model = build(ReducedOverBothAxes)
+        own, inputs = copy.deepcopy(model), inputs_of([KINDS[ReducedOverBothAxes][1]])
+        report = aia_kernels.fuse(model)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other) is not ReducedOverBothAxes
+            assert_same_steps(other, copy.deepcopy(own), inputs, **EXACT)
+        assert type(report.undo()) is ReducedOverBothAxes
+        assert_same_steps(model, own, inputs, **EXACT)
+
+    def test_a_part_with_hooks_is_called(self):
+        model, seen = build(PooledOneByOne), []
+        model.sa.conv.register_forward_hook(lambda *_: seen.append(1))
+        report = aia_kernels.fuse(model)
+        assert "CBAM" not in called(report)
+        model(*inputs_of([KINDS[PooledOneByOne][1]]))
+        assert seen == [1]
+
+
+class TestGraphs:
+    @pytest.mark.parametrize("record", ["fx", "export"])
+    @pytest.mark.parametrize("kind", [PooledOneByOne, InOneForward, InABottleneck, Light])
+    def test_graph(self, kind, record):
+        expected, shape = KINDS[kind]
+        model, inputs = build(kind), inputs_of([shape])
+        own = copy.deepcopy(model)
+        if record == "fx":
+            graph_module = torch.fx.symbolic_trace(model)
+            report = aia_kernels.fuse(graph_module, *inputs)
+        else:
+            graph_module = torch.export.export(model.eval(), tuple(inputs)).module()
+            own.eval()
+            report = aia_kernels.fuse(graph_module)
+        assert called(report) == expected, report
+        assert not [node for node in graph_module.graph.nodes if "max" in str(node.target)]
+        assert_same_steps(graph_module, own, inputs, **EXACT)
+
+    def test_compiled(self):
+        torch._dynamo.reset()
+        model, own, inputs = build(InABottleneck), build(InABottleneck), inputs_of([KINDS[InABottleneck][1]])
+        graphs = []
+        with pytest.MonkeyPatch.context() as patch:
+            rewrite = compiler.rewrite
+            patch.setattr(compiler, "rewrite", lambda reader: graphs.append(found := rewrite(reader)) or found)
+            compiled = torch.compile(model, backend=aia_kernels.fuse_backend, options={"backend": "aot_eager"})
+            for _ in range(2):
+                assert_same_steps(compiled, own, inputs, **EXACT)
+        assert [[call.now for call in fused] for fused, _ in graphs] == [["CBAM"]]
+        torch._dynamo.reset()
+
+
+class LookAlike(InOneForward):
+    """A channel gate, and what a function makes of it and of x."""
+
+    def __init__(self, recalibrate=torch.mul, pool=None, act=F.relu, squash=torch.sigmoid, other=False):
+        super().__init__()
+        self.recalibrate, self.act, self.squash = recalibrate, act, squash
+        self.pool = pool or (lambda x: x)
+        self.fc3 = nn.Linear(2, 6) if other else None
+
+    def forward(self, x):
+        pooled = self.pool(x)
+        average = self.fc2(self.act(self.fc1(pooled.mean((2, 3)))))
+        largest = (self.fc3 or self.fc2)(self.act(self.fc1(pooled.amax((2, 3)))))
+        return self.recalibrate(x, self.squash(average + largest)[:, :, None, None])
+
+
+class OtherConvolution(InOneForward):
+    """A spatial gate whose convolution is none of CBAM's."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        del self.fc1, self.fc2
+        self.conv = nn.Conv2d(2, 1, 3, **settings)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.conv(torch.cat((x.mean(1, True), x.amax(1, True)), 1)))
+
+
+class TestLookAlikes:
+    @pytest.mark.parametrize(
+        "make, reason",
+        [
+            (lambda: LookAlike(act=F.gelu), "comes after a gelu"),
+            (lambda: LookAlike(squash=F.hardsigmoid), "is a hardsigmoid"),
+            (lambda: LookAlike(other=True), "different layers for the two pools"),
+            (lambda: LookAlike(pool=torch.square), None),
+            (lambda: LookAlike(recalibrate=torch.add), None),
+            (lambda: LookAlike(recalibrate=lambda x, g: torch.cat((x * g, g.expand_as(x)))), "reads"),
+            (lambda: OtherConvolution(padding=2, dilation=2), "from the maximum and the mean over channels"),
+            (
+                lambda: OtherConvolution(padding=1, padding_mode="reflect"),
+                "from the maximum and the mean over channels",
+            ),
+        ],
+    )
+    def test_is_left_alone(self, make, reason):
+        model, (x,) = build(lambda: nn.Sequential(make())), inputs_of([(2, 6, 4, 5)])
+        own = copy.deepcopy(model)
+        report = aia_kernels.fuse(model)
+        assert_same_steps(model, own, [x], **EXACT)
+        assert not report.converted, report
+        assert reason is None or reason in str(report), report
+
+    def test_a_squeeze_and_excitation_is_none(self):
+        class Excited(InOneForward):
+            def forward(self, x):
+                return x * torch.sigmoid(self.mlp(x.mean((2, 3))))[:, :, None, None]
+
+        report = aia_kernels.fuse(build(lambda: nn.Sequential(Excited())))
+        assert not report.converted and not report.left_alone, report
