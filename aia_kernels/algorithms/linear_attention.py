@@ -21,7 +21,8 @@ Backward, with G the gradient of Y, r = 1 / (phi(q) (s + eps)) and P = M G [H R,
 Z is what the projections give, and dZ comes of dphi through the feature map. x-sized traffic: x is read three times and
 y written; backward reads g three times and x twice, and writes dx. Kept are x, and, where they are small beside it, Z
 and (T, s); they are made again where they are not. T over the tokens of a process group is a sum over its members, and
-so are dT and ds. Numerator and divisor are both scaled by 1 / N, so that M fits into float16.
+so are dT and ds. Numerator and divisor are both scaled by 1 / N, so that M fits into float16. Without
+the residual x is not added to y, nor G to dX.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def forward(plan: Plan, x: Tensor, weights: Weights, padding: Tensor | None) -> 
         query = query.masked_fill(_per_token(padding), 0.0)
     if factor is not None:
         query = query * factor
-    y = _plus_product(x, memory.mT.to(x.dtype), query.flatten(1, 2).to(x.dtype))
+    y = _product(x, memory.mT.to(x.dtype), query.flatten(1, 2).to(x.dtype), plan.form.residual)
     return y, logits, sums
 
 
@@ -145,7 +146,7 @@ def backward(
     if needs_x:
         factors = torch.cat((grad_t.mT, weights.projection.mT.expand(x.shape[0], -1, -1)), 2)
         rows = torch.cat((features.key.flatten(1, 2).to(x.dtype), narrow), 1)
-        grad_x = _plus_product(grad, factors, rows)
+        grad_x = _product(grad, factors, rows, plan.form.residual)
     of_projection = _over_tokens(narrow, tokens).sum(0), grad_logits.sum((0, 2))
     return Gradients(grad_x, *of_projection, *of_memory[1:], grad_gamma)
 
@@ -320,10 +321,12 @@ def _through_features(
     return grad.flatten(1, 3)
 
 
-def _plus_product(x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
-    """x [B, N, C] plus the transpose of factors [B, C, p] times rows [B, p, N], stored as x."""
-    y = torch.baddbmm(x, rows.mT, factors.mT) if x.is_contiguous() else torch.baddbmm(x.mT, factors, rows).mT
-    return stored_as(y, x)
+def _product(x: Tensor, factors: Tensor, rows: Tensor, added: bool) -> Tensor:
+    """The transpose of factors [B, C, p] times rows [B, p, N], stored as x [B, N, C], which is added or not."""
+    if x.is_contiguous():
+        pair = rows.mT, factors.mT
+        return stored_as(torch.baddbmm(x, *pair) if added else torch.bmm(*pair), x)
+    return stored_as((torch.baddbmm(x.mT, factors, rows) if added else torch.bmm(factors, rows)).mT, x)
 
 
 def _sum_of_members(part: Tensor, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.maps import GATE_AXES
-from ..common.tracing import is_traced
+from ..common.tracing import is_traced, needs_reference
 from ..functional.attention_in_attention import attention_in_attention
 from ..functional.block import with_bias
 from ..functional.cbam import POOL_TYPES, cbam
@@ -23,6 +23,8 @@ from ..functional.external_attention import (
     external_attention_block,
     without_effect,
 )
+from ..functional.linear_attention import efficient_attention, linear_attention
+from ..modules.linear_attention import attended, efficient_flow_is_faster, linear_flow_is_faster
 from ..modules.submodules import norm_of, products_saved
 from ..reference import MLP, UNITS, Gate, Norm
 
@@ -335,6 +337,107 @@ def gates(x: Tensor, mlp: tuple | None, gate: tuple | None) -> Tensor:
     y = cbam(x, of_channels, described, pools)
     _follow_bias(described.norm, bias)
     return y
+
+
+class MemoryForm(NamedTuple):
+    """How attention by a memory per sample is written in a network.
+
+    feature: the feature map, "l2", "softplus" or "softmax". heads, eps: as of the functions. factors: of o, and of what
+    the product behind makes of it, beside gamma. residual: whether x is added. features: the axis of x that holds its
+    channels; samples are axis 0. out: for each axis of the result, the axes of x that are joined in it.
+    """
+
+    feature: str
+    heads: int
+    eps: float
+    factors: tuple[float, float]
+    residual: bool
+    features: int
+    out: tuple[tuple[int, ...], ...]
+
+
+def remember(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gamma: Tensor | None, form: MemoryForm
+) -> Tensor:
+    """Linear or efficient attention.
+
+    Args:
+        x: Any arrangement of tokens and features behind the samples.
+        weights: Of queries, keys and values, [out, C] each, and of the product behind, if there is one.
+        biases: Of the same, each may be None.
+        gamma: One number, or None.
+        form: The arrangement.
+
+    Returns:
+        y, arranged as the form says, and contiguous unless x is channels_last.
+    """
+    order = None
+    given = x
+    if x.ndim == 3 and form.features == 1:
+        given, order = x.mT, (0, 2, 1)
+    elif x.ndim > 3 and form.features == x.ndim - 1:
+        given, order = x.flatten(1, -2), (*range(x.ndim),)
+    settings: dict[str, Any] = {"heads": form.heads, "residual": form.residual}
+    inner, outer = form.factors
+    if _flow_is_faster(x, weights, form):
+        y = _in_order(given, weights, biases, gamma, form)
+    elif form.feature == "softmax":
+        query, key, value, *behind = weights
+        last = behind[0] if behind else torch.eye(len(value), dtype=value.dtype, device=value.device)
+        of_last = biases[3] if behind else None
+        for factor in (None if outer == 1.0 else outer, gamma):
+            if factor is not None:
+                last, of_last = last * factor, None if of_last is None else of_last * factor
+        last = last * inner if inner != 1.0 else last
+        y = efficient_attention(given, query, key, value, last, biases=(*biases[:3], of_last), **settings)
+    else:
+        if (factor := inner * outer) != 1.0:
+            gamma = x.new_full((1,), factor) if gamma is None else gamma * factor
+        settings |= {"feature": form.feature, "eps": form.eps, "gamma": gamma}
+        y = linear_attention(given, *weights, biases=biases, **settings)
+    if order is not None:
+        y = y.permute(order) if x.ndim == 3 else y.reshape(x.shape)
+    y = y.permute([i for axis in form.out for i in axis])
+    y = y.reshape([math.prod(x.shape[i] for i in axis) for axis in form.out])
+    return y if _is_channels_last(x) else y.contiguous()
+
+
+def _flow_is_faster(x: Tensor, weights: Sequence[Tensor], form: MemoryForm) -> bool:
+    """Whether "auto" counts that the flow of the network is the faster one, on an x that it takes as it is."""
+    if x.dtype not in (torch.float32, torch.float64) or autocast_dtype(x) is not None or x.numel() == 0:
+        return False
+    if is_traced() or needs_reference() or any(type(t) not in (Tensor, nn.Parameter) for t in (x, *weights)):
+        return False
+    (keys, c), values = weights[1].shape, weights[2].shape[0]
+    if form.feature == "softmax":
+        return efficient_flow_is_faster(x, c, keys, values, form.heads)
+    return form.heads == 1 and linear_flow_is_faster(x, c, keys)
+
+
+def _in_order(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gamma: Tensor | None, form: MemoryForm
+) -> Tensor:
+    """y of tokens or maps x by one product after the other, as a network has them."""
+    rows = x.mT if x.ndim == 3 else x.flatten(2)  # [B, C, N]
+
+    def mapped(weight: Tensor, bias: Tensor | None, of: Tensor) -> Tensor:
+        return weight @ of if bias is None else torch.add(weight @ of, bias.unsqueeze(1))
+
+    query, key, value = (mapped(*pair, rows) for pair in zip(weights[:3], biases[:3], strict=True))
+    if form.feature == "softmax":
+        if form.heads > 1:
+            query, key, value = (t.unflatten(1, (form.heads, -1)) for t in (query, key, value))
+        o = value @ key.softmax(-1).mT @ query.softmax(-2)
+        o = o.flatten(1, 2) if form.heads > 1 else o
+    else:
+        o = attended(query, key, value, form.feature, form.eps)
+    o = o * form.factors[0] if form.factors[0] != 1.0 else o
+    for weight, bias in zip(weights[3:], biases[3:], strict=True):
+        o = mapped(weight, bias, o)
+    for factor in (None if form.factors[1] == 1.0 else form.factors[1], gamma):
+        o = o if factor is None else o * factor
+    y = rows + o if form.residual else o
+    return y.mT if x.ndim == 3 else y.unflatten(2, x.shape[2:])
 
 
 def _follow_bias(norm: Norm | None, bias: Tensor | None) -> None:

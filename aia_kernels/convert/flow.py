@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..common.tracing import is_traced, needs_reference
+from ..modules.submodules import is_pointwise
 from . import behaviour
 from .calls import NotAsRecorded
 from .examples import Shapes, example_of, has_both_gates, has_gates, holds_a_gate_of_cbam, holds_gates, likely_shapes
@@ -34,6 +35,8 @@ from .spellings import Reader, operation_of
 #: What the code of a forward names if there can be something to find.
 _TELLING = ("softmax", "sigmoid")
 _TELLING_ALONE = ("exp", "logsumexp")
+#: The same of linear attention, where a module has linear maps beside.
+_OF_MEMORIES = frozenset({"softplus", "norm", "normalize", "rsqrt", "l2_norm", "elu"})
 
 
 class Recipe(NamedTuple):
@@ -157,7 +160,15 @@ def may_hold(module: nn.Module) -> bool:
         if isinstance(child, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)) or (_is_open(child) and may_hold(child)):
             return True
     names = _names(own_class(module))
+    if not _OF_MEMORIES.isdisjoint(names) and sum(map(_is_linear, module.children())) >= (
+        1 if names & {"einsum", "matmul", "bmm"} else 3
+    ):
+        return True
     return any(word in name.lower() for name in names for word in _TELLING) or not names.isdisjoint(_TELLING_ALONE)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_pointwise(module)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""fuse: external attention and the units of Attention in Attention found by what flows, in a model or in a graph."""
+"""fuse: the layers of this package found by what flows, in a model or in a graph."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from .spellings import Reader
 
 
 def fuse(model: nn.Module, *inputs: Any) -> Report:
-    """Put fused calls in the place of external attention and of the units of Attention in Attention, wherever they are
-    written, and say what became of what.
+    """Put fused calls in the place of external attention, the units of Attention in Attention, CBAM, linear and
+    efficient attention, wherever they are written, and say what became of what.
 
     External attention is found by what flows, not by names: a softmax over the tokens, divided by its sum over the
     slots, and the linear maps around them. A softmax over the slots, divided by its sum over the tokens, is found as
     well. So are the units C, ST, CinST, STinC and STinC2: a tensor that is multiplied by gates, each a 3x3x3
-    convolution of the maximum and the mean over an axis.
+    convolution of the maximum and the mean over an axis. So is CBAM, whole or one of its gates: x times a sigmoid of
+    what linear maps make of both pools over positions, or a convolution of both over channels. And so are linear and
+    efficient attention: what is made of projections of one x is compared with their formulas.
 
     A graph, as torch.fx.symbolic_trace and the module() of a torch.export.ExportedProgram give it, is rewritten in
     place. Of any other model each forward that has a softmax or gates is recorded and rewritten. The module gets a

@@ -15,6 +15,7 @@ from torch.fx import Graph, Interpreter, Node
 from . import calls
 from .cbam import FoundGates, find_gates
 from .look_alikes import look_alikes
+from .memories import FoundMemory, find_memories
 from .normalizations import Missed, Normalization, find_normalizations
 from .products import Product
 from .regions import Region, find_region, is_arranged, is_number, is_size
@@ -97,6 +98,12 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
         else:
             before = f"{gates.nodes[0].name} to {gates.end.name}"
             fused.append(Fused(_gated(reader, gates), before, gates.name))
+    for memory in [*find_memories(reader)]:
+        if isinstance(memory, Missed):
+            missed.append(memory)
+        else:
+            before = f"{memory.nodes[0].name} to {memory.end.name}"
+            fused.append(Fused(_remembered(reader, memory), before, memory.name))
     merge_softmaxes(reader)
     if written_out := name_softmaxes(reader):
         doubled = (found for found in find_normalizations(reader) if isinstance(found, Normalization))
@@ -172,6 +179,31 @@ def _gated(reader: Reader, found: FoundGates) -> Node:
         if spatial is not None:
             gate = (*_convolution(reader, spatial.convolution), _norm(reader, spatial.norm), spatial.order)
         new = graph.call_function(calls.gates, (found.x, mlp, gate))
+    reader.shapes = {**reader.shapes, new: reader.shapes[found.end]}
+    _replace(found.end, new)
+    unused = {user for node in found.nodes[:-1] for user in node.users if not user.users}
+    remove_with_sizes(reader, {*found.nodes} | unused)
+    return new
+
+
+def _remembered(reader: Reader, found: FoundMemory) -> Node:
+    """Put one call in the place of attention by a memory per sample."""
+    graph = reader.graph
+    with graph.inserting_before(found.end):
+        weights, biases = [], []
+        for rows in (found.query, found.key, found.value):
+            product, part = rows.product, slice(rows.start, rows.stop)
+            weight, bias = _matrix(graph, product, 1.0, 1, False, False), _tensor(graph, product.bias)
+            if product.out > rows.stop - rows.start:
+                weight = graph.call_function(operator.getitem, (weight, part))
+                bias = None if bias is None else graph.call_function(operator.getitem, (bias, part))
+            weights.append(weight)
+            biases.append(bias)
+        if found.outer is not None:
+            weights.append(_matrix(graph, found.outer, 1.0, 1, False, False))
+            biases.append(_tensor(graph, found.outer.bias))
+        form = calls.MemoryForm(*found.form[:3], found.factors, found.residual, found.feature, found.out)
+        new = graph.call_function(calls.remember, (found.x, tuple(weights), tuple(biases), found.gamma, form))
     reader.shapes = {**reader.shapes, new: reader.shapes[found.end]}
     _replace(found.end, new)
     unused = {user for node in found.nodes[:-1] for user in node.users if not user.users}

@@ -27,7 +27,7 @@ def convert(model: nn.Module) -> Report:
     the keys of the state dict; its training mode, device, dtype and requires_grad; num_segments, dropouts and the
     settings of its batch norms; and its own hooks.
 
-    A forward that is none of these, and has external attention or a unit in it, is rewritten as fuse does it.
+    A forward that is none of these, and has one of these layers in it in other words, is rewritten as fuse does it.
 
     These are left alone, and named in the report: a layer with hooks on its submodules, a look-alike of other shapes,
     one with a forward of its own, and one whose forward leaves something behind (an attention map that it keeps, a list

@@ -45,6 +45,7 @@ def linear_attention(
     heads: int = 1,
     feature: str = "l2",
     eps: float = 1e-6,
+    residual: bool = True,
     padding_mask: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
@@ -64,7 +65,9 @@ def linear_attention(
         heads: Each has d consecutive features of q and k, and C / heads of v.
         feature: "l2" or "softplus".
         eps: Added to s.
-        padding_mask: [B, N] boolean, N the number of positions of maps; True where a token takes no part. Its y is x.
+        residual: Whether x is added to y.
+        padding_mask: [B, N] boolean, N the number of positions of maps; True where a token takes no part. Its y is x,
+            or 0 without the residual.
         process_group: Its members hold the tokens in shards, each at least one. Forward exchanges the sums over tokens,
             B heads d (C + 1) numbers, and backward their gradients; those of the parameters are those of the shard.
 
@@ -76,7 +79,7 @@ def linear_attention(
         RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     tensors = {"query": query, "key": key, "value": value, "biases": biases, "gamma": gamma}
-    settings = {"heads": heads, "feature": feature, "eps": eps}
+    settings = {"heads": heads, "feature": feature, "eps": eps, "residual": residual}
     if (y := _of_shards(linear_attention, x, tensors, padding_mask, process_group, settings)) is not None:
         return y
     heads, c = checked_input(x, heads), channels_of(x)
@@ -93,7 +96,7 @@ def linear_attention(
     # The heads of v side by side: W_o of a head puts them where they belong.
     output = None if heads == 1 else torch.eye(c, dtype=value.dtype, device=value.device)
     weights = _weights(x, query, key, query_bias, key_bias, value, value_bias, output, None, gamma, heads)
-    return _attend(x, weights, Form(feature, heads, eps), padding_mask, process_group)
+    return _attend(x, weights, Form(feature, heads, eps, residual), padding_mask, process_group)
 
 
 def efficient_attention(
@@ -105,6 +108,7 @@ def efficient_attention(
     *,
     biases: Sequence[Tensor | None] = (None, None, None, None),
     heads: int = 1,
+    residual: bool = True,
     padding_mask: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
@@ -119,6 +123,7 @@ def efficient_attention(
         biases: b_q [heads * d], b_k [heads * d], b_v [heads * v] and b_o [C], each may be None. b_k is without effect,
             as it is a constant to the softmax over tokens; its gradient is zero.
         heads: Each has d consecutive features of q and k, and v of the values.
+        residual: As of linear_attention.
         padding_mask: As of linear_attention.
         process_group: As of linear_attention; the maximum and sum of each column of keys are exchanged too.
 
@@ -130,7 +135,8 @@ def efficient_attention(
         RuntimeError: A backend was asked for by name that cannot run, with the reason.
     """
     tensors = {"query": query, "key": key, "value": value, "reprojection": reprojection, "biases": biases}
-    if (y := _of_shards(efficient_attention, x, tensors, padding_mask, process_group, {"heads": heads})) is not None:
+    settings = {"heads": heads, "residual": residual}
+    if (y := _of_shards(efficient_attention, x, tensors, padding_mask, process_group, settings)) is not None:
         return y
     heads, c = checked_input(x, heads), channels_of(x)
     query_bias, key_bias, value_bias, reprojection_bias = checked_biases(biases, 4)
@@ -147,7 +153,7 @@ def efficient_attention(
     if key_bias is not None:
         key, key_bias = without_effect(key, key_bias), None
     weights = _weights(x, query, key, query_bias, key_bias, *parameters, None, heads)
-    return _attend(x, weights, Form("softmax", heads), padding_mask, process_group)
+    return _attend(x, weights, Form("softmax", heads, 0.0, residual), padding_mask, process_group)
 
 
 def channel_linear_attention(x: Tensor, gamma: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:

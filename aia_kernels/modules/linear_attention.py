@@ -89,10 +89,7 @@ class PositionLinearAttention(_OnMaps):
         )
 
     def _published_is_faster(self, x: Tensor) -> bool:
-        """By counting: folding leaves out c^2 multiplications per position, and costs d c^2 per sample."""
-        c, d = self.key_conv.in_channels, self.key_conv.out_channels
-        saved = c * c * (x.numel() // c - x.shape[0] * d)
-        return backends.published_flow_is_faster(x.device, 2 * x.numel(), saved)
+        return linear_flow_is_faster(x, self.key_conv.in_channels, self.key_conv.out_channels)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         query, key, value = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
@@ -112,6 +109,26 @@ class KernelLinearAttention(PositionLinearAttention):
 
     def __init__(self, in_places: int, scale: int = 8, eps: float = 1e-6):
         super().__init__(in_places, scale, eps, feature="softplus")
+
+
+def linear_flow_is_faster(x: Tensor, channels: int, keys: int) -> bool:
+    """Whether "auto" leaves linear attention to its published flow, by counting: folding leaves out c^2 multiplications
+    per position, and costs d c^2 per sample."""
+    saved = channels * channels * (x.numel() // channels - x.shape[0] * keys)
+    return backends.published_flow_is_faster(x.device, 2 * x.numel(), saved)
+
+
+def efficient_flow_is_faster(x: Tensor, channels: int, keys: int, values: int, heads: int) -> bool:
+    """The same of efficient attention. Per position, folding leaves out the products of the values and of the
+    reprojection and puts wider ones in their places; in training keys and queries are made twice where they are not
+    small beside x."""
+    saved = 2 * (channels * values + keys * values // heads - keys * channels)
+    if torch.is_grad_enabled() and not keeps(channels, keys, keys, None)[0]:
+        saved -= 2 * keys * channels // 3  # a step is three times a forward
+    positions = x.numel() // channels
+    per_sample = 4 * keys * channels * values // heads  # small products, at half the speed of large ones
+    elements = 2 * (keys + values) * positions // 3  # measured: x itself is met less often than in linear attention
+    return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0])
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, feature: str, eps: float) -> Tensor:
@@ -202,16 +219,8 @@ class EfficientAttention(_OnMaps):
         return efficient_attention(x, query, key, value, reprojection, biases=biases, heads=self.head_count)
 
     def _published_is_faster(self, x: Tensor) -> bool:
-        """By counting. Per position, folding leaves out the products of the values and of the reprojection and puts
-        wider ones in their places; in training keys and queries are made twice where they are not small beside x."""
-        c, k, v, heads = self.keys.in_channels, self.keys.out_channels, self.values.out_channels, self.head_count
-        saved = 2 * (c * v + k * v // heads - k * c)
-        if torch.is_grad_enabled() and not keeps(c, k, k, None)[0]:
-            saved -= 2 * k * c // 3  # a step is three times a forward
-        positions = x.numel() // c
-        per_sample = 4 * k * c * v // heads  # small products, at half the speed of large ones
-        elements = 2 * (k + v) * positions // 3  # measured: x itself is met less often than in linear attention
-        return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0])
+        sizes = self.keys.in_channels, self.keys.out_channels, self.values.out_channels
+        return efficient_flow_is_faster(x, *sizes, self.head_count)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         key, query, value = (conv(x).flatten(2) for conv in (self.keys, self.queries, self.values))

@@ -18,18 +18,18 @@ _WEIGHTS = (
     "Tensor projection, Tensor? bias, Tensor value, Tensor? value_bias, Tensor? output, Tensor? output_bias, "
     "Tensor? gamma, Tensor? padding, "
 )
-_SETTINGS = "str feature, int heads, float eps, str shards, bool keeps_logits, bool keeps_sums"
+_SETTINGS = "str feature, int heads, float eps, bool residual, str shards, bool keeps_logits, bool keeps_sums"
 _FORWARD = f"(Tensor x, {_WEIGHTS}{_SETTINGS}) -> (Tensor y, Tensor logits, Tensor sums)"
 _BACKWARD = (
     f"(Tensor grad, Tensor x, Tensor logits, Tensor sums, {_WEIGHTS}{_SETTINGS}) -> (Tensor x, Tensor projection, "
     "Tensor bias, Tensor value, Tensor value_bias, Tensor output, Tensor output_bias, Tensor gamma)"
 )
 #: The numbers of tensors and of settings behind x.
-_TENSORS, _REST = len(Weights._fields) + 1, 6
+_TENSORS, _REST = len(Weights._fields) + 1, 7
 
 
-def _plan(feature, heads, eps, shards, keeps_logits, keeps_sums) -> Plan:
-    return Plan(Form(feature, heads, eps), shards, keeps_logits, keeps_sums)
+def _plan(feature, heads, eps, residual, shards, keeps_logits, keeps_sums) -> Plan:
+    return Plan(Form(feature, heads, eps, residual), shards, keeps_logits, keeps_sums)
 
 
 def _split(arguments) -> tuple[Weights, Tensor | None, Plan]:

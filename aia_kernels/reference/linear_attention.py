@@ -42,11 +42,13 @@ class Form(NamedTuple):
         feature: The feature map, one of FEATURES.
         heads: H.
         eps: Added to s.
+        residual: Whether x is added.
     """
 
     feature: str
     heads: int = 1
     eps: float = 0.0
+    residual: bool = True
 
 
 class Weights(NamedTuple):
@@ -110,7 +112,8 @@ def linear_attention(
     o = o.reshape(x.shape)
     if weights.gamma is not None:
         o = o * weights.gamma.to(dtype)
-    return x + (o if padding is None else o.masked_fill(padding.unsqueeze(-1), 0.0)).to(x.dtype)
+    o = (o if padding is None else o.masked_fill(padding.unsqueeze(-1), 0.0)).to(x.dtype)
+    return x + o if form.residual else o
 
 
 def added(form: Form, total: Tensor) -> Tensor:

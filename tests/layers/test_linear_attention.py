@@ -85,6 +85,24 @@ def test_is_attention_by_the_whole_map(feature, heads, linear_on):
     assert_all_close(grads(found, x, *p.values()), grads(expected, x, *p.values()))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_without_the_residual(feature, masked, linear_on):
+    """y less x, and 0 where a token takes no part, on tokens and on channels_last maps alike."""
+    x, p = tokens(n=12, device=linear_on[1]), parameters(feature, device=linear_on[1])
+    padding = torch.arange(12, device=linear_on[1]).expand(B, 12) > 8 if masked else None
+    settings = {"heads": HEADS, "padding_mask": padding}
+    expected = call(feature, x, p, **settings) - x
+    found = call(feature, x, p, residual=False, **settings)
+    assert not masked or not found[:, 9:].any()
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert_all_close(grads(found, x, *p.values()), grads(expected, x, *p.values()))
+    maps = x.mT.unflatten(2, (3, 4)).contiguous(memory_format=torch.channels_last)
+    y = call(feature, maps, p, residual=False, **settings)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.flatten(2).mT, expected, **EXACT)
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_maps_of_any_height_and_layout(feature, linear_on):
     x, p = tokens(n=12, device=linear_on[1]), parameters(feature, device=linear_on[1])
@@ -98,13 +116,13 @@ def test_maps_of_any_height_and_layout(feature, linear_on):
         assert_all_close(grads(y.flatten(2).mT, x, *p.values()), grads(expected, x, *p.values()))
 
 
-@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("heads, residual", [(1, True), (HEADS, True), (HEADS, False)])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_first_and_second_derivatives(feature, heads, linear_on):
+def test_first_and_second_derivatives(feature, heads, residual, linear_on):
     x, p = tokens(1, 3, 4, linear_on[1]), parameters(feature, 4, 4, 2, linear_on[1])
 
     def function(x, *tensors):
-        return call(feature, x, dict(zip(p, tensors, strict=True)), heads)
+        return call(feature, x, dict(zip(p, tensors, strict=True)), heads, residual=residual)
 
     assert torch.autograd.gradcheck(function, (x, *p.values()))
     assert torch.autograd.gradgradcheck(function, (x, *p.values()))

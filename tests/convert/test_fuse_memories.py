@@ -1,0 +1,169 @@
+"""fuse: linear and efficient attention are found by what they compute, whatever their wording."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import some_of
+from convert_cases import EXACT, assert_same_objects, tensors
+from fuse_steps import assert_same_steps, build, inputs_of
+from memory_variants import KINDS, MAPS, HeadsInALoop, InANetwork, JoinedHeads, TokensWithHeads, UnitVectors
+from torch import nn
+
+import aia_kernels
+from aia_kernels import backends
+from aia_kernels.backends import choices
+from aia_kernels.convert import calls, compiler
+
+# float32 sums of up to a hundred terms in another order, and of as many gradients, with small divisors in between.
+SINGLE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def called(report):
+    return [name for entry in report.converted for name in entry.now.split(" and ")]
+
+
+class TestKinds:
+    @some_of("call", [aia_kernels.fuse, aia_kernels.convert], aia_kernels.fuse)
+    @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+    def test_is_found_and_computes_the_same(self, kind, call, monkeypatch):
+        expected, shape = KINDS[kind]
+        model = build(kind)
+        before, keys, own = tensors(model), list(model.state_dict()), copy.deepcopy(model)
+        report = call(model)
+        assert called(report) == expected, report
+        assert not report.left_alone, report
+        assert_same_objects(model, before)
+        assert list(model.state_dict()) == keys
+        for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+            for training in (True, False):
+                for module in (model, own):
+                    module.to(dtype).train(training)
+                assert_same_steps(model, own, inputs_of([shape], dtype), **tolerance)
+        monkeypatch.setattr(kind, "forward", None)  # it is not called
+        model(*inputs_of([shape], torch.float32))
+
+    @pytest.mark.parametrize("kind", [UnitVectors, JoinedHeads, TokensWithHeads])
+    def test_other_sizes_and_layouts(self, kind):
+        model = build(kind)
+        own = copy.deepcopy(model)
+        aia_kernels.fuse(model)
+        sizes = (3, 6, 7, 3) if len(KINDS[kind][1]) == 4 else (3, 21, 6)
+        (x,) = inputs_of([sizes])
+        assert_same_steps(model, own, [x], **EXACT)
+        assert model(x).is_contiguous()
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+            assert_same_steps(model, own, [x], **EXACT)
+            assert model(x).is_contiguous(memory_format=torch.channels_last)
+
+    @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+    def test_what_is_too_small_goes_one_product_after_the_other(self, kind, monkeypatch):
+        """As "auto" counts on a CPU; tests have small inputs fused elsewhere (conftest)."""
+        model = build(kind)
+        own = copy.deepcopy(model)
+        assert called(aia_kernels.fuse(model)) == KINDS[kind][0]
+        monkeypatch.setattr(choices, "FOLDING_COST", 1 << 60)
+        for name in ("linear_attention", "efficient_attention"):
+            monkeypatch.setattr(calls, name, None)  # it is not called
+        with backends.use_backend("auto"):
+            assert_same_steps(model, own, inputs_of([KINDS[kind][1]]), **EXACT)
+
+    def test_copies_pickles_and_back(self):
+        model = build(JoinedHeads)
+        own, inputs = copy.deepcopy(model), inputs_of([MAPS])
+        report = aia_kernels.fuse(model)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other) is not JoinedHeads
+            assert_same_steps(other, own, inputs, **EXACT)
+        assert type(report.undo()) is JoinedHeads
+        assert_same_steps(model, own, inputs, **EXACT)
+
+    def test_a_projection_with_a_hook_is_called(self):
+        model, seen = build(UnitVectors), []
+        model.to_v.register_forward_hook(lambda *_: seen.append(1))
+        assert not called(aia_kernels.fuse(model))
+        model(*inputs_of([MAPS]))
+        assert seen == [1]
+
+
+class TestGraphs:
+    @pytest.mark.parametrize("record", ["fx", "export"])
+    @pytest.mark.parametrize("kind", [UnitVectors, JoinedHeads, HeadsInALoop])
+    def test_graph(self, kind, record):
+        expected, shape = KINDS[kind]
+        model, inputs = build(kind), inputs_of([shape])
+        own = copy.deepcopy(model)
+        if record == "fx":
+            graph_module = torch.fx.symbolic_trace(model)
+            report = aia_kernels.fuse(graph_module, *inputs)
+        else:
+            graph_module = torch.export.export(model, tuple(inputs)).module()
+            report = aia_kernels.fuse(graph_module)
+        assert called(report) == expected, report
+        assert_same_steps(graph_module, own, inputs, **EXACT)
+
+    def test_compiled(self):
+        torch._dynamo.reset()
+        model, own, inputs = build(InANetwork), build(InANetwork), inputs_of([(2, 3, 5, 4)])
+        graphs = []
+        with pytest.MonkeyPatch.context() as patch:
+            rewrite = compiler.rewrite
+            patch.setattr(compiler, "rewrite", lambda reader: graphs.append(found := rewrite(reader)) or found)
+            compiled = torch.compile(model, backend=aia_kernels.fuse_backend, options={"backend": "aot_eager"})
+            for _ in range(2):
+                assert_same_steps(compiled, own, inputs, **EXACT)
+        assert [[call.now for call in fused] for fused, _ in graphs] == [["linear_attention"]]
+        torch._dynamo.reset()
+
+
+class LookAlike(UnitVectors):
+    """With another feature map, or something between."""
+
+    def __init__(self, feature=F.softplus, between=lambda o: o, also=False):
+        super().__init__()
+        self.feature, self.between, self.also = feature, between, also
+
+    def forward(self, x):
+        q, k = self.feature(self.to_q(x).flatten(2)), self.feature(self.to_k(x).flatten(2))
+        v = self.to_v(x).flatten(2)
+        below = torch.matmul((k.sum(2) + 1e-6).unsqueeze(1), q)
+        o = self.between(torch.matmul(torch.matmul(v, k.transpose(1, 2)), q) / below)
+        return (o + k.sum() if self.also else o).view_as(x)
+
+
+class TestLookAlikes:
+    @pytest.mark.parametrize(
+        "make, reason",
+        [
+            (lambda: LookAlike(lambda t: F.elu(t) + 1), "with another feature map"),
+            (lambda: LookAlike(lambda t: F.relu(t) + 0.1), "with another feature map"),
+            (lambda: LookAlike(also=True), "reads"),
+            (lambda: LookAlike(lambda t: t.square()), None),
+        ],
+    )
+    def test_is_left_alone(self, make, reason):
+        model, (x,) = build(lambda: nn.Sequential(make())), inputs_of([MAPS])
+        own = copy.deepcopy(model)
+        report = aia_kernels.fuse(model)
+        assert_same_steps(model, own, [x], **EXACT)
+        assert not report.converted, report
+        assert reason is None or reason in str(report), report
+
+    def test_what_follows_is_called_as_before(self):
+        model = build(lambda: LookAlike(between=torch.tanh))
+        own = copy.deepcopy(model)
+        assert called(aia_kernels.fuse(model)) == ["linear_attention"]
+        assert_same_steps(model, own, inputs_of([MAPS]), **EXACT)
+
+    def test_attention_of_all_pairs_is_none(self):
+        class Pairs(TokensWithHeads):
+            def forward(self, x):
+                q, (k, v) = self.q(x), self.kv(x).chunk(2, dim=-1)
+                return self.proj((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+        assert not aia_kernels.fuse(build(lambda: nn.Sequential(Pairs()))).converted
