@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.fx import Node
 
-from .spellings import Reader
+from .spellings import Reader, spelling
 
 
 class Atom:
@@ -91,7 +91,24 @@ def after(reader: Reader, node: Node, axes: Sequence[Axis]) -> list[Axis] | None
         return None if order is None else [axes[i] for i in order]
     if node not in reader.shapes:
         return None
-    return reshaped(axes, reader.shapes[node])
+    found = reshaped(axes, reader.shapes[node])
+    # An axis that has the length one by chance, such as the number of windows in a small map, is another one next time.
+    if found is None or reader.fixed:
+        return found
+    return found if all(axis or _is_literal(reader, node, i) for i, axis in enumerate(found)) else None
+
+
+def _is_literal(reader: Reader, node: Node, axis: int) -> bool:
+    """Whether the code of a reshape itself says that an axis has the length one."""
+    if reader.module(node) is not None or spelling(node) == "unsqueeze":
+        return True
+    if spelling(node) == "unflatten":
+        return all(isinstance(size, int) and size > 0 for size in reader.argument(node, 2, "sizes", default=(None,)))
+    if spelling(node) not in ("view", "reshape", "_unsafe_view"):
+        return False
+    given = node.args[1:] or tuple(node.kwargs.get(name) for name in ("shape", "size") if name in node.kwargs)
+    sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    return axis < len(sizes) and type(sizes[axis]) is int and sizes[axis] == 1
 
 
 def moved_axis(reader: Reader, start: Node, path: Sequence[Node], axis: int) -> int | None:

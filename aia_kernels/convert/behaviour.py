@@ -1,11 +1,12 @@
 """Whether the forward of a module is that of a fused layer: both run on copies with the same random numbers.
 
-The copies live on the CPU in float64. They have parameters, buffers, containers and dropouts of their own, so nothing
-about the model, its hooks or the generators changes. The fused layer runs its reference. In evaluation and in training
-the output, every gradient and the buffers afterwards must agree. And the forward must leave everything else as it was:
-its input, and the attributes, lists, dictionaries and objects of the module and its submodules. If it keeps its
-attention map, counts its calls or adds up a loss, somebody reads that afterwards. No copy can show what a forward does
-outside of its module: to a global variable, a file, a screen.
+The copies live on the CPU in float64; in float32 where a forward casts to that and does not run in float64. They have
+parameters, buffers, containers and dropouts of their own, so nothing about the model, its hooks or the generators
+changes. The fused layer runs its reference. In evaluation and in training the output, every gradient and the buffers
+afterwards must agree. And the forward must leave everything else as it was: its input, and the attributes, lists,
+dictionaries and objects of the module and its submodules. If it keeps its attention map, counts its calls or adds up a
+loss, somebody reads that afterwards. No copy can show what a forward does outside of its module: to a global variable,
+a file, a screen.
 """
 
 from __future__ import annotations
@@ -105,12 +106,13 @@ def difference(
     tolerance: float = TOLERANCE,
     several: bool = False,
     may_fail: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> str | None:
     """How the forward of a module differs from that of a fused layer with the same submodules and settings, or None.
 
     of_other_rank: makes an input that the forward may refuse, but must not compute otherwise than the fused layer.
     tolerance: of the largest number of a result, if above 1. several: whether the forward may return several tensors.
-    may_fail: whether it may refuse the first input too.
+    may_fail: whether it may refuse the first input too. dtype: of parameters, buffers and inputs.
     """
     with undisturbed():
         generator = torch.Generator().manual_seed(0)
@@ -119,9 +121,10 @@ def difference(
         if of_other_rank is not None:
             examples.append((of_other_rank(module, generator), True))
         for made, refuses in examples:
-            inputs = made if isinstance(made, tuple) else (made,)
+            given = made if isinstance(made, tuple) else (made,)
+            inputs = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in given)
             for training, marked in ((False, False), (True, False), (True, True)):
-                copies = [_Copier(numbers, generator, training, marked).copy(module) for _ in range(2)]
+                copies = [_Copier(numbers, generator, training, marked, dtype).copy(module) for _ in range(2)]
                 try:
                     copies[1].__class__ = layer
                 except TypeError as error:
@@ -298,13 +301,20 @@ class _Mark(nn.Module):
 
 
 class _Copier:
-    """Copies of modules as they are but for their hooks, with random parameters and buffers in float64 on the CPU.
+    """Copies of modules as they are but for their hooks, with random parameters and buffers on the CPU.
 
     numbers: the values of each tensor, filled as they are wanted, so that all copies have the same.
     """
 
-    def __init__(self, numbers: dict[Hashable, Tensor], generator: torch.Generator, training: bool, marked: bool):
-        self.numbers, self.generator = numbers, generator
+    def __init__(
+        self,
+        numbers: dict[Hashable, Tensor],
+        generator: torch.Generator,
+        training: bool,
+        marked: bool,
+        dtype: torch.dtype = torch.float64,
+    ):
+        self.numbers, self.generator, self.dtype = numbers, generator, dtype
         self.training, self.marked = training, marked
         self.known: dict[Hashable, Any] = {}  # copies by the identity of the original: what is shared stays shared
 
@@ -341,6 +351,7 @@ class _Copier:
             if key not in self.numbers:
                 self.numbers[key] = _random(name, tensor, self.generator)
             values = self.numbers[key].clone()
+            values = values.to(self.dtype) if values.is_floating_point() else values
             trained = isinstance(tensor, nn.Parameter) or isinstance(key, tuple)
             self.known[key] = nn.Parameter(values) if trained else values
         return self.known[key]

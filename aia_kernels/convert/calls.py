@@ -67,6 +67,15 @@ def expect_number(number: float, recorded: float) -> None:
 CONDITIONS = (expect, expect_number)
 
 
+def enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cached: bool) -> torch.autocast:
+    """What a with statement of a recorded forward is about: source_of writes one from here to exit_autocast."""
+    return torch.autocast(device, dtype, enabled, cached)
+
+
+def exit_autocast(entered: torch.autocast) -> None:
+    """Marks the end of a with statement."""
+
+
 def _eps_of(x: Tensor, eps: float | str) -> float:
     """A number, or what torch.finfo calls so for the type of the map that is made of x."""
     if not isinstance(eps, str):

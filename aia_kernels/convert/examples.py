@@ -79,6 +79,20 @@ def likely_shapes(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Sh
     yield from zip(
         _arranged(features, inputs, _BATCH, *first), _arranged(features, inputs, _BATCH - 1, *second), strict=True
     )
+    for side in dict.fromkeys((*_numbers(module, 2, 16), 8)):  # maps that are cut into windows
+        for c in features:
+            for last in (True, False):
+                sides = ((2 * side, 3 * side), (3 * side, 5 * side))
+                shapes = ((b, h, w, c) if last else (b, c, h, w) for b, (h, w) in zip((4, 3), sides, strict=True))
+                yield tuple((shape,) * len(inputs) for shape in shapes)  # type: ignore[misc]
+
+
+def _numbers(module: nn.Module, least: int, most: int) -> list[int]:
+    """The integers between two bounds that a module, or one that it holds, has for attributes."""
+    own = [child for child in module.modules() if not type(child).__module__.startswith("torch.")]
+    return list(
+        dict.fromkeys(n for child in own for n in vars(child).values() if type(n) is int and least <= n <= most)
+    )
 
 
 def _arranged(features: Sequence[int], inputs: Sequence[str], b: int, h: int, w: int) -> Iterator[Shapes]:
@@ -107,9 +121,7 @@ def _clips(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Shapes, S
     gates = {child for child in module.modules() if isinstance(child, nn.Conv3d) and has_gates(child)}
     taken = (getattr(child, "in_channels", None) for child in module.modules() if child not in gates)
     features = [*dict.fromkeys(n for n in taken if isinstance(n, int) and n > 1)] or [6]
-    own = [child for child in module.modules() if not type(child).__module__.startswith("torch.")]
-    frames = dict.fromkeys((*(n for child in own for n in vars(child).values() if type(n) is int and 1 < n <= 64), 8))
-    for t in dict.fromkeys((*frames, 16, 12)):
+    for t in dict.fromkeys((*_numbers(module, 2, 64), 8, 16, 12)):
         for c in features:
             for arrange in (_frames, _clips_of_frames, _clips_of_channels):
                 yield tuple(  # type: ignore[misc]

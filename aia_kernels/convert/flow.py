@@ -12,8 +12,7 @@ import contextlib
 import functools
 import inspect
 import math
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from . import behaviour
 from .calls import NotAsRecorded
 from .examples import Shapes, example_of, has_both_gates, has_gates, holds_a_gate_of_cbam, holds_gates, likely_shapes
 from .graphs import casts_to_single, method_of, rewrite, source_of
+from .names import names_in
 from .normalizations import Missed
 from .published import FUSED_LAYERS
 from .recording import DoesNotRun, record, run
@@ -138,10 +138,16 @@ def _is_whole(module: nn.Module) -> bool:
     return has_gates(module) or has_both_gates(module)
 
 
+#: How the reasons begin that say little of a layer that is not the published one.
+_VAGUE = ("its forward fails", "its forward sets autocast", "its y ")
+
+
 def _likeliest(as_published: str | None, told: Missed | str | None) -> str | None:
     """The reason that helps: what comes close to external attention; why it is not the published layer of which it has
     the submodules, if that names something and not only how far results are apart; or why its flow is unknown."""
-    vague = as_published is None or as_published.startswith(("its forward fails", "its y "))
+    vague = as_published is None or as_published.startswith(
+        ("its forward fails", "its forward sets autocast", "its y ")
+    )
     if isinstance(told, Missed) and (vague or not told.of_unit):
         return None if told.faint and as_published is None else told.reason
     if isinstance(told, Missed):
@@ -159,7 +165,7 @@ def may_hold(module: nn.Module) -> bool:
     for child in module.children():
         if isinstance(child, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)) or (_is_open(child) and may_hold(child)):
             return True
-    names = _names(own_class(module))
+    names = names_in(own_class(module))
     if not _OF_MEMORIES.isdisjoint(names) and sum(map(_is_linear, module.children())) >= (
         1 if names & {"einsum", "matmul", "bmm"} else 3
     ):
@@ -169,33 +175,6 @@ def may_hold(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_pointwise(module)
-
-
-@functools.cache
-def _names(kind: Any) -> frozenset[str]:
-    """What is named in the methods of a class of modules, and in the functions that they call."""
-    kinds = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "aia_kernels."))]
-    found: set[str] = set()
-    members = (getattr(f, "fget", getattr(f, "__func__", f)) for base in kinds for f in vars(base).values())
-    waiting = [f for f in members if inspect.isfunction(f)]
-    seen: set[Any] = set()
-    while waiting:
-        function = waiting.pop()
-        if function in seen:
-            continue
-        seen.add(function)
-        names = set(_names_in(function.__code__))
-        found |= names
-        called = (function.__globals__.get(name) for name in names)
-        waiting += [f for f in called if inspect.isfunction(f) and not (f.__module__ or "").startswith("torch")]
-    return frozenset(found)
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
 
 
 def rewritten(
@@ -213,6 +192,9 @@ def rewritten(
         return None
     if (inputs := _inputs(module)) is None:
         return None
+    if asked := sorted(name for child in module.modules() for name in names_in(own_class(child)) if _asks(name)):
+        serves = "torch.compile(model, backend=aia_kernels.fuse_backend) fuses what it computes"
+        return f"its forward may take another way under autocast ({asked[0]}); {serves}"
     likely = [(seen, seen)] if seen is not None else list(likely_shapes(module, inputs))
     if ranks is not None:
         likely = [pair for pair in likely if _ranks(pair[0]) == ranks]
@@ -224,6 +206,11 @@ def rewritten(
     if isinstance(second, Flow) and (not isinstance(first, Flow) or _fuses_more(second, first)):
         return second
     return second if isinstance(second, Missed) and not isinstance(first, Flow) else first or second
+
+
+def _asks(name: str) -> bool:
+    """Whether a function of torch tells how autocast is set: what comes of it, no trial shows."""
+    return name.startswith(("is_autocast_", "get_autocast_"))
 
 
 def _fuses_more(flow: Flow, other: Flow) -> bool:
@@ -257,7 +244,7 @@ def _attempt(
         recorded = _recorded(module, inputs, training, opened, likely)
         if isinstance(recorded, Exception):
             told = f"{type(recorded).__name__}: {behaviour.line(recorded)}"
-            suspicious = {"sum", "normalize"} & _names(own_class(module))
+            suspicious = {"sum", "normalize"} & names_in(own_class(module))
             serves = "torch.compile(model, backend=aia_kernels.fuse_backend) fuses what it computes"
             return f"its forward cannot be recorded by torch.fx: {told}; {serves}" if suspicious else None
         if recorded is None:
@@ -278,14 +265,24 @@ def _attempt(
     )
     layer: Any = rewritten_class(recipe)
     single = any(casts_to_single(graph) for graph in graphs.values())
+    reason = _compared(module, layer, likely[0], single, torch.float64)
+    if single and reason is not None and reason.startswith("its forward fails"):
+        reason = _compared(module, layer, likely[0], single, torch.float32)
+    return Flow(layer, tuple(calls)) if reason is None else reason
+
+
+def _compared(
+    module: nn.Module, layer: Any, shapes: tuple[Shapes, Shapes], single: bool, dtype: torch.dtype
+) -> str | None:
+    """How a rewritten forward differs from that of the module, on the inputs as recorded and on others, or None."""
     tolerance = behaviour.SINGLE_TOLERANCE if single else behaviour.TOLERANCE
     reason = None
-    for sizes, tried, may_fail in ((likely[0][0], "as recorded", False), (likely[0][1], "on others", True)):
+    for sizes, tried, may_fail in ((shapes[0], "as recorded", False), (shapes[1], "on others", True)):
         layer._tried = tried
         example = example_of(sizes, large=may_fail)
-        reason = reason or behaviour.difference(module, layer, {}, example, None, tolerance, True, may_fail)
+        reason = reason or behaviour.difference(module, layer, {}, example, None, tolerance, True, may_fail, dtype)
     layer._tried = None
-    return Flow(layer, tuple(calls)) if reason is None else reason
+    return reason
 
 
 def _recorded(

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule
 from . import behaviour
 from .examples import Shapes, likely_shapes
 from .flow import rewrite_forwards
-from .graphs import known_shapes, rewrite, shapes_of
+from .graphs import has_fixed_shapes, known_shapes, rewrite, shapes_of
 from .report import Converted, LeftAlone, Report, names_of
 from .spellings import Reader
 
@@ -61,7 +61,7 @@ def _fuse_graph(module: GraphModule, inputs: tuple[Any, ...], report: Report) ->
     graph, before = module.graph, copy.deepcopy(module.graph)
     shapes = _shapes_in(module, graph, inputs)
     starts = [shapes.get(node) for node in graph.nodes if node.op == "placeholder"]
-    fused, missed = rewrite(Reader(module, graph, shapes))
+    fused, missed = rewrite(Reader(module, graph, shapes, not inputs and has_fixed_shapes(graph)))
     if fused and (reason := behaviour.graph_difference(module, before, graph, starts)) is not None:
         module.graph = before
         report.left_alone += [LeftAlone((call.node.name,), call.before, reason) for call in fused]

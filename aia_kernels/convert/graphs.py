@@ -36,6 +36,16 @@ def known_shapes(graph: Graph) -> dict[Node, tuple[int, ...]]:
     return found
 
 
+def has_fixed_shapes(graph: Graph) -> bool:
+    """Whether a compiler or an exporter has made a graph for inputs of the shapes that it knows, and for no others."""
+    inputs = [node.meta for node in graph.nodes if node.op == "placeholder"]
+    made = any("example_value" in node.meta or isinstance(node.target, torch._ops.OpOverload) for node in graph.nodes)
+    values = [value for meta in inputs for value in (meta.get("val"), meta.get("example_value")) if value is not None]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    known = len(values) == len(inputs) and not any(isinstance(value, torch.SymInt) for value in values)
+    return made and known and all(isinstance(size, int) for value in tensors for size in value.shape)
+
+
 def casts_to_single(graph: Graph) -> bool:
     """Whether a graph casts something to float32."""
     named = (torch.float32 in (*node.args, *node.kwargs.values()) for node in graph.nodes)
@@ -309,7 +319,33 @@ def source_of(graph: Graph) -> tuple[str, Mapping[str, Any]]:
     """The source of a graph as a method forward, and the names that it uses."""
     code = graph.python_code("self")
     named = {n: Imported(v.__name__) if isinstance(v, types.ModuleType) else v for n, v in code.globals.items()}
-    return code.src, named
+    return _with_autocast(code.src, named), named
+
+
+def _with_autocast(source: str, names: Mapping[str, Any]) -> str:
+    """A source, a statement a line, with the lines between entering and leaving autocast in a with statement."""
+    entering = [name for name, value in names.items() if value is calls.enter_autocast]
+    leaving = [name for name, value in names.items() if value is calls.exit_autocast]
+    lines, depth = [], 0
+    for line in source.splitlines():
+        indent, (statement, *after) = "    " * depth, line.split(";  ", 1)
+        if (made := _call_of(statement, entering)) is not None:
+            start = statement[: len(statement) - len(statement.lstrip())]
+            lines += [f"{indent}{start}with {made}:", f"{indent}    {start}pass"]
+            depth += 1
+        elif _call_of(statement, leaving) is not None:
+            depth -= 1
+        else:
+            lines.append(indent + line)
+            continue
+        lines += [indent + start + statement for statement in after if made is not None]
+    return "\n".join(lines)
+
+
+def _call_of(statement: str, functions: Iterable[str]) -> str | None:
+    """The call of one of some functions in an assignment, or None."""
+    _, equals, made = statement.partition(" = ")
+    return made if equals and made.startswith(tuple(f"{name}(" for name in functions)) else None
 
 
 def method_of(source: str, names: Mapping[str, Any]) -> Callable[..., Any]:

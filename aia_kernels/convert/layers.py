@@ -9,6 +9,7 @@ from torch import nn
 
 from . import behaviour
 from .flow import is_rewritten, rewrite_forwards
+from .names import names_in
 from .published import FUSED_LAYERS, Form, find_form
 from .report import Converted, Report, class_name, names_of
 
@@ -66,7 +67,8 @@ def convert(model: nn.Module) -> Report:
 
 def _fused_layer(module: nn.Module, form: Form, tried: dict[Any, type[nn.Module] | str]) -> type[nn.Module] | str:
     """The fused layer that computes what a module computes, or why there is none."""
-    if (reason := behaviour.unlike(module) or _hooked(module) or form.mismatch(module)) is not None:
+    reason = behaviour.unlike(module) or _hooked(module) or form.mismatch(module) or _sets_autocast(module)
+    if reason is not None:
         return reason
     key = behaviour.signature(module)
     if key not in tried:
@@ -92,6 +94,14 @@ def _hooked(module: nn.Module) -> str | None:
         hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
         if name and hooks:
             return f"{name} has hooks, which would not see its calls"
+    return None
+
+
+def _sets_autocast(module: nn.Module) -> str | None:
+    """Whether the types in a forward are its own under autocast, as no trial shows: all run without it."""
+    kind: Any = type(module)
+    if any("autocast" in name for name in names_in(kind)):
+        return "its forward sets autocast, or asks how it is set, which no fused layer does"
     return None
 
 

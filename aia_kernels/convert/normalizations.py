@@ -309,6 +309,8 @@ def _checked(reader: Reader, found: Normalization, path: list[Node]) -> Normaliz
         return Missed(end, f"{told}, but {', '.join(used)} reads the map before the division as well")
     if any(reader.changes_in_place(user) for user in reader.operand(softmax).users if user is not softmax):
         return Missed(end, f"{told}, but the logits are changed in place")
+    if not reader.in_one_mode((*region, end)):
+        return Missed(end, f"{told}, but autocast or no_grad is on at one of them alone")
     return found._replace(tokens=tokens, slots=slots)
 
 

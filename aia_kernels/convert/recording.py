@@ -2,7 +2,8 @@
 
 torch.fx records it, on inputs that are computed along: so code may ask for the number of axes, decide by sizes, count
 with them and loop over them. What holds for some sizes only is recorded as a condition (calls.expect). Numbers made of
-sizes, int(math.sqrt(n)) among them, stay in the graph, as does torch.finfo; einops is recorded as what it makes of it.
+sizes, int(math.sqrt(n)) among them, stay in the graph, as do torch.finfo and autocast; einops is recorded as what it
+makes of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -133,6 +135,32 @@ def _recording_numbers(module: nn.Module) -> Iterator[None]:
                 space[name] = value
 
 
+@contextlib.contextmanager
+def _recording_autocast(tracer: _Tracer) -> Iterator[None]:
+    """Let autocast be recorded where a forward, and no call inside of it, enters and leaves it."""
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    entered: dict[int, Node] = {}
+    thread = threading.get_ident()
+
+    def record_enter(self: torch.autocast) -> Any:
+        if not tracer.computing and threading.get_ident() == thread:
+            dtype = self.fast_dtype if self._enabled else None
+            arguments = self.device, dtype, self._enabled, self._cache_enabled
+            entered[id(self)] = tracer.create_node("call_function", calls.enter_autocast, arguments, {})
+        return enter(self)
+
+    def record_exit(self: torch.autocast, *raised: Any) -> Any:
+        if not tracer.computing and raised[0] is None and id(self) in entered:
+            tracer.create_node("call_function", calls.exit_autocast, (entered.pop(id(self)),), {})
+        return leave(self, *raised)
+
+    torch.autocast.__enter__, torch.autocast.__exit__ = record_enter, record_exit  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
 class _Tracer(Tracer):
     """Records a forward and those of the modules that it calls, but for torch's own and those that is_called names.
 
@@ -217,8 +245,8 @@ def record(
         Exception: The forward cannot be recorded: it depends on the values of tensors, or calls what takes no proxies.
     """
     understand_proxies()
-    with torch.autocast("cpu", enabled=False), _recording_numbers(module):
-        tracer = _Tracer(is_called, _zeros(module, inputs))
+    tracer = _Tracer(is_called, _zeros(module, inputs))
+    with torch.autocast("cpu", enabled=False), _recording_numbers(module), _recording_autocast(tracer):
         graph = tracer.trace(module)
     shapes = {node: tuple(v.shape) for node, v in tracer.values.items() if isinstance(v, Tensor)}
     _refuse_late_conditions(Reader(module, graph, shapes))

@@ -158,8 +158,10 @@ def is_arranged(reader: Reader, node: Node) -> bool:
 
 
 def read_elsewhere(reader: Reader, nodes: Iterable[Node], end: Node) -> str | None:
-    """Which user outside of nodes, between an x and an end, one call in their place would not serve; None if there is
-    none. Sizes and numbers made of them are served where they are used inside alone."""
+    """Why one call cannot stand in the place of nodes up to an end: a mode that is on at some of them, or a user
+    outside; None if it can. Sizes and numbers made of them may be used inside alone."""
+    if not reader.in_one_mode(nodes):
+        return "autocast or no_grad is on at a part of it alone"
     inside = set(nodes)
 
     def serves(node: Node) -> bool:
@@ -233,7 +235,8 @@ class _Walk:
                 break
             node = user
             done = followed is not None and [leaves(axis) for axis in followed] == expected
-            if done and (block.norm or (block.residual is self.x and block.activation == "relu")):
+            whole = block.norm or (block.residual is self.x and block.activation == "relu")
+            if done and whole and self.reader.in_one_mode((*region.nodes, *block.nodes)):
                 found = block
         return found
 
@@ -269,7 +272,7 @@ class _Walk:
         inside, shapes = set(self.nodes), self.reader.shapes
         views = [self.x, *itertools.takewhile(lambda node: node not in self.products, self.nodes)]
         changes = (user for node in views for user in node.users if self.reader.operand(user) is node)
-        if any(map(self.reader.changes_in_place, changes)):
+        if any(map(self.reader.changes_in_place, changes)) or not self.reader.in_one_mode(self.nodes):
             return False
         for node in self.nodes[len(views) - 1 : -1]:
             for user in set(node.users) - inside:

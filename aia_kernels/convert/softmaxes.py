@@ -40,7 +40,8 @@ def merge_softmaxes(reader: Reader) -> None:
             continue
         changed = any(reader.changes_in_place(user) for user in node.all_input_nodes[0].users)
         kept = first.setdefault((node.op, node.target, node.args, *sorted(node.kwargs.items())), node)
-        if kept is not node and not changed and not any(map(reader.changes_in_place, (*kept.users, *node.users))):
+        changed = changed or any(map(reader.changes_in_place, (*kept.users, *node.users)))
+        if kept is not node and not changed and reader.in_one_mode((kept, node)):
             node.replace_all_uses_with(kept)
             reader.graph.erase_node(node)
 
@@ -73,13 +74,14 @@ def _softmax_of(reader: Reader, node: Node) -> tuple[Node, int] | None:
         return None
     if (parts := division(reader, node)) is None:
         return None
-    numerator, _, dim, eps, _ = parts
+    numerator, _, dim, eps, between = parts
     if reader.operation(numerator) != "exp" or reader.changes_in_place(numerator):
         return None
     logits = reader.operand(numerator)
     shifted = _unshifted(reader, logits, dim)
     # A number beside a sum that is at least one, as where the maximum was taken away: 1e-8 of it is less than rounding.
     harmless = eps == 0.0 or (shifted is not None and not isinstance(eps, str) and 0.0 < eps <= 1e-8)
+    harmless = harmless and reader.in_one_mode((logits, numerator, *between, node))
     return (logits if shifted is None else shifted, dim) if harmless else None
 
 

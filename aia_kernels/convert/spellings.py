@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,10 +72,11 @@ class Reader:
         root: The module whose attributes the graph names.
         graph: The graph.
         shapes: The shape of the result of each node, as far as it is known.
+        fixed: Whether the shapes are those of every call.
     """
 
-    def __init__(self, root: nn.Module, graph: Graph, shapes: Mapping[Node, tuple[int, ...]]):
-        self.root, self.graph, self.shapes = root, graph, shapes
+    def __init__(self, root: nn.Module, graph: Graph, shapes: Mapping[Node, tuple[int, ...]], fixed: bool = False):
+        self.root, self.graph, self.shapes, self.fixed = root, graph, shapes, fixed
 
     def module(self, node: Any) -> nn.Module | None:
         """The module that a node calls."""
@@ -105,6 +106,23 @@ class Reader:
             or name in ("iadd", "isub", "imul", "itruediv", "idiv", "setitem")
             or bool(getattr(module, "inplace", node.kwargs.get("inplace", False)))
         )
+
+    def in_one_mode(self, nodes: Iterable[Node]) -> bool:
+        """Whether the same modes are on at all of these nodes, such as autocast and no_grad set them. One call in their
+        place would run in one mode."""
+        wanted, entered, found = {*nodes}, [], set()
+        switched: dict[str, tuple] = {}
+        for node in self.graph.nodes:
+            name = spelling(node)
+            if name.lstrip("_").startswith("enter_") or name.endswith("_increment_nesting"):
+                entered.append(node)
+            elif name.lstrip("_").startswith("exit_") or name.endswith("_decrement_nesting"):
+                entered = entered[:-1]
+            elif name.startswith("_set_"):
+                switched[name] = node.args
+            if node in wanted:
+                found.add((*entered, *switched.items()))
+        return len(found) <= 1
 
     def argument(self, node: Node, position: int, *names: str, default: Any = None) -> Any:
         """An argument of a call by its position, where the tensor stands at 0, or by one of its names; of a module, its
