@@ -88,9 +88,9 @@ def rewrite_forwards(
     """
     done: dict[nn.Module, Flow | Missed | str] = {}
     tried: dict[Any, Flow | Missed | str | None] = {}
-    inside: set[nn.Module] = set()
+    inside = {part for module in names if type(module) in FUSED_LAYERS for part in module.modules()}
     for module in _in_turn(names):
-        if module in inside or is_rewritten(module) or type(module) in FUSED_LAYERS:
+        if module in inside or is_rewritten(module):
             continue
         if not (module in reasons or may_hold(module)):
             continue
