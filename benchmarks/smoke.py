@@ -72,8 +72,6 @@ LAYERS: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = 
     },
     "temporal_shift": {"TemporalShift": (lambda: aia_kernels.TemporalShift(SEGMENTS), MAPS)},
 }
-#: Families by backends that do not have their passes yet: backends.why_not tells so, and nothing is wrong with it.
-LACKING = {("cuda", "cbam")}
 #: The inputs of the raw passes. In channels_last every backend stores maps in one order.
 PASS_CASES = {
     "attention_in_attention": UnitCase("CinST", "16x14x14", 2, "fp32", "channels_last", (16, 14, 14), SEGMENTS),
@@ -105,8 +103,7 @@ class Subject(NamedTuple):
 def subjects(device: str) -> list[Subject]:
     """Triton's first: they compile."""
     names = {family: [*layers, *(["passes"] if family in PASS_CASES else [])] for family, layers in LAYERS.items()}
-    own = [(b, family) for b in BACKENDS[device] for family in names if (b, family) not in LACKING]
-    return [Subject(b, family, name) for b, family in own for name in names[family]]
+    return [Subject(b, family, name) for b in BACKENDS[device] for family in names for name in names[family]]
 
 
 def cells(subject: Subject, device: str) -> dict[str, Callable[[], None]]:

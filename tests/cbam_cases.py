@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pass_cases
 import torch
-from pass_backends import CPU
+from pass_backends import CPU, CUDA
 from torch import Tensor
 
 from aia_kernels.common.dtypes import accumulate_dtype
@@ -55,14 +55,27 @@ TILES = {
     "tiles of channels, channels_last": Maps((1, 4200, 7, 6), True),
 }
 
+#: For CUDA: several chunks of rows, teams of several warps, several tiles; fours where there are no eights.
+CHUNKS = {
+    "chunks": Maps((2, 130, 4, 5)),
+    "chunks, channels_last": Maps((1, 20, 13, 11), True),
+    "several warps": Maps((1, 2, 40, 52)),
+    "several warps, channels_last": Maps((1, 1030, 1, 2), True),
+    "fours of bf16": Maps((2, 9, 6, 6), False, torch.bfloat16),
+    "fours of fp16, channels_last": Maps((1, 12, 5, 7), True, torch.float16),
+}
+#: And tensors that begin between vectors.
+SLICES = {name: (MAPS | CHUNKS)[name] for name in ("whole vectors", "fours of bf16", "fp64, channels_last")}
+
 #: What Triton's interpreter takes in every run.
 FEW = ("prime", "prime, channels_last", "one position", "bf16, channels_last", "fp64")
 INTERPRETED = {name: MAPS[name] for name in FEW}
 OTHERS = {name: case for name, case in MAPS.items() if name not in FEW}
 
 #: Which cases run where: in every run, and in sweeps.
-EVERY = (CPU, MAPS | TILES), (("triton",), INTERPRETED)
-SWEPT = ((("triton",), OTHERS),)
+ON_CUDA = (CUDA, INTERPRETED | CHUNKS), (("emulator, between vectors",), SLICES)
+EVERY = (CPU, MAPS | TILES), *ON_CUDA, (("triton",), INTERPRETED)
+SWEPT = ((("triton", *CUDA), OTHERS),)
 
 
 def stored(values: Tensor, case: Maps) -> Tensor:

@@ -72,6 +72,13 @@ X = (
     ("reduce_columns<.*RowGradientOp", "double_norm_backward_reduce", [(0, 0, 16)]),
     ("dots_kernel", "double_norm_backward_reduce", [(1, 0, 8), (2, 0, 8)]),
     ("double_norm_backward_kernel", "double_norm_backward_", [(1, 0, 8), (2, 0, 8)]),
+    ("reduce_rows<.*PoolRowOp|reduce_columns<.*PoolColumnOp", "cbam_pool", [(0, 0, 8)]),
+    ("elements_kernel<.*RecalibrateOp", "cbam_recalibrate", [(0, 0, 8)]),
+    ("reduce_columns<.*ReduceOp.*false", "cbam_recalibrate_reduce", [(0, 0, 16)]),
+    ("reduce_columns<.*ReduceOp.*true", "cbam_recalibrate_reduce", [(0, 0, 24)]),
+    ("reduce_rows<.*UnpoolRowOp|reduce_columns<.*UnpoolColumnOp", "cbam_unpool_reduce", [(0, 0, 8)]),
+    ("elements_kernel<.*UnpoolOp.*false", "cbam_unpool", [(0, 0, 8)]),
+    ("elements_kernel<.*UnpoolOp.*true", "cbam_unpool", [(0, 0, 16)]),
 )
 #: The same for Triton's kernels, by parameters.
 TRITON_X = {"x_ptr", "grad_y_ptr"}
@@ -126,7 +133,7 @@ def split_name(name: str) -> tuple[str, str]:
     if not name.startswith("_Z"):
         kernel, _, arguments = name.partition("<")
         return kernel, arguments.removesuffix(">").strip()
-    match = re.search(r"\d([a-z_]+_(?:kernel|columns|channels|run|spacetime))I(.*)", name)
+    match = re.search(r"\d([a-z_]+_(?:kernel|columns|rows|channels|run|spacetime))I(.*)", name)
     return (match[1], match[2]) if match else (name, "")
 
 

@@ -4,22 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../common/matrix.h"
 #include "passes.h"
 
 namespace aia::cpu {
-
-// x [B, C, H, W] in the order of storage: each sample is a matrix, of channels by positions or, in channels_last, of
-// positions by channels. What CBAM does to channels and to positions is then done to rows and to columns, or the other
-// way round, and one source serves both layouts.
-struct Matrix {
-  int64_t B, rows, columns;
-  bool rows_are_channels;
-  Scalar scalar;
-
-  int64_t size() const { return rows * columns; }
-  int64_t channels() const { return rows_are_channels ? rows : columns; }
-  int64_t positions() const { return rows_are_channels ? columns : rows; }
-};
 
 // Rows in one unit of a pass that leaves nothing for other units: of about so many elements.
 constexpr int64_t kRowElements = 32768;
@@ -42,13 +30,6 @@ struct Parts {
     of_rows = (x.rows + rows - 1) / rows;
   }
   int64_t units(const Matrix& x) const { return x.B * of_rows * of_columns; }
-};
-
-// A gate of the rows or of the columns [B, n], or null for ones; of the gradient of pooled features [B, 2, n] the
-// maximum and the mean, and the index [B, n] of each maximum, or all null.
-struct Side {
-  const void *gate, *grad;
-  const int32_t* argmax;
 };
 
 // x, y and their gradients are stored as Matrix says; all else but indices has the type in which x accumulates. The

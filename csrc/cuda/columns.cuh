@@ -18,23 +18,31 @@ constexpr int kColumnThreads = 256;
 // Where a thread stands: its rows are first + slice, first + slice + slices, ..., below last.
 struct Place {
   int64_t b, first, last;
-  int chunk, chunks, slice, slices, column;
+  int chunk, chunks, slice, slices, tile, column;
   bool active;
 };
+
+// That of a thread with V columns, of `across` side by side.
+template <int V>
+__device__ __forceinline__ Place place_of(int64_t rows, int M, int64_t length, int chunks, int across) {
+  const int tiles = (M + across * V - 1) / (across * V), block = blockIdx.x / tiles, thread = threadIdx.x;
+  Place at;
+  at.tile = blockIdx.x % tiles;
+  at.b = block / chunks, at.chunk = block % chunks, at.chunks = chunks;
+  at.first = at.chunk * length, at.last = min(rows, at.first + length);
+  at.slice = thread / across, at.slices = kColumnThreads / across;
+  at.column = (at.tile * across + thread % across) * V;
+  at.active = at.slice < at.slices && at.column < M;
+  return at;
+}
 
 template <int V, class Op>
 __global__ void __launch_bounds__(kColumnThreads, 1)
     reduce_columns(Op op, int64_t rows, int M, int64_t length, int chunks, int across) {
   using Partial = typename Op::Partial;
   AIA_SHARED(Partial, shared, kColumnThreads * V);
-  const int tiles = (M + across * V - 1) / (across * V), tile = blockIdx.x % tiles, block = blockIdx.x / tiles;
-  const int thread = threadIdx.x, width = across * V;
-  Place at;
-  at.b = block / chunks, at.chunk = block % chunks, at.chunks = chunks;
-  at.first = at.chunk * length, at.last = min(rows, at.first + length);
-  at.slice = thread / across, at.slices = kColumnThreads / across;
-  at.column = tile * width + thread % across * V;
-  at.active = at.slice < at.slices && at.column < M;
+  const Place at = place_of<V>(rows, M, length, chunks, across);
+  const int thread = threadIdx.x, width = across * V, first = at.tile * width;
 
   Partial partial[V];
 #pragma unroll
@@ -43,10 +51,10 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 #pragma unroll
   for (int k = 0; k < V; ++k) shared[thread * V + k] = partial[k];
   __syncthreads();
-  for (int j = thread; j < width && tile * width + j < M; j += kColumnThreads) {
+  for (int j = thread; j < width && first + j < M; j += kColumnThreads) {
     Partial total = shared[j];
     for (int s = 1; s < at.slices; ++s) total.merge(shared[s * width + j]);
-    op.store(at, tile * width + j, total);
+    op.store(at, first + j, total);
   }
 }
 
@@ -56,6 +64,7 @@ struct Total {
 
   static __device__ __forceinline__ Total none() { return {0}; }
   __device__ __forceinline__ void merge(const Total& other) { sum += other.sum; }
+  __device__ __forceinline__ Total exchanged(int bits) const { return {shuffle_xor(sum, bits)}; }
 };
 
 // Sums of partial sums.
@@ -78,12 +87,18 @@ struct JoinTotals {
   }
 };
 
+// Queues a kernel whose threads stand as place_of says, `across` of them side by side.
+template <int V, class Op>
+int launch_places(void (*kernel)(Op, int64_t, int, int64_t, int, int), const Op& op, int64_t B, int64_t rows, int M,
+                  const Split& split, int across, void* stream) {
+  return launch(kernel, B * split.chunks * ceil_div(M, across * V), kColumnThreads, stream, op, rows, M, split.length,
+                split.chunks, across);
+}
+
 // Queues a reduction of B matrices by an operation, with at most this many threads across a row.
 template <int V, class Op>
 int launch_columns(const Op& op, int64_t B, int64_t rows, int M, const Split& split, int most, void* stream) {
-  const int across = std::min(ceil_div(M, V), most);
-  return launch(reduce_columns<V, Op>, B * split.chunks * ceil_div(M, across * V), kColumnThreads, stream, op, rows, M,
-                split.length, split.chunks, across);
+  return launch_places<V>(reduce_columns<V, Op>, op, B, rows, M, split, std::min(ceil_div(M, V), most), stream);
 }
 
 // Joins the results of the chunks: few threads across, so that many chunks are read at a time.

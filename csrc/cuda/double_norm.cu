@@ -12,11 +12,12 @@
 #include <cmath>
 
 #include "columns.cuh"
+#include "teams.cuh"
 
 namespace aia::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 256;
 constexpr int kBatch = 4;  // vectors that a thread asks for before it uses the first
 
 template <class A>
@@ -121,21 +122,6 @@ struct Rows {
 
   __host__ __device__ __forceinline__ int lanes() const { return 1 << lane_bits; }
 };
-
-template <class A>
-__device__ __forceinline__ A team_sum(A value, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
-  return value;
-}
-
-template <class A>
-__device__ __forceinline__ A team_maximum(A value, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    const A other = shuffle_xor(value, distance);
-    value = other > value ? other : value;
-  }
-  return value;
-}
 
 // The team of a thread: its row and token among those of all samples, the columns of the lane, and where the row and
 // its group begin in [B, N, M] and in [B, M].
@@ -312,12 +298,6 @@ struct RowGradientOp {
   }
 };
 
-int bits_of(int64_t least) {
-  int bits = 0;
-  while ((int64_t{1} << bits) < least) ++bits;
-  return bits;
-}
-
 // The rows for lanes of V columns, and whether a team holds a row.
 struct Teams {
   Rows rows;
@@ -332,14 +312,6 @@ struct Teams {
     blocks = at.B * rows.blocks;
   }
 };
-
-// Calls body with the width of the vectors in which groups at these addresses can be moved.
-template <class T, class Body>
-int with_width(const Tokens& at, std::initializer_list<const void*> addresses, Body&& body) {
-  constexpr int kWide = 16 / sizeof(T);
-  return at.group % kWide == 0 && are_aligned(addresses) ? body(std::integral_constant<int, kWide>{})
-                                                         : body(std::integral_constant<int, 1>{});
-}
 
 // Whether the threads across a row are teams of whole groups: then they find the dot products themselves.
 bool teams_fit(const Tokens& at, int V) {
@@ -361,9 +333,7 @@ int column_statistics(const Tokens& at, const void* logits, void* partial, void*
     const Split split = token_split(at);
     A* const result = static_cast<A*>(statistics);
     A* const to = split.chunks > 1 ? static_cast<A*>(partial) : result;
-    Tokens columns = at;
-    columns.group = at.M;
-    const int error = with_width<T>(columns, {logits}, [&](auto V) {
+    const int error = with_width<T>(at.M, {logits}, [&](auto V) {
       const StatisticsOp<T, V.value> op{static_cast<const T*>(logits), at.padding, to, at.N, at.M};
       return launch_columns<V.value>(op, at.B, at.N, at.M, split, kColumnThreads / 4, stream);
     });
@@ -376,7 +346,7 @@ int double_norm(const Tokens& at, void* logits, const void* lse, double eps, voi
   return with_scalar(at.scalar, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;
-    return with_width<T>(at, {logits, lse}, [&](auto V) {
+    return with_width<T>(at.group, {logits, lse}, [&](auto V) {
       const Teams teams(at, V.value);
       const auto run = [&](auto kernel) {
         return launch(kernel, teams.blocks, kThreads, stream, teams.rows, static_cast<T*>(logits),
@@ -390,7 +360,7 @@ int double_norm(const Tokens& at, void* logits, const void* lse, double eps, voi
 bool needs_dots(const Tokens& at, const void* grad, const void* attention) {
   bool fit = false;
   with_scalar(at.scalar, [&](auto type) {
-    return with_width<decltype(type)>(at, {grad, attention}, [&](auto V) {
+    return with_width<decltype(type)>(at.group, {grad, attention}, [&](auto V) {
       fit = teams_fit(at, V.value);
       return 0;
     });
@@ -406,7 +376,7 @@ int double_norm_backward_reduce(const Tokens& at, const void* grad, const void* 
     const T *g = static_cast<const T*>(grad), *a = static_cast<const T*>(attention);
     const Split split = token_split(at);
     A* const to = static_cast<A*>(split.chunks > 1 ? partial : reduced);
-    const int error = with_width<T>(at, {grad, attention}, [&](auto V) {
+    const int error = with_width<T>(at.group, {grad, attention}, [&](auto V) {
       const bool fit = teams_fit(at, V.value);
       if (!fit) {
         const Teams teams(at, V.value);
@@ -429,7 +399,7 @@ int double_norm_backward(const Tokens& at, void* grad, const void* attention, co
   return with_scalar(at.scalar, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;
-    return with_width<T>(at, {grad, attention, reduced}, [&](auto V) {
+    return with_width<T>(at.group, {grad, attention, reduced}, [&](auto V) {
       const Teams teams(at, V.value);
       const auto run = [&](auto kernel) {
         return launch(kernel, teams.blocks, kThreads, stream, teams.rows, static_cast<T*>(grad),

@@ -2,27 +2,11 @@
 //
 //   pool           reads 1 |X|   maximum, its first index, and mean of x * G over the axes of a context
 //   unpool_reduce  reads 1 |X|   sum of x * U over the axes of a context, over its number of maps
-#include "../common/max_first.h"
+#include "max_mean.cuh"
 #include "reduce.cuh"
 
 namespace aia::cuda {
 namespace {
-
-template <class A>
-struct MaxMean {
-  MaxFirst<A> max;
-  A sum;
-
-  static __device__ __forceinline__ MaxMean starting_at(int first) { return {MaxFirst<A>::starting_at(first), 0}; }
-  __device__ __forceinline__ void add(A value, int index) {
-    max.add(value, index);
-    sum += value;
-  }
-  __device__ __forceinline__ void merge(const MaxMean& other) {
-    max.merge(other.max);
-    sum += other.sum;
-  }
-};
 
 template <class A>
 struct PoolOp {

@@ -7,11 +7,12 @@
 #include "residual.h"
 
 #include "columns.cuh"
+#include "teams.cuh"
 
 namespace aia::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kByte = 8;
+constexpr int kThreads = 256, kByte = 8;
 constexpr int kBatch = 4;  // vectors that a thread asks for before it uses the first
 
 // The quotient and, left in n, the rest.
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += shuffle_xor(sum, distance);
+  sum = team_sum(sum, kWarp);
   if (row < f.B * f.C && threadIdx.x % kWarp == 0) to[(row / f.C * split.chunks + chunk) * f.C + row % f.C] = sum;
 }
 

@@ -63,6 +63,15 @@ struct Divisor {
   }
 };
 
+// Calls body with the width of the vectors of 16 bytes in which rows of this length at these addresses can be moved, or
+// with 1.
+template <class T, class Body>
+int with_width(int64_t length, std::initializer_list<const void*> addresses, Body&& body) {
+  constexpr int kWide = 16 / sizeof(T);
+  return length % kWide == 0 && are_aligned(addresses) ? body(std::integral_constant<int, kWide>{})
+                                                       : body(std::integral_constant<int, 1>{});
+}
+
 // Calls body with a value of the storage type.
 template <class Body>
 int with_scalar(Scalar scalar, Body&& body) {

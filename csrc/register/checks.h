@@ -173,6 +173,11 @@ inline ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A new tensor of numbers for x.
+inline Tensor new_numbers(const Tensor& x, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(x, sizes, accumulate_type(x));
+}
+
 inline void check_eps(double eps) {
   AIA_CHECK(eps >= 0 && std::isfinite(eps), "eps must not be negative, infinite or NaN, got ", eps);
 }

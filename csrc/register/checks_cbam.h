@@ -1,6 +1,7 @@
 // What the operators of CBAM check of their arguments, the same on every device.
 #pragma once
 
+#include "../common/matrix.h"
 #include "checks.h"
 
 namespace aia {
@@ -33,6 +34,11 @@ inline FeatureMaps maps_of(const Tensor& x, const char* name) {
   return {B, C, H, W, true, scalar};
 }
 
+inline Matrix matrix_of(const FeatureMaps& at) {
+  if (at.channels_last) return {at.B, at.positions(), at.C, false, at.scalar};
+  return {at.B, at.C, at.positions(), true, at.scalar};
+}
+
 // The gate of the channels [B, C] and that of the positions [B, 1, H, W] for `of`, or null. One of them is there.
 struct MapGates {
   const void *channel = nullptr, *spatial = nullptr;
@@ -45,6 +51,8 @@ struct MapGates {
     if (of_channels) channel = of_channels->const_data_ptr();
     if (of_positions) spatial = of_positions->const_data_ptr();
   }
+  const void* of_rows(const Matrix& m) const { return m.rows_are_channels ? channel : spatial; }
+  const void* of_columns(const Matrix& m) const { return m.rows_are_channels ? spatial : channel; }
 };
 
 // The gradient of pooled features and the index of each maximum, or null.
@@ -98,6 +106,8 @@ struct UnpoolMaps {
     if (come_together(of_positions, grad_spatial, spatial_argmax, "spatial", "grad_spatial", "spatial_argmax"))
       spatial = MapFeatures::of_positions(*grad_spatial, *spatial_argmax, at, grad_y);
   }
+  Side of_channels() const { return {gates.channel, channel.grad, channel.argmax}; }
+  Side of_positions() const { return {gates.spatial, spatial.grad, spatial.argmax}; }
 };
 
 // The convolution of a spatial gate: pooled features [B, 2, H, W] and a weight [1, 2, k, k], k odd.

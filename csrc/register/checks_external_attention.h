@@ -91,8 +91,4 @@ inline Residual check_residual_relu_backward(const Tensor& grad_y, const Tensor&
   return at;
 }
 
-inline Tensor new_numbers(const Tensor& of, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(of, sizes, accumulate_type(of));
-}
-
 }  // namespace aia

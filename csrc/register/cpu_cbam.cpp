@@ -17,27 +17,20 @@ namespace {
 using aia::accumulate_type;
 using aia::FeatureMaps;
 using aia::maps_of;
+using aia::Matrix;
+using aia::matrix_of;
+using aia::new_numbers;
+using aia::Side;
 using aia::cpu::CbamPasses;
 using aia::cpu::Convolution;
 using aia::cpu::ConvolvePasses;
-using aia::cpu::Matrix;
 using aia::cpu::output_like;
 using aia::cpu::parallel;
 using aia::cpu::Parts;
 using aia::cpu::passes;
 using aia::cpu::row_units;
-using aia::cpu::Side;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Matrix matrix_of(const FeatureMaps& at) {
-  if (at.channels_last) return {at.B, at.positions(), at.C, false, at.scalar};
-  return {at.B, at.C, at.positions(), true, at.scalar};
-}
-
-Tensor numbers(const Tensor& of, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(of, sizes, accumulate_type(of));
-}
 
 // Over the columns or over the rows of x, times a gate of these or null, into pooled [B, 2, ...] and argmax [B, ...].
 void pool(const Matrix& m, const Tensor& x, bool over_columns, const void* gate, Tensor& pooled, Tensor& argmax) {
@@ -52,7 +45,7 @@ void pool(const Matrix& m, const Tensor& x, bool over_columns, const void* gate,
   const Parts parts(m);
   const bool whole = parts.of_rows == 1;
   const double share = whole ? 1.0 / static_cast<double>(m.rows) : 1.0;
-  Tensor partial = whole ? pooled : numbers(x, {m.B * parts.of_rows, 2, m.columns});
+  Tensor partial = whole ? pooled : new_numbers(x, {m.B * parts.of_rows, 2, m.columns});
   Tensor indices = whole ? argmax : torch::stable::new_empty(x, {m.B * parts.of_rows, m.columns}, ScalarType::Int);
   void *values = partial.mutable_data_ptr(), *where = indices.mutable_data_ptr();
   parallel(parts.units(m),
@@ -64,7 +57,7 @@ void pool(const Matrix& m, const Tensor& x, bool over_columns, const void* gate,
 std::tuple<Tensor, Tensor> pool_positions(const Tensor& x) {
   const FeatureMaps at = maps_of(x, "x");
   const Matrix m = matrix_of(at);
-  Tensor pooled = numbers(x, {at.B, 2, at.C}), argmax = torch::stable::new_empty(x, {at.B, at.C}, ScalarType::Int);
+  Tensor pooled = new_numbers(x, {at.B, 2, at.C}), argmax = torch::stable::new_empty(x, {at.B, at.C}, ScalarType::Int);
   pool(m, x, m.rows_are_channels, nullptr, pooled, argmax);
   return {pooled, argmax};
 }
@@ -73,7 +66,7 @@ std::tuple<Tensor, Tensor> pool_channels(const Tensor& x, std::optional<Tensor> 
   const FeatureMaps at = maps_of(x, "x");
   const Matrix m = matrix_of(at);
   if (channel) aia::check_contiguous(*channel, {at.B, at.C}, accumulate_type(x), x, "channel");
-  Tensor pooled = numbers(x, {at.B, 2, at.H, at.W});
+  Tensor pooled = new_numbers(x, {at.B, 2, at.H, at.W});
   Tensor argmax = torch::stable::new_empty(x, {at.B, at.H, at.W}, ScalarType::Int);
   pool(m, x, !m.rows_are_channels, channel ? channel->const_data_ptr() : nullptr, pooled, argmax);
   return {pooled, argmax};
@@ -88,8 +81,7 @@ std::vector<Tensor> recalibrate(const Tensor& x, std::optional<Tensor> channel, 
   if (with_confounder) results.push_back(output_like(x));
   const void* data = x.const_data_ptr();
   void *y = results[0].mutable_data_ptr(), *rest = with_confounder ? results[1].mutable_data_ptr() : nullptr;
-  const void *of_rows = m.rows_are_channels ? gates.channel : gates.spatial,
-             *of_columns = m.rows_are_channels ? gates.spatial : gates.channel;
+  const void *of_rows = gates.of_rows(m), *of_columns = gates.of_columns(m);
   parallel(row_units(m), [&](int64_t begin, int64_t end) {
     passes<CbamPasses>(m.scalar).recalibrate(m, data, of_rows, of_columns, y, rest, begin, end);
   });
@@ -99,7 +91,7 @@ std::vector<Tensor> recalibrate(const Tensor& x, std::optional<Tensor> channel, 
 // Sums [B, n] of `parts` for each sample, which are there if it is one; fill(data) makes them.
 template <class Fill>
 void join(const Matrix& m, const Tensor& of, int64_t parts, int64_t n, Tensor& result, Fill&& fill) {
-  Tensor partial = parts == 1 ? result : numbers(of, {m.B, parts, n});
+  Tensor partial = parts == 1 ? result : new_numbers(of, {m.B, parts, n});
   void *from = partial.mutable_data_ptr(), *to = result.mutable_data_ptr();
   fill(from);
   if (parts == 1) return;
@@ -115,7 +107,7 @@ std::tuple<Tensor, Tensor> recalibrate_reduce(const Tensor& grad_y, std::optiona
   aia::check_same(grad_y, x, "grad_y", "x");
   const void* confounder = aia::confounder_of(grad_confounder, grad_y);
   const aia::MapGates gates(channel, spatial, at, x);
-  Tensor grad_channel = numbers(x, {at.B, at.C}), grad_spatial = numbers(x, {at.B, 1, at.H, at.W});
+  Tensor grad_channel = new_numbers(x, {at.B, at.C}), grad_spatial = new_numbers(x, {at.B, 1, at.H, at.W});
   const Parts parts(m);
   const void *grad = grad_y.const_data_ptr(), *data = x.const_data_ptr();
   const auto reduce = [&](const void* of_rows, const void* of_columns, Tensor& over_columns, Tensor& over_rows) {
@@ -139,7 +131,7 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_spatial, const Tensor& 
   const FeatureMaps at = maps_of(x, "x");
   const Matrix m = matrix_of(at);
   const aia::MapFeatures from = aia::MapFeatures::of_positions(grad_spatial, spatial_argmax, at, x);
-  Tensor grad_channel = numbers(x, {at.B, at.C});
+  Tensor grad_channel = new_numbers(x, {at.B, at.C});
   const Parts parts(m);
   const Side spatial{nullptr, from.grad, from.argmax};
   const void* data = x.const_data_ptr();
@@ -158,8 +150,7 @@ Tensor unpool(const Tensor& grad_y, std::optional<Tensor> grad_confounder, std::
   const aia::UnpoolMaps given(grad_y, grad_confounder, channel, grad_channel, channel_argmax, spatial, grad_spatial,
                               spatial_argmax);
   const Matrix m = matrix_of(given.at);
-  const Side of_channels{given.gates.channel, given.channel.grad, given.channel.argmax};
-  const Side of_positions{given.gates.spatial, given.spatial.grad, given.spatial.argmax};
+  const Side of_channels = given.of_channels(), of_positions = given.of_positions();
   Tensor grad_x = output_like(grad_y);
   const void* data = grad_y.const_data_ptr();
   void* out = grad_x.mutable_data_ptr();

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,13 +47,9 @@ def test_every_layer_and_every_familys_passes_are_subjects():
     assert {family for family, name in found if name == "passes"} == {"attention_in_attention", "external_attention"}
 
 
-def test_a_backend_is_asked_for_what_it_has():
-    by_backend = {
-        b: {subject.family for subject in smoke.subjects("cuda") if subject.backend == b} for b in ("triton", "cuda")
-    }
-    assert by_backend["triton"] == set(backends.FAMILIES) and by_backend["cuda"] == by_backend["triton"] - {"cbam"}
-    assert {("cuda", "cbam")} == smoke.LACKING
-    assert not (Path(aia_kernels.__file__).parents[1] / "csrc" / "register" / "cuda_cbam.cpp").exists()
+def test_every_backend_is_asked_for_every_family():
+    for backend in ("triton", "cuda"):
+        assert {s.family for s in smoke.subjects("cuda") if s.backend == backend} == set(backends.FAMILIES)
 
 
 @pytest.mark.parametrize("family", smoke.PASS_CASES)

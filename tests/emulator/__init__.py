@@ -67,6 +67,8 @@ def _array(tensor: Tensor | None):
         return None
     if tensor.ndim == 5:
         tensor = tensor.permute(_PERMUTATIONS[maps.storage_order(tensor)])
+    if tensor.ndim == 4 and not tensor.is_contiguous():  # channels_last
+        tensor = tensor.permute(0, 2, 3, 1)
     assert tensor.is_contiguous()
     flat = tensor.flatten()
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
@@ -163,6 +165,8 @@ class Emulator:
             if output.ndim == 5:
                 axes = _PERMUTATIONS[maps.storage_order(output)]
                 output.permute(axes).copy_(flat.view([output.shape[axis] for axis in axes]))
+            elif output.ndim == 4 and not output.is_contiguous():
+                output.permute(0, 2, 3, 1).copy_(flat.view(output.permute(0, 2, 3, 1).shape))
             else:
                 output.copy_(flat.view(output.shape))
 
@@ -304,6 +308,59 @@ class Emulator:
         sums = _poison(grad_y.new_empty(grad_y.shape[2], dtype=accumulate_dtype(grad_y.dtype)))
         self._launch_features("residual_relu_backward", grad_y, [grad_y, signs], [grad, sums])
         return grad, sums
+
+    def _launch_matrix(self, name: str, x: Tensor, arguments, outputs: list[Tensor]) -> None:
+        self._run(name, (_extents(x), _SCALARS.index(x.dtype)), arguments, outputs)
+
+    def _cbam_pool(self, x: Tensor, over_columns: bool, gate: Tensor | None, *kept: int):
+        pooled = _poison(x.new_empty((x.shape[0], 2, *kept), dtype=accumulate_dtype(x.dtype)))
+        argmax = _poison(x.new_empty((x.shape[0], *kept), dtype=torch.int32))
+        self._launch_matrix("cbam_pool", x, [over_columns, x, gate], [pooled, argmax])
+        return pooled, argmax
+
+    def cbam_pool_positions(self, x):
+        return self._cbam_pool(x, x.is_contiguous(), None, x.shape[1])
+
+    def cbam_pool_channels(self, x, channel):
+        return self._cbam_pool(x, not x.is_contiguous(), channel, *x.shape[2:])
+
+    def cbam_recalibrate(self, x, channel, spatial, confounder):
+        results = [_poison(torch.empty_like(x)) for _ in range(2 if confounder else 1)]
+        arguments = [x, *_by_axis(x, channel, spatial)]
+        self._launch_matrix("cbam_recalibrate", x, arguments, results)
+        return results
+
+    def cbam_recalibrate_reduce(self, grad_y, grad_confounder, x, channel, spatial):
+        b, c, h, w = x.shape
+        grad_channel, grad_spatial = (
+            _poison(x.new_empty(sizes, dtype=accumulate_dtype(x.dtype))) for sizes in ((b, c), (b, 1, h, w))
+        )
+        arguments = [grad_y, grad_confounder, x, *_by_axis(x, channel, spatial)]
+        self._launch_matrix("cbam_recalibrate_reduce", x, arguments, _by_axis(x, grad_channel, grad_spatial))
+        return grad_channel, grad_spatial
+
+    def cbam_unpool_reduce(self, x, grad_spatial, spatial_argmax):
+        sums = _poison(x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype)))
+        self._launch_matrix("cbam_unpool_reduce", x, [x, grad_spatial, spatial_argmax], [sums])
+        return sums
+
+    def cbam_unpool(self, grad_y, grad_confounder, *sides):
+        grad_x = _poison(torch.empty_like(grad_y))
+        of_channels, of_positions = ([_array(t) for t in of] for of in (sides[:3], sides[3:]))
+        arguments = [grad_y, grad_confounder, *_by_axis(grad_y, of_channels, of_positions)]
+        self._launch_matrix("cbam_unpool", grad_y, arguments, [grad_x])
+        return grad_x
+
+
+def _extents(x: Tensor) -> tuple[int, int, int, bool]:
+    """B, rows, columns, and whether rows are channels (csrc/common/matrix.h)."""
+    b, c, h, w = x.shape
+    return (b, c, h * w, True) if x.is_contiguous() else (b, h * w, c, False)
+
+
+def _by_axis(x: Tensor, of_channels, of_positions) -> list:
+    """What belongs to the rows of x, then what belongs to its columns."""
+    return [of_channels, of_positions] if x.is_contiguous() else [of_positions, of_channels]
 
 
 def _transposed(tensor: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "../../csrc/cuda/cbam.h"
 #include "../../csrc/cuda/double_norm.h"
 #include "../../csrc/cuda/evaluate.h"
 #include "../../csrc/cuda/passes.h"
@@ -54,6 +55,17 @@ Tokens tokens_of(const std::array<int64_t, 4>& sizes, int scalar, const Array& p
 Features features_of(const std::array<int64_t, 3>& sizes, bool maps, int scalar) {
   return {sizes[0], sizes[1], sizes[2], maps, static_cast<Scalar>(scalar)};
 }
+
+// B, rows and columns, and whether rows are channels.
+using Extents = std::array<int64_t, 4>;
+
+Matrix matrix_of(const Extents& of, int scalar) {
+  return {of[0], of[1], of[2], of[3] != 0, static_cast<Scalar>(scalar)};
+}
+
+const int32_t* indices_of(const Array& argmax) { return static_cast<const int32_t*>(data(argmax)); }
+
+int32_t* mutable_indices(py::array& argmax) { return static_cast<int32_t*>(argmax.mutable_data()); }
 
 // A parameter, or none, with its scalar.
 using Number = std::pair<Array, int>;
@@ -219,6 +231,49 @@ PYBIND11_MODULE(aia_emulator, m) {
     const auto partial = doubles_of_nan(residual_partials(at) * at.C);
     residual_relu_backward(at, grad_y.data(), static_cast<const uint8_t*>(signs.data()), grad.mutable_data(),
                            partial.get(), sums.mutable_data(), nullptr);
+  });
+
+  m.def("cbam_pool", [](Extents extents, int scalar, bool over_columns, py::array x, Array gate, py::array pooled,
+                        py::array argmax) {
+    const Matrix matrix = matrix_of(extents, scalar);
+    if (over_columns) {
+      cbam_pool_columns(matrix, x.data(), data(gate), pooled.mutable_data(), mutable_indices(argmax), nullptr);
+      return;
+    }
+    const int64_t parts = matrix.B * cbam_split(matrix).chunks * matrix.columns;
+    const auto partial = doubles_of_nan(2 * parts), indices = doubles_of_nan(parts);
+    cbam_pool_rows(matrix, x.data(), data(gate), partial.get(), reinterpret_cast<int32_t*>(indices.get()),
+                   pooled.mutable_data(), mutable_indices(argmax), nullptr);
+  });
+  m.def("cbam_recalibrate", [](Extents extents, int scalar, py::array x, Array of_rows, Array of_columns,
+                               py::args results) {
+    std::vector<void*> to{nullptr, nullptr};
+    for (size_t i = 0; i < results.size(); ++i) to[i] = results[i].cast<py::array>().mutable_data();
+    cbam_recalibrate(matrix_of(extents, scalar), x.data(), data(of_rows), data(of_columns), to[0], to[1], nullptr);
+  });
+  m.def("cbam_recalibrate_reduce", [](Extents extents, int scalar, py::array grad_y, Array confounder, py::array x,
+                                      Array of_rows, Array of_columns, py::array over_columns, py::array over_rows) {
+    const Matrix matrix = matrix_of(extents, scalar);
+    const CbamGradients given{grad_y.data(), data(confounder), x.data(), data(of_rows), data(of_columns)};
+    const auto row_parts = doubles_of_nan(matrix.B * cbam_reduce_tiles(matrix, given) * matrix.rows);
+    const auto column_parts = doubles_of_nan(matrix.B * cbam_split(matrix).chunks * matrix.columns);
+    cbam_recalibrate_reduce(matrix, given, row_parts.get(), over_columns.mutable_data(), column_parts.get(),
+                            over_rows.mutable_data(), nullptr);
+  });
+  m.def("cbam_unpool_reduce",
+        [](Extents extents, int scalar, py::array x, py::array grad, py::array argmax, py::array sums) {
+          const Matrix matrix = matrix_of(extents, scalar);
+          const auto partial = doubles_of_nan(matrix.B * cbam_split(matrix).chunks * matrix.columns);
+          cbam_unpool_reduce(matrix, x.data(), {nullptr, grad.data(), mutable_indices(argmax)}, partial.get(),
+                             sums.mutable_data(), nullptr);
+        });
+  m.def("cbam_unpool", [](Extents extents, int scalar, py::array grad_y, Array confounder, std::array<Array, 3> of_rows,
+                          std::array<Array, 3> of_columns, py::array grad_x) {
+    const auto side_of = [](const std::array<Array, 3>& of) {
+      return Side{data(of[0]), data(of[1]), indices_of(of[2])};
+    };
+    cbam_unpool(matrix_of(extents, scalar), grad_y.data(), data(confounder), side_of(of_rows), side_of(of_columns),
+                grad_x.mutable_data(), nullptr);
   });
 
   m.def("cluster_size", [](Sizes sizes, int order, int scalar, int inner, int outer) {

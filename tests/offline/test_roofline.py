@@ -15,6 +15,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 from benchmarks import gpus, records, registry
 from benchmarks.offline import ROOT, counting, environment_without_interpreter, roofline
 from benchmarks.registry.attention_in_attention import HAS_INNER, NAMES, STAGES, UnitCase
+from benchmarks.registry.cbam import GatesCase
 from benchmarks.registry.external_attention import PLACES, LayerCase
 
 AGAIN = "python -m benchmarks.offline.roofline --results benchmarks/results --page docs/benchmarks.md writes it again"
@@ -79,6 +80,13 @@ def test_the_block_of_external_attention_around_the_products_of_the_framework():
     assert case.traffic("eval") == 3 and case.traffic("step") == 8
     assert of_x(case, "cuda", "eval") == (3, 2)
     assert of_x(case, "cuda", "step") == (8, 4)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "cpu"])
+def test_cbam_meets_x_as_often_as_designed(provider):
+    case = GatesCase("CBAM", "1024x14x14", 8, "bf16", "channels_last", (1024, 14, 14))
+    assert of_x(case, provider, "eval") == (3, 1) and case.traffic("eval") == 4
+    assert of_x(case, provider, "step") == (7, 2) and case.traffic("step") == 9
 
 
 def recorded() -> list[dict]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cbam_cases import EVERY, MAPS, SWEPT, Maps, features_of, gates_of, maps_of, numbers, stored
 from conftest import skip_unless_runnable
-from pass_backends import CPU, each, on, passes_of
+from pass_backends import CPU, CUDA, each, on, passes_of
 from pass_cases import agrees, double, magnitude, same_bits_with_any_threads
 from plain_cbam import PlainCbam
 
@@ -162,9 +162,10 @@ def values(case: Maps, kind: str) -> torch.Tensor:
 
 
 SPECIAL = {name: case for name, case in (MAPS | cbam_cases.TILES).items() if "one " not in name}
+OF_CUDA = {name: case for name, case in (MAPS | cbam_cases.CHUNKS).items() if "one " not in name}
 
 
-@each((CPU, SPECIAL), (("triton",), cbam_cases.INTERPRETED))
+@each((CPU, SPECIAL), (CUDA, OF_CUDA), (("triton",), cbam_cases.INTERPRETED))
 @pytest.mark.parametrize("kind", ["ties", "nan", "nothing but -inf", "zeros of both signs"])
 def test_special_values(passes, case, kind):
     """The first index wins ties, NaN wins over numbers and the first NaN over later ones, as in torch.max(dim)."""

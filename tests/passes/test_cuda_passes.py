@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cbam_cases
 import cuda_passes
 import pytest
 import torch
@@ -65,6 +66,20 @@ def double_norm_and_residual(passes) -> list[torch.Tensor]:
     return results
 
 
+def cbam(passes) -> list[torch.Tensor]:
+    """Results of all kernels of CBAM that have barriers, from the same inputs every time."""
+    torch.manual_seed(0)
+    results = []
+    for name in ("chunks", "several warps", "chunks, channels_last", "several warps, channels_last"):
+        x = cbam_cases.maps_of(cbam_cases.CHUNKS[name])
+        (channel, spatial), (*_, of_positions, argmax) = cbam_cases.gates_of(x), cbam_cases.features_of(x)
+        results += passes.cbam_pool_positions(x)
+        results += passes.cbam_pool_channels(x, channel)
+        results += passes.cbam_recalibrate_reduce(x, None, x, channel, spatial)
+        results.append(passes.cbam_unpool_reduce(x, of_positions, argmax))
+    return results
+
+
 #: By family, its kernels, and the files whose barriers they meet.
 FAMILIES = {
     "attention_in_attention": (
@@ -72,6 +87,7 @@ FAMILIES = {
         {"partials.cuh", "reduce.cuh", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
     ),
     "external_attention": (double_norm_and_residual, {"columns.cuh"}),
+    "cbam": (cbam, {"columns.cuh", "rows.cuh"}),
 }
 
 
