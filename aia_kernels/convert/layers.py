@@ -21,8 +21,9 @@ def convert(model: nn.Module) -> Report:
     ST, CinST, STinC and STinC2 of Attention in Attention (arXiv 2204.09303); CBAM with its gates (arXiv 1807.06521);
     EANet's External_attention, EAMLP's Attention and the attention of its T2T stages (arXiv 2105.02358); external
     attention by two linear layers; linear attention over positions and channels, with MANet's form (arXiv 2007.14902);
-    and EfficientAttention (1812.01243). A layer is converted if its forward computes what the fused layer computes.
-    This is tried on a small copy with random parameters: output, gradients and buffers, in evaluation and in training.
+    EfficientAttention (1812.01243); CATT (2103.03493), CaaM's pair of attentions (2108.08782), and HaloNet's attention
+    in both layouts (2103.12731). A layer is converted if its forward computes what the fused layer computes. This is
+    tried on a small copy with random parameters: output, gradients and buffers, in evaluation and in training.
 
     A converted layer is the same object with another class. It keeps its parameters and buffers, and so optimizers and
     the keys of the state dict; its training mode, device, dtype and requires_grad; num_segments, dropouts and the
@@ -57,7 +58,8 @@ def convert(model: nn.Module) -> Report:
             before = class_name(module)
             found = _fused_layer(module, form, tried)
             if isinstance(found, str):
-                reasons[module] = found
+                if not form.common:
+                    reasons[module] = found
             else:
                 report._ways_back.append(_exchange(module, found, form))
                 report.converted.append(Converted(tuple(known_as), before, found.__name__))
@@ -82,7 +84,8 @@ def _compare(module: nn.Module, form: Form) -> type[nn.Module] | str:
     told = ""
     for layer in layers:
         inputs = form.example, form.of_other_rank
-        if (reason := behaviour.difference(module, layer, form.settings(module), *inputs)) is None:
+        settings = form.settings(module)
+        if (reason := behaviour.difference(module, layer, settings, *inputs, several=form.several)) is None:
             return layer
         told = told or reason
     others = " and ".join(layer.__name__ for layer in layers[1:])

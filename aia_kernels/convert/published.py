@@ -21,7 +21,8 @@ class Form(NamedTuple):
     children: the names of submodules that give it away. layers: the fused layers whose forward it may have. mismatch:
     why the submodules of a module with these names are not the published ones, or None. settings: attributes that the
     fused layer reads, as the submodules have them. example: a small input of random numbers, in float64 on the CPU.
-    of_other_rank: one of another rank, where the published forward takes it too.
+    of_other_rank: one of another rank, where the published forward takes it too. common: many other layers have these
+    names, and nothing is said of those. several: the forward returns several tensors.
     """
 
     children: frozenset[str]
@@ -30,6 +31,8 @@ class Form(NamedTuple):
     settings: Callable[[nn.Module], Mapping[str, Any]]
     example: Callable[[nn.Module, torch.Generator], Tensor]
     of_other_rank: Callable[[nn.Module, torch.Generator], Tensor] | None = None
+    common: bool = False
+    several: bool = False
 
 
 def find_form(module: nn.Module) -> Form | None:
@@ -251,6 +254,89 @@ def _efficient_mismatch(attention: nn.Module) -> str | None:
     )
 
 
+def _catt_mismatch(attention: nn.Module) -> str | None:
+    """CATT: attention in the sample beside that to a dictionary."""
+    att, fc = attention._modules["att"], attention._modules["fc"]
+    parts = {name: getattr(att, "_modules", {}).get(name) for name in ("query", "key", "value")}
+    if (reason := _differs("fc", fc, nn.Linear)) is not None:
+        return reason
+    dim, heads = fc.out_features, _heads_of_catt(attention)
+    dictionary = attention._parameters.get("M")
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        return f"heads: got {heads!r}, expected a divisor of the {dim} features of fc"
+    if dictionary is None or dictionary.ndim != 3 or dictionary.shape[0] != 1 or dictionary.shape[2] != dim:
+        return f"M: got {None if dictionary is None else tuple(dictionary.shape)}, expected a parameter [1, S, {dim}]"
+    sizes = {"in_features": dim, "out_features": dim}
+    return _first(
+        _differs("fc", fc, nn.Linear, in_features=2 * dim),
+        *(_differs(f"att.{name}", part, nn.Linear, **sizes) for name, part in parts.items()),
+    )
+
+
+def _heads_of_catt(attention: nn.Module) -> Any:
+    of_bert = getattr(attention._modules["att"], "num_attention_heads", None)
+    return vars(attention).get("heads", of_bert)
+
+
+def _complement_mismatch(attention: nn.Module) -> str | None:
+    """CaaM's attention of a vision transformer."""
+    qkv, proj, heads = attention._modules["qkv"], attention._modules["proj"], getattr(attention, "num_heads", None)
+    if (reason := _differs("qkv", qkv, nn.Linear)) is not None:
+        return reason
+    dim = qkv.in_features
+    if not isinstance(heads, int) or heads < 1 or dim % heads or not isinstance(getattr(attention, "scale", 0), float):
+        return f"num_heads: got {heads!r}, expected a divisor of {dim}"
+    return _first(
+        _differs("qkv", qkv, nn.Linear, out_features=3 * dim),
+        _differs("proj", proj, nn.Linear, in_features=dim, out_features=dim),
+        _dropouts(attention),
+    )
+
+
+def _halo_mismatch(attention: nn.Module, names: tuple[str, str], holder: str, keys: int, heads: str) -> str | None:
+    """What HaloNet's attention is in both layouts: its sizes, and its tables of relative positions."""
+    block, halo, count = (vars(attention).get(name) for name in ("block_size", "halo_size", heads))
+    if not all(isinstance(n, int) and n > 0 for n in (block, halo, count)) or keys % count:
+        return f"block_size, halo_size, {heads}: got {block!r}, {halo!r}, {count!r}, expected integers above 0"
+    expected = 2 * (block + 2 * halo) - 1, keys // count
+    for name in names:
+        table = getattr(attention._modules[holder], name, None)
+        if not isinstance(table, nn.Parameter) or tuple(table.shape) != expected:
+            found = None if table is None else tuple(table.shape)
+            return f"{holder}.{name}: got {found}, expected a parameter of shape {expected}"
+    return None
+
+
+def _halonet_mismatch(attention: nn.Module) -> str | None:
+    """halonet-pytorch's."""
+    to_q, to_kv, to_out = (attention._modules[name] for name in ("to_q", "to_kv", "to_out"))
+    if (reason := _differs("to_q", to_q, nn.Linear)) is not None:
+        return reason
+    dim, keys = to_q.in_features, to_q.out_features
+    return _first(
+        _differs("to_kv", to_kv, nn.Linear, in_features=dim, out_features=2 * keys),
+        _differs("to_out", to_out, nn.Linear, in_features=keys, out_features=dim),
+        _halo_mismatch(attention, ("rel_height", "rel_width"), "rel_pos_emb", keys, "heads"),
+    )
+
+
+def _timm_halo_mismatch(attention: nn.Module) -> str | None:
+    """timm's, without a stride."""
+    q, kv, pool = attention._modules["q"], attention._modules["kv"], attention._modules.get("pool")
+    if (
+        reason := _pointwise("q", q, nn.Conv2d) or _pointwise("kv", kv, nn.Conv2d, in_channels=q.in_channels)
+    ) is not None:
+        return reason
+    if pool is not None and type(pool) is not nn.Identity:
+        return f"pool is a {type(pool).__name__}, expected none: modules.HaloAttn has no stride"
+    return _halo_mismatch(attention, ("height_rel", "width_rel"), "pos_embed", q.out_channels, "num_heads")
+
+
+def _blocks(channels: int, block: int, generator: torch.Generator) -> Tensor:
+    """Maps of two blocks by one."""
+    return _normal((2, channels, 2 * block, block), generator)
+
+
 def _eps(attention: nn.Module) -> dict[str, float]:
     return {"eps": getattr(attention, "eps", 1e-6)}
 
@@ -325,6 +411,37 @@ FORMS = (
         _eps,
         # Few positions, so that eps shows.
         lambda attention, generator: _normal((3, attention.key_conv.in_channels, 2, 2), generator),
+    ),
+    Form(
+        frozenset({"to_q", "to_kv", "to_out", "rel_pos_emb"}),
+        (modules.HaloAttention,),
+        _halonet_mismatch,
+        lambda attention: {"dim": attention.to_q.in_features},
+        lambda attention, generator: _blocks(attention.to_q.in_features, attention.block_size, generator),
+    ),
+    Form(
+        frozenset({"q", "kv", "pos_embed"}),
+        (modules.HaloAttn,),
+        _timm_halo_mismatch,
+        lambda attention: {"dim": attention.q.in_channels, "keys": attention.q.out_channels},
+        lambda attention, generator: _blocks(attention.q.in_channels, attention.block_size, generator),
+    ),
+    Form(
+        frozenset({"qkv", "attn_drop", "proj", "proj_drop"}),
+        (modules.ComplementAttention,),
+        _complement_mismatch,
+        lambda attention: {},
+        lambda attention, generator: _normal((2, 5, attention.qkv.in_features), generator),
+        common=True,
+        several=True,
+    ),
+    Form(
+        frozenset({"att", "fc"}),
+        (modules.CausalAttention,),
+        _catt_mismatch,
+        lambda attention: {"heads": _heads_of_catt(attention), "dropout": getattr(attention, "dropout", 0.0)},
+        lambda attention, generator: _normal((2, 5, attention.fc.out_features), generator),
+        common=True,
     ),
     Form(
         frozenset({"mk", "mv"}),

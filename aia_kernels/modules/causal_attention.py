@@ -5,10 +5,13 @@ In PyTorch's scaled_dot_product_attention on every backend; nothing of this pack
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_at_least_one, check_tensor
+from .submodules import can_be_read
 
 
 class CausalAttention(nn.Module):
@@ -49,14 +52,16 @@ class CausalAttention(nn.Module):
             if t.ndim != 3 or t.shape[2] != dim or t.shape[0] != h.shape[0]:
                 raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected [{h.shape[0]}, N, {dim}]")
         shown = None if mask is None else _shown(mask, context)
-        dropout = self.dropout if self.training else 0.0
-        query = self.att["query"](h)
+        dropout: Any = getattr(self.att, "dropout", self.dropout if self.training else 0.0)
+        att: Any = self.att  # a ModuleDict, or the module of a converted layer
+        query = att.query(h)
         inside = _attend(query, *self._keys_and_values(context), self.heads, dropout, shown)
         across = _attend(query.reshape(1, -1, dim), *self._keys_and_values(self.M), self.heads, dropout)
         return self.fc(torch.cat((inside, across.view_as(h)), -1))
 
     def _keys_and_values(self, of: Tensor) -> tuple[Tensor, Tensor]:
-        return self.att["key"](of), self.att["value"](of)
+        att: Any = self.att
+        return att.key(of), att.value(of)
 
 
 class ComplementAttention(nn.Module):
@@ -101,8 +106,7 @@ class ComplementAttention(nn.Module):
         if x.ndim != 3 or x.shape[2] != self.proj.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, {self.proj.in_features}]")
         query, key, value = self.qkv(x).chunk(3, -1)
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        both = (_attend(q, key, value, self.num_heads, dropout, scale=self.scale) for q in (query, -query))
+        both = (_attend(q, key, value, self.num_heads, self.attn_drop, scale=self.scale) for q in (query, -query))
         causal, complement = (self.proj_drop(self.proj(o)) for o in both)
         return causal, complement
 
@@ -112,13 +116,21 @@ def _attend(
     key: Tensor,
     value: Tensor,
     heads: int,
-    dropout: float,
+    dropout: Any,
     shown: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """[B, N, dim] of query, key and value [B, N or L, dim]; shown [B, 1, 1, L], True where a key takes part."""
+    """[B, N, dim] of query, key and value [B, N or L, dim]; shown [B, 1, 1, L], True where a key takes part. A dropout
+    that is a module of another kind, or has hooks, is called on the map of attention, which is made for it."""
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown, dropout_p=dropout, scale=scale)
+    if isinstance(dropout, nn.Module) and can_be_read(dropout, nn.Dropout):
+        dropout = dropout.p if dropout.training else 0.0
+    if isinstance(dropout, nn.Module):
+        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        logits = logits if shown is None else logits.masked_fill(~shown, -torch.inf)
+        o = dropout(logits.softmax(-1)) @ v
+    else:
+        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown, dropout_p=dropout, scale=scale)
     return o.transpose(1, 2).flatten(2)
 
 

@@ -13,6 +13,8 @@ whose term is the lowest number.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +53,8 @@ class HaloAttention(nn.Module):
         q = self.to_q(by_position) * self.scale
         k, v = self.to_kv(by_position).chunk(2, -1)
         q, k, v = (_heads_first(t, self.heads) for t in (q, k, v))
-        o = _attend(q, k, v, self.rel_pos_emb.tables(), self.block_size, self.halo_size, masked=True)
+        tables: Any = (self.rel_pos_emb.rel_height, self.rel_pos_emb.rel_width)
+        o = _attend(q, k, v, tables, self.block_size, self.halo_size, masked=True)
         return self.to_out(o).movedim(-1, 1)
 
 
@@ -110,7 +113,7 @@ class HaloAttn(nn.Module):
         # As published, each head has its keys and its values side by side.
         kv = self.kv(x).movedim(1, -1).unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
         k, v = kv.split((self.keys // self.num_heads, kv.shape[-1] - self.keys // self.num_heads), -1)
-        tables = self.pos_embed.tables()
+        tables: Any = (self.pos_embed.height_rel, self.pos_embed.width_rel)
         if not self.scale_pos_embed:
             tables = tuple(t / self.scale for t in tables)
         q = _heads_first(q * self.scale, self.num_heads)
@@ -122,12 +125,8 @@ class _Positions(nn.Module):
 
     def __init__(self, names: tuple[str, str], window: int, features: int, scale: float):
         super().__init__()
-        self.names = names
         for name in names:
             self.register_parameter(name, nn.Parameter(torch.randn(2 * window - 1, features) * scale))
-
-    def tables(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self.names)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], block: int, halo: int, masked: bool) -> Tensor:

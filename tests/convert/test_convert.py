@@ -205,7 +205,7 @@ class TestWhereLayersStand:
             block.eft1, block.eft2 = units.CinST(4), units.STinC(4)
         compared = []
         difference = behaviour.difference
-        monkeypatch.setattr(behaviour, "difference", lambda *a: compared.append(a[1]) or difference(*a))
+        monkeypatch.setattr(behaviour, "difference", lambda *a, **s: compared.append(a[1]) or difference(*a, **s))
         report = aia_kernels.convert(model)
         assert len(blocks) == 16
         assert len(report.converted) == 32
