@@ -15,6 +15,8 @@ import contextlib
 import copy
 import inspect
 import math
+import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -185,6 +187,7 @@ def _unlike_in_a_run(
     try:
         with read:
             found = _run(own, inputs, several)
+        drawn = _generators()
     except Exception as error:
         if may_fail:
             return None
@@ -198,8 +201,11 @@ def _unlike_in_a_run(
         return f"its forward changes {', '.join(changed)}, which {_called(layer)} does not"
     try:
         expected = _run(fused, inputs, several)
+        drawn_by_fused = _generators()
     except Exception as error:
         return f"{_called(layer)} fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
+    if drawn != drawn_by_fused:
+        return "its forward draws random numbers by Python's random or by numpy, and decides by them"
     if found.keys() != expected.keys():
         return f"its forward changes {', '.join(sorted(found.keys() ^ expected.keys()))}"
     for name, value in expected.items():
@@ -416,6 +422,9 @@ def _run(module: nn.Module, inputs: tuple[Tensor | int, ...], several: bool) -> 
     inputs = tuple(x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in inputs)
     given = [x * 1.0 if isinstance(x, Tensor) else x for x in inputs]  # no leaves: a forward may write into them
     torch.manual_seed(0)  # of both runs
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
     y = module(*given)
     results = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)]
     if not isinstance(y, Tensor) and not (several and results):
@@ -435,6 +444,12 @@ def _run(module: nn.Module, inputs: tuple[Tensor | int, ...], several: bool) -> 
     return tensors | {name: b.double() for name, b in module.named_buffers()}
 
 
+def _generators() -> tuple[Any, str]:
+    """Where the random numbers of Python and of numpy, where that is imported, have got to."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), repr(numpy.random.get_state()) if numpy else ""
+
+
 def _distance(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return math.inf
@@ -450,12 +465,19 @@ def line(error: Exception) -> str:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """The settings of a fresh process, whatever the caller has set; the caller's random numbers go on as before."""
-    with (
-        backends.use_backend("reference"),
-        torch.random.fork_rng(devices=()),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.device("cpu"),
-    ):
-        yield
+    numpy = sys.modules.get("numpy")
+    before, before_numpy = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with (
+            backends.use_backend("reference"),
+            torch.random.fork_rng(devices=()),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+        ):
+            yield
+    finally:
+        random.setstate(before)
+        if numpy:
+            numpy.random.set_state(before_numpy)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -100,6 +102,25 @@ class OnAChild(Port):
 class ChangesItsInput(Port):
     def leave(self, x, attention):
         x.detach().mul_(2)
+
+
+class DropsByPython(Port):
+    """Stochastic depth by Python's random numbers: a recording goes one way for good."""
+
+    def attend(self, x):
+        return super().attend(x) * (0 if self.training and random.random() < 0.1 else 1)
+
+
+class DropsByNumpy(Port):
+    def attend(self, x):
+        return super().attend(x) * (0 if self.training and numpy.random.rand() < 0.1 else 1)
+
+
+class OtherDropsByPython(DropsByPython):
+    """No published layer: its forward would be rewritten."""
+
+    def attend(self, x):
+        return super().attend(x).pow(1.0)
 
 
 LEAVING = {
@@ -213,3 +234,11 @@ def test_a_token_layer_with_memories_of_other_names_is_refused():
 
     with pytest.raises(TypeError, match=r"Swapped: memories"):
         aia_kernels.to_reference(Swapped(6, 6))
+
+
+@pytest.mark.parametrize("kind", [DropsByPython, DropsByNumpy, OtherDropsByPython])
+def test_a_forward_that_decides_by_random_numbers_is_left_alone(kind):
+    states = random.getstate(), str(numpy.random.get_state())
+    (left,) = aia_kernels.convert(kind()).left_alone
+    assert "random numbers by Python's random or by numpy" in left.reason
+    assert (random.getstate(), str(numpy.random.get_state())) == states
