@@ -37,6 +37,8 @@ def measured_order(device_name: str, family: str, dtype: str) -> tuple[str, ...]
 #: In multiplications of a matrix product on one core: what a call of the fused passes costs over plain PyTorch, a tenth
 #: of a millisecond, and what they save for an element of the attention map, one nanosecond.
 CALL_COST, ELEMENT_GAIN = 4_000_000, 30
+#: What a few calls of submodules or small operators cost, as a part of CALL_COST: below it products are not counted.
+PLAIN_CALLS = 8
 #: Of attention by a memory per sample, in the same unit: what a call of its algorithm costs over the published flow,
 #: and what it saves for an element of that flow's tensors of all tokens.
 FOLDING_COST, TRAFFIC_GAIN = 12_000_000, 100

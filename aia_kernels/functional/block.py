@@ -21,7 +21,7 @@ from ..common.tracing import needs_reference
 from ..reference import Norm, norm_of_values
 
 #: What an activation may be called.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def block(

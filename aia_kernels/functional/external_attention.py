@@ -28,7 +28,7 @@ from ..common.layouts import as_maps, as_tokens, contiguous, with_dense_maps, wi
 from ..common.tracing import is_symbolic, is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
-from . import sharded
+from . import plain, sharded
 from .block import block, with_bias
 from .checks import check_tensor
 from .external_attention_checks import (
@@ -87,7 +87,7 @@ def double_normalize(
     if (axes := checked_dims(dims, logits.ndim)) != (logits.ndim - 2, logits.ndim - 1):
         if group is None and padding_mask is None and process_group is None and _is_left_to_torch(logits):
             check_eps(eps)
-            return reference.published_double_normalize(logits, eps, *axes)
+            return plain.double_normalize(logits, eps, *axes)
         settings = {"group": group, "eps": eps, "padding_mask": padding_mask, "process_group": process_group}
         return double_normalize(logits.movedim(axes, (-2, -1)), **settings).movedim((-2, -1), axes)
     if sharded.is_distributed(logits):
@@ -248,9 +248,10 @@ def without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
     Zero and not none, so that DistributedDataParallel finds every parameter used. The sum of an empty slice is 0 and
     has no other gradient, whatever values the bias and the gradient of the key have.
     """
-    for bias in biases:
-        if bias is not None:
-            key = key + bias.flatten()[:0].sum().to(key.dtype)
+    for bias in biases if torch.is_grad_enabled() else ():
+        if bias is not None and bias.requires_grad:
+            flat = bias if bias.ndim == 1 else bias.flatten()
+            key = key + flat.narrow(0, 0, 0).sum().to(key.dtype)
     return key
 
 

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from ..reference import MLP, Gate, Norm, Unit
 
+#: The types of tensors that are of no class of their own.
+PLAIN = frozenset((Tensor, nn.Parameter))
+
 
 def is_plain(value: Any) -> bool:
     """Whether a value is a tensor or a parameter, and of no class of its own."""
-    return type(value) in (Tensor, nn.Parameter)
+    return type(value) in PLAIN
 
 
 def is_distributed(value: Any) -> bool:

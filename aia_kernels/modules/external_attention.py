@@ -8,8 +8,9 @@ see it, so it has no effect and a gradient of zero.
 
 The submodules hold parameters, mode and settings, and may be frozen, parametrized or converted as usual. The layer
 reads them and does not call them. If a submodule has hooks or is of another kind (quantized, adapted, replaced), all of
-them are called in the published order, with the double normalization between them. So they are where "auto" counts that
-there is too little to fuse (backends.plain_is_faster); a draw of dropout is the same on every path, and so excepted.
+them are called in the published order, with the double normalization between them. Where "auto" counts that there is
+too little to fuse (backends.plain_is_faster), what was read goes to a few operators of PyTorch (functional/plain.py);
+a draw of dropout is the same on every path, and so excepted.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.tracing import is_symbolic, is_traced
+from ..functional import plain
 from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_at_least_one
 from ..functional.external_attention import (
@@ -33,8 +36,8 @@ from ..functional.external_attention import (
     without_effect,
 )
 from ..functional.sharded import is_distributed
-from ..reference import published_double_normalize
-from .submodules import can_be_read, held, is_pointwise, must_be_called, norm_of, products_saved, published_is_faster
+from ..reference import Norm
+from .submodules import can_be_read, held, is_pointwise, must_be_called, norm_of, plain_is_faster, products_saved
 
 #: What EANet and EAMLP add to the sum over slots.
 EPS = 1e-9
@@ -69,10 +72,10 @@ class ExternalAttention(nn.Module):
         mk, mv = held(self, "mk"), held(self, "mv")
         if getattr(x, "ndim", 3) > 3 or not (can_be_read(mk, nn.Linear) and can_be_read(mv, nn.Linear)):
             return self._through_submodules(x)
-        key = held(mk, "weight")  # read once, as it may be parametrized
-        if _are_tokens(x, key) and published_is_faster(x, mk, x.shape[0] * x.shape[1], key.shape[0]):
-            return mv(published_double_normalize(mk(x)))
-        return external_attention(x, key, mv.weight, key_bias=mk.bias, value_bias=mv.bias)
+        key, key_bias, value, value_bias = memories = (*_linear(mk), *_linear(mv))
+        if _are_tokens(x, key) and plain_is_faster(x, memories, x.shape[0] * x.shape[1], key.shape[0]):
+            return plain.external_attention(x, key, value, key_bias, value_bias)
+        return external_attention(x, key, value, key_bias=key_bias, value_bias=value_bias)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x, or_more=True)
@@ -154,65 +157,78 @@ class ExternalAttention2d(nn.Module):
         return self._attend(x)
 
     def _attend(self, x: Tensor) -> Tensor:
-        projection, norm = self._conv2()
-        if not self._foldable(projection, norm):
+        convolutions, norm = self._parts()
+        small = self._is_small(x, convolutions, norm)
+        if small and not self._folding_pays(x, convolutions):
+            return self._through_submodules(x, small)
+        if not self._foldable(convolutions, norm):
             return self._through_submodules(x)
-        if self._published_is_faster(x, projection, norm):
-            return self._through_submodules(x, plain=True)
+        weights = [held(conv, "weight") for conv in convolutions]  # each is read once, as it may be parametrized
         with no_autocast(x):
-            key = self.linear_0.weight.flatten(1) @ self.conv1.weight.flatten(1)
-            key = without_effect(key, self.conv1.bias, self.linear_0.bias)
-            value = self.linear_1.weight.flatten(1)
-            value = value if projection is None else projection.weight.flatten(1) @ value
+            first, second, value, *last = [weight.flatten(1) for weight in weights]
+            key = without_effect(second @ first, held(convolutions[0], "bias"), held(convolutions[1], "bias"))
+            value = last[0] @ value if last else value
         read: Any = norm_of(norm) if isinstance(norm, _BatchNorm) else norm
+        if small:
+            z = plain.values_of_maps(x, key, value, EPS)
+            fixed = isinstance(read, Norm) and not read.uses_batch
+            return self._finished(x, z if norm is None else plain.batch_norm(z, read) if fixed else norm(z))
         settings: dict[str, Any] = {"activation": self.activation, "residual": self.residual}
         return external_attention_block(x, key, value, read, eps=EPS, **settings)
 
-    def _conv2(self) -> tuple[Any, nn.Module | None]:
-        """The convolution and the norm of conv2, None for what it lacks."""
+    def _parts(self) -> tuple[list[Any], Any]:
+        """The convolutions, in the order in which they are applied, and the norm, None without one."""
+        convolutions = [held(self, "conv1"), held(self, "linear_0"), held(self, "linear_1")]
         parts = [*held(self, "conv2")._modules.values()]
-        projection = parts.pop(0) if parts and isinstance(parts[0], nn.Conv2d) else None
-        return projection, parts[0] if parts else None
+        if parts and isinstance(parts[0], nn.Conv2d):
+            convolutions.append(parts.pop(0))
+        return convolutions, parts[0] if parts else None
 
-    def _published_is_faster(self, x: Tensor, projection: Any, norm: nn.Module | None) -> bool:
-        """By counting: folding leaves out c^2 multiplications per position and projection, and costs c^2 k a call each.
+    def _is_small(self, x: Tensor, convolutions: list[Any], norm: Any) -> bool:
+        """Whether there is too little to fuse. Operators of PyTorch may fold too, so what the passes save is traffic.
 
         Not where a call is recorded: torch's batch norm changes what selective checkpointing may have kept.
         """
-        linear_0 = held(self, "linear_0")
-        weight = linear_0._parameters.get("weight")
-        if weight is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4 or is_traced():
+        key = convolutions[1]._parameters.get("weight")
+        if key is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4 or is_traced():
             return False
-        (k, c), positions = weight.shape[:2], x.numel() // max(1, x.shape[1])
-        if x.shape[1] != c or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
+        positions = x.numel() // max(1, x.shape[1])
+        if x.shape[1] != key.shape[1] or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
             return False
-        for t in () if norm is None else (norm._buffers.get("running_mean"), norm._parameters.get("weight")):
-            if t is not None and t.dtype != x.dtype:
-                return False
+        of_norm = () if norm is None else (norm._buffers.get("running_mean"), norm._parameters.get("weight"))
         calls = self.BATCH_CALLS if isinstance(norm, _BatchNorm) and norm.training else 1
-        saved = (1 if projection is None else 2) * c * c * (positions - k)
-        return published_is_faster(x, linear_0, positions, k, saved, calls)
+        return plain_is_faster(x, (key, *of_norm), positions, key.shape[0], 0, calls)
 
-    def _foldable(self, projection: Any, norm: nn.Module | None) -> bool:
-        conv2, linear_1 = held(self, "conv2"), held(self, "linear_1")
-        parts = (projection is not None) + (norm is not None)
+    def _folding_pays(self, x: Tensor, convolutions: list[Any]) -> bool:
+        """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs
+        c^2 k each. In evaluation it also spares calls of submodules, but its own operators are more in a backward."""
+        k, c = convolutions[1]._parameters["weight"].shape[:2]
+        saved = (len(convolutions) - 2) * c * c * (x.numel() // c - k)
+        return saved * choices.PLAIN_CALLS > (choices.CALL_COST if torch.is_grad_enabled() else -choices.CALL_COST)
+
+    def _foldable(self, convolutions: list[Any], norm: Any) -> bool:
+        conv2 = held(self, "conv2")
+        parts = len(convolutions) - 3 + (norm is not None)
         if not can_be_read(conv2, nn.Sequential) or len(conv2._modules) != parts:
             return False
-        for conv in (held(self, "conv1"), held(self, "linear_0"), linear_1, projection):
-            if conv is not None and (must_be_called(conv) or not is_pointwise(conv)):
+        for conv in convolutions:
+            if must_be_called(conv) or not is_pointwise(conv):
                 return False
         if isinstance(norm, _BatchNorm) and must_be_called(norm):
             return False
-        return linear_1.bias is None and (projection is None or projection.bias is None)
+        return all(held(conv, "bias") is None for conv in convolutions[2:])
 
-    def _through_submodules(self, x: Tensor, plain: bool = False) -> Tensor:
+    def _through_submodules(self, x: Tensor, small: bool = False) -> Tensor:
         conv1, linear_0, linear_1, conv2 = (held(self, name) for name in ("conv1", "linear_0", "linear_1", "conv2"))
         logits = linear_0(conv1(x).flatten(2))
-        if plain:
-            attention = published_double_normalize(logits, EPS, tokens=2, slots=1)
+        if small:
+            attention = plain.double_normalize(logits, EPS, tokens=2, slots=1)
         else:
             attention = double_normalize(logits, dims=(2, 1), eps=EPS)
-        z = conv2(linear_1(attention).unflatten(2, x.shape[2:]))
+        z = linear_1(attention)
+        return self._finished(x, conv2(z.reshape(*z.shape[:2], *x.shape[2:])))
+
+    def _finished(self, x: Tensor, z: Tensor) -> Tensor:
         y = x + z if self.residual else z  # stored as x, which comes first
         return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
@@ -266,18 +282,18 @@ class MultiHeadExternalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linears = tuple([held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "proj")])
-        attn_drop = held(self, "attn_drop")
+        attn_drop, proj_drop = held(self, "attn_drop"), held(self, "proj_drop")
         if not _readable(linears, attn_drop):
             return self._through_submodules(x)
         dropout = attn_drop.p if attn_drop.training else 0.0
-        trans_dims = held(linears[0], "weight")  # read once, as it may be parametrized
-        saved = self._products_saved(x, trans_dims)
-        if saved is not None and not is_symbolic() and not dropout:
+        parameters = [p for linear in linears for p in _linear(linear)]
+        saved = self._products_saved(x, parameters[0])
+        if saved is not None and not dropout:
             rows = x.shape[0] * x.shape[1] * self.num_heads
-            if published_is_faster(x, linears[0], rows, self.k, max(0, saved)):
-                return self._through_submodules(x, plain=True)
+            if plain_is_faster(x, parameters, rows, self.k, max(0, saved)):
+                return _dropped(proj_drop, plain.by_heads(x, self.num_heads, EPS, *parameters))
         attend = self._folded if saved is None or saved >= 0 else self._by_heads
-        return self.proj_drop(attend(x, trans_dims, dropout))
+        return _dropped(proj_drop, attend(x, parameters, dropout))
 
     def _products_saved(self, x: Tensor, trans_dims: Tensor) -> int | None:
         """The multiplications that folding saves. None for DTensors, which are folded, as torch's linear takes no
@@ -291,41 +307,34 @@ class MultiHeadExternalAttention(nn.Module):
         tokens = None if is_symbolic() else x.shape[0] * x.shape[1]
         return products_saved(self.num_heads, self.k, (width, dim), (dim, width), tokens)
 
-    def _folded(self, x: Tensor, trans_dims: Tensor, dropout: float) -> Tensor:
+    def _folded(self, x: Tensor, parameters: list[Any], dropout: float) -> Tensor:
+        trans_dims, trans_bias, shared_key, key_bias, shared_value, value_bias, proj, bias = parameters
         with no_autocast(x):
             # [heads, k, dim]; bmm, as matmul would copy both operands and the result.
             by_head = trans_dims.unflatten(0, (self.num_heads, -1))
-            key = torch.bmm(self.linear_0.weight.expand(self.num_heads, -1, -1), by_head)
-            key = without_effect(key.flatten(0, 1), self.trans_dims.bias, self.linear_0.bias)
-            back = self.proj.weight.unflatten(1, (self.num_heads, -1))  # [dim, heads, dim / heads]
-            value = (back @ self.linear_1.weight).flatten(1)
-            bias = self.proj.bias
-            if self.linear_1.bias is not None:
-                shared = back.sum(1) @ self.linear_1.bias
+            key = torch.bmm(shared_key.expand(self.num_heads, -1, -1), by_head)
+            key = without_effect(key.flatten(0, 1), trans_bias, key_bias)
+            back = proj.unflatten(1, (self.num_heads, -1))  # [dim, heads, dim / heads]
+            value = (back @ shared_value).flatten(1)
+            if value_bias is not None:
+                shared = back.sum(1) @ value_bias
                 bias = shared if bias is None else bias + shared
         return external_attention(x, key, value, value_bias=bias, eps=EPS, group=self.k, dropout=dropout)
 
-    def _by_heads(self, x: Tensor, trans_dims: Tensor, dropout: float) -> Tensor:
-        key = without_effect(self.linear_0.weight, self.trans_dims.bias, self.linear_0.bias)
-        o = external_attention(
-            nn.functional.linear(x, trans_dims),
-            key,
-            self.linear_1.weight,
-            heads=self.num_heads,
-            value_bias=self.linear_1.bias,
-            eps=EPS,
-            dropout=dropout,
-        )
-        return nn.functional.linear(o, self.proj.weight, self.proj.bias)
+    def _by_heads(self, x: Tensor, parameters: list[Any], dropout: float) -> Tensor:
+        trans_dims, trans_bias, key, key_bias, value, value_bias, proj, bias = parameters
+        rows, key = nn.functional.linear(x, trans_dims), without_effect(key, trans_bias, key_bias)
+        settings: dict[str, Any] = {"heads": self.num_heads, "eps": EPS, "dropout": dropout}
+        o = external_attention(rows, key, value, value_bias=value_bias, **settings)
+        return nn.functional.linear(o, proj, bias)
 
-    def _through_submodules(self, x: Tensor, plain: bool = False) -> Tensor:
+    def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x)
         trans_dims, linear_0, linear_1, attn_drop, proj, proj_drop = (
             held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "attn_drop", "proj", "proj_drop")
         )
         heads = trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
-        normalize = published_double_normalize if plain else double_normalize
-        attention = attn_drop(normalize(linear_0(heads), eps=EPS))
+        attention = attn_drop(double_normalize(linear_0(heads), eps=EPS))
         return proj_drop(proj(linear_1(attention).transpose(1, 2).flatten(2)))
 
 
@@ -375,31 +384,27 @@ class TokenExternalAttention(nn.Module):
         return held(self, self.memories[0]), held(self, self.memories[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        key, value = self._memories()
-        if not _readable((key, value, self.proj), self.attn_drop):
+        linears, attn_drop = (*self._memories(), held(self, "proj")), held(self, "attn_drop")
+        if not _readable(linears, attn_drop):
             return self._through_submodules(x)
-        q = self.q_linear(x)
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        memory_key = key.weight  # read once, as it may be parametrized
-        ordinary = not dropout and _are_tokens(q, memory_key)
-        if ordinary and published_is_faster(q, key, q.shape[0] * q.shape[1], memory_key.shape[0]):
-            return self._attend(q, plain=True)
+        q, proj_drop = held(self, "q_linear")(x), held(self, "proj_drop")
+        dropout = attn_drop.p if attn_drop.training else 0.0
+        key, key_bias, value, value_bias, proj, bias = parameters = [p for one in linears for p in _linear(one)]
+        ordinary = not dropout and _are_tokens(q, key)
+        if ordinary and plain_is_faster(q, parameters, q.shape[0] * q.shape[1], key.shape[0]):
+            o = plain.external_attention(q, key, value, key_bias, value_bias, EPS)
+            return q + _dropped(proj_drop, nn.functional.linear(o, proj, bias))
         with no_autocast(x):
-            folded = self.proj.weight @ value.weight
-            bias: Tensor | None = self.proj.bias
-            if value.bias is not None:
-                bias = nn.functional.linear(value.bias, self.proj.weight, bias)
-        o = external_attention(q, memory_key, folded, key_bias=key.bias, value_bias=bias, eps=EPS, dropout=dropout)
-        return q + self.proj_drop(o)
+            folded = proj @ value
+            if value_bias is not None:
+                bias = nn.functional.linear(value_bias, proj, bias)
+        o = external_attention(q, key, folded, key_bias=key_bias, value_bias=bias, eps=EPS, dropout=dropout)
+        return q + _dropped(proj_drop, o)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x)
-        return self._attend(self.q_linear(x))
-
-    def _attend(self, q: Tensor, plain: bool = False) -> Tensor:
-        key, value = self._memories()
-        normalize = published_double_normalize if plain else double_normalize
-        attention = self.attn_drop(normalize(key(q), eps=EPS))
+        q, (key, value) = self.q_linear(x), self._memories()
+        attention = self.attn_drop(double_normalize(key(q), eps=EPS))
         return q + self.proj_drop(self.proj(value(attention)))
 
 
@@ -426,3 +431,13 @@ def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:
         if not can_be_read(linear, nn.Linear):
             return False
     return can_be_read(dropout, nn.Dropout)
+
+
+def _linear(linear: nn.Module) -> tuple[Any, Any]:
+    """Weight and bias, each read once: a parametrized one may move when it is read, as that of spectral_norm does."""
+    return held(linear, "weight"), held(linear, "bias")
+
+
+def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
+    """What a dropout makes of x. A module is not called where it does nothing and nobody wants to see the call."""
+    return x if not dropout.training and can_be_read(dropout, nn.Dropout) else dropout(x)

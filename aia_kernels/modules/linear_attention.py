@@ -18,7 +18,7 @@ from ..algorithms.linear_attention import keeps
 from ..functional.checks import check_at_least_one
 from ..functional.linear_attention import MAPS, channel_linear_attention, efficient_attention, linear_attention
 from ..functional.sharded import is_distributed
-from .submodules import is_pointwise, must_be_called, published_serves
+from .submodules import is_pointwise, must_be_called, plain_serves
 
 
 class _OnMaps(nn.Module):
@@ -234,7 +234,10 @@ class EfficientAttention(_OnMaps):
 def _is_ordinary(x: Any, conv: Any) -> bool:
     """Whether x is what an ordinary call brings, which the published flow takes too: maps that are not empty."""
     ordinary = isinstance(x, Tensor) and not is_distributed(x) and x.ndim == 4 and x.numel() > 0
-    return ordinary and isinstance(conv, nn.Conv2d) and x.shape[1] == conv.in_channels and published_serves(x, conv)
+    if not (ordinary and isinstance(conv, nn.Conv2d) and x.shape[1] == conv.in_channels):
+        return False
+    weight = conv._parameters.get("weight")  # a parametrized weight must not be read twice: spectral_norm moves it
+    return weight is not None and plain_serves(x, weight)
 
 
 def _can_be_read(conv: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
-from ..common.autocast import autocast_dtype
 from ..common.tracing import is_symbolic, needs_reference
-from ..functional.sharded import is_distributed, is_plain
+from ..functional.sharded import PLAIN, is_distributed, is_plain
 from ..reference import Norm
 
 _PLAIN_FORWARDS = frozenset(
@@ -85,32 +85,33 @@ def products_saved(heads: int, slots: int, first: tuple[int, int], last: tuple[i
     return per_token if tokens is None else per_token * tokens - slots * (w * d + o * v)
 
 
-def published_is_faster(x: Tensor, linear: nn.Module, *work: int) -> bool:
-    """Whether a layer of external attention had better call its submodules, as published: there is little to fuse
-    (backends.plain_is_faster), and they take x as it is, in a type in which their sums lose nothing.
+def plain_is_faster(x: Tensor, parameters: Iterable[Tensor | None], *work: int) -> bool:
+    """Whether a layer of external attention is left to plain PyTorch: there is too little to fuse
+    (backends.plain_is_faster), and PyTorch takes x and the parameters as they are (plain_serves).
 
     Args:
         x: Not empty, of sizes that fit.
-        linear: Of the submodules that whose weight the layer has read. A parametrized weight must not be read twice:
-            that of spectral_norm moves each time.
+        parameters: All that the layer has read.
         work: The arguments of choices.fusing_pays: rows, slots, products, calls.
     """
-    return published_serves(x, linear) and backends.plain_is_faster(x.device, *work)
+    return plain_serves(x, *parameters) and backends.plain_is_faster(x.device, *work)
 
 
-def published_serves(x: Tensor, linear: nn.Module) -> bool:
-    """Whether the published flow of a layer takes x as it is and loses nothing; linear as of published_is_faster."""
-    weight: Any = linear._parameters.get("weight")
-    if not is_plain(weight) or is_symbolic():  # a DTensor takes no plain x, and is refused by name
+def plain_serves(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether operators of PyTorch compute a layer of x on a CPU and lose nothing: plain tensors of one type in which
+    sums are exact enough, and a call that is not recorded, transformed or cast."""
+    # This runs in every call, so nothing here is a call that need not be one.
+    dtype = x.dtype
+    if dtype not in _WIDE or x.layout is not torch.strided or x.is_nested:
         return False
-    dtype, device = x.dtype, x.device
-    return (
-        (dtype == torch.float32 or dtype == torch.float64)
-        and dtype == weight.dtype
-        and device == weight.device
-        and autocast_dtype(x) is None
-        and not needs_reference()
-    )
+    for t in (x, *parameters):
+        if t is not None and (type(t) not in PLAIN or t.dtype is not dtype or not t.is_cpu):
+            return False
+    return not (torch.is_autocast_enabled("cpu") or is_symbolic() or needs_reference())
+
+
+#: The types whose sums are accumulated in themselves.
+_WIDE = frozenset((torch.float32, torch.float64))
 
 
 _ONES = frozenset((1,) * n for n in (1, 2, 3))
@@ -121,10 +122,10 @@ def is_pointwise(conv: nn.Module) -> bool:
     """Whether a module is a convolution that is one matrix product per position: a kernel of one, all else plain."""
     return (
         isinstance(conv, _ConvNd)
+        and conv.groups == 1
         and tuple(conv.kernel_size) in _ONES
         and tuple(conv.stride) in _ONES
-        and (conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)) in _NO_PADDING
-        and conv.groups == 1
+        and (conv.padding if type(conv.padding) is str else tuple(conv.padding)) in _NO_PADDING
     )
 
 
@@ -146,18 +147,13 @@ def norm_of(bn: _BatchNorm) -> Norm:
     group = None
     if isinstance(bn, nn.SyncBatchNorm) and bn.training:
         group = _group_to_synchronize(bn)
-    return Norm(
-        held(bn, "weight"),
-        held(bn, "bias"),
-        held(bn, "running_mean"),
-        held(bn, "running_var"),
-        held(bn, "num_batches_tracked"),
-        bn.training,
-        bn.momentum,
-        bn.eps,
-        bn.track_running_stats,
-        group,
-    )
+    parameters, buffers = bn._parameters, bn._buffers
+    if len(parameters) == 2 and len(buffers) == 3:  # as nn.Module looks for each in Python
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    else:
+        weight, bias, mean, var, tracked = (held(bn, name) for name in Norm._fields[:5])
+    return Norm(weight, bias, mean, var, tracked, bn.training, bn.momentum, bn.eps, bn.track_running_stats, group)
 
 
 def _group_to_synchronize(bn: nn.SyncBatchNorm) -> Any:

@@ -2,7 +2,7 @@
 
 from .attention_in_attention import UNITS, Unit, attention_in_attention, compose
 from .cbam import MLP, cbam
-from .double_norm import double_normalize, published_double_normalize
+from .double_norm import double_normalize
 from .external_attention import external_attention, external_attention_block, norm_of_values
 from .gate import Gate
 from .linear_attention import Form, Weights, channel_linear_attention, linear_attention
@@ -26,6 +26,5 @@ __all__ = [
     "external_attention_block",
     "linear_attention",
     "norm_of_values",
-    "published_double_normalize",
     "temporal_shift",
 ]

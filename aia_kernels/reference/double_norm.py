@@ -67,32 +67,3 @@ def double_normalize(
 def _by_group(columns: Tensor, group: int) -> Tensor:
     """[..., M] as [..., M / group, group], or as it is where one group has all columns."""
     return columns if columns.shape[-1] == group else columns.unflatten(-1, (-1, group))
-
-
-#: Below this sum a term of it may have been too small to be a normal number.
-_SAFE_MASS = {torch.float32: 2.0**-60, torch.float64: 2.0**-512}
-
-
-def published_double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: int = -1) -> Tensor:
-    """A of double_normalize in the operators of published code: a softmax, a sum and a division.
-
-    Faster than a second softmax. Without eps the sums are looked at, and if one is too small to divide by, A is that of
-    double_normalize: so this is for eager mode alone.
-
-    Args:
-        logits: float32 or float64, the slots in one group.
-        eps: Added to the sum over slots.
-        tokens: The axis of the tokens.
-        slots: The axis of the slots.
-
-    Returns:
-        A, in the shape and type of the logits.
-    """
-    p = logits.softmax(tokens)
-    mass = p.sum(slots, keepdim=True)
-    if eps:
-        return p / (eps + mass)
-    if not mass.detach().amin().item() >= _SAFE_MASS[logits.dtype]:
-        moved = logits.movedim((tokens, slots), (-2, -1))
-        return double_normalize(moved, moved.shape[-1]).movedim((-2, -1), (tokens, slots))
-    return p / mass

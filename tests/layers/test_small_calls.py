@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import aia_kernels
 from aia_kernels import TokenExternalAttention, backends, functional
 from aia_kernels.backends import choices
+from aia_kernels.functional import plain
 
 if backends.select("cpu", torch.float32, "external_attention") == "reference":
     pytest.skip("auto has no fused passes to choose here", allow_module_level=True)
@@ -82,10 +83,89 @@ def test_storage_of_y(name):
         assert module(form).stride() == expected.stride()
 
 
+#: Slots and tokens of two samples: tokens side by side or slots, logarithms or sums (functional/plain.py), one slot.
+ARRANGED = [(8, 40), (8, 5), (20, 40), (1, 40), (64, 300), (2, 9000)]
+
+
+@pytest.mark.parametrize("biases", [False, True], ids=["published", "with biases"])
+@pytest.mark.parametrize("slots, tokens", ARRANGED)
+def test_arrangements(slots, tokens, biases, passes):
+    torch.manual_seed(0)
+    module, x = aia_kernels.ExternalAttention(6, S=slots).double(), torch.randn(2, tokens, 6, dtype=torch.float64)
+    if biases:
+        module.mk, module.mv = nn.Linear(6, slots).double(), nn.Linear(slots, 6).double()
+    for p in module.parameters():
+        nn.init.normal_(p)
+    grad_y, unseen = torch.randn_like(x), {"grad mk.bias"}
+    for of_parameters_only in (False, True):
+        found = evaluated_and_stepped(module, x, grad_y, of_parameters_only)
+        with aia_kernels.use_backend("reference"):
+            expected = evaluated_and_stepped(module, x, grad_y, of_parameters_only)
+        assert_close(*({k: v for k, v in of.items() if k not in unseen} for of in (found, expected)), **EXACT)
+        assert all(p.grad is not None for p in module.parameters())
+    assert passes.calls == 0
+
+
+def evaluated_and_stepped(module: nn.Module, x: torch.Tensor, grad_y: torch.Tensor, of_parameters_only: bool) -> dict:
+    with torch.no_grad():
+        found = {"evaluated": module(x)}
+    if not of_parameters_only:
+        return found | step(module, x, grad_y)
+    module.zero_grad()
+    module(x).backward(grad_y)
+    return found | {f"grad {key}": p.grad for key, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_hooks_see_small_calls(name):
+    module, (x, _) = layer(name).eval(), inputs(name)
+    seen, expected = [], module(x)
+    for key, child in module.named_modules():
+        if key:
+            child.register_forward_hook(lambda *_, key=key: seen.append(key))
+    assert_close(module(x), expected, **EXACT)
+    assert {*seen} == {key for key, _ in module.named_modules() if key}
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_low_precision_is_normalized_in_float32(name):
+    """Not in the type of the product, as the operators that small calls are left to would."""
+    module, (x, _) = layer(name, torch.float32).eval(), inputs(name, torch.float32)
+
+    def results():
+        with torch.autocast("cpu", torch.bfloat16):
+            yield module(x)
+        yield copy.deepcopy(module).bfloat16()(x.bfloat16())
+
+    with torch.no_grad():
+        found = [*results()]
+        with aia_kernels.use_backend("reference"):
+            expected = [*results()]
+    # The same but for the rounding of a sum in another order to bfloat16, here and there.
+    assert_close(found, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_transforms_of_small_calls(name):
+    module, (x, _) = layer(name).eval(), inputs(name)
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x.unsqueeze(0),)).sin().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        module.zero_grad()
+        loss(parameters, sample).backward()
+        for key, p in parameters.items():
+            if key not in UNSEEN:
+                assert_close(found[key][i], p.grad, **EXACT)
+
+
 LARGE = {
     "plain": (lambda: aia_kernels.ExternalAttention(16, S=64), (8, 300, 16)),
     "block": (lambda: aia_kernels.ExternalAttention2d(16), (2, 16, 40, 40)),
-    "block, many channels": (lambda: aia_kernels.ExternalAttention2d(256), (1, 256, 16, 16)),
+    "block, many channels": (lambda: aia_kernels.ExternalAttention2d(256), (1, 256, 48, 48)),
     "multi-head": (lambda: aia_kernels.MultiHeadExternalAttention(16, num_heads=2), (2, 200, 16)),
     "token": (lambda: TokenExternalAttention(16, 16), (2, 600, 16)),
 }
@@ -157,11 +237,21 @@ def test_a_mass_that_underflows():
     """Published code divides zero by zero here."""
     x = torch.zeros(1, 2, 3, dtype=torch.float32)
     x[0, 0] = 300.0
-    plain = aia_kernels.ExternalAttention(3, S=3)
+    module = aia_kernels.ExternalAttention(3, S=3)
     with torch.no_grad():
-        plain.mk.weight.copy_(torch.eye(3)), plain.mv.weight.copy_(torch.eye(3))
-    for a in (functional.double_normalize(x), plain(x)):
+        module.mk.weight.copy_(torch.eye(3)), module.mv.weight.copy_(torch.eye(3))
+    for a in (functional.double_normalize(x), module(x)):
         assert_close(a.sum(2), torch.ones(1, 2))
+
+
+def test_a_mass_that_underflows_in_a_map_whose_sums_are_looked_at():
+    logits = torch.zeros(1, 300, 64)
+    logits[0, 0] = 300.0
+    for dims in ((1, 2), (2, 1)):
+        a = functional.double_normalize(logits if dims == (1, 2) else logits.mT, dims=dims)
+        assert_close(a.sum(dims[1]), torch.ones(1, 300))
+    a = plain.double_normalize(logits, tokens=1, slots=2)
+    assert_close(a, torch.full_like(a, 1 / 64))
 
 
 @pytest.mark.parametrize("name", MAIN)
