@@ -8,6 +8,17 @@
 #include <string>
 
 #include "../../csrc/cuda/passes.h"
+#include "../../csrc/cuda/strips.h"
+
+// A library may have some of the passes alone.
+namespace aia::cuda {
+[[gnu::weak]] int pool(const Shape&, const void*, int, Gate, void*, void*, int, void*);
+[[gnu::weak]] int pool_by_strips(const Shape&, const void*, Gate, void*, void*, int, void*);
+[[gnu::weak]] int unpool(const Shape&, const void*, Gate, Unpooled, Gate, Unpooled, void*, void*);
+[[gnu::weak]] int unpool_reduce(const Shape&, const void*, Unpooled, int, void*, void*);
+[[gnu::weak]] int recalibrate(const Shape&, const void*, Gate, void*, void*);
+[[gnu::weak]] int recalibrate_reduce(const Shape&, const void*, const void*, int, void*, void*);
+}  // namespace aia::cuda
 
 namespace {
 
@@ -76,6 +87,8 @@ int launches_of(const char* pass, const int64_t* sizes, int order, int scalar, i
   const Gate gate{buffer(4), context}, inner_gate{gate_context ? buffer(5) : nullptr, gate_context};
   const Unpooled outer{buffer(6), buffer(7), index_bytes, context};
   const Unpooled inner{buffer(8), buffer(9), inner_bytes, gate_context};
+  if (name == "pool by strips")
+    return cuda::pool_by_strips(shape, buffer(1), inner_gate, buffer(6), buffer(7), index_bytes, nullptr);
   if (name == "pool")
     return cuda::pool(shape, buffer(1), context, inner_gate, buffer(6), buffer(7), index_bytes, nullptr);
   if (name == "recalibrate") return cuda::recalibrate(shape, buffer(1), gate, buffer(3), nullptr);

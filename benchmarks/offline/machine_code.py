@@ -253,6 +253,11 @@ def triton_rows_apart(architectures: list[str], shape: tuple[int, ...]) -> list[
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def _elements(access: str) -> int:
+    """Of the vectors that a kernel moves x in."""
+    return int(found[1]) if (found := re.search(r"vectors of (\d+)", access)) else 1
+
+
 def markdown(rows: list[dict], architecture: str = "sm_90") -> list[str]:
     """The x-sized passes for one architecture, met in vectors; numbers for fp32 and, after a stroke, bf16.
 
@@ -268,12 +273,17 @@ def markdown(rows: list[dict], architecture: str = "sm_90") -> list[str]:
             )
             found.setdefault((row["pass"], row["kernel"], row["backend"], variant), []).append(row)
     table = [header, ["---"] * len(header)]
-    for (passed, kernel, backend, variant), both in sorted(found.items()):
-        both = sorted(both, key=lambda row: row["dtype"] in ("bf16", "16 bits"))
+    for (passed, kernel, backend, variant), every in sorted(found.items()):
+        widest: dict[str, dict] = {}  # of each type, the version with the widest vectors
+        for row in sorted(every, key=lambda row: (row["dtype"] in ("bf16", "16 bits"), _elements(row["access"]))):
+            widest[row["dtype"]] = row
+        both = list(widest.values())
         inside = [float(row["in_flight_kib_per_sm"]) for row in both]
         detail = both[0]["access"].partition(", ")[2] if backend == "cuda" else variant
         if kernel.startswith("double_norm"):
             detail = "rows held" if variant == "true" else "rows read again"
+        if passed.startswith("cbam") and variant == "true":
+            detail = "with a confounder"
         told = ", ".join(filter(None, (backend, detail)))
         cells = [
             [row["registers"] for row in both],

@@ -29,7 +29,8 @@ _MEMORY = {"LDG", "STG", "LDS", "STS", "LD", "ST", "LDGSTS", "RED", "LDL", "STL"
 @dataclass
 class Issued:
     """What a warp issued. By buffer, the bytes that its lanes loaded and stored; wavefronts: the lines of 128 bytes
-    that each access to memory met, one at least; in_flight: the most bytes of watched buffers outstanding at a time."""
+    that each access to memory met, one at least, and the turns of the banks of shared memory; in_flight: the most bytes
+    of watched buffers outstanding at a time."""
 
     instructions: int = 0
     loaded: collections.Counter = field(default_factory=collections.Counter)
@@ -65,6 +66,7 @@ class Warp(Lanes):
         self.joined: dict[str, np.ndarray] = {}
         self.waiting: dict[str, tuple[int, np.ndarray]] = {}
         self.issued = Issued()
+        self._words: set[int] = set()
         self._pending: list[tuple[frozenset[str], int]] = []
         self._groups: collections.deque[int] = collections.deque([0])
 
@@ -91,11 +93,15 @@ class Warp(Lanes):
         if not self.mask.any():
             return 0
         at = self.addresses(step)[self.mask]
-        self.issued.wavefronts += max(1, len(np.unique(at // 128))) * (1 if size <= 16 else 2)
-        if step.name in ("STS", "LDS", "STL", "LDL"):
+        if step.name in ("STS", "LDS"):
+            self.issued.wavefronts += _banks(at, size)
             return 0
-        if step.name == "LDGSTS":  # the least copy is a word, which two lanes may share
-            at = np.unique(at)
+        self.issued.wavefronts += max(1, len(np.unique(at // 128))) * (1 if size <= 16 else 2)
+        if step.name in ("STL", "LDL"):
+            return 0
+        if step.name == "LDGSTS" and size == 4:  # the least copy: elements that share a word find it in L1
+            at = np.array(sorted(set(at.tolist()) - self._words), np.uint64)
+            self._words.update(at.tolist())
         buffers = at >> np.uint64(BUFFER_BITS)
         side = self.issued.stored if step.name in ("STG", "ST", "RED") else self.issued.loaded
         for buffer, count in zip(*np.unique(buffers, return_counts=True), strict=True):
@@ -153,6 +159,16 @@ class Warp(Lanes):
         if step.name == "BAR":
             self.issued.barriers += 1
         execute(self, step)
+
+
+def _banks(at: np.ndarray, size: int) -> int:
+    """Turns of an access to shared memory: it has 32 banks, each of which gives one word a turn to all that ask for it.
+    Lanes go together as far as they ask for 128 bytes."""
+    lanes, turns = min(len(at), max(1, 128 // max(size, 4))), 0
+    for first in range(0, len(at), lanes):
+        words = np.unique((at[first : first + lanes, None] + np.arange(0, max(size, 4), 4, dtype=np.uint64)) // 4)
+        turns += int(np.bincount((words % 32).astype(np.int64)).max())
+    return turns
 
 
 def _memory_operand(step: Step) -> int:

@@ -68,8 +68,12 @@ struct Axis {
     return gate_at<V>(gate, n, b, i);
   }
   template <int V>
+  __device__ __forceinline__ Sent<A, V> sent_if_any(int64_t b, int64_t i) const {
+    if (grad) return sent<V>(b, i);
+    return {filled<V>(A(0)), filled<V>(A(0)), filled<V>(int32_t{-1})};
+  }
+  template <int V>
   __device__ __forceinline__ Sent<A, V> sent(int64_t b, int64_t i) const {
-    if (!grad) return {filled<V>(A(0)), filled<V>(A(0)), filled<V>(int32_t{-1})};
     const A* const at_peak = grad + b * 2 * n + i;
     Sent<A, V> found{load_vector<V>(at_peak + n), load_vector<V>(at_peak), load_vector<V>(argmax + b * n + i)};
 #pragma unroll
@@ -360,7 +364,7 @@ struct UnpoolOp {
     constexpr int kBatch = kConfounder ? 2 : 4;  // each row brings numbers of its own, which take registers
     const int M = static_cast<int>(of_columns.n);
     const auto gates = of_columns.template gates<V>(at.b, at.column);
-    const auto sent = of_columns.template sent<V>(at.b, at.column);
+    const auto sent = of_columns.template sent_if_any<V>(at.b, at.column);
     // What the spatial features send back goes through the channel gate.
     Vector<A, V> behind = gates;
     if (rows_are_channels) behind = filled<V>(A(1));
@@ -377,7 +381,7 @@ struct UnpoolOp {
         const int64_t row = n + i * at.slices;
         if (row >= at.last) break;
         const A gate = of_rows.template gates<1>(at.b, row).at[0], factor = rows_are_channels ? gate : A(1);
-        const auto of_row = of_rows.template sent<1>(at.b, row);
+        const auto of_row = of_rows.template sent_if_any<1>(at.b, row);
         Vector<T, V> result;
 #pragma unroll
         for (int k = 0; k < V; ++k) {

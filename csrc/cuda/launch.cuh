@@ -39,6 +39,16 @@ __device__ __forceinline__ void opaque(T*& address) {
   __builtin_assume(__isGlobal(address));
 }
 
+// The same number, of which there are no two ways to write it: no zero with a sign, and one NaN.
+__device__ __forceinline__ float settled(float value) { return value + 0.0f; }
+// The larger one of settled numbers; NaN if one is.
+__device__ __forceinline__ float larger_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+__device__ __forceinline__ bool same_bits(float a, float b) { return __float_as_int(a) == __float_as_int(b); }
+
 // Copies so many bytes, 4, 8 or 16, from global to shared memory while the thread goes on. It sees them once it has
 // waited for all but the last kLater of its groups; end_of_copies() ends a group, which may be empty.
 template <int kBytes>

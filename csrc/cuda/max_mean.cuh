@@ -28,4 +28,23 @@ struct MaxMean {
   }
 };
 
+// The same of values that are settled (launch.cuh), met in increasing order, in four instructions each: then a value
+// that beats the maximum, a NaN among them, is one that changes it.
+template <class A>
+struct Extreme {
+  A value, sum;
+  int index;
+
+  static __device__ __forceinline__ Extreme none() { return {static_cast<A>(-INFINITY), 0, 0}; }
+  static __device__ __forceinline__ Extreme of(A first) { return {first, first, 0}; }
+  __device__ __forceinline__ void add(A next, int next_index) { merge({next, next, next_index}); }
+  // Of elements behind those that were met.
+  __device__ __forceinline__ void merge(const Extreme& next) {
+    const A larger = larger_or_nan(value, next.value);
+    index = same_bits(larger, value) ? index : next.index;
+    value = larger;
+    sum += next.sum;
+  }
+};
+
 }  // namespace aia::cuda

@@ -4,6 +4,7 @@
 //   unpool_reduce  reads 1 |X|   sum of x * U over the axes of a context, over its number of maps
 #include "max_mean.cuh"
 #include "reduce.cuh"
+#include "strips.h"
 
 namespace aia::cuda {
 namespace {
@@ -47,6 +48,10 @@ struct PoolOp {
 
 int pool(const Shape& shape, const void* x, int context, Gate gate, void* pooled, void* argmax, int index_bytes,
          void* stream) {
+  if (context == kSpacetime) {
+    const int error = pool_by_strips(shape, x, gate, pooled, argmax, index_bytes, stream);
+    if (error >= 0) return error;
+  }
   return with_scalar(shape.scalar, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;

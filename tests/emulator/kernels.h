@@ -10,10 +10,12 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <set>
@@ -320,6 +322,10 @@ namespace aia::cuda {
 inline void opaque(int&) {}
 template <class T>
 void opaque(T*&) {}
+
+inline float settled(float value) { return value != value ? std::numeric_limits<float>::quiet_NaN() : value + 0.0f; }
+inline float larger_or_nan(float a, float b) { return settled(a != a || a > b ? a : b); }
+inline bool same_bits(float a, float b) { return std::bit_cast<int>(a) == std::bit_cast<int>(b); }
 
 template <int kBytes>
 void copy_async(void* to, const void* from) {

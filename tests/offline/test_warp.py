@@ -82,6 +82,37 @@ def test_what_is_loaded_and_how_much_of_it_is_in_flight():
     assert found.issued.wavefronts == 4 + 4 + 4  # 512 bytes are four lines, and words 16 bytes apart meet as many
 
 
+@pytest.mark.parametrize(
+    "opcode, distance, turns",
+    [
+        ("LDS", 4, 1),
+        ("LDS", 8, 2),
+        ("LDS", 128, 32),
+        ("LDS", 0, 1),
+        ("LDS.64", 8, 2),
+        ("STS.64", 56, 2),
+        ("STS.64", 112, 4),
+        ("STS.128", 32, 8),
+    ],
+)
+def test_turns_of_the_banks_of_shared_memory(opcode, distance, turns):
+    """Two words apart, two lanes meet in a bank; one word is given to all. 28 words apart, of the 16
+    lanes that go together with two words each, the first and the ninth do."""
+    access = f"{opcode} R8, [R2]" if opcode.startswith("LDS") else f"{opcode} [R2], R8"
+    found = run("S2R R0, SR_TID.X", f"IMAD R2, R0, {distance:#x}, RZ", access, "EXIT ")
+    assert found.issued.wavefronts == turns
+
+
+def test_a_word_that_two_elements_share_is_brought_once():
+    copy = "LDGSTS.E [R20], desc[UR4][R2.64]"
+    found = run(
+        *("S2R R0, SR_TID.X", "LOP3.LUT R0, R0, 0x1e, RZ, 0xc0, !PT", "LDC.64 R2, c[0x0][0x210]"),
+        *("IMAD.WIDE R2, R0, 0x2, R2", copy, copy, "EXIT "),
+        parameters=struct.pack("<Q", 1 << warp.BUFFER_BITS),
+    )
+    assert found.issued.loaded[1] == 16 * 4
+
+
 def test_predicates_tables_and_bytes():
     found = run(
         *("MOV R0, 0x00ff1200", "LOP3.LUT P0, RZ, R0, 0xff00, RZ, 0xc0, !PT", "LOP3.LUT R1, R0, 0xff, RZ, 0x3c, !PT"),

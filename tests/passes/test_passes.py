@@ -15,6 +15,7 @@ from pass_cases import (
     GATE_ROUNDINGS,
     OTHERS,
     SPECIAL,
+    STRIPS,
     SWEPT,
     WIDE,
     WIDE_INDICES,
@@ -93,8 +94,11 @@ def pool_agrees(passes, plain, x, context):
 )
 @pytest.mark.parametrize("context, gate_context", [(1, 3), (3, 1), (1, 1), (3, 3)])
 def test_pool_gated(passes, plain, case, context, gate_context):
+    gated_pool_agrees(passes, plain, activation(case), context, gate_context)
+
+
+def gated_pool_agrees(passes, plain, x, context, gate_context):
     """Rounding may exchange elements whose products lie within the bound: the chosen one must lie there too."""
-    x = activation(case)
     gate = gate_of(x, gate_context)
     pooled, argmax = passes.pool(x, context, gate, gate_context)
     arguments = (x, context, gate, gate_context)
@@ -113,6 +117,12 @@ def test_pool_gated(passes, plain, case, context, gate_context):
         axes = [0, *(1 + "TCHW".index(letter) for letter in (*maps.GATE_AXES[axis], axis))]
         chosen = product.permute(axes).gather(-1, index.long().unsqueeze(-1)).squeeze(-1)
         agrees(m, chosen, chosen.abs(), 1)
+
+
+@each((CUDA, STRIPS))
+def test_pool_by_strips(passes, plain, case):
+    pool_agrees(passes, plain, activation(case), maps.SPACETIME)
+    gated_pool_agrees(passes, plain, activation(case), maps.SPACETIME, maps.CHANNEL)
 
 
 @each(*SPECIAL)
