@@ -117,6 +117,9 @@ class ExternalAttention2d(nn.Module):
 
     #: What a step with statistics of the batch costs, in choices.CALL_COST: the moments of A are many small operators.
     BATCH_CALLS = 4
+    #: What the passes must save in evaluation, in the same unit, for an element of x as for one of the map: beside
+    #: operators that fold too, they save traffic of x, and that costs little while x is in cache.
+    EVALUATION_CALLS = 10
 
     # Those of the published block, which has no attributes for them. TorchScript reads annotations, and not all.
     activation = "relu"
@@ -196,8 +199,12 @@ class ExternalAttention2d(nn.Module):
         if x.shape[1] != key.shape[1] or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
             return False
         of_norm = () if norm is None else (norm._buffers.get("running_mean"), norm._parameters.get("weight"))
-        calls = self.BATCH_CALLS if isinstance(norm, _BatchNorm) and norm.training else 1
-        return plain_is_faster(x, (key, *of_norm), positions, key.shape[0], 0, calls)
+        columns, calls = key.shape[0], 1
+        if not torch.is_grad_enabled():
+            columns, calls = x.shape[1], self.EVALUATION_CALLS
+        elif isinstance(norm, _BatchNorm) and norm.training:
+            calls = self.BATCH_CALLS
+        return plain_is_faster(x, (key, *of_norm), positions, columns, 0, calls)
 
     def _folding_pays(self, x: Tensor, convolutions: list[Any]) -> bool:
         """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs

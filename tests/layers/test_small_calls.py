@@ -164,8 +164,8 @@ def test_transforms_of_small_calls(name):
 
 LARGE = {
     "plain": (lambda: aia_kernels.ExternalAttention(16, S=64), (8, 300, 16)),
-    "block": (lambda: aia_kernels.ExternalAttention2d(16), (2, 16, 40, 40)),
-    "block, many channels": (lambda: aia_kernels.ExternalAttention2d(256), (1, 256, 48, 48)),
+    "block": (lambda: aia_kernels.ExternalAttention2d(16), (2, 16, 224, 224)),
+    "block, many channels": (lambda: aia_kernels.ExternalAttention2d(256), (1, 256, 80, 80)),
     "multi-head": (lambda: aia_kernels.MultiHeadExternalAttention(16, num_heads=2), (2, 200, 16)),
     "token": (lambda: TokenExternalAttention(16, 16), (2, 600, 16)),
 }
@@ -176,6 +176,15 @@ def test_large_inputs_are_fused(name, passes):
     make, sizes = LARGE[name]
     with torch.no_grad():
         make().eval()(torch.randn(sizes))
+    assert passes.calls == 1
+
+
+def test_blocks_are_fused_earlier_in_training(passes):
+    module, x = aia_kernels.ExternalAttention2d(16), torch.randn(2, 16, 80, 80)
+    with torch.no_grad():
+        module.eval()(x)
+    assert passes.calls == 0
+    module.train()(x)
     assert passes.calls == 1
 
 
