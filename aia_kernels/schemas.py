@@ -154,15 +154,29 @@ _EVALUATE_SCHEMAS = {
     "float[] eps, int inner, int outer) -> Tensor",
 }
 
+# All passes of a unit as one, forward and backward, so that a small call is not what its calls of passes cost. inner,
+# outer and the lists as of evaluate, batch as of gate. A backend may lack them.
+_PROPAGATE_SCHEMAS = {
+    # y, and of the inner context, if there is one, and the outer one: pooled and argmax of pool, norm and statistics of
+    # gate.
+    "propagate": "(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, "
+    "float[] eps, bool[] batch, int inner, int outer) -> Tensor[]",
+    # kept: what propagate returns behind y. Returns the gradient of each weight, for the context over C and for that
+    # over T, H and W, as far as they are there, grad_affine of gate_backward, and, if it is needed, the gradient of x.
+    "propagate_back": "(Tensor grad_y, Tensor x, Tensor[] weight, Tensor[] kept, int inner, int outer, bool needs_x) "
+    "-> Tensor[]",
+}
+
 PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 CBAM_PASSES = tuple(_CBAM_SCHEMAS)
 CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
+PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
-_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS
+_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -303,6 +317,22 @@ def _(mean, var, tracked, statistics, momentum):
 @_fake("evaluate")
 def _(x, weight, scale, shift, mean, var, eps, inner, outer):
     return torch.empty_like(x)
+
+
+@_fake("propagate")
+def _(x, weight, scale, shift, mean, var, eps, batch, inner, outer):
+    kept = []
+    for context in filter(None, (inner, outer)):
+        numbers = (x.new_empty((context, k), dtype=accumulate_dtype(x.dtype)) for k in (4, 3))
+        index = maps.index_dtype(x.shape, context)
+        kept += packed_like(x, context, 2), packed_like(x, context, dtype=index), *numbers
+    return [torch.empty_like(x), *kept]
+
+
+@_fake("propagate_back")
+def _(grad_y, x, weight, kept, inner, outer, needs_x):
+    affine = [weight[0].new_empty((context, 2)) for context in sorted(filter(None, (inner, outer)))]
+    return [*map(torch.empty_like, weight), *affine, *([torch.empty_like(x)] if needs_x else [])]
 
 
 @_fake("column_statistics")

@@ -82,6 +82,11 @@ def forward(plan: Plan, x: Tensor, gates: Sequence[GateParameters]) -> Forward:
     """The unit on x [B, T, C, H, W], stored in one of maps.ORDERS and not empty; gates in the order of unit.letters."""
     unit, passes = plan.unit, plan.passes
     order = passes.map_order(maps.storage_order(x))
+    if can_propagate(plan):
+        weight, *norms = zip(*gates, strict=True)
+        settings = plan.eps, plan.batch, unit.inner, unit.outer
+        y, *kept = passes.propagate(x, _stored(unit, weight, order), *norms, *settings)
+        return Forward(y, Kept(*kept[:4]) if unit.inner else None, Kept(*kept[-4:]))
 
     def gate(context: int, guide: Tensor | None, guide_context: int) -> tuple[Kept, Tensor]:
         rows, dims = unit.rows(context), _dims(x.shape, context, order)
@@ -119,6 +124,12 @@ def backward(
     """
     unit, passes = plan.unit, plan.passes
     order = passes.map_order(maps.storage_order(x))
+    if can_propagate(plan):
+        kept, n = [*(inner or ()), *outer], len(weight)
+        found = passes.propagate_back(grad_y, x, _stored(unit, weight, order), kept, unit.inner, unit.outer, needs_x)
+        affine = [pair.view(-1, 1).unbind() for pair in found[n : n + len(kept) // 4]]
+        pairs = [(of[i + 1], of[i]) for of in affine for i in range(0, len(of), 2)]
+        return found[-1] if needs_x else None, _stored(unit, found[:n], order, back=True), pairs
     grad_weight, grad_affine = {}, {}
 
     def recompute(context: int, kept: Kept) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -167,6 +178,14 @@ def backward(
     return grad_x, by_gate(unit, grad_weight), by_gate(unit, grad_affine)
 
 
+def can_propagate(plan: Plan) -> bool:
+    """Whether the passes have all of forward and of backward as one: no averages, and nothing between that other
+    processes or wider norms want."""
+    if not hasattr(plan.passes, "propagate") or plan.unit.averaged or plan.wide_norms:
+        return False
+    return not any(plan.groups)
+
+
 def can_evaluate(plan: Plan) -> bool:
     """Whether the passes have the unit as one, for a call that keeps nothing: all statistics fixed, and no averages."""
     return hasattr(plan.passes, "evaluate") and not any(plan.batch) and not plan.unit.averaged
@@ -176,8 +195,13 @@ def evaluate(plan: Plan, x: Tensor, gates: Sequence[GateParameters]) -> Tensor:
     """y of forward, where can_evaluate."""
     unit, order = plan.unit, plan.passes.map_order(maps.storage_order(x))
     weight, *norms = zip(*gates, strict=True)
-    in_order = {c: maps.weights_in_order(weight[unit.rows(c)], c, order) for c in (unit.inner, unit.outer) if c}
-    return plan.passes.evaluate(x, by_gate(unit, in_order), *norms, plan.eps, unit.inner, unit.outer)
+    return plan.passes.evaluate(x, _stored(unit, weight, order), *norms, plan.eps, unit.inner, unit.outer)
+
+
+def _stored(unit: Unit, weights: Sequence[Tensor], order: str, back: bool = False) -> list[Tensor]:
+    """Views of the weights of a unit's gates with their axes in stored order, or back."""
+    in_order = {c: maps.weights_in_order(weights[unit.rows(c)], c, order, back) for c in (unit.inner, unit.outer) if c}
+    return by_gate(unit, in_order)
 
 
 def by_gate(unit: Unit, parts: Mapping[int, Iterable[Any]]) -> list[Any]:
@@ -188,7 +212,8 @@ def by_gate(unit: Unit, parts: Mapping[int, Iterable[Any]]) -> list[Any]:
 def statistics_of(unit: Unit, inner: Kept | None, outer: Kept) -> list[Tensor]:
     """The statistics [1, 3] of each gate, in the order of unit.letters."""
     kept = {unit.outer: outer} | ({unit.inner: inner} if unit.inner else {})
-    return by_gate(unit, {context: of.statistics.split(1) for context, of in kept.items()})
+    rows = {context: of.statistics.split(1) if context > 1 else (of.statistics,) for context, of in kept.items()}
+    return by_gate(unit, rows)
 
 
 def average_over_channels(gate: Tensor, sizes: Sequence[int], order: str) -> Tensor:

@@ -64,8 +64,11 @@ _choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("aia_kernel
 _STASH = "aia_kernels.backend"
 
 
+_CHOICES = frozenset((*NAMES, "auto"))
+
+
 def _check_name(name: str) -> None:
-    if name not in (*NAMES, "auto"):
+    if name not in _CHOICES:
         raise ValueError(f"unknown backend {name!r}; expected one of: auto, {', '.join(NAMES)}")
 
 
@@ -132,8 +135,10 @@ def chosen_backend() -> str:
     Raises:
         ValueError: AIA_KERNELS_BACKEND names none of these.
     """
-    thread, name = _stashed()
-    if thread == threading.get_ident():
+    if torch._C._is_key_in_tls(_STASH):
+        thread, name = torch._C._get_obj_in_tls(_STASH)
+        name = _choice.get() if thread == threading.get_ident() else name
+    else:
         name = _choice.get()
     name = name or _process_choice
     _check_name(name)
@@ -336,7 +341,7 @@ def passes(name: str, family: str) -> Any:
     Returns:
         An object with the passes as attributes, by the names of schemas.PASSES or of schemas.SHIFT_PASSES, or, for
         external attention, algorithms.external_attention_passes.Passes. Those of Attention in Attention have map_order
-        beside them, and some backends evaluate.
+        beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES.
     """
     if name == "triton":
         return importlib.import_module("..triton", __package__)
@@ -349,4 +354,6 @@ def passes(name: str, family: str) -> Any:
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order
     found.evaluate = schemas.callable_pass("evaluate")
+    if family == "attention_in_attention" and name == "cpu":
+        vars(found).update((p, schemas.callable_pass(p)) for p in schemas.PROPAGATE_PASSES)
     return found

@@ -191,15 +191,20 @@ def _through_passes(
     """y and the statistics [1, 3] of each gate by one of the paths 1 (passes is None), 3 and 4; None where no gate uses
     its batch and nothing keeps them."""
     dtype = accumulate_dtype(x.dtype)
-    norms = [gate.norm or _NO_NORM for gate in gates]
-    batch = tuple([norm is not _NO_NORM and norm.uses_batch for norm in norms])
-    eps = tuple([norm.eps for norm in norms])
-    parameters = _resolved([p for gate, norm in zip(gates, norms, strict=True) for p in (gate.weight, *norm[:2])])
-    fixed = _resolved([p for norm, own in zip(norms, batch, strict=True) for p in _fixed(norm, own)])
-    wide = x.dtype != dtype and any(
-        p.dtype != gate.weight.dtype for gate, norm in zip(gates, norms, strict=True) for p in norm[:2] if p is not None
-    )
-    plan = algorithm.Plan(unit, passes, batch, eps, tuple([_group_name(norm) for norm in norms]), wide)
+    parameters: list[Tensor | None] = []
+    fixed: list[Tensor | None] = []
+    of_bn: list[tuple[bool, float, str]] = []
+    wide = False
+    for weight, norm in gates:
+        of = norm or _NO_NORM
+        own = of is not _NO_NORM and of.uses_batch
+        parameters += weight, of.weight, of.bias
+        fixed += _fixed(of, own)
+        of_bn.append((own, of.eps, _group_name(of)))
+        wide = wide or (x.dtype != dtype and any(p is not None and p.dtype != weight.dtype for p in of[:2]))
+    parameters, fixed = _resolved(parameters), _resolved(fixed)
+    batch, eps, groups = zip(*of_bn, strict=True)
+    plan = algorithm.Plan(unit, passes, batch, eps, groups, wide)
     wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
     if wanted and passes is not None:
         return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
@@ -269,25 +274,24 @@ def _check_gates(unit: Unit, gates: Sequence[Gate]) -> None:
 def _is_ordinary(x: Tensor, gates: Sequence[Gate]) -> bool:
     """Whether all parameters are plain, of the type and on the device of x, and of the right sizes, and x has more than
     one value for each map: what _validate finds right, found at a fraction of its cost."""
-    dtype, device = x.dtype, x.device
+    dtype, device, on_cpu = x.dtype, x.device, x.is_cpu
     if x.numel() <= max(x.shape):  # at least one map may have a single value
         return False
     for weight, norm in gates:
-        if (
-            not sharded.is_plain(weight)
-            or weight.dtype != dtype
-            or weight.device != device
-            or weight.shape != WEIGHT_SHAPE
-        ):
+        if type(weight) not in sharded.PLAIN or weight.dtype is not dtype or weight.shape != WEIGHT_SHAPE:
+            return False
+        if not (weight.is_cpu if on_cpu else weight.device == device):
             return False
         if norm is None:
             continue
         if (norm.running_mean is None) != (norm.running_var is None):
             return False
         for p in norm[:4]:
-            if p is not None and not (
-                sharded.is_plain(p) and p.device == device and p.dtype == dtype and p.numel() == 1
-            ):
+            if p is None:
+                continue
+            if type(p) not in sharded.PLAIN or p.dtype is not dtype or p.numel() != 1:
+                return False
+            if not (p.is_cpu if on_cpu else p.device == device):
                 return False
     return True
 

@@ -21,7 +21,11 @@ def update_running_statistics(
     statistics: per norm [C, 3] for C channels: mean, biased variance and share, one over the size N of the batch. The
     running variance is unbiased: var * N / (N - 1) = var / (1 - share). move: a backend's move_statistics_.
     """
-    updated = [(norm, s.detach()) for norm, s in zip(norms, statistics, strict=True) if norm and norm.updates]
+    updated = [
+        (norm, s.detach() if s.requires_grad else s)
+        for norm, s in zip(norms, statistics, strict=True)
+        if norm and norm.updates
+    ]
     if not updated:
         return
     means, variances = [norm.running_mean for norm, _ in updated], [norm.running_var for norm, _ in updated]
@@ -38,6 +42,8 @@ def update_running_statistics(
 
 
 def _shared(buffers: Sequence[Tensor]) -> bool:
+    if len({b.data_ptr() for b in buffers}) == len(buffers):
+        return False
     # By their storages: all tensors without data, such as those of the meta device, have the same address.
     return len({(b.untyped_storage()._cdata, b.storage_offset()) for b in buffers}) < len(buffers)
 

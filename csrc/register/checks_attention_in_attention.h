@@ -148,6 +148,16 @@ inline void add_norms(Gates& gates, int n, const Numbers& scale, const Numbers& 
   }
 }
 
+// The contexts of a whole unit, and the lengths of the lists that have an entry for each gate.
+inline void check_unit(int64_t inner, int64_t outer, std::initializer_list<size_t> sizes) {
+  check_context(outer, "outer");
+  AIA_CHECK(inner == kNone || inner + outer == kChannel + kSpacetime,
+            "inner must be 0 or the context that outer is not, got ", inner, " and ", outer);
+  const auto n = static_cast<size_t>(inner + outer);  // a context is the number of its gates
+  for (const size_t size : sizes)
+    AIA_CHECK(size == n, "every list must hold an entry for each of ", n, " gates, got ", size);
+}
+
 // The gates of the contexts of a whole unit, from the arguments of evaluate.
 struct UnitArguments {
   Gates inner, outer;
@@ -155,12 +165,8 @@ struct UnitArguments {
   UnitArguments(const Tensor& x, const std::vector<Tensor>& weight, const Numbers& scale, const Numbers& shift,
                 const Numbers& mean, const Numbers& var, const std::vector<double>& eps, int64_t inner_context,
                 int64_t outer_context) {
-    check_context(outer_context, "outer");
-    AIA_CHECK(inner_context == kNone || inner_context + outer_context == kChannel + kSpacetime,
-              "inner must be 0 or the context that outer is not, got ", inner_context, " and ", outer_context);
-    const auto n = static_cast<size_t>(inner_context + outer_context);  // a context is the number of its gates
-    for (const size_t size : {weight.size(), scale.size(), shift.size(), mean.size(), var.size(), eps.size()})
-      AIA_CHECK(size == n, "every list must hold an entry for each of ", n, " gates, got ", size);
+    check_unit(inner_context, outer_context,
+               {weight.size(), scale.size(), shift.size(), mean.size(), var.size(), eps.size()});
     const auto gates_of = [&](int64_t context) {
       const int first = context == kSpacetime && inner_context != kNone ? 1 : 0, count = static_cast<int>(context);
       const auto some = [&](const auto& list) {

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../common/moments.h"
@@ -39,6 +40,8 @@ using aia::Gate;
 using aia::gate_of;
 using aia::Gates;
 using aia::index_type;
+using aia::kNone;
+using aia::kSpacetime;
 using aia::Moments;
 using aia::Numbers;
 using aia::PackedDims;
@@ -287,6 +290,81 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
   return {grad_pooled, grad_weight, grad_affine};
 }
 
+// Where the gates of a context of a unit begin in its lists: that over C comes first, where there is one.
+int64_t first_of(int64_t context, int64_t other) { return context == kSpacetime && other != kNone ? 1 : 0; }
+
+template <class List>
+List of_context(const List& list, int64_t context, int64_t other) {
+  const auto first = list.begin() + first_of(context, other);
+  return List(first, first + context);  // a context is the number of its gates
+}
+
+// The lengths of the maps of a context of x, three each, as the gate passes take them.
+std::vector<int64_t> lengths_of(const Activation& x, int64_t context) {
+  const PackedDims maps = aia::cpu::maps_of(volume_of(x), static_cast<int>(context));
+  std::vector<int64_t> lengths;
+  for (int i = 0; i < maps.n; ++i) lengths.insert(lengths.end(), maps.dims[i], maps.dims[i] + 3);
+  return lengths;
+}
+
+std::vector<Tensor> propagate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numbers shift, Numbers mean,
+                              Numbers var, std::vector<double> eps, std::vector<bool> batch, int64_t inner,
+                              int64_t outer) {
+  aia::check_unit(inner, outer,
+                  {weight.size(), scale.size(), shift.size(), mean.size(), var.size(), eps.size(), batch.size()});
+  const Activation a = activation_of(x, "x");
+  std::vector<Tensor> results;
+  const auto gates_of = [&](int64_t context, int64_t other, const std::optional<Tensor>& guide, int64_t guide_context) {
+    const auto own = [&](const auto& list) { return of_context(list, context, other); };
+    const auto [pooled, argmax] = pool(x, context, guide, guide_context);
+    const auto [gates, norm, statistics] = gate(pooled, own(weight), own(scale), own(shift), own(mean), own(var),
+                                                own(eps), own(batch), lengths_of(a, context));
+    results.insert(results.end(), {pooled, argmax, norm, statistics});
+    return gates;
+  };
+  std::optional<Tensor> guide;
+  if (inner) guide = gates_of(inner, outer, std::nullopt, kNone);
+  const Tensor recalibration = gates_of(outer, inner, guide, inner);
+  results.insert(results.begin(), recalibrate(x, recalibration, outer));
+  return results;
+}
+
+std::vector<Tensor> propagate_back(const Tensor& grad_y, const Tensor& x, std::vector<Tensor> weight,
+                                   std::vector<Tensor> kept, int64_t inner, int64_t outer, bool needs_x) {
+  aia::check_unit(inner, outer, {weight.size()});
+  const size_t n = weight.size(), contexts = inner ? 2 : 1;
+  AIA_CHECK(kept.size() == 4 * contexts, "kept must hold four tensors for each of ", contexts, " contexts, got ",
+            kept.size());
+  const Activation a = activation_of(x, "x");
+  check_same(grad_y, x, "grad_y", "x");
+  std::vector<Tensor> results(n + contexts);
+  // Of one context and what it keeps: its gates again, and the gradient of its pooled features from that of its gates.
+  const auto through = [&](int64_t context, int64_t other, const Tensor* of, const auto& gradient_of_gates) {
+    const std::vector<Tensor> own = of_context(weight, context, other);
+    const std::vector<int64_t> lengths = lengths_of(a, context);
+    const auto [gates, z] = gate_again(of[0], own, of[2], lengths);
+    auto [grad_pooled, grad_weight, grad_affine] =
+        gate_backward(gradient_of_gates(), z, of[2], std::nullopt, of[3], of[0], own, lengths);
+    const int64_t first = first_of(context, other);
+    std::copy(grad_weight.begin(), grad_weight.end(), results.begin() + first);
+    results[n + (first ? 1 : 0)] = grad_affine;
+    return std::pair{gates, grad_pooled};
+  };
+  const Tensor* of_outer = kept.data() + (inner ? 4 : 0);
+  const auto [recalibration, grad_outer] =
+      through(outer, inner, of_outer, [&] { return recalibrate_reduce(grad_y, x, outer); });
+  std::optional<Tensor> guide, grad_inner, inner_argmax;
+  if (inner) {
+    std::tie(guide, grad_inner) =
+        through(inner, outer, kept.data(), [&] { return unpool_reduce(x, grad_outer, of_outer[1], outer, inner); });
+    inner_argmax = kept[1];
+  }
+  if (needs_x)
+    results.push_back(
+        unpool(grad_y, recalibration, grad_outer, of_outer[1], outer, guide, inner, grad_inner, inner_argmax, inner));
+  return results;
+}
+
 void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
                      std::vector<Tensor> statistics, double momentum) {
   aia::check_running(mean, var, tracked, statistics, momentum);
@@ -313,5 +391,7 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
   m.impl("gate_backward", TORCH_BOX(&gate_backward));
   m.impl("recalibrate", TORCH_BOX(&recalibrate));
   m.impl("recalibrate_reduce", TORCH_BOX(&recalibrate_reduce));
+  m.impl("propagate", TORCH_BOX(&propagate));
+  m.impl("propagate_back", TORCH_BOX(&propagate_back));
   m.impl("move_statistics_", TORCH_BOX(&move_statistics));
 }

@@ -15,23 +15,16 @@ using aia::Activation;
 using aia::Gate;
 using aia::Gates;
 using aia::kNone;
-using aia::kSpacetime;
 using aia::Numbers;
 using aia::PackedDims;
 using aia::cpu::GatePasses;
+using aia::cpu::maps_of;
 using aia::cpu::passes;
 using aia::cpu::PoolPasses;
 using aia::cpu::RecalibratePasses;
 using aia::cpu::Volume;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The maps of a context in one clip, in the order in which they are packed.
-PackedDims maps_of(const Volume& x, int context) {
-  if (context != kSpacetime) return {1, 1, {{x.T, x.H, x.W}}};
-  if (aia::cpu::channels_side_by_side(x)) return {1, 3, {{x.H, x.W, x.C}, {x.T, x.W, x.C}, {x.T, x.H, x.C}}};
-  return {1, 3, {{x.C, x.H, x.W}, {x.T, x.C, x.W}, {x.T, x.C, x.H}}};
-}
 
 // One context of a unit on one clip: x is pooled, and gates come of it.
 template <class A>

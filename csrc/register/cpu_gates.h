@@ -1,9 +1,10 @@
-// The weights of gates as the gate passes of the CPU take them.
+// The weights of gates and the lengths of their maps as the gate passes of the CPU take them.
 #pragma once
 
 #include <vector>
 
 #include "../common/norm.h"
+#include "../cpu/passes.h"
 #include "checks_attention_in_attention.h"
 
 namespace aia::cpu {
@@ -17,6 +18,13 @@ std::vector<A> contiguous_weights(const Gates& gates, int n) {
     weights[i] = read<A>(gate.weight, tap_offset(gate, i / 27 % 2, i % 27));
   }
   return weights;
+}
+
+// The maps of a context in the order in which they are packed, of one clip.
+inline PackedDims maps_of(const Volume& x, int context) {
+  if (context != kSpacetime) return {1, 1, {{x.T, x.H, x.W}}};
+  if (channels_side_by_side(x)) return {1, 3, {{x.H, x.W, x.C}, {x.T, x.W, x.C}, {x.T, x.H, x.C}}};
+  return {1, 3, {{x.C, x.H, x.W}, {x.T, x.C, x.W}, {x.T, x.C, x.H}}};
 }
 
 }  // namespace aia::cpu

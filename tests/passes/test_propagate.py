@@ -1,0 +1,116 @@
+"""All passes of a unit as one give what they give one by one, bit by bit, and refuse the same."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pass_cases import CASES
+from torch.testing import assert_close
+
+from aia_kernels import backends, schemas
+from aia_kernels.algorithms import attention_in_attention as algorithm
+from aia_kernels.common.layouts import dense_clips
+from aia_kernels.reference import UNITS
+
+if backends.select("cpu", torch.float32, "attention_in_attention") != "cpu":
+    pytest.skip("only the C++ of the CPU has them", allow_module_level=True)
+
+PASSES = backends.passes("cpu", "attention_in_attention")
+ONE_BY_ONE = SimpleNamespace(**{k: v for k, v in vars(PASSES).items() if k not in schemas.PROPAGATE_PASSES})
+#: Of a gate: scale, shift, mean and variance that are there.
+NORMS = {"batch": (True, True, False, False), "fixed": (True, True, True, True), "bare": (False, False, False, False)}
+UNITS_IN_ONE = [name for name, unit in UNITS.items() if not unit.averaged]
+
+
+def arguments(unit: str, case: str, norm: str) -> tuple:
+    """A plan without passes, x, the gradient of y and the gates."""
+    torch.manual_seed(0)
+    shape, order, dtype, _ = CASES[case]
+    axes = [0, *(1 + "TCHW".index(letter) for letter in order)]
+    stored = torch.randn(2, *(shape[axis] for axis in axes))
+    x, grad_y = (a.permute([axes.index(axis) for axis in range(5)]).to(dtype) for a in stored)
+    gates = []
+    for letter in UNITS[unit].letters:
+        numbers = (torch.rand(1, dtype=dtype) + 0.5 if there else None for there in NORMS[norm])
+        # One weight is stored in another order of axes.
+        weight = torch.randn(1, 2, 3, 3, 3, dtype=dtype)
+        gates.append(algorithm.GateParameters(weight.mT if letter == "T" else weight, *numbers))
+    n = len(gates)
+    settings = (norm == "batch",) * n, (1e-5,) * n, ("",) * n
+    return algorithm.Plan(UNITS[unit], None, *settings), dense_clips(x), grad_y, gates
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("case", ["prime", "prime THWC", "prime CTHW", "one frame", "bf16 THWC", "fp16", "fp64"])
+@pytest.mark.parametrize("unit", UNITS_IN_ONE)
+def test_as_one_by_one(unit, case, norm):
+    plan, x, grad_y, gates = arguments(unit, case, norm)
+    weights = [gate.weight for gate in gates]
+    found = []
+    for passes in (PASSES, ONE_BY_ONE):
+        plan = plan._replace(passes=passes)
+        result = algorithm.forward(plan, x, gates)
+        for needs_x in (True, False):
+            found.append((result, algorithm.backward(plan, grad_y, x, weights, result.inner, result.outer, needs_x)))
+    for as_one, one_by_one in zip(found[:2], found[2:], strict=True):
+        for got, want in zip(tensors(as_one), tensors(one_by_one), strict=True):
+            assert_close(got, want, rtol=0, atol=0, check_stride=True)
+
+
+def tensors(found) -> list:
+    """All tensors of nested results, in order; None where one is not there."""
+    if isinstance(found, torch.Tensor) or found is None:
+        return [found]
+    return [t for part in found for t in tensors(part)]
+
+
+def test_wide_norms_and_process_groups_go_one_by_one():
+    plan, *_ = arguments("CinST", "prime", "batch")
+    plan = plan._replace(passes=PASSES)
+    assert algorithm.can_propagate(plan)
+    assert not algorithm.can_propagate(plan._replace(wide_norms=True))
+    assert not algorithm.can_propagate(plan._replace(groups=("", "", "0", "")))
+    assert not algorithm.can_propagate(plan._replace(unit=UNITS["STinC2"]))
+    assert not algorithm.can_propagate(plan._replace(passes=ONE_BY_ONE))
+
+
+def raw(unit: str = "CinST") -> tuple[list, list]:
+    """Arguments of propagate and of propagate_back."""
+    _, x, grad_y, gates = arguments(unit, "prime", "batch")
+    weight, *norms = ([*of] for of in zip(*gates, strict=True))
+    contexts = UNITS[unit].inner, UNITS[unit].outer
+    forward = [x, weight, *norms, [1e-5] * len(gates), [True] * len(gates), *contexts]
+    _, *kept = PASSES.propagate(*forward)
+    return forward, [grad_y, x, weight, kept, *contexts, True]
+
+
+BAD = {
+    "no outer context": (0, 9, 0, "outer must be 1"),
+    "both contexts the same": (0, 8, 3, "inner must be 0 or the context that outer is not, got 3 and 3"),
+    "an entry of batch too few": (0, 7, [True] * 3, "every list must hold an entry for each of 4 gates, got 3"),
+    "a weight too many": (1, 2, [torch.ones(1, 2, 3, 3, 3)] * 5, "every list must hold an entry for each of 4 gates"),
+    "too few that are kept": (1, 3, [torch.ones(1)] * 4, "kept must hold four tensors for each of 2 contexts, got 4"),
+    "kept of another shape": (1, 3, [torch.ones(1)] * 8, r"pooled must be a packed \[B, 2, M\]"),
+    "a gradient of another shape": (1, 0, torch.ones(1), "grad_y and x must agree"),
+}
+
+
+@pytest.mark.parametrize("which, place, change, words", BAD.values(), ids=BAD)
+def test_bad_arguments_are_refused(which, place, change, words):
+    arguments = raw()[which]
+    arguments[place] = change
+    with pytest.raises(RuntimeError, match=words):
+        (PASSES.propagate, PASSES.propagate_back)[which](*arguments)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_opcheck(which):
+    name = schemas.PROPAGATE_PASSES[which]
+    arguments = raw()[which]
+    torch.library.opcheck(
+        getattr(torch.ops.aia_kernels, name).default,
+        tuple(arguments),
+        test_utils=("test_schema", "test_faketensor"),
+    )
