@@ -64,6 +64,14 @@ AIA_INLINE auto at_each(F&& f) {
   }(std::make_integer_sequence<int, n>{});
 }
 
+// body(0), body(1), ... body(n - 1), of constants: what they index stays in registers.
+template <int n, class Body>
+AIA_INLINE void for_each(Body&& body) {
+  [&]<int... j>(std::integer_sequence<int, j...>) {
+    (body(std::integral_constant<int, j>{}), ...);
+  }(std::make_integer_sequence<int, n>{});
+}
+
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -161,6 +169,22 @@ AIA_INLINE U16 narrow_bf16(Vec<float> v) {
   return __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), U16);
 }
 
+// Elements of 16 bits of type T, and back.
+template <class T>
+AIA_INLINE Vec<float> widened(U16 bits) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return bit_cast<Vec<float>>(widen(bits) << 16);
+  else
+    return widen_f16(bits);
+}
+template <class T>
+AIA_INLINE U16 narrowed(Vec<float> v) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return narrow_bf16(v);
+  else
+    return narrow_f16(v);
+}
+
 }  // namespace detail
 
 AIA_INLINE Vec<float> load(const float* p) {
@@ -207,6 +231,17 @@ AIA_INLINE __m256i first_lanes(int n) { return bit_cast<__m256i>(iota<float>() <
 }  // namespace detail
 #endif
 
+// So many lanes, fewer than all as a rule: where a level has masks they are masked without a question.
+struct Part {
+  int n;
+  AIA_INLINE operator int() const { return n; }
+};
+#if defined(__AVX512F__)
+constexpr bool kMasks = true;
+#else
+constexpr bool kMasks = false;
+#endif
+
 // The first n lanes; the others load as zero and are not stored. A full count takes the direct path, the rest is not
 // inlined: it is met at the end of a piece of memory, and compiled many times over.
 namespace detail {
@@ -232,6 +267,8 @@ AIA_INLINE Vec<Accumulate<T>> load(const T* p, int n) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>)
     return detail::bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(detail::first_lanes(n), p));
+  if constexpr (sizeof(T) == 2)
+    return detail::widened<T>(detail::bit_cast<detail::U16>(_mm256_maskz_loadu_epi16(detail::first_lanes(n), p)));
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>)
     return detail::bit_cast<Vec<float>>(_mm256_maskload_ps(p, detail::first_lanes(n)));
@@ -244,8 +281,39 @@ AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, int n) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>)
     return _mm512_mask_storeu_ps(p, detail::first_lanes(n), detail::bit_cast<__m512>(v));
+  if constexpr (sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(p, detail::first_lanes(n), detail::bit_cast<__m256i>(detail::narrowed<T>(v)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    if (n >= kLanes / 2) {  // two halves that overlap: a store by a mask takes many cycles on some processors
+      const __m256 all = detail::bit_cast<__m256>(v);
+      const __m256i from = detail::bit_cast<__m256i>(iota<float>() + splat_index<float>(n - kLanes / 2));
+      _mm_storeu_ps(p, _mm256_castps256_ps128(all));
+      return _mm_storeu_ps(p + n - kLanes / 2, _mm256_castps256_ps128(_mm256_permutevar8x32_ps(all, from)));
+    }
 #endif
   detail::store_part(p, v, n);
+}
+
+template <class T>
+AIA_INLINE Vec<Accumulate<T>> load(const T* p, Part part) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return detail::bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(detail::first_lanes(part.n), p));
+  if constexpr (sizeof(T) == 2)
+    return detail::widened<T>(detail::bit_cast<detail::U16>(_mm256_maskz_loadu_epi16(detail::first_lanes(part.n), p)));
+#endif
+  return load(p, part.n);
+}
+template <class T>
+AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, Part part) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, detail::first_lanes(part.n), detail::bit_cast<__m512>(v));
+  if constexpr (sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(p, detail::first_lanes(part.n), detail::bit_cast<__m256i>(detail::narrowed<T>(v)));
+#endif
+  store(p, v, part.n);
 }
 
 // The lanes of a mask; zero in the others.
@@ -261,16 +329,22 @@ constexpr bool kLoadsHalves = sizeof(A) == 4;
 #else
 constexpr bool kLoadsHalves = false;
 #endif
-// n lanes from each of kLanes / n places.
-template <int n, class A>
-AIA_INLINE Vec<A> load_from_each(const A* first, const A* second) {
+// A half of a vector from each of two places: the first n lanes of it; zero in the others.
+template <class T>
+AIA_INLINE Vec<Accumulate<T>> load_from_each(const T* first, const T* second, Part n) {
 #if defined(__AVX512F__)
-  if constexpr (2 * n == kLanes)
-    return detail::bit_cast<Vec<A>>(
-        _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(first)), _mm256_loadu_ps(second), 1));
+  const __mmask16 lanes = detail::first_lanes(n);
+  if constexpr (std::is_same_v<T, float>) {
+    const auto half = [&](const T* p) { return _mm256_maskz_loadu_ps(lanes, p); };
+    return detail::bit_cast<Vec<T>>(_mm512_insertf32x8(_mm512_castps256_ps512(half(first)), half(second), 1));
+  } else if constexpr (sizeof(T) == 2) {
+    const auto half = [&](const T* p) { return _mm_maskz_loadu_epi16(lanes, p); };
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(half(first)), half(second), 1);
+    return detail::widened<T>(detail::bit_cast<detail::U16>(both));
+  }
 #endif
   static_cast<void>(second);
-  return load(first);
+  return load(first, n);
 }
 
 // The value, loaded once: GCC would rather load it again for every product that takes it.
@@ -330,6 +404,14 @@ AIA_INLINE IVec<A> load_index(const Index* p, int n) {
                                      : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return detail::bit_cast<IVec<A>>(_mm512_cvtepi16_epi32(words));
   }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
+    if (n < kLanes && n >= kLanes / 2) {  // two halves that overlap
+      const uint64_t first = _mm_cvtsi128_si32(_mm_loadu_si32(p)) & 0xffffffffu;
+      const uint64_t last = _mm_cvtsi128_si32(_mm_loadu_si32(p + n - kLanes / 2)) & 0xffffffffu;
+      const uint64_t all = first | last << 8 * (n - kLanes / 2);
+      return detail::bit_cast<IVec<A>>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(all))));
+    }
 #endif
   if (n < kLanes) return detail::load_index_part<A>(p, n);
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -453,6 +535,20 @@ AIA_INLINE void max_first_of_numbers(Vec<A> v, IVec<A> index, Vec<A>& best, IVec
   best = larger<A>(v, best);
 }
 
+// One bit for each lane in which two vectors are equal.
+template <class A>
+AIA_INLINE unsigned equal_lanes(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_cmpeq_ps_mask(detail::bit_cast<__m512>(a), detail::bit_cast<__m512>(b));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(detail::bit_cast<__m256>(a == b));
+#endif
+  const IVec<A> equal = a == b;
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (equal[i] & 1u) << i;
+  return bits;
+}
+
 // v + addend in the lanes where the condition holds.
 template <class A>
 AIA_INLINE Vec<A> add_where(IVec<A> condition, Vec<A> v, Vec<A> addend) {
@@ -484,6 +580,11 @@ AIA_INLINE V lanes_from(V left, V right, std::integer_sequence<int, lane...>) {
   return __builtin_shufflevector(left, right, (first + lane)...);
 }
 
+template <class V, int... lane>
+AIA_INLINE V first_of(V first, V second, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(first, second, (lane < kLanes / 2 ? lane : lane + kLanes)...);
+}
+
 // Rows i and i + d of a matrix change their blocks of d lanes: what lies above the diagonal with what lies below.
 template <int d, class V, int... lane>
 AIA_INLINE void swap_blocks(V& upper, V& lower, std::integer_sequence<int, lane...>) {
@@ -508,11 +609,11 @@ AIA_INLINE void swap_all_blocks(V (&r)[n]) {
   }
 }
 
-template <int d, int n, class V>
-AIA_INLINE void add_blocks(V (&r)[n]) {
+template <int d, int n, class V, class Join>
+AIA_INLINE void join_blocks(V (&r)[n], Join&& join) {
   if constexpr (d >= 4) {
-    for (int i = 0; i < d; ++i) swap_blocks<d>(r[i], r[i + d], AllLanes{}), r[i] += r[i + d];
-    add_blocks<d / 2>(r);
+    for (int i = 0; i < d; ++i) swap_blocks<d>(r[i], r[i + d], AllLanes{}), r[i] = join(r[i], r[i + d]);
+    join_blocks<d / 2>(r, join);
   }
 }
 
@@ -551,39 +652,48 @@ AIA_INLINE V swap_halves(V v) {
 // The first half of one vector, and the second of another.
 template <class V>
 AIA_INLINE V from_halves(V first, V second) {
-  return (iota<float>() < splat_index<float>(kLanes / 2)) ? first : second;
+  return detail::first_of(first, second, AllLanes{});
 }
 
 // The halves of a vector to two places: n lanes of each.
-template <class A>
-AIA_INLINE void store_to_each(A* first, A* second, Vec<A> v, int n) {
+template <class T>
+AIA_INLINE void store_to_each(T* first, T* second, Vec<Accumulate<T>> v, Part n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {
+  const __mmask16 lanes = detail::first_lanes(n);
+  if constexpr (std::is_same_v<T, float>) {
     const __m512 both = detail::bit_cast<__m512>(v);
-    const __m256 low = _mm512_castps512_ps256(both), high = _mm512_extractf32x8_ps(both, 1);
-    if (n < kLanes / 2) {
-      _mm256_mask_storeu_ps(first, detail::first_lanes(n), low);
-      _mm256_mask_storeu_ps(second, detail::first_lanes(n), high);
-    } else {
-      _mm256_storeu_ps(first, low), _mm256_storeu_ps(second, high);
-    }
-    return;
+    const auto half = [&](T* p, __m256 part) { _mm256_mask_storeu_ps(p, lanes, part); };
+    return half(first, _mm512_castps512_ps256(both)), half(second, _mm512_extractf32x8_ps(both, 1));
+  } else if constexpr (sizeof(T) == 2) {
+    const __m256i both = detail::bit_cast<__m256i>(detail::narrowed<T>(v));
+    const auto half = [&](T* p, __m128i part) { _mm_mask_storeu_epi16(p, lanes, part); };
+    return half(first, _mm256_castsi256_si128(both)), half(second, _mm256_extracti128_si256(both, 1));
   }
 #endif
   store(first, v, n), store(second, swap_halves(v), n);
 }
 
-// Lane i of the result: the sum of the lanes of r[i]; of its first n lanes and, where n is less than all, lane n + i
-// that of the next n.
-template <class A, int n>
-AIA_INLINE Vec<A> sum_of_each(Vec<A> (&r)[n]) {
+// A number for the lanes of each half.
+template <class A>
+AIA_INLINE Vec<A> splat_each(A first, A second) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return detail::bit_cast<Vec<A>>(_mm512_mask_broadcastss_ps(_mm512_set1_ps(first), 0xff00, _mm_load_ss(&second)));
+#endif
+  return from_halves(splat(first), splat(second));
+}
+
+// Lane i of the result: the lanes of r[i] joined, two by two; of its first n lanes and, where n is less than all, lane
+// n + i those of the next n.
+template <class A, int n, class Join>
+AIA_INLINE Vec<A> join_each(Vec<A> (&r)[n], Join&& join) {
   constexpr AllLanes lanes;
-  detail::add_blocks<n / 2>(r);
+  detail::join_blocks<n / 2>(r, join);
   const auto halves = [&](Vec<A> a, Vec<A> b) {
-    return detail::interleave<0, 1>(a, b, lanes) + detail::interleave<2, 1>(a, b, lanes);
+    return join(detail::interleave<0, 1>(a, b, lanes), detail::interleave<2, 1>(a, b, lanes));
   };
   const Vec<A> ab = halves(r[0], r[1]), cd = halves(r[2], r[3]);
-  return detail::interleave<0, 2>(ab, cd, lanes) + detail::interleave<2, 2>(ab, cd, lanes);
+  return join(detail::interleave<0, 2>(ab, cd, lanes), detail::interleave<2, 2>(ab, cd, lanes));
 }
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

@@ -92,19 +92,12 @@ inline int64_t group_channels(const Volume& x) {
   return (kGroupChannels + plane_channels(x) - 1) / plane_channels(x) * plane_channels(x);
 }
 
-// A reduction of planes over space and time meets a few frames of a tile at a time: an accumulator over T is loaded and
-// stored once for all of them.
-constexpr int64_t kReducedPlaneElements = 1024, kFrames = 2;
-inline int64_t reduced_rows(const Volume& x) { return even_rows(x, kReducedPlaneElements); }
-inline int64_t reduced_channels(const Volume& x) {
-  return std::clamp<int64_t>(kReducedPlaneElements / (x.H * x.W), 1, x.C);
-}
-// The channels of a unit: runs of memory long enough for the hardware to foresee, and accumulators over T that stay in
-// the L2 cache.
-constexpr int64_t kReducedUnitElements = 6272;
+// A reduction of planes over space and time meets a few frames at a time: an accumulator over T is loaded and stored
+// once for all of them. The channels of a unit: runs of memory long enough for the hardware to foresee, and
+// accumulators over T that stay in the L2 cache. Rows of two channels may share a vector.
+constexpr int64_t kFrames = 2, kReducedUnitElements = 6272;
 inline int64_t reduced_group(const Volume& x) {
-  const int64_t channels = reduced_channels(x);
-  return std::max<int64_t>(1, kReducedUnitElements / (x.H * x.W * channels)) * channels;
+  return std::max<int64_t>(2, kReducedUnitElements / (x.H * x.W) / 2 * 2);
 }
 
 // Rows of a frame in one unit of a pass that meets all its channels. Of planes: whole ones where their accumulators

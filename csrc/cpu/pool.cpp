@@ -2,26 +2,53 @@
 #include "fields.h"
 #include "plane_fields.h"
 #include "plane_reduce.h"
+#include "row_fields.h"
+#include "row_reduce.h"
 #include "untyped.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
 namespace {
 
+// Whether passes are compiled for each kind of field that units have, or for all of them at once.
+template <class T>
+constexpr bool kOften = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
+
+// Receives pooled features.
+template <class A>
+struct PooledMaps {
+  A* pooled;
+  void* argmax;
+  int index_bytes;
+  int64_t packed;
+
+  template <class Total>
+  AIA_INLINE void operator()(int64_t clip, int64_t offset, const Total& total, A share, int lanes) const {
+    A* maximum = pooled + clip * 2 * packed + offset;
+    store(maximum, total.max, lanes);
+    store(maximum + packed, total.sum * share, lanes);
+    const int64_t place = clip * packed + offset;
+    if (index_bytes == 1)
+      Total::Of::store(static_cast<uint8_t*>(argmax) + place, total.argmax, lanes);
+    else
+      store_wide<typename Total::Of>(total.argmax, place, lanes);
+  }
+
+ private:
+  template <class Of>
+  __attribute__((noinline)) void store_wide(typename Of::I index, int64_t place, int lanes) const {
+    if (index_bytes == 2)
+      Of::store(static_cast<int16_t*>(argmax) + place, index, lanes);
+    else
+      Of::store(static_cast<int32_t*>(argmax) + place, index, lanes);
+  }
+};
+
 template <class T>
 void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumulate<T>* pooled, void* argmax,
           int index_bytes, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
-  const int64_t packed = x.packed(context);
-  const auto emit = [&](int64_t clip, int64_t offset, const SumAndMax<A>& total, A share, int lanes) {
-    A* maximum = pooled + clip * 2 * packed + offset;
-    store(maximum, total.max, lanes);
-    store(maximum + packed, total.sum * share, lanes);
-    // Here and not around the whole: the reductions, which are large, are then compiled for one index type.
-    with_index(index_bytes, [&](auto index) {
-      store_index<A>(static_cast<decltype(index)*>(argmax) + clip * packed + offset, total.argmax, lanes);
-    });
-  };
+  const PooledMaps<A> emit{pooled, argmax, index_bytes, x.packed(context)};
   if (channels_side_by_side(x)) {
     reduce<A, SumAndMax<A>>(
         x, context, begin, end,
@@ -32,48 +59,111 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
         emit);
     return;
   }
-  GatePlanes<A> field(x, gate, reduced_capacity(x, context));
-  reduce_planes<A, SumAndMax<A>>(
-      x, context, field.along_planes(), begin, end,
-      [&](const Planes& at) {
-        field.meet(at);
-        return [&](int64_t k) {
-          return [source = data + run_offset(x, at, k), ahead = at.ahead, g = field.run(at, k)](int64_t i, auto n) {
-            const Vec<A> value = load_ahead(source + i, ahead, n);
-            return g.map ? value * g(i, n) : value;
+  if (context == kChannel && gate.context != kSpacetime)
+    return reduce_planes_to_channel<A, SumAndMax<A>>(
+        x, begin, end,
+        [&](const Planes& at) {
+          return [&, g = GateRun<A>(x, gate, at)](int64_t k) {
+            return [source = data + run_offset(x, at, k), ahead = at.ahead, g](int64_t i, auto n) {
+              const Vec<A> value = load_ahead(source + i, ahead, n);
+              return g.map ? value * g(i, n) : value;
+            };
+          };
+        },
+        emit);
+  with_rows<A>(x.W, [&](auto kind) {
+    using Kind = decltype(kind);
+    // Calls to(values) with the values of x under a gate of that context.
+    const auto gated = [&](auto of_gate, auto&& to) {
+      const GateRows<A, Kind, of_gate> field(x, gate);
+      to([&](const RowPlane<Kind>& at) {
+        return [from = data + plane_offset(at), second = at.second(x.stride_c), g = field.plane(at)](int64_t r) {
+          return [from, second, row = g.row(r)](int64_t i, int64_t column, auto n) {
+            return row.times(load_row_ahead<Kind>(from + i, second, n), i, column, n);
           };
         };
-      },
-      [&](int64_t offset) { __builtin_prefetch(data + offset); }, emit);
+      });
+    };
+    if (context == kChannel)
+      return gated(std::integral_constant<int, kSpacetime>{},
+                   [&](auto&& values) { reduce_rows_to_channel<A, Kind, SumAndMax<A>>(x, begin, end, values, emit); });
+    const auto to_maps = [&](auto of_gate, auto stored) {
+      using Stored = decltype(stored);
+      gated(of_gate, [&](auto&& values) {
+        reduce_rows_to_spacetime<A, Kind, SumAndMax<A, Stored>, Stored>(x, begin, end, values, emit);
+      });
+    };
+    if constexpr (kOften<T>)
+      if (index_bytes == 1 && gate.context != kSpacetime)
+        return to_maps(std::integral_constant<int, kAtMostChannel>{}, IndexBytes<1>{});
+    to_maps(std::integral_constant<int, kAnyContext>{}, AnyBytes{});
+  });
 }
 
-// kInner: there is an inner gate, or inner features, or both.
-template <class T, bool kInner>
+// Channel maps alone, or none of an inner gate, of inner features, or of both.
+template <class T>
 void unpool_planes(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& outer, const Gate& inner_gate,
                    const Unpooled& inner, T* grad_x, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
-  const int64_t capacity = plane_capacity(x);
-  GatePlanes<A> outer_gate(x, gate, capacity), guide(x, inner_gate, capacity);
-  UnpooledPlanes<A> outer_field(x, outer, capacity), inner_field(x, inner, capacity);
-  const bool joined = outer_gate.along_planes() && guide.along_planes() && inner_field.along_planes();
-  const int highest = std::max({gate.context, outer.context, inner_gate.context, inner.context});
   for (int64_t unit = begin; unit < end; ++unit) {
-    for_elementwise_planes(x, unit, highest, [&](const Planes& at) {
-      outer_gate.meet(at), guide.meet(at), outer_field.meet(at), inner_field.meet(at);
-      for_runs(x, at, joined, [&](int64_t k, int64_t n) {
+    for_elementwise_planes(x, unit, [&](const Planes& at) {
+      const GateRun<A> g(x, gate, at), h(x, inner_gate, at);
+      for (int64_t k = 0; k < at.channels; ++k) {
         const T* from = grad_y + run_offset(x, at, k);
         T* to = grad_x + run_offset(x, at, k);
-        const auto g = outer_gate.run(at, k), h = guide.run(at, k);
-        const auto u = outer_field.run(at, k), v = inner_field.run(at, k);
-        for_positions(n, [=, ahead = at.ahead](int64_t i, auto lanes) {
+        const UnpooledRun<A> u(x, outer, at, k), v(x, inner, at, k);
+        for_positions(at.run(x), [=, ahead = at.ahead](int64_t i, auto lanes) {
           Vec<A> field = u(i, lanes);
-          if (kInner && h.map) field *= h(i, lanes);
-          if (kInner && v.peak) field += v(i, lanes);
+          if (h.map) field *= h(i, lanes);
+          if (v.peak) field += v(i, lanes);
           store(to + i, load_ahead(from + i, ahead, lanes) * g(i, lanes) + field, lanes);
+        });
+      }
+    });
+  }
+}
+
+// The contexts of a call of unpool, as constants or kAnyContext: of the outer gate and features, the inner gate and the
+// inner features; and how the indices of either features lie in memory.
+template <int of_outer, int of_guide, int of_inner, int outer_bytes = 0, int inner_bytes = 0>
+struct UnpoolContexts {
+  using Outer = IndexBytes<outer_bytes>;
+  using Inner = IndexBytes<inner_bytes>;
+  static constexpr int kOuter = of_outer, kGuide = of_guide, kInner = of_inner;
+};
+
+template <class T, class Kind, class Contexts>
+__attribute__((flatten)) void unpool_rows(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& outer,
+                                          const Gate& inner_gate, const Unpooled& inner, T* grad_x, int64_t begin,
+                                          int64_t end) {
+  using A = Accumulate<T>;
+  const GateRows<A, Kind, Contexts::kOuter> outer_gate(x, gate);
+  const GateRows<A, Kind, Contexts::kGuide> guide(x, inner_gate);
+  const UnpooledRows<A, typename Contexts::Outer, Kind, Contexts::kOuter> outer_field(x, outer);
+  const UnpooledRows<A, typename Contexts::Inner, Kind, Contexts::kInner> inner_field(x, inner);
+  for (int64_t unit = begin; unit < end; ++unit)
+    for_row_planes<Kind>(x, unit, [&](const RowPlane<Kind>& at) {
+      const auto g = outer_gate.plane(at);
+      const auto h = guide.plane(at);
+      const auto u = outer_field.plane(at);
+      const auto v = inner_field.plane(at);
+      const T* from = grad_y + plane_offset(at);
+      T* to = grad_x + plane_offset(at);
+      const int64_t second = at.second(x.stride_c);
+      at.for_rows([&](int64_t r, auto lanes) {
+        const auto of_g = g.row(r);
+        const auto of_h = h.row(r);
+        const auto of_u = u.row(r);
+        const auto of_v = v.row(r);
+        at.for_vectors([&](int64_t, int64_t column) {
+          const int64_t i = r * at.W + column;
+          Vec<A> field = of_h.times(of_u(i, column, lanes), i, column, lanes);
+          if (inner_field.given()) field += of_v(i, column, lanes);
+          const Vec<A> grad = load_row_ahead<Kind>(from + i, second, lanes);
+          store_row<Kind>(to + i, second, grad * of_g(i, column, lanes) + field, lanes);
         });
       });
     });
-  }
 }
 
 template <class T>
@@ -99,10 +189,26 @@ void unpool(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& 
     }
     return;
   }
-  if (inner.context || inner_gate.context)
-    unpool_planes<T, true>(x, grad_y, gate, outer, inner_gate, inner, grad_x, begin, end);
-  else
-    unpool_planes<T, false>(x, grad_y, gate, outer, inner_gate, inner, grad_x, begin, end);
+  if (std::max({gate.context, outer.context, inner_gate.context, inner.context}) != kSpacetime)
+    return unpool_planes(x, grad_y, gate, outer, inner_gate, inner, grad_x, begin, end);
+  with_rows<A>(x.W, [&](auto kind) {
+    const auto run = [&](auto contexts) {
+      unpool_rows<T, decltype(kind), decltype(contexts)>(x, grad_y, gate, outer, inner_gate, inner, grad_x, begin, end);
+    };
+    if constexpr (kOften<T>) {
+      const auto are = [&](int of_outer, int of_guide, int of_inner, int outer_bytes, int inner_bytes) {
+        return outer.context == of_outer && inner_gate.context == of_guide && inner.context == of_inner &&
+               outer.index_bytes == outer_bytes && (!inner_bytes || inner.index_bytes == inner_bytes);
+      };
+      constexpr int kC = kChannel, kST = kSpacetime;
+      if (are(kST, kC, kC, 1, 1)) return run(UnpoolContexts<kST, kC, kC, 1, 1>{});
+      if (are(kST, kC, kC, 1, 2)) return run(UnpoolContexts<kST, kC, kC, 1, 2>{});
+      if (are(kC, kST, kST, 1, 1)) return run(UnpoolContexts<kC, kST, kST, 1, 1>{});
+      if (are(kC, kST, kST, 2, 1)) return run(UnpoolContexts<kC, kST, kST, 2, 1>{});
+      if (are(kST, kNone, kNone, 1, 0)) return run(UnpoolContexts<kST, kNone, kNone, 1>{});
+    }
+    run(UnpoolContexts<kAnyContext, kAnyContext, kAnyContext>{});
+  });
 }
 
 template <class T>
@@ -122,18 +228,49 @@ void unpool_reduce(const Volume& x, const T* data, const Unpooled& from, int gat
         emit);
     return;
   }
-  UnpooledPlanes<A> field(x, from, reduced_capacity(x, gate_context));
-  reduce_planes<A, Sum<A>>(
-      x, gate_context, field.along_planes(), begin, end,
-      [&](const Planes& at) {
-        field.meet(at);
-        return [&](int64_t k) {
-          return [source = data + run_offset(x, at, k), ahead = at.ahead, u = field.run(at, k)](int64_t i, auto n) {
-            return load_ahead(source + i, ahead, n) * u(i, n);
+  if (gate_context == kChannel && from.context == kChannel)
+    return reduce_planes_to_channel<A, Sum<A>>(
+        x, begin, end,
+        [&](const Planes& at) {
+          return [&](int64_t k) {
+            return [source = data + run_offset(x, at, k), ahead = at.ahead, u = UnpooledRun<A>(x, from, at, k)](
+                       int64_t i, auto n) { return load_ahead(source + i, ahead, n) * u(i, n); };
+          };
+        },
+        emit);
+  with_rows<A>(x.W, [&](auto kind) {
+    using Kind = decltype(kind);
+    const auto unpooled = [&](auto context, auto stored, auto&& to) {
+      const UnpooledRows<A, decltype(stored), Kind, context> field(x, from);
+      to([&](const RowPlane<Kind>& at) {
+        return [source = data + plane_offset(at), second = at.second(x.stride_c), u = field.plane(at)](int64_t r) {
+          return [source, second, row = u.row(r)](int64_t i, int64_t column, auto n) {
+            return load_row_ahead<Kind>(source + i, second, n) * row(i, column, n);
           };
         };
-      },
-      [&](int64_t offset) { __builtin_prefetch(data + offset); }, emit);
+      });
+    };
+    const auto to_spacetime = [&](auto&& values) {
+      reduce_rows_to_spacetime<A, Kind, Sum<A>, AnyBytes>(x, begin, end, values, emit);
+    };
+    const auto to_channel = [&](auto&& values) {
+      reduce_rows_to_channel<A, Kind, Sum<A>>(x, begin, end, values, emit);
+    };
+    constexpr std::integral_constant<int, kChannel> channel;
+    constexpr std::integral_constant<int, kSpacetime> spacetime;
+    constexpr std::integral_constant<int, kAnyContext> any;
+    if constexpr (kOften<T>) {
+      if (gate_context == kChannel && from.index_bytes == 1) return unpooled(spacetime, IndexBytes<1>{}, to_channel);
+      if (gate_context == kSpacetime && from.context == kChannel && from.index_bytes == 1)
+        return unpooled(channel, IndexBytes<1>{}, to_spacetime);
+      if (gate_context == kSpacetime && from.context == kChannel && from.index_bytes == 2)
+        return unpooled(channel, IndexBytes<2>{}, to_spacetime);
+    }
+    if (gate_context == kSpacetime)
+      unpooled(any, AnyBytes{}, to_spacetime);
+    else
+      unpooled(spacetime, AnyBytes{}, to_channel);
+  });
 }
 
 template <class T>

@@ -2,11 +2,38 @@
 #include "fields.h"
 #include "plane_fields.h"
 #include "plane_reduce.h"
+#include "row_fields.h"
+#include "row_reduce.h"
 #include "untyped.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
 namespace {
+
+template <class T>
+__attribute__((flatten)) void recalibrate_rows(const Volume& x, const T* data, const Gate& gate, T* y, int64_t begin,
+                                               int64_t end) {
+  using A = Accumulate<T>;
+  with_rows<A>(x.W, [&](auto kind) {
+    using Kind = decltype(kind);
+    const GateRows<A, Kind, kSpacetime> field(x, gate);
+    for (int64_t unit = begin; unit < end; ++unit)
+      for_row_planes<Kind>(x, unit, [&](const RowPlane<Kind>& at) {
+        const auto g = field.plane(at);
+        const T* from = data + plane_offset(at);
+        T* to = y + plane_offset(at);
+        const int64_t second = at.second(x.stride_c);
+        at.for_rows([&](int64_t r, auto lanes) {
+          const auto row = g.row(r);
+          at.for_vectors([&](int64_t, int64_t column) {
+            const int64_t i = r * at.W + column;
+            const Vec<A> value = load_row_ahead<Kind>(from + i, second, lanes);
+            store_row<Kind>(to + i, second, value * row(i, column, lanes), lanes);
+          });
+        });
+      });
+  });
+}
 
 template <class T>
 void recalibrate(const Volume& x, const T* data, const Gate& gate, T* y, int64_t begin, int64_t end) {
@@ -22,18 +49,17 @@ void recalibrate(const Volume& x, const T* data, const Gate& gate, T* y, int64_t
     }
     return;
   }
-  GatePlanes<A> field(x, gate, plane_capacity(x));
+  if (gate.context == kSpacetime) return recalibrate_rows(x, data, gate, y, begin, end);
   for (int64_t unit = begin; unit < end; ++unit) {
-    for_elementwise_planes(x, unit, gate.context, [&](const Planes& at) {
-      field.meet(at);
-      for_runs(x, at, field.along_planes(), [&](int64_t k, int64_t n) {
+    for_elementwise_planes(x, unit, [&](const Planes& at) {
+      const GateRun<A> g(x, gate, at);
+      for (int64_t k = 0; k < at.channels; ++k) {
         const T* from = data + run_offset(x, at, k);
         T* to = y + run_offset(x, at, k);
-        const auto g = field.run(at, k);
-        for_positions(n, [=, ahead = at.ahead](int64_t i, auto lanes) {
+        for_positions(at.run(x), [=, ahead = at.ahead](int64_t i, auto lanes) {
           store(to + i, load_ahead(from + i, ahead, lanes) * g(i, lanes), lanes);
         });
-      });
+      }
     });
   }
 }
@@ -55,17 +81,32 @@ void recalibrate_reduce(const Volume& x, const T* grad_y, const T* data, int con
         emit);
     return;
   }
-  reduce_planes<A, Sum<A>>(
-      x, context, true, begin, end,
-      [&](const Planes& at) {
-        return [&](int64_t k) {
-          const int64_t start = run_offset(x, at, k);
-          return [a = grad_y + start, b = data + start, ahead = at.ahead](int64_t i, auto n) {
-            return load_ahead(a + i, ahead, n) * load_ahead(b + i, ahead, n);
+  if (context == kChannel)
+    return reduce_planes_to_channel<A, Sum<A>>(
+        x, begin, end,
+        [&](const Planes& at) {
+          return [&](int64_t k) {
+            const int64_t start = run_offset(x, at, k);
+            return [a = grad_y + start, b = data + start, ahead = at.ahead](int64_t i, auto n) {
+              return load_ahead(a + i, ahead, n) * load_ahead(b + i, ahead, n);
+            };
           };
-        };
-      },
-      [&](int64_t offset) { __builtin_prefetch(data + offset), __builtin_prefetch(grad_y + offset); }, emit);
+        },
+        emit);
+  with_rows<A>(x.W, [&](auto kind) {
+    using Kind = decltype(kind);
+    reduce_rows_to_spacetime<A, Kind, Sum<A>, AnyBytes>(
+        x, begin, end,
+        [&](const RowPlane<Kind>& at) {
+          const int64_t offset = plane_offset(at);
+          return [a = grad_y + offset, b = data + offset, second = at.second(x.stride_c)](int64_t) {
+            return [a, b, second](int64_t i, int64_t, auto n) {
+              return load_row_ahead<Kind>(a + i, second, n) * load_row_ahead<Kind>(b + i, second, n);
+            };
+          };
+        },
+        emit);
+  });
 }
 
 template <class T>

@@ -5,8 +5,7 @@
 // one element in the mean.
 #pragma once
 
-#include <limits>
-
+#include "indices.h"
 #include "tile.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
@@ -16,10 +15,21 @@ struct Sum {
   static constexpr bool kCompares = false;
   Vec<A> sum{};
 
-  template <class Numbers = std::false_type>
-  AIA_INLINE void add(Vec<A> v, IVec<A>) {
+  template <class Numbers = std::false_type, class I>
+  AIA_INLINE void add(Vec<A> v, I) {
     sum += v;
   }
+  // The value of a row that is one vector: of so many lanes.
+  template <class Numbers, class I>
+  AIA_INLINE void start(IVec<A> inside, Vec<A> v, I) {
+    sum = keep_where<A>(inside, v);
+  }
+  // A value of a longer row; of the last one the lanes that the vector before it has not met.
+  template <class Numbers, class I>
+  AIA_INLINE void fold(bool is_last, IVec<A> last, Vec<A> v, I) {
+    sum += is_last ? keep_where<A>(last, v) : v;
+  }
+  void merge(const Sum& other) { sum += other.sum; }
   AIA_INLINE void add_where(IVec<A> valid, Vec<A> v, IVec<A>) { sum += valid ? v : Vec<A>{}; }
   Sum halves_swapped() const { return {swap_halves(sum)}; }
   // Accumulators, one per position with lanes along channels, into one with lanes along the positions.
@@ -33,26 +43,51 @@ struct Sum {
   }
 };
 
-template <class A>
+// Stored: how its indices will lie in memory (indices.h).
+template <class A, class Stored = AnyBytes>
 struct SumAndMax {
+  using Of = Indices<A, Stored>;
+  using I = typename Of::I;
   static constexpr bool kCompares = true;
   Vec<A> sum{}, max = splat(-std::numeric_limits<A>::infinity());
-  IVec<A> argmax{};
+  I argmax{};
 
   // Numbers: whether v has no NaN.
   template <class Numbers = std::false_type>
-  AIA_INLINE void add(Vec<A> v, IVec<A> index) {
+  AIA_INLINE void add(Vec<A> v, I index) {
     sum += v;
-    if constexpr (Numbers::value)
-      max_first_of_numbers<A>(v, index, max, argmax);
-    else
-      max_first<A>(v, index, max, argmax);
+    Of::template max_first<Numbers::value>(v, index, max, argmax);
   }
   AIA_INLINE void add_where(IVec<A> valid, Vec<A> v, IVec<A> index) {
     sum += valid ? v : Vec<A>{};
     max_first<A>(valid ? v : splat(-std::numeric_limits<A>::infinity()), index, max, argmax);
   }
-  SumAndMax halves_swapped() const { return {swap_halves(sum), swap_halves(max), swap_halves(argmax)}; }
+  // As in Sum. What is met twice does no harm to a maximum.
+  template <class Numbers>
+  AIA_INLINE void start(IVec<A> inside, Vec<A> v, I index) {
+    sum = keep_where<A>(inside, v);
+    max = inside ? v : splat(-std::numeric_limits<A>::infinity());
+    argmax = index;
+  }
+  template <class Numbers>
+  AIA_INLINE void fold(bool is_last, IVec<A> last, Vec<A> v, I index) {
+    sum += is_last ? keep_where<A>(last, v) : v;
+    Of::template max_first<Numbers::value>(v, index, max, argmax);
+  }
+  AIA_INLINE SumAndMax halves_swapped() const {
+    return {swap_halves(sum), swap_halves(max), Of::halves_swapped(argmax)};
+  }
+  // With accumulators that met other elements, not all of them behind those of this one: among equals the smaller index
+  // must win.
+  void merge(const SumAndMax& other) {
+    sum += other.sum;
+    const Vec<A> v = other.max;
+    const IVec<A> equal = (v == max) | ((v != v) & (max != max));
+    const IVec<A> above = ~(v <= max) & (max == max);
+    const IVec<A> take = above | (equal & (other.argmax < argmax));
+    max = take ? v : max;
+    argmax = take ? other.argmax : argmax;
+  }
   static SumAndMax across_lanes(const SumAndMax* from) {
     Vec<A> sums[kLanes], maxima[kLanes];
     IVec<A> indices[kLanes];
@@ -61,16 +96,7 @@ struct SumAndMax {
     transpose(maxima);
     transpose(indices);
     SumAndMax total{sums[0], maxima[0], indices[0]};
-    for (int i = 1; i < kLanes; ++i) {
-      total.sum += sums[i];
-      // Each lane met its channels in order, but the lanes did not: among equals the smaller index must win.
-      const Vec<A> v = maxima[i];
-      const IVec<A> equal = (v == total.max) | ((v != v) & (total.max != total.max));
-      const IVec<A> above = ~(v <= total.max) & (total.max == total.max);
-      const IVec<A> take = above | (equal & (indices[i] < total.argmax));
-      total.max = take ? v : total.max;
-      total.argmax = take ? indices[i] : total.argmax;
-    }
+    for (int i = 1; i < kLanes; ++i) total.merge({sums[i], maxima[i], indices[i]});
     return total;
   }
 };
