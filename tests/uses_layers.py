@@ -36,6 +36,7 @@ FRAMES = (CLIPS.b * CLIPS.t, *CLIPS[2:])
 VIDEO = (CLIPS.b, CLIPS.c, CLIPS.t, *CLIPS[3:])
 MAPS = (3, 6, 5, 3)
 TOKENS = (3, 11, 6)
+BLOCKS = (3, 6, 4, 2)
 
 
 class DoubleNormalize(nn.Module):
@@ -111,6 +112,26 @@ def _cbam() -> nn.Module:
     return aia_kernels.CBAM(6, 2)
 
 
+class Joined(nn.Module):
+    """CaaM's pair of attentions with both results in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = aia_kernels.ComplementAttention(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.both(x), -1)
+
+
+# Its dropout is torch's, which draws in place on the CPU.
+def _catt() -> nn.Module:
+    return aia_kernels.CausalAttention(6, 2, 5)
+
+
+def _halo() -> nn.Module:
+    return aia_kernels.HaloAttention(dim=6, block_size=2, halo_size=1, dim_head=3, heads=2)
+
+
 LAYERS = {
     "C": Layer(_unit("C"), FRAMES),
     "ST": Layer(_unit("ST"), FRAMES),
@@ -149,9 +170,15 @@ LAYERS = {
     "ChannelLinear, channels_last": Layer(aia_kernels.ChannelLinearAttention, MAPS, channels_last),
     "Efficient": Layer(_efficient, MAPS),
     "Efficient, channels_last": Layer(_efficient, MAPS, channels_last),
+    "CATT": Layer(_catt, TOKENS),
+    "CaaM": Layer(Joined, TOKENS, transposed),
+    "Halo": Layer(_halo, BLOCKS),
+    "Halo, channels_last": Layer(lambda: aia_kernels.HaloAttn(6, 6, 2, 2, 2, 1), BLOCKS, channels_last),
     "double_normalize": Layer(DoubleNormalize, TOKENS),
     "double_normalize, transposed": Layer(DoubleNormalize, TOKENS, transposed),
 }
+#: Layers of products of torch on every backend: those without passes of this package.
+OF_TORCH = ("PositionLinear", "ChannelLinear", "Efficient", "CATT", "CaaM", "Halo")
 #: One of each kind, for uses that take long.
 MAIN = (
     "CinST",

@@ -1,6 +1,7 @@
 """Attention with a causal intervention: CATT (arXiv 2103.03493), and the transformer's form of CaaM (arXiv 2108.08782).
 
-In PyTorch's scaled_dot_product_attention on every backend; nothing of this package's passes serves them.
+In PyTorch's scaled_dot_product_attention on every backend (functional/dot_product.py); nothing of this package's passes
+serves them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_at_least_one, check_tensor
+from ..functional.dot_product import dot_product_attention
 from .submodules import can_be_read
 
 
@@ -21,8 +23,9 @@ class CausalAttention(nn.Module):
 
     It takes h [B, N, dim], of which the queries are made, and returns o of that shape. The context c [B, L, dim] is h
     where none is given, and mask says what of it counts: [B, L] boolean, True where a token of the context takes no
-    part. Keys and values of the dictionary M depend on parameters alone: they are made once in a call for the whole
-    batch, whose queries are one sequence to them. State dict: att.query, att.key, att.value, fc, M.
+    part; where none does, that half of what fc joins is 0. Keys and values of the dictionary M depend on parameters
+    alone: they are made once in a call for the whole batch, whose queries are one sequence to them. State dict:
+    att.query, att.key, att.value, fc, M.
 
     Args:
         dim: The features of a token, a multiple of heads.
@@ -127,10 +130,12 @@ def _attend(
         dropout = dropout.p if dropout.training else 0.0
     if isinstance(dropout, nn.Module):
         logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        logits = logits if shown is None else logits.masked_fill(~shown, -torch.inf)
-        o = dropout(logits.softmax(-1)) @ v
+        attention = (logits if shown is None else logits.masked_fill(~shown, -torch.inf)).softmax(-1)
+        if shown is not None:  # where nothing is shown, o is 0
+            attention = attention.masked_fill(~shown.any(-1, keepdim=True), 0.0)
+        o = dropout(attention) @ v
     else:
-        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown, dropout_p=dropout, scale=scale)
+        o = dot_product_attention(q, k, v, shown, dropout, scale)
     return o.transpose(1, 2).flatten(2)
 
 

@@ -5,20 +5,25 @@ row and by column:
 
     o_i = softmax over the window of (scale q_i k_j^T + q_i R_h[row j - row i] + q_i R_w[column j - column i]) v_j
 
-In PyTorch's scaled_dot_product_attention on every backend; nothing of this package's passes serves it. The terms of the
-positions join the product: q_i gets its terms for each row and each column of the window as further features, and k_j
-which row and which column it is in. So no map of attention is added to another, and padding is a row or a column
-whose term is the lowest number.
+In PyTorch's own attention on every backend; nothing of this package's passes serves it. Where FlexAttention runs
+(flex_attention_runs) it adds the terms of the positions to each score. Elsewhere, in scaled_dot_product_attention, they
+join the product: q_i gets its terms for each row and each column of the window as further features, and k_j which row
+and which column it is in. So no map of attention is added to another, and padding is a row or a column whose term is
+the lowest number.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..common.tracing import needs_reference
 from ..functional.checks import check_at_least_one, check_tensor
+from ..functional.dot_product import dot_product_attention
 
 
 class HaloAttention(nn.Module):
@@ -141,16 +146,51 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], block: 
         lowest = torch.finfo(q.dtype).min / 4  # twice of it is still a number
         rows = rows.masked_fill(_outside(h, block, halo, q.device).view(1, 1, -1, 1, 1, 1, window), lowest)
         columns = columns.masked_fill(_outside(w, block, halo, q.device).view(1, 1, 1, -1, 1, 1, window), lowest)
-    q = torch.cat((q, rows, columns), -1).flatten(4, 5)
-    k, v = (_windows(t, block, halo) for t in (k, v))
+    # Each block of each head is a sample: four axes, which PyTorch's kernels ask for.
+    parts = (q.flatten(4, 5), _windows(k, block, halo), _windows(v, block, halo), rows.flatten(4, 5))
+    q, k, v, rows, columns = (t.flatten(0, 3).unsqueeze(1) for t in (*parts, columns.flatten(4, 5)))
+    attend = _by_flex_attention if flex_attention_runs(q, v) else _by_dot_products
+    o = attend(q, k, v, rows, columns).view(*sizes, v.shape[-1]).transpose(3, 4)  # [B, heads, rows, b, columns, b, v]
+    return o.permute(0, 2, 3, 4, 5, 1, 6).reshape(b, h, w, heads * v.shape[-1])
+
+
+def _by_dot_products(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """o [blocks, 1, b^2, v] of q [blocks, 1, b^2, d], k and v [blocks, 1, window^2, features], and the terms of a query
+    for each row and each column of its window [blocks, 1, b^2, window]: these are further features of the query, and
+    a key has a 1 where its row and its column are."""
+    window = rows.shape[-1]
     one_hot = torch.eye(window, dtype=k.dtype, device=k.device)
     places = torch.cat((one_hot.repeat_interleave(window, 0), one_hot.repeat(window, 1)), 1)
     k = torch.cat((k, places.expand(*k.shape[:-1], -1)), -1)
-    # Each block of each head is a sample: four axes, which PyTorch's kernels ask for.
-    q, k, v = (t.flatten(0, 3).unsqueeze(1) for t in (q, k, v))
-    o = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
-    o = o.view(*sizes, -1).transpose(3, 4)  # [B, heads, rows, b, columns, b, v]
-    return o.permute(0, 2, 3, 4, 5, 1, 6).reshape(b, h, w, -1)
+    return dot_product_attention(torch.cat((q, rows, columns), -1), k, v, scale=1.0)
+
+
+def flex_attention_runs(q: Tensor, v: Tensor) -> bool:
+    """Whether FlexAttention serves queries [blocks, 1, b^2, d] and values: compiled, on a CUDA device of capability 8.0
+    or more, in float32, bfloat16 or float16, with 16 features or more of a head, where no derivatives beyond the first
+    of reverse mode are followed. Elsewhere it has no backward (a CPU), or makes the whole map (uncompiled)."""
+    if not q.is_cuda or q.dtype == torch.float64 or min(q.shape[-1], v.shape[-1]) < 16 or not q.numel():
+        return False
+    return not needs_reference() and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+@functools.cache
+def _flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention, compiled; imported at its first use, as it brings torch's compiler with it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _by_flex_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """As _by_dot_products, the terms added to each score where it is made."""
+    window = rows.shape[-1]
+    rows, columns = rows.squeeze(1), columns.squeeze(1)
+
+    def with_terms(score: Tensor, block: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + rows[block, query, key // window] + columns[block, query, key % window]
+
+    return _flex_attention()(q, k, v, score_mod=with_terms, scale=1.0)
 
 
 def _windows(t: Tensor, block: int, halo: int) -> Tensor:
@@ -176,5 +216,5 @@ def _check_maps(x: Tensor, channels: int, block: int) -> None:
     check_tensor("x", x)
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
-    if x.shape[2] % block or x.shape[3] % block or not x.numel():
+    if x.shape[2] % block or x.shape[3] % block or not x.shape[2] * x.shape[3]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected H and W multiples of block_size = {block}, not 0")

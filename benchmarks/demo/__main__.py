@@ -14,8 +14,9 @@ from tqdm import tqdm
 import aia_kernels
 
 from .. import clip, measure, network, progress
-from . import attention_in_attention, cbam, external_attention, table
+from . import attention_in_attention, cbam, external_attention, neighbours, table
 
+FAMILIES = attention_in_attention, cbam, external_attention, neighbours
 SECONDS = 20  # for the table, about: rows take fewer samples when time runs short
 NETWORK = {"rounds": 3, "seconds": 3}  # samples of each of its rows, and seconds after which a row begins no more
 
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     stages = {stage: x.to(device) for stage, x in clip.features(images).items()}
     print(describe(options, len(frames), device), "\n")
     print(table.HEADER)
-    rows = [*attention_in_attention.rows(stages), *cbam.rows(stages), *external_attention.rows(stages)]
+    rows = [row for family in FAMILIES for row in family.rows(stages)]
     start, wrong = time.perf_counter(), 0
     bar = progress.bar(rows, unit="row", leave=False)
     for i, row in enumerate(bar):

@@ -11,6 +11,7 @@ from benchmarks.demo import __main__ as demo
 from benchmarks.demo import attention_in_attention as gates
 from benchmarks.demo import cbam as maps
 from benchmarks.demo import external_attention as slots
+from benchmarks.demo import neighbours
 from benchmarks.demo import table as demo_table
 from benchmarks.published import attention_in_attention as published
 from benchmarks.registry.attention_in_attention import STAGES, UnitCase
@@ -54,7 +55,7 @@ class TestDemo:
         pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
         seen = []
         monkeypatch.setattr(demo.network, "report", lambda images, **settings: seen.append(images) or right)
-        for family in (gates, maps, slots):
+        for family in demo.FAMILIES:
             monkeypatch.setattr(family, "rows", lambda stages: [])
         status = demo.main(["--output", str(tmp_path / "demo.png"), "--clips", "2"])
         assert status == (0 if right else 1)
@@ -63,6 +64,19 @@ class TestDemo:
         told = capsys.readouterr()
         assert "demo-slots.png" in told.out
         assert told.err == "", "progress is for terminals"
+
+    def test_a_row_of_each_neighbour(self):
+        """At its size in the demo, for its errors; the times are the machine's."""
+        stages = {
+            name: torch.randn(8, *sizes, generator=torch.Generator().manual_seed(0)) for name, sizes in STAGES.items()
+        }
+        rows = neighbours.rows(stages)
+        assert [row.name for row in rows] == ["linear", "efficient", "CATT", "CaaM", "halo"]
+        for row in rows:
+            layers = row.pair("cpu")
+            published, fused = (layer.double()(row.x.double()) for layer in layers.values())
+            torch.testing.assert_close(fused, published, rtol=1e-9, atol=1e-9)  # float64 sums in another order
+            assert row.grad_y.shape == fused.shape
 
     def test_short_videos_are_refused(self):
         pytest.importorskip("av", reason="decoding needs PyAV")

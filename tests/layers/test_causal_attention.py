@@ -106,3 +106,49 @@ def test_dropout_in_training_alone():
 def test_bad_input(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def both(module):
+    """A module's result, or a sum of its two."""
+
+    def call(*inputs):
+        y = module(*inputs)
+        return y if isinstance(y, torch.Tensor) else y[0] + 2 * y[1].square()
+
+    return call
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["CATT", "CaaM"])
+def test_first_and_second_derivatives_and_those_of_forward_mode(name, masked):
+    """PyTorch's fused kernel on a CPU has first derivatives of reverse mode alone."""
+    make = (lambda: CausalAttention(4, 2, 3)) if name == "CATT" else (lambda: ComplementAttention(4, 2))
+    module = testing.randomise(make()).double()
+    x = tensors("cpu", 3)[0][..., :4].detach().contiguous().requires_grad_()
+    mask = (None, torch.tensor([[False, True, False], [True, True, True]])) if masked and name == "CATT" else ()
+    assert torch.autograd.gradcheck(lambda x: both(module)(x, *mask), (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: both(module)(x, *mask), (x,))
+
+
+def test_a_context_of_which_nothing_takes_part_gives_the_dictionary_alone():
+    module = testing.randomise(CausalAttention(DIM, HEADS, SLOTS)).double()
+    (h,) = tensors("cpu", N)
+    mask = torch.tensor([[True] * N, [False] * N])
+    q = module.att["query"](h)
+    across = weighted(q, *(module.att[name](module.M).expand(B, -1, -1) for name in ("key", "value")))
+    inside = weighted(q, module.att["key"](h), module.att["value"](h)) * torch.tensor([0.0, 1.0]).view(2, 1, 1)
+    expected = module.fc(torch.cat((inside, across), -1))
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(module.train(training)(h, None, mask), expected, **EXACT)
+    assert_same(module(h, None, mask), expected, (h, *module.parameters()))
+
+
+def test_hooks_on_saved_tensors_see_what_is_kept():
+    module = testing.randomise(CausalAttention(DIM, HEADS, SLOTS)).double()
+    (h,) = tensors("cpu", N)
+    expected = torch.autograd.grad(module(h).sin().sum(), h)
+    with torch.autograd.graph.save_on_cpu():
+        y = module(h).sin().sum()
+    torch.testing.assert_close(torch.autograd.grad(y, h, retain_graph=True), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(y, h), expected, rtol=0, atol=0)

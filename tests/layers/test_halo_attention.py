@@ -6,8 +6,10 @@ import pytest
 import torch
 from agreement import EXACT
 from conftest import DEVICES
+from torch.nn.attention.flex_attention import flex_attention
 
 from aia_kernels import HaloAttention, HaloAttn, testing
+from aia_kernels.modules import halo_attention
 
 DIM, BLOCK, HALO, HEADS, D = 6, 3, 2, 2, 4
 WINDOW = BLOCK + 2 * HALO
@@ -114,3 +116,48 @@ def test_low_precision_leaves_padding_out(dtype):
 def test_bad_input(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def as_documented(query, key, value, score_mod, scale):
+    """What FlexAttention computes, in operators that have derivatives on a CPU too."""
+    scores = (query * scale) @ key.mT
+    block, head, i, j = (
+        torch.arange(n).view([-1 if a == axis else 1 for a in range(4)]) for axis, n in enumerate(scores.shape)
+    )
+    return score_mod(scores, block, head, i, j).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("flex", [flex_attention, as_documented])
+@pytest.mark.parametrize("name", LAYERS)
+def test_over_flex_attention(name, flex, monkeypatch):
+    """Where it runs it is compiled (flex_attention_runs). Here torch's own is called as it is, without derivatives,
+    which it does not have on a CPU; and what it is documented to compute, with them."""
+    module = testing.randomise(LAYERS[name]()).double()
+    x = torch.randn(2, DIM, 2 * BLOCK, BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs = (x.requires_grad_(), *module.parameters())
+    expected, calls = module(x), []
+    monkeypatch.setattr(halo_attention, "flex_attention_runs", lambda q, v: True)
+    monkeypatch.setattr(halo_attention, "_flex_attention", lambda: calls.append(1) or flex)
+    with torch.set_grad_enabled(flex is as_documented):
+        found = module(x)
+    assert calls
+    torch.testing.assert_close(found, expected, **EXACT)
+    if found.requires_grad:
+        grad = torch.randn_like(expected)
+        torch.testing.assert_close(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), **EXACT)
+
+
+def test_flex_attention_runs_on_no_cpu():
+    q = torch.zeros(3, 1, 9, 16)
+    assert not halo_attention.flex_attention_runs(q, q)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_empty_batch(name):
+    module = testing.randomise(LAYERS[name]())
+    x = torch.zeros(0, DIM, 2 * BLOCK, BLOCK, requires_grad=True)
+    y = module(x)
+    assert y.shape == (0, y.shape[1], 2 * BLOCK, BLOCK)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not any(p.grad.any() for p in module.parameters())

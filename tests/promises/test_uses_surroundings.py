@@ -22,6 +22,7 @@ from uses_layers import (
     FEW,
     LAYERS,
     MAIN,
+    OF_TORCH,
     assert_close,
     assert_same_bits,
     batch,
@@ -122,8 +123,7 @@ def test_a_recorder_of_operators_sees_the_layer(name):
             step(name)
         seen[backend] = {operator.split(".")[0] for operator in mode.seen}
     assert "aia_kernels" not in seen["reference"] and "aten" in seen["reference"]
-    own = not name.startswith(("PositionLinear", "ChannelLinear", "Efficient"))  # products of torch on every backend
-    if own and aia_kernels.available_backends()["cpu"] is None:
+    if not name.startswith(OF_TORCH) and aia_kernels.available_backends()["cpu"] is None:
         assert "aia_kernels" in seen["auto"]
 
 
@@ -287,7 +287,7 @@ def test_autocast_around_backward_alone(name):
     y = module(x)
     with torch.autocast("cpu", torch.bfloat16):
         y.backward(towards(y))
-    if any(kind in name for kind in ("Token", "MultiHead", "ExternalAttention2d", "ChannelLinear")):
+    if name.startswith(("Token", "MultiHead", "ExternalAttention2d", "ChannelLinear", "CATT", "CaaM", "Halo")):
         return  # torch's own products around the passes follow autocast there
     assert_same_bits(left_by(module, x, y), plain_step(name))
 

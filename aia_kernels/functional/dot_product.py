@@ -1,0 +1,90 @@
+"""PyTorch's scaled_dot_product_attention, with the derivatives that its fused kernel on a CPU does not have: second
+ones and those of forward mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..algorithms.double_backward import backward_is_followed, gradients
+from ..common.autocast import autocast_dtype, no_autocast
+from ..common.layouts import save, saved
+from ..common.tracing import is_traced, needs_reference
+
+#: What torch._fused_sdp_choice calls the fused kernel.
+_FUSED = 1
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shown: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """o = softmax(scale q k^T) v of each head.
+
+    Args:
+        query: [B, heads, N, d], floating-point.
+        key: [B, heads, L, d].
+        value: [B, heads, L, v].
+        shown: Boolean, spread over [B, heads, N, L]: True where a key takes part; None: all do. Where none does, o is
+            0.
+        dropout: Its probability, on the map of attention.
+        scale: None: 1 over the root of d.
+
+    Returns:
+        o, [B, heads, N, v].
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if needs_reference() and not dropout:
+        return formula(query, key, value, shown, scale)
+    if query.device.type == "cpu" and not dropout and not is_traced() and torch.is_grad_enabled():
+        if (dtype := autocast_dtype(query)) is not None:
+            query, key, value = (t.to(dtype) for t in (query, key, value))
+        with no_autocast(query):
+            chosen = torch._fused_sdp_choice(query, key, value, shown, 0.0, False, scale=scale)
+            if chosen == _FUSED and any(t.requires_grad for t in (query, key, value)):
+                return _Fused.apply(query, key, value, shown, scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=shown, dropout_p=dropout, scale=scale)
+
+
+def formula(query: Tensor, key: Tensor, value: Tensor, shown: Tensor | None, scale: float) -> Tensor:
+    """o in operators that are differentiable as often as wanted."""
+    logits = (query * scale) @ key.mT
+    if shown is None:
+        return logits.softmax(-1) @ value
+    attention = logits.masked_fill(~shown, -torch.inf).softmax(-1)
+    return attention.masked_fill(~shown.any(-1, keepdim=True), 0.0) @ value
+
+
+class _Fused(torch.autograd.Function):
+    """The kernel of a CPU, and the formula where its backward is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, shown: Tensor | None, scale: float) -> Tensor:
+        mask = None
+        if shown is not None:
+            mask = query.new_zeros(shown.shape).masked_fill_(~shown, -torch.inf)
+        given = query, key, value, 0.0, False
+        o, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, attn_mask=mask, scale=scale)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        save(ctx, query, key, value, shown, mask, o, total)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:
+            return (None,) * 5
+        query, key, value, shown, mask, o, total = saved(ctx)
+        if backward_is_followed():
+            function = lambda q, k, v: formula(q, k, v, shown, ctx.scale)  # noqa: E731
+            return *gradients(function, (query, key, value), ctx.needs_input_grad[:3], grad), None, None
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        given = grad, query, key, value, o, total, 0.0, False
+        return *backward(*given, attn_mask=mask, scale=ctx.scale), None, None
