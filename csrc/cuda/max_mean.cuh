@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/max_first.h"
-#include "launch.cuh"
+#include "vector.cuh"
 
 namespace aia::cuda {
 
@@ -32,6 +32,8 @@ struct MaxMean {
 // that beats the maximum, a NaN among them, is one that changes it.
 template <class A>
 struct Extreme {
+  static constexpr bool kIndexed = true;
+  using Known = Vector<A, 2>;
   A value, sum;
   int index;
 
@@ -45,6 +47,25 @@ struct Extreme {
     value = larger;
     sum += next.sum;
   }
+  __device__ __forceinline__ Known known() const { return {value, sum}; }
+  static __device__ __forceinline__ Extreme of_known(const Known& known, int index) {
+    return {known.at[0], known.at[1], index};
+  }
+};
+
+// A sum, as a part of the same kind.
+template <class A>
+struct Plus {
+  static constexpr bool kIndexed = false;
+  using Known = A;
+  A sum;
+
+  static __device__ __forceinline__ Plus none() { return {0}; }
+  static __device__ __forceinline__ Plus of(A first) { return {first}; }
+  __device__ __forceinline__ void add(A next, int) { sum += next; }
+  __device__ __forceinline__ void merge(const Plus& next) { sum += next.sum; }
+  __device__ __forceinline__ Known known() const { return sum; }
+  static __device__ __forceinline__ Plus of_known(Known known, int) { return {known}; }
 };
 
 }  // namespace aia::cuda

@@ -62,6 +62,10 @@ int pool(const Shape& shape, const void* x, int context, Gate gate, void* pooled
 
 int unpool_reduce(const Shape& shape, const void* x, Unpooled unpooled, int gate_context, void* grad_gate,
                   void* stream) {
+  if (gate_context == kSpacetime) {
+    const int error = unpool_reduce_by_strips(shape, x, unpooled, grad_gate, stream);
+    if (error >= 0) return error;
+  }
   return with_scalar(shape.scalar, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;

@@ -1,10 +1,17 @@
-// A pool of x * G over T, over H and over W at once, of planes that a block holds whole: G is 1 or a gate over C, x in
-// planes, of 16 or 32 bits. A thread owns a strip, V neighbours in each of kRows rows below each other, and walks with
-// it over T (walk.cuh).
+// Reductions over T, over H and over W at once, of planes that a block holds whole: pool of x * G, where G is 1 or a
+// gate over C, and the sum of x * U, where U is unpooled over C. x lies in planes and has 16 or 32 bits. A thread owns
+// a strip, V neighbours in each of kRows rows below each other, and walks with it over T (walk.cuh).
 //
-// Rows come in whole strips. What it knows over T stays in registers. Of each frame it leaves what it knows of each of
-// its rows and of each of its columns in shared memory; these are merged there, by a thread for each row and each
-// column of the planes.
+// Rows come in whole strips. What a thread knows over T stays in registers. Of each frame it leaves what it knows of
+// each of its rows and of each of its columns in shared memory; these are merged there, by a thread for each row and
+// each column of the planes.
+//
+// A Pass says what is reduced:
+//   Pass::Part                what is known of some elements: none(), of(value), add(value, index), merge; and in
+//   shared
+//                             memory known(), of type Known, beside an index where it has one (kIndexed)
+//   pass.values(walk, r, x)   of the vector in row r of the frame, which loaded x
+//   pass.store<V>(k, parts, per_length)   the results of V lines from element k of the maps on
 #include "strips.h"
 
 #include "max_mean.cuh"
@@ -34,18 +41,31 @@ struct StripPlanes {
   }
 };
 
-// Where the results of a clip go.
-template <class A>
-struct PooledMaps {
+// pool, of one clip.
+template <class A, bool kGated>
+struct PoolPass {
+  using Part = Extreme<A>;
+  const A* gate;  // [T, H, W]
   A *maximum, *mean;
   uint8_t* argmax;
 
-  __device__ __forceinline__ PooledMaps(A* pooled, uint8_t* argmax, int64_t clip, int packed)
-      : maximum(pooled + 2 * clip * packed), mean(maximum + packed), argmax(argmax + clip * packed) {
-    opaque(maximum), opaque(mean), opaque(this->argmax);
+  __device__ __forceinline__ PoolPass(const Volume<A>& v, int64_t clip, const A* gate, A* pooled, uint8_t* argmax)
+      : gate(kGated ? gate + clip * v.packed(kChannel) : gate),
+        maximum(pooled + 2 * clip * v.packed(kSpacetime)),
+        mean(maximum + v.packed(kSpacetime)),
+        argmax(argmax + clip * v.packed(kSpacetime)) {
+    opaque(this->gate), opaque(maximum), opaque(mean), opaque(this->argmax);
+  }
+  template <int V, class T, class At>
+  __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V>& x) const {
+    Vector<A, V> factors, found;
+    if constexpr (kGated) factors = load_vector<V>(gate + walk.of_vector(r).channel_map);
+#pragma unroll
+    for (int j = 0; j < V; ++j) found.at[j] = settled(kGated ? widen(x.at[j]) * factors.at[j] : widen(x.at[j]));
+    return found;
   }
   template <int V>
-  __device__ __forceinline__ void store(int k, const Extreme<A>* of, A per_length) const {
+  __device__ __forceinline__ void store(int k, const Part* of, A per_length) const {
     Vector<A, V> maxima, means;
     Vector<uint8_t, V> indices;
 #pragma unroll
@@ -60,6 +80,37 @@ struct PooledMaps {
   }
 };
 
+// unpool_reduce, of one clip: the sum over an axis, divided by the number of maps.
+template <class A>
+struct UnpooledSumPass {
+  using Part = Plus<A>;
+  ClipGradients<A> maps;  // [T, H, W]
+  A* sums;
+
+  __device__ __forceinline__ UnpooledSumPass(const Volume<A>& v, int64_t clip, const UnpooledField<A>& field, A* sums)
+      : maps(field, clip, v.packed(kChannel)), sums(sums + clip * v.packed(kSpacetime)) {
+    opaque(this->sums);
+  }
+  template <int V, class T, class At>
+  __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V>& x) const {
+    MapGradient<A, int, V, false> gradient;
+    gradient.load(maps, walk.of_vector(r).channel_map);
+    Vector<A, V> found{};
+    gradient.add_mean(found, walk.v.per_c);
+    gradient.add_maximum(found, walk.p.channel());
+#pragma unroll
+    for (int j = 0; j < V; ++j) found.at[j] *= widen(x.at[j]);
+    return found;
+  }
+  template <int V>
+  __device__ __forceinline__ void store(int k, const Part* of, A) const {
+    Vector<A, V> found;
+#pragma unroll
+    for (int j = 0; j < V; ++j) found.at[j] = of[j].sum * (A(1) / kSpacetime);
+    store_vector(sums + k, found);
+  }
+};
+
 // A row or a column of a plane, as parts of it lie in shared memory.
 struct StripLine {
   int first, step, count, length;  // of parts, each so many elements long
@@ -67,16 +118,15 @@ struct StripLine {
   bool over_h;
 };
 
-template <class T, int V, int kRows, bool kGated, class A = Accumulate<T>>
+template <class T, int V, int kRows, class Pass, class A = Accumulate<T>>
 class Strip {
  public:
-  // gate: of the clip.
-  __device__ __forceinline__ Strip(const StripPlanes<A>& at, const PooledMaps<A>& to, const A* gate, int tile)
-      : at_(at), to_(to), gate_(gate), first_plane_(tile * at.planes), walk_(at.v, position()) {
-    AIA_SHARED(Known, known, kStripThreads * (kRows + V) + V);
-    AIA_SHARED(uint8_t, places, kStripThreads*(kRows + V) + V);
+  __device__ __forceinline__ Strip(const StripPlanes<A>& at, const Pass& pass, int tile)
+      : at_(at), pass_(pass), first_plane_(tile * at.planes), walk_(at.v, position()) {
+    constexpr int kMost = kStripThreads * (kRows + V) + V;
+    AIA_SHARED(Known, known, kMost);
+    AIA_SHARED(uint8_t, places, Part::kIndexed ? kMost : 1);
     known_ = known, places_ = places;
-    opaque(gate_);
 #pragma unroll
     for (int i = 0; i < kStripLines; ++i) lines_[i] = line(threadIdx.x + i * kStripThreads);
   }
@@ -84,11 +134,11 @@ class Strip {
   __device__ __forceinline__ void run(const T* x) {
     const Ahead<T, V, kRows, kStripThreads> ahead(x);
     ahead.begin(walk_);
-    Extreme<A> over_t[kRows][V];
+    Part over_t[kRows][V];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int j = 0; j < V; ++j) over_t[r][j] = Extreme<A>::none();
+      for (int j = 0; j < V; ++j) over_t[r][j] = Part::none();
 #pragma unroll 1
     for (; walk_.p.t < at_.v.T; walk_.move()) {
       Vector<T, V> taken[kRows];
@@ -102,11 +152,12 @@ class Strip {
     }
     if (!walk_.has_vectors()) return;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) to_.template store<V>(walk_.of_vector(r).t_map, over_t[r], at_.v.per_t);
+    for (int r = 0; r < kRows; ++r) pass_.template store<V>(walk_.of_vector(r).t_map, over_t[r], at_.v.per_t);
   }
 
  private:
-  using Known = Vector<A, 2>;  // maximum and sum of a part of a line
+  using Part = typename Pass::Part;
+  using Known = typename Part::Known;
 
   // Of threads without a strip, below the last row.
   __device__ __forceinline__ Position position() const {
@@ -135,87 +186,91 @@ class Strip {
     return {(plane * at_.down * kRows + rest) * at_.across, 1, at_.across, V, v.w_map(p), frames * v.H, false};
   }
 
-  __device__ __forceinline__ void keep(int part, const Extreme<A>& of) const {
-    known_[part] = {of.value, of.sum};
-    places_[part] = static_cast<uint8_t>(of.index);
+  template <int N>
+  __device__ __forceinline__ void keep(int first, const Part* of) const {
+    Vector<Known, N> known;
+    Vector<uint8_t, N> places;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      known.at[j] = of[j].known();
+      if constexpr (Part::kIndexed) places.at[j] = static_cast<uint8_t>(of[j].index);
+    }
+    store_vector(known_ + first, known);
+    if constexpr (Part::kIndexed) store_vector(places_ + first, places);
   }
 
   // One frame of the strip.
-  __device__ __forceinline__ void meet(const Vector<T, V> (&taken)[kRows], Extreme<A> (&over_t)[kRows][V]) const {
+  __device__ __forceinline__ void meet(const Vector<T, V> (&taken)[kRows], Part (&over_t)[kRows][V]) const {
     const Position& p = walk_.p;
     const int plane = p.o - first_plane_, row = plane * at_.down * kRows + p.h;
-    Extreme<A> of_columns[V];
+    Part of_columns[V];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      Vector<A, V> factors;
-      if constexpr (kGated) factors = load_vector<V>(gate_ + walk_.of_vector(r).channel_map);
-      Extreme<A> of_row;
+      const Vector<A, V> values = pass_.template values<V>(walk_, r, taken[r]);
+      Part of_row;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        A value = widen(taken[r].at[j]);
-        if constexpr (kGated) value *= factors.at[j];
-        value = settled(value);
+        const A value = values.at[j];
         over_t[r][j].add(value, p.t);
         if (j == 0)
-          of_row = Extreme<A>::of(value);
+          of_row = Part::of(value);
         else
           of_row.add(value, j);
         if (r == 0)
-          of_columns[j] = Extreme<A>::of(value);
+          of_columns[j] = Part::of(value);
         else
           of_columns[j].add(value, r);
       }
-      keep((row + r) * at_.across + p.w / V, of_row);
+      keep<1>((row + r) * at_.across + p.w / V, &of_row);
     }
-    const int column = row_parts() + (row / kRows) * at_.v.W + p.w;
-    Vector<Known, V> parts;
-    Vector<uint8_t, V> first;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      parts.at[j] = {of_columns[j].value, of_columns[j].sum};
-      first.at[j] = static_cast<uint8_t>(of_columns[j].index);
-    }
-    store_vector(known_ + column, parts);
-    store_vector(places_ + column, first);
+    keep<V>(row_parts() + (row / kRows) * at_.v.W + p.w, of_columns);
   }
 
   // Merges the next parts of a line.
   template <int kParts>
-  __device__ __forceinline__ void merge(Extreme<A>& total, int& part, int step) const {
+  __device__ __forceinline__ void merge(Part& total, int& part, int step) const {
     Known next[kParts];
     int at[kParts];
 #pragma unroll
     for (int i = 0; i < kParts; ++i, part += step) next[i] = known_[at[i] = part];
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) total.merge({next[i].at[0], next[i].at[1], at[i]});
+    for (int i = 0; i < kParts; ++i) total.merge(Part::of_known(next[i], at[i]));
   }
 
   // Merges the parts of a line, of the frame that they are of.
   __device__ __forceinline__ void finish(StripLine& line) const {
     if (line.count == 0) return;
-    const Known start = known_[line.first];
-    Extreme<A> total{start.at[0], start.at[1], line.first};
+    Part total = Part::of_known(known_[line.first], line.first);
     int part = line.first + line.step, left = line.count - 1;
 #pragma unroll 1
     for (; left >= kStripParts - 1; left -= kStripParts - 1) merge<kStripParts - 1>(total, part, line.step);
 #pragma unroll 1
     for (; left > 0; --left) merge<1>(total, part, line.step);
-    int before = total.index - line.first;
-    if (line.over_h) before = at_.by_w.divide(before);
-    total.index = before * line.length + places_[total.index];
-    to_.template store<1>(line.map, &total, line.over_h ? at_.v.per_h : at_.v.per_w);
+    if constexpr (Part::kIndexed) {
+      int before = total.index - line.first;
+      if (line.over_h) before = at_.by_w.divide(before);
+      total.index = before * line.length + places_[total.index];
+    }
+    pass_.template store<1>(line.map, &total, line.over_h ? at_.v.per_h : at_.v.per_w);
     line.map += line.frame;
   }
 
   const StripPlanes<A>& at_;
-  const PooledMaps<A>& to_;
-  const A* gate_;
+  const Pass& pass_;
   int first_plane_;
   Walk<A, kRows, Across::kRows> walk_;
   StripLine lines_[kStripLines];
   Known* known_;
   uint8_t* places_;
 };
+
+// The part of a kernel that all passes share: `pass` of the clip.
+template <class T, int V, int kRows, class Pass, class A>
+__device__ __forceinline__ void walk_in_strips(const StripPlanes<A>& at, const T* x, int64_t clip, const Pass& pass) {
+  const T* from = x + clip * at.v.size();
+  opaque(from);
+  Strip<T, V, kRows, Pass>(at, pass, blockIdx.x % at.tiles).run(from);
+}
 
 template <class T, int V, int kRows, bool kGated, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kStripThreads, 2)
@@ -226,55 +281,71 @@ __global__ void __launch_bounds__(kStripThreads, 2)
                        uint8_t* __restrict__ argmax)  // [B, M]
 {
   const int64_t clip = blockIdx.x / at.tiles;
-  const PooledMaps<A> to(pooled, argmax, clip, at.v.packed(kSpacetime));
-  const T* from = x + clip * at.v.size();
-  opaque(from);
-  Strip<T, V, kRows, kGated> strip(at, to, kGated ? gate + clip * at.v.packed(kChannel) : gate, blockIdx.x % at.tiles);
-  strip.run(from);
+  walk_in_strips<T, V, kRows>(at, x, clip, PoolPass<A, kGated>(at.v, clip, gate, pooled, argmax));
 }
 
-// A call, and how its kernel is found.
-struct StripPool {
-  const Shape& shape;
-  const void *x, *gate;
-  void *pooled, *argmax, *stream;
+template <class T, int V, int kRows, class A = Accumulate<T>>
+__global__ void __launch_bounds__(kStripThreads, 2)
+    unpool_reduce_strips_kernel(StripPlanes<A> at,
+                                const T* __restrict__ x,  // [B, T, C, H, W] in its order of storage
+                                UnpooledField<A> field,
+                                A* __restrict__ sums)  // [B, M]
+{
+  const int64_t clip = blockIdx.x / at.tiles;
+  walk_in_strips<T, V, kRows>(at, x, clip, UnpooledSumPass<A>(at.v, clip, field, sums));
+}
 
-  template <class T>
-  int run() const {
-    const int packed = Volume<Accumulate<T>>(shape).packed(kSpacetime);
-    if (shape.W % 4 == 0 && packed % 4 == 0 && shape.H % 4 == 0) return with_gate<T, 4, 4>();
-    if (shape.H % 7 != 0) return -1;
-    if (shape.W % 2 == 0 && packed % 2 == 0) return with_gate<T, 2, 7>();
-    return sizeof(T) == 4 || shape.C % 2 == 0 ? with_gate<T, 1, 7>() : -1;
+// Calls body(type, V, rows) for the strips in which x can be met beside float32 maps at aligned addresses; else -1.
+template <class T, class Body>
+int with_strips(const Shape& shape, Body&& body) {
+  using std::integral_constant;
+  const int packed = Volume<Accumulate<T>>(shape).packed(kSpacetime);
+  const auto four = integral_constant<int, 4>{};
+  const auto seven = integral_constant<int, 7>{};
+  if (shape.W % 4 == 0 && packed % 4 == 0 && shape.H % 4 == 0) return body(T{}, four, four);
+  if (shape.H % 7 != 0) return -1;
+  if (shape.W % 2 == 0 && packed % 2 == 0) return body(T{}, integral_constant<int, 2>{}, seven);
+  return sizeof(T) == 4 || shape.C % 2 == 0 ? body(T{}, integral_constant<int, 1>{}, seven) : -1;
+}
+
+template <class Body>
+int in_strips(const Shape& shape, bool served, std::initializer_list<const void*> addresses, Body&& body) {
+  if (!served || shape.order == Order::kTHWC || !are_aligned(addresses)) return -1;
+  switch (shape.scalar) {
+    case Scalar::kFloat32: return with_strips<float>(shape, body);
+    case Scalar::kBFloat16: return with_strips<BFloat16>(shape, body);
+    case Scalar::kFloat16: return with_strips<Float16>(shape, body);
+    default: return -1;
   }
-  template <class T, int V, int kRows>
-  int with_gate() const {
-    return gate ? queue<T, V, kRows, true>() : queue<T, V, kRows, false>();
-  }
-  template <class T, int V, int kRows, bool kGated>
-  int queue() const {
-    using A = Accumulate<T>;
-    const StripPlanes<A> at(shape, V, kRows);
-    if (at.planes == 0) return -1;
-    return launch(pool_strips_kernel<T, V, kRows, kGated>, shape.B * at.tiles, kStripThreads, stream, at,
-                  static_cast<const T*>(x), static_cast<const A*>(gate), static_cast<A*>(pooled),
-                  static_cast<uint8_t*>(argmax));
-  }
-};
+}
 
 }  // namespace
 
 int pool_by_strips(const Shape& shape, const void* x, Gate gate, void* pooled, void* argmax, int index_bytes,
                    void* stream) {
-  const bool served = shape.order != Order::kTHWC && gate.context != kSpacetime && index_bytes == 1;
-  if (!served || !are_aligned({x, gate.maps, pooled, argmax})) return -1;
-  const StripPool call{shape, x, gate.maps, pooled, argmax, stream};
-  switch (shape.scalar) {
-    case Scalar::kFloat32: return call.run<float>();
-    case Scalar::kBFloat16: return call.run<BFloat16>();
-    case Scalar::kFloat16: return call.run<Float16>();
-    default: return -1;
-  }
+  const bool served = gate.context != kSpacetime && index_bytes == 1;
+  return in_strips(shape, served, {x, gate.maps, pooled, argmax}, [&](auto type, auto V, auto rows) {
+    using T = decltype(type);
+    const StripPlanes<float> at(shape, V.value, rows.value);
+    const auto run = [&](auto kernel) {
+      if (at.planes == 0) return -1;
+      return launch(kernel, shape.B * at.tiles, kStripThreads, stream, at, static_cast<const T*>(x),
+                    static_cast<const float*>(gate.maps), static_cast<float*>(pooled), static_cast<uint8_t*>(argmax));
+    };
+    return gate.maps ? run(pool_strips_kernel<T, V.value, rows.value, true>)
+                     : run(pool_strips_kernel<T, V.value, rows.value, false>);
+  });
+}
+
+int unpool_reduce_by_strips(const Shape& shape, const void* x, Unpooled unpooled, void* sums, void* stream) {
+  const bool served = unpooled.context == kChannel;
+  return in_strips(shape, served, {x, unpooled.grad, unpooled.argmax, sums}, [&](auto type, auto V, auto rows) {
+    using T = decltype(type);
+    const StripPlanes<float> at(shape, V.value, rows.value);
+    if (at.planes == 0) return -1;
+    return launch(unpool_reduce_strips_kernel<T, V.value, rows.value>, shape.B * at.tiles, kStripThreads, stream, at,
+                  static_cast<const T*>(x), UnpooledField<float>(unpooled), static_cast<float*>(sums));
+  });
 }
 
 }  // namespace aia::cuda

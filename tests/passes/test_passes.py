@@ -120,9 +120,10 @@ def gated_pool_agrees(passes, plain, x, context, gate_context):
 
 
 @each((CUDA, STRIPS))
-def test_pool_by_strips(passes, plain, case):
+def test_reductions_by_strips(passes, plain, case):
     pool_agrees(passes, plain, activation(case), maps.SPACETIME)
     gated_pool_agrees(passes, plain, activation(case), maps.SPACETIME, maps.CHANNEL)
+    unpool_reduce_agrees(passes, plain, activation(case), maps.CHANNEL, maps.SPACETIME)
 
 
 @each(*SPECIAL)
