@@ -36,7 +36,7 @@ WIDTHS = (
     r"EELi(\d+)E",
     rf"(reduce_columns)ILi\d+ENS0_\S*?(?:StatisticsOp|RowGradientOp|TokenOp|ColumnOp|ReduceOp)I({_TYPE})Li(\d+)E",
     rf"(reduce_rows)INS0_\S*?RowOpI({_TYPE})Li(\d+)E",
-    rf"(elements_kernel)ILi\d+ENS0_\S*?OpI({_TYPE})Li(\d+)E",
+    rf"(elements_kernel)ILi\d+ENS\d_\S*?OpI({_TYPE})Li(\d+)E",
 )
 #: Those that store as they load.
 STORING = (
