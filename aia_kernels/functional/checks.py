@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.autocast import autocast_dtype
 from ..common.dtypes import DTYPES
 
 
@@ -48,6 +49,16 @@ def check_at_least_one(**sizes: Any) -> None:
 def check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: got {value!r}, expected a number")
+
+
+def check_beside(name: str, value: Tensor, parameter: Any) -> None:
+    """Refuse a tensor of another device than a parameter, or of another type where no autocast brings them together."""
+    if not isinstance(parameter, Tensor):
+        return
+    if value.device != parameter.device:
+        raise ValueError(f"{name}: got device {value.device}, expected that of the parameters, {parameter.device}")
+    if value.dtype != parameter.dtype and autocast_dtype(value) is None:
+        raise TypeError(f"{name}: got {value.dtype}, expected the type of the parameters, {parameter.dtype}")
 
 
 def check_clips(x: Tensor, num_segments: int) -> int:

@@ -26,7 +26,7 @@ from . import sharded
 from .checks import check_tensor
 from .external_attention import without_effect
 from .external_attention_checks import check_eps, check_parameter, checked_padding, refuse_an_empty_shard
-from .linear_attention_checks import channels_of, check_keys, checked_biases, checked_input
+from .linear_attention_checks import channels_of, check_keys, check_residual, checked_biases, checked_input
 
 FAMILY = "linear_attention"
 
@@ -83,6 +83,7 @@ def linear_attention(
     if (y := _of_shards(linear_attention, x, tensors, padding_mask, process_group, settings)) is not None:
         return y
     heads, c = checked_input(x, heads), channels_of(x)
+    check_residual(residual)
     if feature not in MAPS:
         raise ValueError(f"feature: got {feature!r}, expected 'l2' or 'softplus'")
     check_eps(eps)
@@ -139,6 +140,7 @@ def efficient_attention(
     if (y := _of_shards(efficient_attention, x, tensors, padding_mask, process_group, settings)) is not None:
         return y
     heads, c = checked_input(x, heads), channels_of(x)
+    check_residual(residual)
     query_bias, key_bias, value_bias, reprojection_bias = checked_biases(biases, 4)
     check_keys(x, query, key, query_bias, key_bias, heads)
     check_tensor("value", value)

@@ -35,6 +35,12 @@ def checked_biases(biases: Any, count: int) -> Sequence[Tensor | None]:
     return biases
 
 
+def check_residual(residual: Any) -> None:
+    """Whether x is added is said by a bool, and nothing else is taken for one."""
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual: got {residual!r}, expected a bool")
+
+
 def check_keys(
     x: Tensor, query: Tensor, key: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, heads: int
 ) -> None:

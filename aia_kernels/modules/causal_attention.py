@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_at_least_one, check_tensor
+from ..functional.checks import check_at_least_one, check_beside, check_tensor
 from ..functional.dot_product import dot_product_attention
+from ..functional.external_attention_checks import check_dropout
 from .submodules import can_be_read
 
 
@@ -42,6 +43,7 @@ class CausalAttention(nn.Module):
         super().__init__()
         _check_heads(dim, heads)
         check_at_least_one(slots=slots)
+        check_dropout(dropout)
         self.heads, self.dropout = heads, dropout
         self.att = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")})
         self.M = nn.Parameter(torch.rand(1, slots, dim) / 100)
@@ -54,6 +56,7 @@ class CausalAttention(nn.Module):
             check_tensor(name, t)
             if t.ndim != 3 or t.shape[2] != dim or t.shape[0] != h.shape[0]:
                 raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected [{h.shape[0]}, N, {dim}]")
+            check_beside(name, t, self.M)
         shown = None if mask is None else _shown(mask, context)
         dropout: Any = getattr(self.att, "dropout", self.dropout if self.training else 0.0)
         att: Any = self.att  # a ModuleDict, or the module of a converted layer
@@ -108,6 +111,7 @@ class ComplementAttention(nn.Module):
         check_tensor("x", x)
         if x.ndim != 3 or x.shape[2] != self.proj.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, {self.proj.in_features}]")
+        check_beside("x", x, getattr(self.proj, "weight", None))
         query, key, value = self.qkv(x).chunk(3, -1)
         both = (_attend(q, key, value, self.num_heads, self.attn_drop, scale=self.scale) for q in (query, -query))
         causal, complement = (self.proj_drop(self.proj(o)) for o in both)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.tracing import needs_reference
-from ..functional.checks import check_at_least_one, check_tensor
+from ..functional.checks import check_at_least_one, check_beside, check_tensor
 from ..functional.dot_product import dot_product_attention
 
 
@@ -53,7 +53,7 @@ class HaloAttention(nn.Module):
         self.to_out = nn.Linear(dim_head * heads, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_maps(x, self.dim, self.block_size)
+        _check_maps(x, self.dim, self.block_size, self.rel_pos_emb.rel_height)
         by_position = x.movedim(1, -1)
         q = self.to_q(by_position) * self.scale
         k, v = self.to_kv(by_position).chunk(2, -1)
@@ -113,7 +113,7 @@ class HaloAttn(nn.Module):
             nn.init.trunc_normal_(table, std=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_maps(x, self.dim, self.block_size)
+        _check_maps(x, self.dim, self.block_size, self.pos_embed.height_rel)
         q = self.q(x).movedim(1, -1)
         # As published, each head has its keys and its values side by side.
         kv = self.kv(x).movedim(1, -1).unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
@@ -212,9 +212,10 @@ def _heads_first(t: Tensor, heads: int) -> Tensor:
     return t.unflatten(-1, (heads, -1)).movedim(-2, 1)
 
 
-def _check_maps(x: Tensor, channels: int, block: int) -> None:
+def _check_maps(x: Tensor, channels: int, block: int, parameter: Any) -> None:
     check_tensor("x", x)
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
     if x.shape[2] % block or x.shape[3] % block or not x.shape[2] * x.shape[3]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected H and W multiples of block_size = {block}, not 0")
+    check_beside("x", x, parameter)

@@ -99,6 +99,16 @@ def test_dropout_in_training_alone():
         (lambda: CausalAttention(6, 2)(torch.randn(2, 3, 5)), ValueError, r"h: got shape \(2, 3, 5\)"),
         (lambda: CausalAttention(6, 2)(*torch.randn(2, 2, 3, 6), torch.ones(2, 3)), TypeError, "mask: got torch.float"),
         (lambda: CausalAttention(6, 2)(*torch.randn(2, 2, 3, 6), torch.ones(2, 2).bool()), ValueError, "mask: got sh"),
+        (lambda: CausalAttention(6, 2, dropout=1.5), ValueError, "dropout: got 1.5, expected a probability"),
+        (lambda: CausalAttention(6, 2)(torch.randn(2, 3, 6).double()), TypeError, "h: got torch.float64, expected the"),
+        (lambda: CausalAttention(6, 2)(torch.randn(2, 3, 6).int()), TypeError, "h: got torch.int32"),
+        (
+            lambda: CausalAttention(6, 2)(torch.randn(2, 3, 6), torch.randn(2, 3, 6, device="meta")),
+            ValueError,
+            "context: got device meta, expected that of the parameters, cpu",
+        ),
+        (lambda: ComplementAttention(6, 2)(torch.randn(2, 3, 6).half()), TypeError, "x: got torch.float16"),
+        (lambda: ComplementAttention(6, 2)([1.0]), TypeError, "x: got list, expected a tensor"),
         (lambda: ComplementAttention(6, 4), ValueError, "dim: got 6"),
         (lambda: ComplementAttention(6, 2)(torch.randn(2, 6)), ValueError, r"x: got shape \(2, 6\)"),
     ],
@@ -106,6 +116,41 @@ def test_dropout_in_training_alone():
 def test_bad_input(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("n", [0, 1, N])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("dim, heads", [(DIM, HEADS), (1, 1)])
+def test_few_tokens_one_channel_and_extreme_logits(n, scale, dim, heads):
+    """In float32, against the formula in float64: logits of up to 1e8 leave one key for each query."""
+    module = testing.randomise(CausalAttention(dim, heads, SLOTS))
+    h = scale * torch.randn(2, n, dim, generator=torch.Generator().manual_seed(0))
+    found = module(h)
+    module, h = module.double(), h.double()
+    att = module.att
+    q, k, v = (att[name](h) for name in ("query", "key", "value"))
+
+    def of(k, v):
+        apart = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        logits = apart[0] @ apart[1].mT / (dim // heads) ** 0.5
+        return ((logits - logits.amax(-1, keepdim=True)).softmax(-1) @ apart[2]).transpose(1, 2).flatten(2)
+
+    across = of(*(att[name](module.M).expand(2, -1, -1) for name in ("key", "value")))
+    inside = of(k, v) if n else across
+    expected = module.fc(torch.cat((inside, across), -1)).float()
+    # A logit has rounding errors of 1e-7 of its size, which decide where two keys are that near: none here are.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("make", [lambda: CausalAttention(DIM, HEADS, SLOTS), lambda: ComplementAttention(DIM, HEADS)])
+def test_nan_stays_in_its_sample(make):
+    module, (h,) = testing.randomise(make()).double(), tensors("cpu", N)
+    h = h.detach()
+    expected = both(module)(h)
+    h[0, 2, 1] = torch.nan
+    found = both(module)(h)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1], expected[1], **EXACT)
 
 
 def both(module):

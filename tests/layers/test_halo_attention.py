@@ -106,6 +106,8 @@ def test_low_precision_leaves_padding_out(dtype):
 @pytest.mark.parametrize(
     "make, words",
     [
+        (lambda: LAYERS["timm"]()(torch.randn(1, DIM, 0, 3)), "multiples of block_size = 3, not 0"),
+        (lambda: LAYERS["timm"]()(torch.randn(1, DIM, 3, 3, device="meta")), "x: got device meta, expected that of"),
         (lambda: LAYERS["timm"]()(torch.randn(1, DIM, 4, 3)), "multiples of block_size = 3"),
         (lambda: LAYERS["timm"]()(torch.randn(1, 5, 3, 3)), r"x: got shape \(1, 5, 3, 3\), expected \[B, 6, H, W\]"),
         (lambda: LAYERS["halonet-pytorch"]()(torch.randn(6, 3, 3)), r"x: got shape \(6, 3, 3\)"),
@@ -116,6 +118,20 @@ def test_low_precision_leaves_padding_out(dtype):
 def test_bad_input(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bad_types(name):
+    for x, words in (
+        (torch.zeros(1, DIM, 3, 3, dtype=torch.int64), "x: got torch.int64"),
+        (
+            torch.zeros(1, DIM, 3, 3).double(),
+            "x: got torch.float64, expected the type of the parameters",
+        ),
+        (None, "x: got NoneType, expected a tensor"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            LAYERS[name]()(x)
 
 
 def as_documented(query, key, value, score_mod, scale):

@@ -290,6 +290,8 @@ def test_bad_input(feature, arguments, error, words):
 def test_bad_settings():
     x, p = tokens(), parameters("l2")
     matrices = [p[name] for name in ("query", "key", "value")]
+    with pytest.raises(TypeError, match="residual: got None, expected a bool"):
+        call("l2", tokens(), parameters("l2"), residual=None)
     with pytest.raises(ValueError, match="feature: got 'softmax', expected 'l2' or 'softplus'"):
         functional.linear_attention(x, *matrices, feature="softmax")
     with pytest.raises(ValueError, match=r"gamma: got shape \(2,\)"):
