@@ -7,6 +7,8 @@ float32 or float64, in eager mode: they may look at sizes and values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,8 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
 
     Without eps A is a softmax over slots of the logarithm of P: two operators forward and two backward, where a
     softmax, a sum and a division are three and some ten. Where no backward follows that saves little, and a division is
-    faster than an exponential. The sums are then looked at, and A made of logarithms if one is too small to divide by.
+    faster than an exponential; where few slots lie side by side a softmax over them is slow. The sums are then looked
+    at, and A made of logarithms if one is too small to divide by.
 
     Args:
         logits: float32 or float64.
@@ -39,7 +42,9 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
         A, in the shape and type of the logits.
     """
     followed = torch.is_grad_enabled() and logits.requires_grad
-    if not eps and (followed or logits.numel() <= _SMALL_MAP):
+    count, last = logits.shape[slots], slots in (-1, logits.ndim - 1)
+    slow = last and count < _FEW_SLOTS and logits.numel() > _FEW_ROWS * count
+    if not (eps or slow) and (followed or logits.numel() <= _SMALL_MAP):
         return logits.log_softmax(tokens).softmax(slots)
     p = logits.softmax(tokens)
     mass = p.sum(slots, keepdim=True)
@@ -57,8 +62,11 @@ def external_attention(
     b, n, _ = x.shape
     if eps or key_bias is not None or not 1 < key.shape[0] < _FEW_SLOTS or b * n <= _FEW_ROWS:
         return F.linear(double_normalize(F.linear(x, key, key_bias), eps), value, value_bias)
-    attention = double_normalize(torch.bmm(key.expand(b, -1, -1), x.mT), tokens=2, slots=1)
-    o = torch.bmm(attention.mT, value.mT.expand(b, -1, -1))
+    if b == 1:  # products of matrices, and no axis to expand and to sum over
+        o = (double_normalize(key @ x[0].mT, tokens=1, slots=0).mT @ value.mT).unsqueeze(0)
+    else:
+        attention = double_normalize(torch.bmm(key.expand(b, -1, -1), x.mT), tokens=2, slots=1)
+        o = torch.bmm(attention.mT, value.mT.expand(b, -1, -1))
     return o if value_bias is None else o + value_bias
 
 
@@ -80,6 +88,23 @@ def values_of_maps(x: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
         return (value @ attention).view(1, -1, *sizes)
     attention = double_normalize(torch.bmm(key.expand(b, -1, -1), x.flatten(2)), eps, tokens=2, slots=1)
     return torch.bmm(value.expand(b, -1, -1), attention).view(b, -1, *sizes)
+
+
+def values_by_convolutions(
+    x: Tensor, weights: Sequence[Tensor], biases: tuple[Tensor | None, Tensor | None], eps: float
+) -> Tensor:
+    """The same of maps x [B, C, H, W] by the convolutions of which K and V would be folded: two with their biases to
+    the logits, and one or two behind."""
+    first, second, value, *last = weights
+    logits = F.conv1d(F.conv2d(x, _of_rank(first, 4), biases[0]).flatten(2), _of_rank(second, 3), biases[1])
+    z = F.conv1d(double_normalize(logits, eps, tokens=2, slots=1), _of_rank(value, 3))
+    maps = z.reshape(*z.shape[:2], *x.shape[2:])
+    return F.conv2d(maps, _of_rank(last[0], 4)) if last else maps
+
+
+def _of_rank(weight: Tensor, rank: int) -> Tensor:
+    """The weight of a pointwise convolution, of another rank."""
+    return weight if weight.ndim == rank else weight.reshape(*weight.shape[:2], *(1,) * (rank - 2))
 
 
 def batch_norm(z: Tensor, norm: Norm) -> Tensor:

@@ -162,20 +162,20 @@ class ExternalAttention2d(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         convolutions, norm = self._parts()
         small = self._is_small(x, convolutions, norm)
-        if small and not self._folding_pays(x, convolutions):
-            return self._through_submodules(x, small)
         if not self._foldable(convolutions, norm):
             return self._through_submodules(x)
         weights = [held(conv, "weight") for conv in convolutions]  # each is read once, as it may be parametrized
+        biases = held(convolutions[0], "bias"), held(convolutions[1], "bias")
+        read: Any = norm_of(norm) if isinstance(norm, _BatchNorm) else norm
+        if small and not self._folding_pays(x, weights):
+            return self._finished(
+                x, self._normalized(plain.values_by_convolutions(x, weights, biases, EPS), norm, read)
+            )
         with no_autocast(x):
             first, second, value, *last = [weight.flatten(1) for weight in weights]
-            key = without_effect(second @ first, held(convolutions[0], "bias"), held(convolutions[1], "bias"))
-            value = last[0] @ value if last else value
-        read: Any = norm_of(norm) if isinstance(norm, _BatchNorm) else norm
+            key, value = without_effect(second @ first, *biases), last[0] @ value if last else value
         if small:
-            z = plain.values_of_maps(x, key, value, EPS)
-            fixed = isinstance(read, Norm) and not read.uses_batch
-            return self._finished(x, z if norm is None else plain.batch_norm(z, read) if fixed else norm(z))
+            return self._finished(x, self._normalized(plain.values_of_maps(x, key, value, EPS), norm, read))
         settings: dict[str, Any] = {"activation": self.activation, "residual": self.residual}
         return external_attention_block(x, key, value, read, eps=EPS, **settings)
 
@@ -206,11 +206,12 @@ class ExternalAttention2d(nn.Module):
             calls = self.BATCH_CALLS
         return plain_is_faster(x, (key, *of_norm), positions, columns, 0, calls)
 
-    def _folding_pays(self, x: Tensor, convolutions: list[Any]) -> bool:
+    @staticmethod
+    def _folding_pays(x: Tensor, weights: list[Tensor]) -> bool:
         """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs
-        c^2 k each. In evaluation it also spares calls of submodules, but its own operators are more in a backward."""
-        k, c = convolutions[1]._parameters["weight"].shape[:2]
-        saved = (len(convolutions) - 2) * c * c * (x.numel() // c - k)
+        c^2 k each. In evaluation its operators are the fewer ones, in a backward the more."""
+        k, c = weights[1].shape[:2]
+        saved = (len(weights) - 2) * c * c * (x.numel() // c - k)
         return saved * choices.PLAIN_CALLS > (choices.CALL_COST if torch.is_grad_enabled() else -choices.CALL_COST)
 
     def _foldable(self, convolutions: list[Any], norm: Any) -> bool:
@@ -225,15 +226,16 @@ class ExternalAttention2d(nn.Module):
             return False
         return all(held(conv, "bias") is None for conv in convolutions[2:])
 
-    def _through_submodules(self, x: Tensor, small: bool = False) -> Tensor:
+    def _through_submodules(self, x: Tensor) -> Tensor:
         conv1, linear_0, linear_1, conv2 = (held(self, name) for name in ("conv1", "linear_0", "linear_1", "conv2"))
-        logits = linear_0(conv1(x).flatten(2))
-        if small:
-            attention = plain.double_normalize(logits, EPS, tokens=2, slots=1)
-        else:
-            attention = double_normalize(logits, dims=(2, 1), eps=EPS)
-        z = linear_1(attention)
-        return self._finished(x, conv2(z.reshape(*z.shape[:2], *x.shape[2:])))
+        attention = double_normalize(linear_0(conv1(x).flatten(2)), dims=(2, 1), eps=EPS)
+        return self._finished(x, conv2(linear_1(attention).unflatten(2, x.shape[2:])))
+
+    @staticmethod
+    def _normalized(z: Tensor, norm: Any, read: Any) -> Tensor:
+        """The norm of z, in operators of PyTorch."""
+        fixed = isinstance(read, Norm) and not read.uses_batch
+        return z if norm is None else plain.batch_norm(z, read) if fixed else norm(z)
 
     def _finished(self, x: Tensor, z: Tensor) -> Tensor:
         y = x + z if self.residual else z  # stored as x, which comes first

@@ -18,7 +18,7 @@ from ..algorithms.linear_attention import keeps
 from ..functional.checks import check_at_least_one
 from ..functional.linear_attention import MAPS, channel_linear_attention, efficient_attention, linear_attention
 from ..functional.sharded import is_distributed
-from .submodules import is_pointwise, must_be_called, plain_serves
+from .submodules import held, is_pointwise, must_be_called, plain_serves
 
 
 class _OnMaps(nn.Module):
@@ -209,8 +209,9 @@ class EfficientAttention(_OnMaps):
         self.reprojection = nn.Conv2d(value_channels, in_channels, 1)
 
     def _attend(self, x: Tensor) -> Tensor:
-        convolutions = self.queries, self.keys, self.values, self.reprojection
-        if _is_ordinary(x, self.keys) and isinstance(self.values, nn.Conv2d) and self._published_is_faster(x):
+        convolutions = [held(self, name) for name in ("queries", "keys", "values", "reprojection")]
+        _, keys, values, _ = convolutions
+        if _is_ordinary(x, keys) and isinstance(values, nn.Conv2d) and self._published_is_faster(x):
             return self._through_submodules(x)
         if not all(map(_can_be_read, convolutions)):
             return self._through_submodules(x)
@@ -219,16 +220,16 @@ class EfficientAttention(_OnMaps):
         return efficient_attention(x, query, key, value, reprojection, biases=biases, heads=self.head_count)
 
     def _published_is_faster(self, x: Tensor) -> bool:
-        sizes = self.keys.in_channels, self.keys.out_channels, self.values.out_channels
+        keys, values = held(self, "keys"), held(self, "values")
+        sizes = keys.in_channels, keys.out_channels, values.out_channels
         return efficient_flow_is_faster(x, *sizes, self.head_count)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
-        key, query, value = (conv(x).flatten(2) for conv in (self.keys, self.queries, self.values))
+        key, query, value = [held(self, name)(x).flatten(2) for name in ("keys", "queries", "values")]
         if (heads := self.head_count) > 1:  # views cost as much as small products
             key, query, value = (t.unflatten(1, (heads, -1)) for t in (key, query, value))
         o = value @ key.softmax(-1).mT @ query.softmax(-2)
-        o = (o.flatten(1, 2) if heads > 1 else o).unflatten(2, x.shape[2:])
-        return x + self.reprojection(o)
+        return x + held(self, "reprojection")(o.reshape(x.shape[0], -1, *x.shape[2:]))
 
 
 def _is_ordinary(x: Any, conv: Any) -> bool:

@@ -83,15 +83,15 @@ def test_storage_of_y(name):
         assert module(form).stride() == expected.stride()
 
 
-#: Slots and tokens of two samples: tokens side by side or slots, logarithms or sums (functional/plain.py), one slot.
-ARRANGED = [(8, 40), (8, 5), (20, 40), (1, 40), (64, 300), (2, 9000)]
+#: Samples, slots and tokens: tokens side by side or slots, logarithms or sums (functional/plain.py), one of each.
+ARRANGED = [(2, 8, 40), (1, 8, 40), (2, 8, 5), (2, 20, 40), (2, 1, 40), (1, 1, 7), (2, 64, 300), (2, 2, 9000)]
 
 
 @pytest.mark.parametrize("biases", [False, True], ids=["published", "with biases"])
-@pytest.mark.parametrize("slots, tokens", ARRANGED)
-def test_arrangements(slots, tokens, biases, passes):
+@pytest.mark.parametrize("samples, slots, tokens", ARRANGED)
+def test_arrangements(samples, slots, tokens, biases, passes):
     torch.manual_seed(0)
-    module, x = aia_kernels.ExternalAttention(6, S=slots).double(), torch.randn(2, tokens, 6, dtype=torch.float64)
+    module, x = aia_kernels.ExternalAttention(6, S=slots).double(), torch.randn(samples, tokens, 6, dtype=torch.float64)
     if biases:
         module.mk, module.mv = nn.Linear(6, slots).double(), nn.Linear(slots, 6).double()
     for p in module.parameters():
@@ -259,8 +259,10 @@ def test_a_mass_that_underflows_in_a_map_whose_sums_are_looked_at():
     for dims in ((1, 2), (2, 1)):
         a = functional.double_normalize(logits if dims == (1, 2) else logits.mT, dims=dims)
         assert_close(a.sum(dims[1]), torch.ones(1, 300))
-    a = plain.double_normalize(logits, tokens=1, slots=2)
-    assert_close(a, torch.full_like(a, 1 / 64))
+    # With few slots side by side the sums are looked at in training too.
+    for map_of_logits in (logits, logits[..., :4], logits.clone().requires_grad_(), logits[..., :4].requires_grad_()):
+        a = plain.double_normalize(map_of_logits, tokens=1, slots=2)
+        assert_close(a.detach(), torch.full_like(a, 1 / a.shape[2]))
 
 
 @pytest.mark.parametrize("name", MAIN)
