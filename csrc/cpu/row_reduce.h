@@ -265,7 +265,7 @@ __attribute__((flatten)) void reduce_rows_to_channel(const Volume& x, int64_t be
     if (c < x.C) add(c, std::integral_constant<int, 1>{});
     const RowPlane<Kind> at = plane_at(0);
     const int64_t offset = offset_c(at);
-    at.for_rows([&](int64_t r, auto lanes) {
+    at.for_own_rows([&](int64_t r, auto lanes) {
       at.for_vectors([&](int64_t j, int64_t column) {
         Accumulator total = over_c[r * at.vectors + j];
         if (Kind::kPair) total.merge(total.halves_swapped());

@@ -62,6 +62,16 @@ struct RowPlane {
   // Calls body(r, lanes) for the rows, in ascending order: so many lanes of each half may be met.
   template <class Body>
   AIA_INLINE void for_rows(Body&& body) const {
+    for_rows_before(x.H, body);
+  }
+  // The same where body stores to a map whose next rows another thread may have stored already.
+  template <class Body>
+  AIA_INLINE void for_own_rows(Body&& body) const {
+    for_rows_before(h + rows, body);
+  }
+  // The same: no lane lies in row `end` of the plane, or behind it.
+  template <class Body>
+  AIA_INLINE void for_rows_before(int64_t end, Body&& body) const {
     constexpr std::integral_constant<int, Kind::kSide> full;
     if constexpr (!Kind::kOne) {
       for (int64_t r = 0; r < rows; ++r) body(r, full);
@@ -69,7 +79,7 @@ struct RowPlane {
       const Part part{lanes()};
       for (int64_t r = 0; r < rows; ++r) body(r, part);
     } else {
-      const int64_t room = (x.H - h) * W - Kind::kSide;
+      const int64_t room = (end - h) * W - Kind::kSide;
       const int64_t whole = room < 0 ? 0 : std::min(rows, room / W + 1);
       for (int64_t r = 0; r < whole; ++r) body(r, full);
       for (int64_t r = whole; r < rows; ++r) body(r, lanes());
