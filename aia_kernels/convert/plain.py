@@ -79,7 +79,8 @@ def _activated(y: Tensor, activation: Optional[str]) -> Tensor:  # noqa: UP045  
 
 
 def _over_channels(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    return channel_linear_attention(x.flatten(2), gamma, eps).reshape(x.shape)
+    wide = x.to(torch.promote_types(x.dtype, gamma.dtype))  # as x + gamma * o is
+    return channel_linear_attention(wide.flatten(2), gamma, eps).reshape(x.shape)
 
 
 for _name in (

@@ -129,7 +129,7 @@ class Network(nn.Module):
         super().__init__()
         self.first = layer(name, DOUBLE).eval()
         self.scale = nn.Parameter(torch.full((1,), 0.5, dtype=DOUBLE))
-        self.second = layer(name, DOUBLE).eval() if not name.startswith("Token") else nn.Identity()
+        self.second = layer(name, DOUBLE).eval() if not name.startswith(("Token", "CaaM")) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x) * self.scale)
@@ -438,6 +438,14 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         r"padding_mask: got .*Replicate\(\).* expected \(Shard\(dim=0\),\)",
         lambda: attended(padding_mask=spread(MASK, Replicate())),
     ),
+    **{
+        f"x of {name}": (
+            TypeError,
+            "x: got a DTensor, expected a plain tensor" if name != "CATT" else "h: got a DTensor, expected a plain",
+            lambda name=name: called(name, spread(whole(name), Shard(0))),
+        )
+        for name in ("CATT", "CaaM", "Halo")
+    },
     "a process group": (
         ValueError,
         "process_group: got one beside a DTensor, expected None",
@@ -468,9 +476,11 @@ def sharded_on_two_axes(rank: int) -> None:
         dist.destroy_process_group()
 
 
+#: Layers over PyTorch's attention refuse DTensors.
+OF_DTENSORS = [name for name in WITHOUT_DROPOUT if not name.startswith(("CATT", "CaaM", "Halo"))]
 HAVE_PARAMETERS = [name for name in WITHOUT_DROPOUT if any(True for _ in layer(name).parameters())]
 #: Clips in a row of frames cannot be split in the middle, nor does torch's linear take uneven shards (Token).
-UNEVEN = [name for name in WITHOUT_DROPOUT if LAYERS[name].sizes[0] != 6 and not name.startswith("Token")]
+UNEVEN = [name for name in OF_DTENSORS if LAYERS[name].sizes[0] != 6 and not name.startswith("Token")]
 #: Each kind of layer in one storage order: what uses do around a layer.
 KINDS = (
     *("C", "ST", "CinST", "STinC, channels_last", "STinC2, 5d", "TemporalShift", "ExternalAttention, transposed"),
@@ -493,7 +503,7 @@ def everything() -> Iterator[tuple[str, str, Callable[[int], None]]]:
             yield f"DDP, {told}", name, functools.partial(data_parallel, name=name, settings=settings)
         for use, settings in settings_for(name, FSDP):
             yield use, name, functools.partial(fully_sharded, name=name, **settings)
-    for name in WITHOUT_DROPOUT:
+    for name in OF_DTENSORS:
         for use, *settings in (
             ("DTensor, sharded, training", True, Shard(0)),
             ("DTensor, sharded, evaluation", False, Shard(0)),
