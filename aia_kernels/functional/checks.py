@@ -53,8 +53,9 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_beside(name: str, value: Tensor, parameter: Any) -> None:
-    """Refuse a tensor of another device than a parameter, or of another type where no autocast brings them together; and
-    a DTensor, of which layers over PyTorch's attention have no form."""
+    """Refuse a tensor of another device than a parameter, or of another type where no autocast brings them together;
+    and a DTensor, of which layers over PyTorch's attention have no form.
+    """
     if is_distributed(value):
         raise TypeError(f"{name}: got a DTensor, expected a plain tensor, such as x.to_local()")
     if not isinstance(parameter, Tensor):
