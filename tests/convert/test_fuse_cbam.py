@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cbam_variants import KINDS, InABottleneck, InOneForward, Light, PooledOneByOne, ReducedOverBothAxes
 from conftest import some_of
-from convert_cases import EXACT, assert_same_objects, tensors
-from fuse_steps import assert_same_steps, build, inputs_of
+from convert_cases import EXACT
+from fuse_steps import (
+    assert_copied_and_taken_back,
+    assert_found,
+    assert_found_in_a_graph,
+    assert_found_when_compiled,
+    assert_same_steps,
+    build,
+    called,
+    inputs_of,
+)
 from torch import nn
 
 import aia_kernels
-from aia_kernels.convert import compiler
 
 # float32 sums of up to two hundred terms, twice, and of as many gradients: 1e2 roundings of 6e-8.
 SINGLE = {"rtol": 1e-5, "atol": 2e-5}
-
-
-def called(report):
-    return [name for entry in report.converted for name in entry.now.split(" and ")]
 
 
 class TestKinds:
     @some_of("call", [aia_kernels.fuse, aia_kernels.convert], aia_kernels.fuse)
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
     def test_is_found_and_computes_the_same(self, kind, call, monkeypatch):
-        expected, shape = KINDS[kind]
-        model = build(kind)
-        before, keys, own = tensors(model), list(model.state_dict()), copy.deepcopy(model)
-        report = call(model)
-        assert called(report) == expected, report
-        assert not report.left_alone, report
-        assert_same_objects(model, before)
-        assert list(model.state_dict()) == keys
-        for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
-            for training in (True, False):
-                for module in (model, own):
-                    module.to(dtype).train(training)
-                assert_same_steps(model, own, inputs_of([shape], dtype), **tolerance)
-        monkeypatch.setattr(kind, "forward", None)  # it is not called
-        model(*inputs_of([shape], torch.float32))
+        assert_found(kind, KINDS[kind], call, SINGLE, monkeypatch)
 
     @pytest.mark.parametrize("kind", [PooledOneByOne, ReducedOverBothAxes, Light])
     def test_other_sizes_and_layouts(self, kind):
@@ -57,14 +46,7 @@ class TestKinds:
             assert copy.deepcopy(model)(x).is_contiguous(memory_format=layout)
 
     def test_copies_pickles_and_back(self):
-        model = build(ReducedOverBothAxes)
-        own, inputs = copy.deepcopy(model), inputs_of([KINDS[ReducedOverBothAxes][1]])
-        report = aia_kernels.fuse(model)
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert type(other) is not ReducedOverBothAxes
-            assert_same_steps(other, copy.deepcopy(own), inputs, **EXACT)
-        assert type(report.undo()) is ReducedOverBothAxes
-        assert_same_steps(model, own, inputs, **EXACT)
+        assert_copied_and_taken_back(ReducedOverBothAxes, KINDS[ReducedOverBothAxes])
 
     def test_a_part_with_hooks_is_called(self):
         model, seen = build(PooledOneByOne), []
@@ -79,32 +61,11 @@ class TestGraphs:
     @pytest.mark.parametrize("record", ["fx", "export"])
     @pytest.mark.parametrize("kind", [PooledOneByOne, InOneForward, InABottleneck, Light])
     def test_graph(self, kind, record):
-        expected, shape = KINDS[kind]
-        model, inputs = build(kind), inputs_of([shape])
-        own = copy.deepcopy(model)
-        if record == "fx":
-            graph_module = torch.fx.symbolic_trace(model)
-            report = aia_kernels.fuse(graph_module, *inputs)
-        else:
-            graph_module = torch.export.export(model.eval(), tuple(inputs)).module()
-            own.eval()
-            report = aia_kernels.fuse(graph_module)
-        assert called(report) == expected, report
-        assert not [node for node in graph_module.graph.nodes if "max" in str(node.target)]
-        assert_same_steps(graph_module, own, inputs, **EXACT)
+        graph = assert_found_in_a_graph(kind, KINDS[kind], record).graph
+        assert not [node for node in graph.nodes if "max" in str(node.target)]
 
-    def test_compiled(self):
-        torch._dynamo.reset()
-        model, own, inputs = build(InABottleneck), build(InABottleneck), inputs_of([KINDS[InABottleneck][1]])
-        graphs = []
-        with pytest.MonkeyPatch.context() as patch:
-            rewrite = compiler.rewrite
-            patch.setattr(compiler, "rewrite", lambda reader: graphs.append(found := rewrite(reader)) or found)
-            compiled = torch.compile(model, backend=aia_kernels.fuse_backend, options={"backend": "aot_eager"})
-            for _ in range(2):
-                assert_same_steps(compiled, own, inputs, **EXACT)
-        assert [[call.now for call in fused] for fused, _ in graphs] == [["CBAM"]]
-        torch._dynamo.reset()
+    def test_compiled(self, monkeypatch):
+        assert_found_when_compiled(InABottleneck, (["CBAM"], KINDS[InABottleneck][1]), monkeypatch)
 
 
 class LookAlike(InOneForward):

@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import some_of
-from convert_cases import EXACT, assert_same_objects, tensors
-from fuse_steps import assert_same_steps, build, inputs_of
+from convert_cases import EXACT
+from fuse_steps import (
+    assert_copied_and_taken_back,
+    assert_found,
+    assert_found_in_a_graph,
+    assert_found_when_compiled,
+    assert_same_steps,
+    build,
+    called,
+    inputs_of,
+)
 from memory_variants import KINDS, MAPS, HeadsInALoop, InANetwork, JoinedHeads, TokensWithHeads, UnitVectors
 from torch import nn
 
 import aia_kernels
 from aia_kernels import backends
 from aia_kernels.backends import choices
-from aia_kernels.convert import calls, compiler
+from aia_kernels.convert import calls
 
 # float32 sums of up to a hundred terms in another order, and of as many gradients, with small divisors in between.
 SINGLE = {"rtol": 1e-4, "atol": 2e-5}
-
-
-def called(report):
-    return [name for entry in report.converted for name in entry.now.split(" and ")]
 
 
 class TestKinds:
     @some_of("call", [aia_kernels.fuse, aia_kernels.convert], aia_kernels.fuse)
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
     def test_is_found_and_computes_the_same(self, kind, call, monkeypatch):
-        expected, shape = KINDS[kind]
-        model = build(kind)
-        before, keys, own = tensors(model), list(model.state_dict()), copy.deepcopy(model)
-        report = call(model)
-        assert called(report) == expected, report
-        assert not report.left_alone, report
-        assert_same_objects(model, before)
-        assert list(model.state_dict()) == keys
-        for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
-            for training in (True, False):
-                for module in (model, own):
-                    module.to(dtype).train(training)
-                assert_same_steps(model, own, inputs_of([shape], dtype), **tolerance)
-        monkeypatch.setattr(kind, "forward", None)  # it is not called
-        model(*inputs_of([shape], torch.float32))
+        assert_found(kind, KINDS[kind], call, SINGLE, monkeypatch)
 
     @pytest.mark.parametrize("kind", [UnitVectors, JoinedHeads, TokensWithHeads])
     def test_other_sizes_and_layouts(self, kind):
@@ -74,14 +64,7 @@ class TestKinds:
             assert_same_steps(model, own, inputs_of([KINDS[kind][1]]), **EXACT)
 
     def test_copies_pickles_and_back(self):
-        model = build(JoinedHeads)
-        own, inputs = copy.deepcopy(model), inputs_of([MAPS])
-        report = aia_kernels.fuse(model)
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert type(other) is not JoinedHeads
-            assert_same_steps(other, own, inputs, **EXACT)
-        assert type(report.undo()) is JoinedHeads
-        assert_same_steps(model, own, inputs, **EXACT)
+        assert_copied_and_taken_back(JoinedHeads, KINDS[JoinedHeads])
 
     def test_a_projection_with_a_hook_is_called(self):
         model, seen = build(UnitVectors), []
@@ -95,30 +78,10 @@ class TestGraphs:
     @pytest.mark.parametrize("record", ["fx", "export"])
     @pytest.mark.parametrize("kind", [UnitVectors, JoinedHeads, HeadsInALoop])
     def test_graph(self, kind, record):
-        expected, shape = KINDS[kind]
-        model, inputs = build(kind), inputs_of([shape])
-        own = copy.deepcopy(model)
-        if record == "fx":
-            graph_module = torch.fx.symbolic_trace(model)
-            report = aia_kernels.fuse(graph_module, *inputs)
-        else:
-            graph_module = torch.export.export(model, tuple(inputs)).module()
-            report = aia_kernels.fuse(graph_module)
-        assert called(report) == expected, report
-        assert_same_steps(graph_module, own, inputs, **EXACT)
+        assert_found_in_a_graph(kind, KINDS[kind], record)
 
-    def test_compiled(self):
-        torch._dynamo.reset()
-        model, own, inputs = build(InANetwork), build(InANetwork), inputs_of([(2, 3, 5, 4)])
-        graphs = []
-        with pytest.MonkeyPatch.context() as patch:
-            rewrite = compiler.rewrite
-            patch.setattr(compiler, "rewrite", lambda reader: graphs.append(found := rewrite(reader)) or found)
-            compiled = torch.compile(model, backend=aia_kernels.fuse_backend, options={"backend": "aot_eager"})
-            for _ in range(2):
-                assert_same_steps(compiled, own, inputs, **EXACT)
-        assert [[call.now for call in fused] for fused, _ in graphs] == [["linear_attention"]]
-        torch._dynamo.reset()
+    def test_compiled(self, monkeypatch):
+        assert_found_when_compiled(InANetwork, (["linear_attention"], (2, 3, 5, 4)), monkeypatch)
 
 
 class LookAlike(UnitVectors):
