@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import operator
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -169,11 +169,7 @@ def _recalibrate(reader: Reader, unit: FoundUnit) -> Node:
     with graph.inserting_before(unit.end):
         gates = tuple(_gate(reader, gate) for gate in unit.gates)
         new = graph.call_function(calls.recalibrate, (unit.x, unit.form, gates))
-    reader.shapes = {**reader.shapes, new: reader.shapes[unit.end]}
-    _replace(unit.end, new)
-    unused = {user for node in unit.nodes[:-1] for user in node.users if not user.users}
-    remove_with_sizes(reader, {*unit.nodes} | unused)
-    return new
+    return _put(reader, unit.nodes, unit.end, new)
 
 
 def _gated(reader: Reader, found: FoundGates) -> Node:
@@ -189,11 +185,7 @@ def _gated(reader: Reader, found: FoundGates) -> Node:
         if spatial is not None:
             gate = (*_convolution(reader, spatial.convolution), _norm(reader, spatial.norm), spatial.order)
         new = graph.call_function(calls.gates, (found.x, mlp, gate))
-    reader.shapes = {**reader.shapes, new: reader.shapes[found.end]}
-    _replace(found.end, new)
-    unused = {user for node in found.nodes[:-1] for user in node.users if not user.users}
-    remove_with_sizes(reader, {*found.nodes} | unused)
-    return new
+    return _put(reader, found.nodes, found.end, new)
 
 
 def _remembered(reader: Reader, found: FoundMemory) -> Node:
@@ -214,10 +206,15 @@ def _remembered(reader: Reader, found: FoundMemory) -> Node:
             biases.append(_tensor(graph, found.outer.bias))
         form = calls.MemoryForm(*found.form[:3], found.factors, found.residual, found.feature, found.out)
         new = graph.call_function(calls.remember, (found.x, tuple(weights), tuple(biases), found.gamma, form))
-    reader.shapes = {**reader.shapes, new: reader.shapes[found.end]}
-    _replace(found.end, new)
-    unused = {user for node in found.nodes[:-1] for user in node.users if not user.users}
-    remove_with_sizes(reader, {*found.nodes} | unused)
+    return _put(reader, found.nodes, found.end, new)
+
+
+def _put(reader: Reader, nodes: Sequence[Node], end: Node, new: Node) -> Node:
+    """Put a call, which is returned, in the place of nodes up to an end."""
+    reader.shapes = {**reader.shapes, new: reader.shapes[end]}
+    _replace(end, new)
+    unused = {user for node in nodes[:-1] for user in node.users if not user.users}
+    remove_with_sizes(reader, {*nodes} | unused)
     return new
 
 

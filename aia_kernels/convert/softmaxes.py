@@ -78,10 +78,11 @@ def _softmax_of(reader: Reader, node: Node) -> tuple[Node, int] | None:
     if reader.operation(numerator) != "exp" or reader.changes_in_place(numerator):
         return None
     logits = reader.operand(numerator)
+    if not reader.in_one_mode((logits, numerator, *between, node)):
+        return None
     shifted = _unshifted(reader, logits, dim)
     # A number beside a sum that is at least one, as where the maximum was taken away: 1e-8 of it is less than rounding.
     harmless = eps == 0.0 or (shifted is not None and not isinstance(eps, str) and 0.0 < eps <= 1e-8)
-    harmless = harmless and reader.in_one_mode((logits, numerator, *between, node))
     return (logits if shifted is None else shifted, dim) if harmless else None
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pass_cases import CASES
+from torch.library import opcheck
 from torch.testing import assert_close
 
 from aia_kernels import backends, schemas
@@ -109,7 +110,7 @@ def test_bad_arguments_are_refused(which, place, change, words):
 def test_opcheck(which):
     name = schemas.PROPAGATE_PASSES[which]
     arguments = raw()[which]
-    torch.library.opcheck(
+    opcheck(
         getattr(torch.ops.aia_kernels, name).default,
         tuple(arguments),
         test_utils=("test_schema", "test_faketensor"),
