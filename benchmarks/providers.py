@@ -44,9 +44,12 @@ def on_backend(backend: str) -> Provider:
 
 
 def of_family(device: str, family: str) -> list[Provider]:
-    """The published flow, the reference and every fused backend that can run a family on the device."""
-    reasons = aia_kernels.available_backends(family)
+    """The published flow, the reference and every fused backend that can run a family on the device; of layers over
+    PyTorch's attention, which every backend runs alike, one of these."""
     found = [Provider("published", lambda case: case.published(), allowance=COARSE)]
+    if family not in aia_kernels.backends.FAMILIES:
+        return [*found, on_backend(BACKENDS[device][-1])]
+    reasons = aia_kernels.available_backends(family)
     for backend in BACKENDS[device]:
         if reasons[backend] is None:
             found.append(on_backend(backend))

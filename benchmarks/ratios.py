@@ -27,7 +27,8 @@ from . import measure, plot, progress, records
 from .providers import build, on_backend
 from .registry import MODES, Case
 from .registry.attention_in_attention import UnitCase
-from .registry.cbam import STAGES, GatesCase
+from .registry.case import Place, main_form
+from .registry.cbam import STAGES, GatesCase, place
 from .registry.external_attention import LayerCase
 from .registry.linear_attention import MemoryCase
 
@@ -107,13 +108,13 @@ def cells() -> Iterator[Cell]:
         if case.x_bytes <= MOST_BYTES:
             yield Cell(unit, str(c), f"{b} x {t}x{h}x{w}", case)
     for b, (c, h, w) in itertools.product(BATCHES, FEATURES):
-        gates = GatesCase("CBAM", "", b, "fp32", "contiguous", (c, h, w))
+        gates = main_form(GatesCase, "", place(b, c, h, w))
         if gates.x_bytes <= MOST_BYTES:
             yield Cell("CBAM", str(c), f"{b} x {h}x{w}", gates)
 
 
 def _cell(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...], name: str) -> Iterator[Cell]:
-    case = LayerCase(layer, "", sizes[0], "fp32", "contiguous", sizes, tuple(arguments.items()))
+    case = main_form(LayerCase, "", Place(layer, arguments, sizes))
     width = next(iter(arguments.values()))
     tokens, columns = math.prod(sizes) // width, case.slots[0]
     if tokens * width * (columns + 8 * width) <= MOST_PRODUCTS and 4 * tokens * max(columns, width) <= MOST_BYTES:
@@ -121,7 +122,7 @@ def _cell(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...], na
 
 
 def _on_maps(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...]) -> Iterator[Cell]:
-    case = MemoryCase(layer, "", sizes[0], "fp32", "contiguous", sizes, tuple(arguments.items()))
+    case = main_form(MemoryCase, "", Place(layer, arguments, sizes))
     b, c, h, w = sizes
     if 3 * math.prod(sizes) * c <= MOST_PRODUCTS and case.x_bytes <= MOST_BYTES:
         yield Cell(layer, settings, f"{b} x {h}x{w}", case)

@@ -100,7 +100,7 @@ def compared_columns(
     """Add what a timed row of a layer has beside its time: counts and predictions, its error, its speedup."""
     name, mode = found["provider"], found["mode"]
     median = samples[name].median
-    if name in roofline.COUNTED:
+    if name in roofline.COUNTED and case.family in roofline.FAMILIES:
         with records.noted(found, "count"):
             found |= roofline.columns(roofline.count(case, name, mode), machine, median)
     if checked.error is not None:
@@ -199,7 +199,7 @@ def time_columns(times: Samples, samples: dict[str, Samples], budget: int) -> di
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--family", choices=tuple(registry.FAMILIES), help="one family only (default: both)")
+    parser.add_argument("--family", choices=tuple(registry.FAMILIES), help="one family only (default: all)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny inputs, few samples")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name holds every word of TEXT")
     parser.add_argument("--minutes", type=float, default=20, help="begin no case after (default 20)")

@@ -11,10 +11,11 @@ from .records import select
 
 FUSED = ("cuda", "triton", "cpu", "reference")
 TITLES = {"compile": "torch.compile", "compile-max": "max-autotune", "sdpa": "self-attention"}
-HEADER = {
-    "attention_in_attention": ("unit", "x"),
-    "external_attention": ("layer", "x"),
-}
+
+
+def header_of(family: str) -> tuple[str, str]:
+    """The titles of a layer and of its input."""
+    return "unit" if family == "attention_in_attention" else "layer", "x"
 
 
 def milliseconds(row: dict | None) -> str:
@@ -45,7 +46,7 @@ def lines(family: str, rows: list[dict]) -> list[str]:
     main = [row for row in main if int(row["clips"]) == clips.get((row["name"], row["stage"]), int(row["clips"]))]
     others = [name for name in TITLES if select(main, provider=name)]
     titles = [TITLES[name] for name in others]
-    header = [*HEADER[family], "eval: published", *titles, "fused", "ratio"]
+    header = [*header_of(family), "eval: published", *titles, "fused", "ratio"]
     header += ["step: published", *titles, "fused (quartiles)", "ratio", "kept, in x"]
     table = [header, ["---"] * len(header)]
     where = {(case.name, case.stage): case.where for case in registry.FAMILIES[family].cases()}

@@ -23,7 +23,11 @@ WHAT = ("step", "eval", "passes")
 
 def tasks(options: argparse.Namespace) -> list[tuple[Case, str]]:
     cases = run.chosen_cases(options)
-    of_passes = {str(case) for family in registry.FAMILIES.values() for case in family.pass_cases(cases)}
+    of_passes = {
+        str(case)
+        for name, family in registry.FAMILIES.items()
+        for case in family.pass_cases([case for case in cases if case.family == name])
+    }
     return [(case, what) for case in cases for what in WHAT if what != "passes" or str(case) in of_passes]
 
 
@@ -63,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.warm", description=__doc__.split(": python")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--family", choices=tuple(registry.FAMILIES), help="one family only (default: both)")
+    parser.add_argument("--family", choices=tuple(registry.FAMILIES), help="one family only (default: all)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name holds every word of TEXT")
     parser.add_argument("--quick", action="store_true", help="tiny inputs")
     parser.add_argument("--seconds", type=float, default=60, help="end all processes then (default 60)")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import maps
-from .tracing import is_symbolic
+from .tracing import is_symbolic, needs_reference
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -24,10 +24,24 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def stored_as(grad_y: Tensor, x: Tensor) -> Tensor:
-    """grad_y with the strides of x: a gradient may be expanded (that of a sum), without memory or in another layout."""
+    """grad_y with the strides of x: a gradient may be expanded (that of a sum), without memory or in another layout.
+    Where only strides of axes of one differ, a view will do."""
     without_memory = not torch.compiler.is_compiling() and grad_y._is_zerotensor()  # compilers have none
-    same = grad_y.stride() == x.stride() and not without_memory
-    return grad_y.resolve_neg() if same else torch.empty_like(x).copy_(grad_y)
+    if not without_memory and grad_y.stride() == x.stride():
+        return grad_y.resolve_neg()
+    if not without_memory and _may_be_viewed(grad_y) and _same_but_for_axes_of_one(grad_y, x):
+        return grad_y.resolve_neg().as_strided(x.shape, x.stride())
+    return torch.empty_like(x).copy_(grad_y)
+
+
+def _may_be_viewed(t: Tensor) -> bool:
+    """Whether as_strided is the same as a view: nothing follows it or stands for another tensor."""
+    return type(t) is Tensor and not (t.requires_grad or is_symbolic() or needs_reference())
+
+
+def _same_but_for_axes_of_one(t: Tensor, x: Tensor) -> bool:
+    strides = zip(t.shape, t.stride(), x.stride(), strict=True)
+    return t.shape == x.shape and all(size == 1 or own == wanted for size, own, wanted in strides)
 
 
 def unviewed(y: Tensor) -> Tensor:

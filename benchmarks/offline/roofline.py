@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+import aia_kernels
+
 from .. import measure, passes, progress, records, registry, table
 from ..gpus import EAGER_US, GRAPH_US, SHOWN, Machine
 from ..registry import Case
@@ -43,6 +45,8 @@ COLUMNS = [
     *("launches", "x_reads", "x_writes", "read_x", "written_x", "moved_mb", "gflop"),
     *(f"{machine} {time} us" for machine in SHOWN for time in TIMES),
 ]
+#: The families that can be counted: what PyTorch's attention launches is chosen by the device that it runs on.
+FAMILIES = tuple(family for family in registry.FAMILIES if family in aia_kernels.backends.FAMILIES)
 #: Where launches that belong to no pass are gathered.
 FRAMEWORK = "framework"
 
@@ -79,7 +83,7 @@ def counted_layer(case: Case, provider: str) -> nn.Module:
 def count(case: Case, provider: str, mode: str) -> tuple[Launch, ...]:
     """The launches of one call of a case's layer in mode eval or step."""
     x, layer = case.without_data(), counted_layer(case, provider)
-    call = measure.evaluation(layer, x) if mode == "eval" else measure.training_step(layer, x, torch.empty_like(x))
+    call = measure.evaluation(layer, x) if mode == "eval" else measure.training_step(layer, x, case.empty_result(x))
     backend = "reference" if provider == "published" else provider
     with counting.counting(backend) as counter:
         call()
@@ -143,10 +147,10 @@ def rows(case: Case, provider: str, parts: bool) -> list[dict]:
 
 
 def cases(family: str) -> list[Case]:
-    """The main inputs of a family in both types; of the units, at each number of clips."""
+    """The main inputs of a family in both types; of the units and of CBAM, at each number of clips or maps."""
     known = registry.FAMILIES[family].cases()
     main = [case for case in known if case.dtype == "fp32" and case.layout == "contiguous" and case.kind != "sweep"]
-    if family == "attention_in_attention":
+    if family in ("attention_in_attention", "cbam"):
         main.sort(key=lambda case: case.clips)
     return [replace(case, dtype=dtype) for dtype in registry.DTYPES for case in main]
 
@@ -173,7 +177,7 @@ def lines(family: str, found: list[dict], parts: bool = False) -> list[str]:
     key = operator.itemgetter("name", "stage", "clips", "dtype")
     chosen = [one | {"clips": str(one["clips"])} for one in found if one["family"] == family]
     chosen = [one for one in chosen if key(one) in shown]
-    header = [*table.HEADER[family], *(["pass"] if parts else [])]
+    header = [*table.header_of(family), *(["pass"] if parts else [])]
     for mode in registry.MODES:
         header += [f"{mode}: bytes, X, published → fused", "launches, published → cuda, triton"]
         header += [f"{machine}, us" for machine in SHOWN]
@@ -222,13 +226,13 @@ def write(path: Path, found: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     name = "python -m benchmarks.offline.roofline"
     parser = argparse.ArgumentParser(prog=name, description=__doc__.split(": python")[0])
-    parser.add_argument("--family", choices=tuple(registry.FAMILIES), help="one family only")
+    parser.add_argument("--family", choices=FAMILIES, help="one family only")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name holds every word of TEXT")
     parser.add_argument("--passes", action="store_true", help="show each pass too")
     parser.add_argument("--results", type=Path, metavar="DIR", help="write every row to DIR/roofline.csv")
     parser.add_argument("--page", type=Path, metavar="PATH", help="write the tables there, between their marks")
     options = parser.parse_args(arguments)
-    families = [options.family] if options.family else list(registry.FAMILIES)
+    families = [options.family] if options.family else FAMILIES
     found = all_rows(families, options.filter)
     if not found:
         print(f"no case matches --filter {options.filter!r}", file=sys.stderr)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..registry import Case
-from . import attention_in_attention, external_attention
+from . import attention_in_attention, cbam, external_attention
 from .raw import RawPass
 
-FAMILIES = {"attention_in_attention": attention_in_attention, "external_attention": external_attention}
+FAMILIES = {
+    "attention_in_attention": attention_in_attention,
+    "external_attention": external_attention,
+    "cbam": cbam,
+}
 
 
 def calls(backend: str, case: Case, x: Tensor, grad_y: Tensor) -> dict[str, RawPass]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+import aia_kernels
+
+from ..published.self_attention import SelfAttention
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("eval", "step")
+LAYOUTS = ("contiguous", "channels_last")
+
+#: Products of scaled dot products that a call may cost before self-attention no longer competes, by device: seconds.
+PATIENCE = {"cpu": 1e11, "cuda": 3e12}
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,13 @@ class Case(ABC):
         return self.arrange(torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta"))
 
     def gradient(self, x: Tensor) -> Tensor:
-        """A seeded gradient for y, shaped and stored as x."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+        """A seeded gradient for y, shaped and stored as it."""
+        y = self.empty_result(x)
+        return y.copy_(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+
+    def empty_result(self, x: Tensor) -> Tensor:
+        """A tensor shaped and stored as y: mostly as x."""
+        return torch.empty_like(x)
 
     @abstractmethod
     def published(self) -> nn.Module:
@@ -85,9 +99,9 @@ class Case(ABC):
         """The same layer of this package."""
 
     @property
-    @abstractmethod
     def compiled_on_cpu(self) -> bool:
         """Whether torch.compile competes on the CPU, where one case takes up to a minute to compile."""
+        return False
 
     def alternatives(self, device: str) -> dict[str, Callable[[], nn.Module]]:
         """Layers that compute something else on the same input, which a user might run instead, by name."""
@@ -96,3 +110,75 @@ class Case(ABC):
     def near_ties(self, elements: int) -> int:
         """How many elements of a gradient of x with so many may be moved by a decision that rounding turns."""
         return 0
+
+
+@dataclass(frozen=True)
+class SizedCase(Case):
+    """A layer of some arguments on tokens [B, N, C] or maps [B, C, H, W], of which ``sizes`` are the sizes."""
+
+    arguments: tuple[tuple[str, int], ...] = ()
+
+    #: The published layers of the family by name; this package's have the same names and arguments.
+    layers: ClassVar[dict[str, type[nn.Module]]]
+
+    def __str__(self) -> str:
+        kind = "sweep-" if self.kind == "sweep" else ""
+        sizes = "x".join(map(str, self.sizes))
+        return f"{kind}{self.name}-{self.stage.replace(' ', '-')}-{sizes}-{self.dtype}-{self.layout}"
+
+    @property
+    def x_bytes(self) -> int:
+        return math.prod(self.sizes) * DTYPES[self.dtype].itemsize
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes
+
+    def arrange(self, values: Tensor) -> Tensor:
+        return values.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else values
+
+    def published(self) -> nn.Module:
+        return self.layers[self.name](**dict(self.arguments))
+
+    def fused(self) -> nn.Module:
+        return getattr(aia_kernels, self.name)(**dict(self.arguments))
+
+    def self_attention(self, device: str) -> dict[str, Callable[[], nn.Module]]:
+        """Self-attention on the same tokens, where its cost, quadratic in them, lets it finish."""
+        batch, tokens, width = self.sizes if len(self.sizes) == 3 else self._as_tokens()
+        if 2 * batch * tokens**2 * width > PATIENCE[device]:
+            return {}
+        heads = dict(self.arguments).get("num_heads", max(1, width // 64))
+        return {"sdpa": lambda: SelfAttention(width, heads)}
+
+    def _as_tokens(self) -> tuple[int, int, int]:
+        batch, channels, height, width = self.sizes
+        return batch, height * width, channels
+
+
+class Place(NamedTuple):
+    """Where a layer stands: its name, its arguments and the sizes of its input, batch first."""
+
+    name: str
+    arguments: dict[str, int]
+    sizes: tuple[int, ...]
+
+
+C = TypeVar("C", bound=SizedCase)
+
+
+def at_places(of: type[C], places: Iterable[tuple[str, Place]]) -> list[C]:
+    """Every case of places by their stages, the main ones first: float32, contiguous; then bfloat16, and of maps
+    channels_last."""
+    places, found = list(places), []
+    for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+        for stage, (name, arguments, sizes) in places:
+            if layout == LAYOUTS[0] or len(sizes) == 4:
+                found.append(of(name, stage, sizes[0], dtype, layout, sizes, tuple(arguments.items())))
+    return sorted(found, key=lambda case: (case.dtype != "fp32") + (case.layout != LAYOUTS[0]))
+
+
+def main_form(of: type[C], stage: str, place: Place, **given: str) -> C:
+    """The case of a place in float32, contiguous."""
+    name, arguments, sizes = place
+    return of(name, stage, sizes[0], "fp32", LAYOUTS[0], sizes, tuple(arguments.items()), **given)

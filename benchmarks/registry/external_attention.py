@@ -7,27 +7,15 @@ The bytes are the budget of the algorithm in units of |X|, the bytes of x; the a
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-import aia_kernels
-
 from ..published import external_attention as published
-from ..published.self_attention import SelfAttention
-from .case import DTYPES, Case
-
-
-class Place(NamedTuple):
-    """Where a layer stands: its name, its arguments and the sizes of its input, batch first."""
-
-    name: str
-    arguments: dict[str, int]
-    sizes: tuple[int, ...]
+from .case import Place, SizedCase, at_places, main_form
 
 
 def _eanet(*sizes: int) -> Place:
@@ -63,34 +51,20 @@ PLACES = {
     "points 65536": _plain(1, 65536, 256),
 }
 SWEEP = (1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000)
-LAYOUTS = ("contiguous", "channels_last")
 NAMES = ("ExternalAttention2d", "MultiHeadExternalAttention", "ExternalAttention")
-
-#: Products of scaled dot products that a call may cost before self-attention no longer competes, by device: seconds.
-PATIENCE = {"cpu": 1e11, "cuda": 3e12}
 
 
 @dataclass(frozen=True)
-class LayerCase(Case):
-    """One layer on tokens [B, N, d] or maps [B, C, H, W], of which ``sizes`` are the sizes."""
-
-    arguments: tuple[tuple[str, int], ...] = ()
+class LayerCase(SizedCase):
+    """One layer of external attention."""
 
     family: ClassVar = "external_attention"
-
-    def __str__(self) -> str:
-        kind = "sweep-" if self.kind == "sweep" else ""
-        sizes = "x".join(map(str, self.sizes))
-        return f"{kind}{self.name}-{self.stage.replace(' ', '-')}-{sizes}-{self.dtype}-{self.layout}"
+    layers: ClassVar = published.LAYERS
 
     @property
     def where(self) -> str:
         """The network, and the sizes of x."""
         return f"{self.stage.split()[0]}, {'x'.join(map(str, self.sizes))}"
-
-    @property
-    def x_bytes(self) -> int:
-        return math.prod(self.sizes) * DTYPES[self.dtype].itemsize
 
     def traffic(self, mode: str) -> int:
         """Forward: x, in the block once more as the residual, and o or y. Backward: the gradient of o or y for dA and
@@ -98,40 +72,25 @@ class LayerCase(Case):
         forward, backward = (3, 5) if self.name == "ExternalAttention2d" else (2, 3)
         return forward if mode == "eval" else forward + backward
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.sizes
-
-    def arrange(self, values: Tensor) -> Tensor:
-        return values.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else values
-
     def published(self) -> nn.Module:
         """With weights of which every product of a unit vector is about one: logits of a trained layer's size.
 
         The initialization of the plain form, with weights near zero, would leave the gradient of its keys near zero
         too, and a check of all gradients by the largest would not see them.
         """
-        layer = published.LAYERS[self.name](**dict(self.arguments))
+        layer = super().published()
         with torch.no_grad():
             for p in layer.parameters():
                 if p.ndim > 1:
                     p.normal_(0, p[0].numel() ** -0.5)
         return layer
 
-    def fused(self) -> nn.Module:
-        return getattr(aia_kernels, self.name)(**dict(self.arguments))
-
     @property
     def compiled_on_cpu(self) -> bool:
         return self.stage in PLACES and self.dtype == "fp32" and self.layout == "contiguous"
 
     def alternatives(self, device: str) -> dict[str, Callable[[], nn.Module]]:
-        """Self-attention on the same tokens, where its cost, quadratic in them, lets it finish."""
-        batch, tokens, width = self.sizes if len(self.sizes) == 3 else self._as_tokens()
-        if 2 * batch * tokens**2 * width > PATIENCE[device]:
-            return {}
-        heads = dict(self.arguments).get("num_heads", max(1, width // 64))
-        return {"sdpa": lambda: SelfAttention(width, heads)}
+        return self.self_attention(device)
 
     @property
     def slots(self) -> tuple[int, int]:
@@ -141,10 +100,6 @@ class LayerCase(Case):
             return 4 * given["num_heads"] * 64, 64
         slots = given["k"] if "k" in given else given["S"]
         return slots, slots
-
-    def _as_tokens(self) -> tuple[int, int, int]:
-        batch, channels, height, width = self.sizes
-        return batch, height * width, channels
 
     def gradient(self, x: Tensor) -> Tensor:
         grad_y = super().gradient(x)
@@ -165,40 +120,24 @@ def decided(grad_y: Tensor, block: published.ExternalAttention2d, x: Tensor) -> 
     return grad_y.clone().masked_fill_(before < 1e-4 * before.max(), 0.0)  # in place: it stays stored as it is
 
 
-def _case(place: str, dtype: str, layout: str) -> LayerCase:
-    name, arguments, sizes = PLACES[place]
-    return LayerCase(name, place, sizes[0], dtype, layout, sizes, tuple(arguments.items()))
-
-
 def cases() -> list[LayerCase]:
-    """Every case, the main ones first: float32, contiguous; then bfloat16, channels_last, and the sweep over tokens."""
-    found = []
-    for layout in LAYOUTS:
-        for dtype in DTYPES:
-            found += [_case(p, dtype, layout) for p in PLACES if layout == "contiguous" or len(PLACES[p].sizes) == 4]
-    return sorted(found, key=lambda case: (case.dtype != "fp32") + (case.layout != "contiguous")) + sweep()
+    """Every case, the main ones first, and the sweep over tokens."""
+    return at_places(LayerCase, PLACES.items()) + sweep()
 
 
 def sweep() -> list[LayerCase]:
     """The plain form with 64 slots on one cloud of 1,000 to 1,000,000 tokens of 64 features."""
-    arguments = (("d_model", 64), ("S", 64))
-    return [
-        LayerCase("ExternalAttention", str(n), 1, "fp32", "contiguous", (1, n, 64), arguments, kind="sweep")
-        for n in SWEEP
-    ]
+    return [main_form(LayerCase, str(n), _plain(1, n, 64), kind="sweep") for n in SWEEP]
 
 
 def quick_cases() -> list[LayerCase]:
     """One small case for each layer and one of the sweep: a smoke run."""
-    small = [
-        ("ExternalAttention2d", "32x9x7", (2, 32, 9, 7), {"c": 32, "k": 16}),
-        ("MultiHeadExternalAttention", "50x32", (2, 50, 32), {"dim": 32, "num_heads": 2}),
-        ("ExternalAttention", "60x24", (2, 60, 24), {"d_model": 24, "S": 8}),
-    ]
-    found = [
-        LayerCase(name, stage, 2, "fp32", "contiguous", sizes, tuple(arguments.items()))
-        for name, stage, sizes, arguments in small
-    ]
+    small = {
+        "32x9x7": Place("ExternalAttention2d", {"c": 32, "k": 16}, (2, 32, 9, 7)),
+        "50x32": Place("MultiHeadExternalAttention", {"dim": 32, "num_heads": 2}, (2, 50, 32)),
+        "60x24": _plain(2, 60, 24, 8),
+    }
+    found = [main_form(LayerCase, stage, place) for stage, place in small.items()]
     return [*found, *sweep()[:1]]
 
 

@@ -22,6 +22,7 @@ from benchmarks import measure, passes, plot, providers, records, registry, run,
 from benchmarks.published import attention_in_attention as published
 from benchmarks.published import external_attention as published_ea
 from benchmarks.published.self_attention import SelfAttention
+from benchmarks.registry import cbam, dot_product_attention, linear_attention
 from benchmarks.registry.attention_in_attention import LAYOUTS, NAMES, STAGES, UnitCase
 from benchmarks.registry.external_attention import PLACES, SWEEP, LayerCase, decided
 
@@ -29,7 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 STORED = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 TINY = UnitCase("CinST", "5x6x4", 2, "fp32", "contiguous", (5, 6, 4), segments=3)
 FAMILIES = tuple(registry.FAMILIES)
-CPU_MISSING = {family: aia_kernels.available_backends(family)["cpu"] for family in FAMILIES}
+CPU_MISSING = {family: aia_kernels.available_backends(family)["cpu"] for family in aia_kernels.backends.FAMILIES}
 
 
 def test_the_stored_vectors_are_there():
@@ -110,6 +111,9 @@ def test_registry_bytes():
     for layer in registry.FAMILIES["external_attention"].quick_cases():
         assert layer.x_bytes == layer.make_input().nbytes
         assert layer.traffic("eval") == (3 if layer.name == "ExternalAttention2d" else 2)
+    gates = registry.FAMILIES["cbam"].quick_cases()[0]
+    assert gates.x_bytes == gates.make_input().nbytes
+    assert gates.traffic("step") == sum(sum(met) for met in passes.cbam.TRAFFIC.values())
 
 
 def test_registry_holds_every_combination_and_begins_with_the_main_input():
@@ -119,6 +123,14 @@ def test_registry_holds_every_combination_and_begins_with_the_main_input():
     cases = registry.FAMILIES["external_attention"].cases()
     assert len(cases) == len(set(cases)) == len(set(map(str, cases))) == 2 * len(PLACES) + 2 * 3 + len(SWEEP)
     assert all((c.kind, c.dtype, c.layout) == ("layer", "fp32", "contiguous") for c in cases[: len(PLACES)])
+    cases = linear_attention.cases()
+    places, swept = len(linear_attention.PLACES), len(linear_attention.SWEEP)
+    assert len(cases) == len(set(map(str, cases))) == 4 * places + swept
+    assert all((c.kind, c.dtype, c.layout) == ("layer", "fp32", "contiguous") for c in cases[:places])
+    cases = cbam.cases()
+    assert len(cases) == len(set(map(str, cases))) == 4 * 3 * 2 * 2
+    assert all((c.clips, c.dtype, c.layout) == (8, "fp32", "contiguous") for c in cases[:4])
+    assert {case.name for case in dot_product_attention.cases()} == set(dot_product_attention.AttentionCase.layers)
 
 
 def test_the_published_sizes():
@@ -132,15 +144,17 @@ def test_the_published_sizes():
     assert [PLACES[f"T2T {(224 // stride) ** 2}"].sizes[1:] for stride in (4, 8)] == [(3136, 64), (784, 64)]
 
 
-@pytest.mark.parametrize("family, layer", [("attention_in_attention", "STinC-"), ("external_attention", "")])
+@pytest.mark.parametrize("family, layer", [(family, "") for family in FAMILIES[1:]] + [(FAMILIES[0], "STinC-")])
 def test_a_run_writes_rows_and_the_plots_and_the_table_read_them(family, layer, tmp_path, capsys):
     arguments = ["--quick", "--family", family, "--filter", layer, "--results", str(tmp_path), "--compile", "off"]
     assert run.main(arguments) == 0
     with (tmp_path / family / "layers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == records.COLUMNS
-    assert {"copy", "clone", "published", "reference"} <= {row["provider"] for row in rows}
-    assert ("sdpa" in {row["provider"] for row in rows}) == (family == "external_attention")
+    least = {"copy", "clone", "published"} | ({"reference"} if family in aia_kernels.backends.FAMILIES else {"cpu"})
+    assert least <= {row["provider"] for row in rows}
+    against_self_attention = family in ("external_attention", "linear_attention")
+    assert ("sdpa" in {row["provider"] for row in rows}) == against_self_attention
     assert {row["mode"] for row in rows} == {"eval", "step"}
     for row in rows:
         assert float(row["median_ms"]) > 0
@@ -161,7 +175,7 @@ def test_a_run_writes_rows_and_the_plots_and_the_table_read_them(family, layer, 
     capsys.readouterr()
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
     assert plot.main(["--results", str(tmp_path)]) == 0
-    drawn = {"speedup", "copies"} | ({"sweep"} if family == "external_attention" else set())
+    drawn = {"speedup", "copies"} | ({"sweep"} if against_self_attention else set())
     for name in drawn:
         assert (tmp_path / family / f"{name}.png").stat().st_size > 0
 
@@ -420,11 +434,13 @@ def test_what_matters_most_is_measured_first(device, dtype):
     assert {case.name for case in first} == {"CinST", "STinC"}
     assert all((case.dtype, case.clips, case.layout) == (dtype, 8, "contiguous") for case in first)
     assert {case.stage for case in cases[units : units + layers]} == set(PLACES)
-    main = units + layers + 3 * 4
+    rest = len(linear_attention.PLACES) + len(STAGES) + len(dot_product_attention.PLACES)
+    main = units + layers + 3 * 4 + rest
     assert all((case.dtype, case.layout) == (dtype, "contiguous") for case in cases[:main])
     others = cases[main : 2 * main]
     assert not {case.dtype for case in others} & {dtype} and {case.layout for case in others} == {"contiguous"}
-    assert [case.kind for case in cases[-len(SWEEP) :]] == ["sweep"] * len(SWEEP)
+    swept = len(SWEEP) + len(linear_attention.SWEEP)
+    assert [case.kind for case in cases[-swept - 1 :]] == ["layer"] + ["sweep"] * swept
 
 
 def test_kept_bytes_counts_storages_once():
@@ -477,6 +493,17 @@ def test_every_pass_is_called_with_arguments_that_it_takes(layout):
     assert {name.split()[0] for name in calls} == set(passes.attention_in_attention.TRAFFIC)
     for one in calls.values():
         assert_finite(one.call())
+
+
+@pytest.mark.skipif(CPU_MISSING["cbam"] is not None, reason="the C++ extension is not built")
+def test_every_pass_of_cbam_is_called_with_arguments_that_it_takes():
+    (case,) = cbam.quick_cases()
+    x = case.make_input()
+    calls = passes.calls("cpu", case, x, case.gradient(x))
+    assert set(calls) == set(passes.cbam.TRAFFIC)
+    for one in calls.values():
+        for _ in range(2):  # it may be repeated
+            assert_finite(one.call())
 
 
 @pytest.mark.skipif(CPU_MISSING[FAMILIES[1]] is not None, reason="the C++ extension does not have these passes")

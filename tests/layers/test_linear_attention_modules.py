@@ -23,6 +23,7 @@ from aia_kernels import (
     testing,
 )
 from aia_kernels.backends import choices
+from aia_kernels.common.layouts import as_tokens, stored_as
 from benchmarks.published import linear_attention as published
 
 LOW = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -250,3 +251,16 @@ def test_kernel_attention_is_the_feature():
     other.load_state_dict(testing.randomise(module).state_dict(), strict=True)
     x = torch.randn(1, 8, 3, 4)
     assert torch.equal(module(x), other(x))
+
+
+def test_strides_of_axes_of_one_cost_no_copy():
+    """A batch of one in channels_last has another stride of the batch than a product gives: y was copied for it."""
+    x = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    tokens, result = as_tokens(x), torch.randn(1, 64, 64)
+    assert tokens.stride() != result.stride()
+    found = stored_as(result, tokens)
+    assert found.stride() == tokens.stride() and found.data_ptr() == result.data_ptr() and torch.equal(found, result)
+    turned = result.mT
+    assert torch.equal(stored_as(turned, tokens), turned) and stored_as(turned, tokens).stride() == tokens.stride()
+    negative = torch._neg_view(result)
+    assert torch.equal(stored_as(negative, tokens), -result) and not stored_as(negative, tokens).is_neg()

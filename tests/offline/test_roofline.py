@@ -14,6 +14,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 
 from benchmarks import gpus, records, registry
 from benchmarks.offline import ROOT, counting, environment_without_interpreter, roofline
+from benchmarks.registry import linear_attention
 from benchmarks.registry.attention_in_attention import HAS_INNER, NAMES, STAGES, UnitCase
 from benchmarks.registry.cbam import GatesCase
 from benchmarks.registry.external_attention import PLACES, LayerCase
@@ -84,9 +85,23 @@ def test_the_block_of_external_attention_around_the_products_of_the_framework():
 
 @pytest.mark.parametrize("provider", ["cuda", "cpu"])
 def test_cbam_meets_x_as_often_as_designed(provider):
-    case = GatesCase("CBAM", "1024x14x14", 8, "bf16", "channels_last", (1024, 14, 14))
+    case = GatesCase("CBAM", "1024x14x14", 8, "bf16", "channels_last", (8, 1024, 14, 14), (("in_planes", 1024),))
     assert of_x(case, provider, "eval") == (3, 1) and case.traffic("eval") == 4
     assert of_x(case, provider, "step") == (7, 2) and case.traffic("step") == 9
+
+
+@pytest.mark.parametrize("name", ["PositionLinearAttention", "EfficientAttention"])
+@pytest.mark.parametrize("provider", ["cuda", "triton", "cpu"])
+def test_attention_by_a_memory_meets_x_as_often_as_designed(name, provider):
+    """Forward: x for keys and queries, for the sums, as the residual; y. Backward: x and the gradient of y for the
+    memory, the latter also through it and as the residual's; x for the projections; and the gradient of x. At 512x32x32
+    the sums are not kept, as they are 6 % of x: x is met once more for them."""
+    chosen = [case for case in linear_attention.cases() if case.name == name and case.kind != "sweep"]
+    for case in (case for case in chosen if case.sizes[1] < 512 and "," not in case.stage):
+        assert of_x(case, provider, "eval") == (3, 1), case
+        assert of_x(case, provider, "step") == (3 + 5, 1 + 1), case
+        assert case.traffic("eval") == 4 and case.traffic("step") == 10
+        assert sum(of_x(case, "published", "step")) > 3 * case.traffic("step")
 
 
 def recorded() -> list[dict]:
