@@ -114,6 +114,18 @@ class TokensWithHeads(nn.Module):
         return self.proj(o.transpose(1, 2).reshape(b, n, c))
 
 
+class DividedByTokens(JoinedHeads):
+    """The values divided by the number of tokens, as diffusion networks have them too."""
+
+    def forward(self, x):
+        b, h, w = x.size(0), x.size(2), x.size(3)
+        joined = self.to_qkv(x).reshape(b, 3, self.heads, 4, h * w)
+        q, k, v = (joined.select(1, i) for i in range(3))
+        context = torch.einsum("bhdn,bhen->bhde", k.softmax(dim=-1), v / (h * w))
+        o = torch.einsum("bhde,bhdn->bhen", context, q.softmax(dim=-2))
+        return self.to_out(o.reshape(b, -1, h, w))
+
+
 class InANetwork(nn.Module):
     """Behind a convolution and before a norm."""
 
@@ -133,6 +145,7 @@ KINDS = {
     UnitVectorsOfTokens: (["linear_attention"], (2, 9, 6)),
     Softplus: (["linear_attention"], MAPS),
     JoinedHeads: (["efficient_attention"], MAPS),
+    DividedByTokens: (["efficient_attention"], MAPS),
     HeadsInALoop: (["efficient_attention"], MAPS),
     TokensWithHeads: (["efficient_attention"], (2, 9, 6)),
 }

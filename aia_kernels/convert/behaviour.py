@@ -139,35 +139,56 @@ def difference(
 
 
 def graph_difference(
-    module: nn.Module, before: Graph, after: Graph, shapes: Sequence[tuple[int, ...] | None]
+    module: nn.Module, before: Graph, after: Graph, shapes: Sequence[tuple[int, ...] | None], fixed: bool
 ) -> str | None:
     """How two graphs of a module differ on random inputs of these shapes, or None: also where they are not compared,
-    because a shape is unknown, all together are large, or the first does not run in float64."""
+    because a shape is unknown, all together are large, or the first does not run in float64. Unless the shapes are
+    fixed, inputs of other sizes are tried, as far as the first graph takes them."""
     known = [shape for shape in shapes if shape is not None]
-    if len(known) < len(shapes) or not known or sum(map(math.prod, known)) > 2**18:
+    if len(known) < len(shapes) or not known:
         return None
+    trials = [known] if fixed else [known, *_other_sizes(known)]
     with undisturbed():
-        generator = torch.Generator().manual_seed(0)
-        numbers: dict[Hashable, Tensor] = {}
-        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in known]
-        results = []
-        for graph in (before, after):
-            copier = _Copier(numbers, generator, module.training, False)
-            root = nn.Module()
-            for held in ("_parameters", "_buffers"):
-                of = getattr(module, held).items()
-                getattr(root, held).update({name: copier.tensor(name, p, id(p)) for name, p in of})
-            root._modules.update({name: copier.copy(child) for name, child in module.named_children()})
-            torch.manual_seed(0)
-            try:
-                results.append(tree_leaves(Interpreter(root, graph=graph).run(*inputs)))
-            except Exception as error:
-                return f"the fused graph fails: {type(error).__name__}: {line(error)}" if results else None
-        for found, expected in zip(*results, strict=True):
-            if isinstance(expected, Tensor):
-                distance = _distance(found, expected)
-                if not distance <= SINGLE_TOLERANCE * max(1.0, expected.abs().max().item()):
-                    return f"its result differs from that of the fused graph by up to {distance:.2g}"
+        for trial in trials:
+            if sum(map(math.prod, trial)) <= 2**18 and (reason := _graphs_differ(module, (before, after), trial)):
+                return reason
+    return None
+
+
+def _other_sizes(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes with other lengths of the axes that are tokens or positions, and with more samples."""
+    yield [(*shape[:2], *(size + 1 for size in shape[2:])) if len(shape) > 3 else shape for shape in shapes]
+    for axis in (1, 2):
+        yield [(*shape[:axis], shape[axis] + 1, *shape[axis + 1 :]) if len(shape) == 3 else shape for shape in shapes]
+    yield [(2 * shape[0], *shape[1:]) if shape else shape for shape in shapes]
+
+
+def _graphs_differ(module: nn.Module, graphs: tuple[Graph, Graph], shapes: Sequence[tuple[int, ...]]) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    numbers: dict[Hashable, Tensor] = {}
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
+    results: list[list[Any]] = []
+    for graph in graphs:
+        copier = _Copier(numbers, generator, module.training, False)
+        root = nn.Module()
+        for held in ("_parameters", "_buffers"):
+            of = getattr(module, held).items()
+            getattr(root, held).update({name: copier.tensor(name, p, id(p)) for name, p in of})
+        root._modules.update({name: copier.copy(child) for name, child in module.named_children()})
+        torch.manual_seed(0)
+        try:
+            results.append(tree_leaves(Interpreter(root, graph=graph).run(*inputs)))
+        except Exception as error:
+            return f"the fused graph fails: {type(error).__name__}: {line(error)}" if results else None
+    expected, found = results
+    if len(expected) != len(found):
+        return f"it returns {len(expected)} tensors, and the fused graph {len(found)}"
+    for wanted, made in zip(expected, found, strict=True):
+        if isinstance(wanted, Tensor):
+            distance = _distance(made, wanted)
+            if not distance <= SINGLE_TOLERANCE * max(1.0, wanted.abs().max().item()):
+                sizes = ", ".join(map(str, shapes))
+                return f"its result for inputs of shape {sizes} differs from that of the fused graph by {distance:.2g}"
     return None
 
 

@@ -352,14 +352,16 @@ class MemoryForm(NamedTuple):
     """How attention by a memory per sample is written in a network.
 
     feature: the feature map, "l2", "softplus" or "softmax". heads, eps: as of the functions. factors: of o, and of what
-    the product behind makes of it, beside gamma. residual: whether x is added. features: the axis of x that holds its
-    channels; samples are axis 0. out: for each axis of the result, the axes of x that are joined in it.
+    the product behind makes of it, beside gamma. averaged: whether o is divided by the number of tokens besides.
+    residual: whether x is added. features: the axis of x that holds its channels; samples are axis 0. out: for each
+    axis of the result, the axes of x that are joined in it.
     """
 
     feature: str
     heads: int
     eps: float
     factors: tuple[float, float]
+    averaged: bool
     residual: bool
     features: int
     out: tuple[tuple[int, ...], ...]
@@ -387,21 +389,22 @@ def remember(
     elif x.ndim > 3 and form.features == x.ndim - 1:
         given, order = x.flatten(1, -2), (*range(x.ndim),)
     settings: dict[str, Any] = {"heads": form.heads, "residual": form.residual}
-    inner, outer = form.factors
+    inner, outer = _factors(x, form)
     if _flow_is_faster(x, weights, form):
         y = _in_order(given, weights, biases, gamma, form)
     elif form.feature == "softmax":
         query, key, value, *behind = weights
         last = behind[0] if behind else torch.eye(len(value), dtype=value.dtype, device=value.device)
         of_last = biases[3] if behind else None
-        for factor in (None if outer == 1.0 else outer, gamma):
+        for factor in (outer, gamma):
             if factor is not None:
                 last, of_last = last * factor, None if of_last is None else of_last * factor
-        last = last * inner if inner != 1.0 else last
+        last = last if inner is None else last * inner
         y = efficient_attention(given, query, key, value, last, biases=(*biases[:3], of_last), **settings)
     else:
-        if (factor := inner * outer) != 1.0:
-            gamma = x.new_full((1,), factor) if gamma is None else gamma * factor
+        for factor in (inner, outer):
+            if factor is not None:
+                gamma = x.new_full((1,), factor) if gamma is None else gamma * factor
         settings |= {"feature": form.feature, "eps": form.eps, "gamma": gamma}
         y = linear_attention(given, *weights, biases=biases, **settings)
     if order is not None:
@@ -409,6 +412,15 @@ def remember(
     y = y.permute([i for axis in form.out for i in axis])
     y = y.reshape([math.prod(x.shape[i] for i in axis) for axis in form.out])
     return y if _is_channels_last(x) else y.contiguous()
+
+
+def _factors(x: Tensor, form: MemoryForm) -> list[float | None]:
+    """Of o, and of what the product behind makes of it; None where there is none."""
+    inner, outer = form.factors
+    if form.averaged:
+        inner = inner / (math.prod(x.shape[1:]) / x.shape[form.features])
+        return [inner, None if outer == 1.0 else outer]
+    return [None if factor == 1.0 else factor for factor in (inner, outer)]
 
 
 def _flow_is_faster(x: Tensor, weights: Sequence[Tensor], form: MemoryForm) -> bool:
@@ -440,10 +452,11 @@ def _in_order(
         o = o.flatten(1, 2) if form.heads > 1 else o
     else:
         o = attended(query, key, value, form.feature, form.eps)
-    o = o * form.factors[0] if form.factors[0] != 1.0 else o
+    inner, outer = _factors(x, form)
+    o = o if inner is None else o * inner
     for weight, bias in zip(weights[3:], biases[3:], strict=True):
         o = mapped(weight, bias, o)
-    for factor in (None if form.factors[1] == 1.0 else form.factors[1], gamma):
+    for factor in (outer, gamma):
         o = o if factor is None else o * factor
     y = rows + o if form.residual else o
     return y.mT if x.ndim == 3 else y.unflatten(2, x.shape[2:])

@@ -10,7 +10,7 @@ after another, an adaptive pool, or one as large as the map; the linear maps lay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.fx import Node
@@ -27,6 +27,7 @@ _SPREAD = (*LAYOUT, "expand", "expand_as", "repeat")
 _OTHER_GATES = ("hardsigmoid", "tanh", "softmax", "softplus", "hardtanh", "clamp")
 _OTHER_ACTIVATIONS = ("gelu", "silu", "hardswish", "tanh", "sigmoid", "elu", "leaky_relu", "relu6", "mish", "prelu")
 _WHOLE_PLANE = {"adaptive_avg_pool2d": "mean", "adaptive_max_pool2d": "max", "avg_pool2d": "mean", "max_pool2d": "max"}
+_REPEATED = "repeated"
 _OF_AXES = {"mean": "mean", "amax": "max", "max": "max"}
 
 
@@ -74,16 +75,29 @@ class _Pool(NamedTuple):
     nodes: tuple[Node, ...]
 
 
+class _Layers(NamedTuple):
+    """The two linear maps of a channel gate, the pool before them, what stands between, all nodes but those of the
+    pool, and the axes of the result."""
+
+    first: Product
+    second: Product
+    pool: _Pool
+    activation: str
+    nodes: set[Node]
+    axes: Sequence[Axis]
+
+
 def find_gates(reader: Reader) -> Iterator[FoundGates | Missed]:
     """CBAM and its gates in a graph, the last first, and what comes close to them."""
     if not any(reader.operation(node) in ("sigmoid", *_OTHER_GATES) for node in reader.graph.nodes):
         return
     taken: set[Node] = set()
+    search = _Search(reader)
     for node in reversed(reader.graph.nodes):
         if node in taken or reader.operation(node) != "mul" or reader.changes_in_place(node):
             continue
         try:
-            found = _Search(reader).gates(node)
+            found = search.gates(node)
         except _Differs as close:
             yield Missed(node, str(close), of_unit=True)
             continue
@@ -93,10 +107,16 @@ def find_gates(reader: Reader) -> Iterator[FoundGates | Missed]:
 
 
 class _Search:
-    """Reads one product of a tensor and a gate."""
+    """Reads products of a tensor and a gate."""
 
     def __init__(self, reader: Reader):
         self.reader = reader
+        self.axes: dict[Node, list[Axis]] = {}
+
+    def _named(self, x: Node) -> list[Axis]:
+        """The axes B, C, H and W of x: the same atoms whenever they are asked for, so that two axes of one length are
+        told apart."""
+        return self.axes.setdefault(x, named(self.reader.shapes[x], ""))
 
     def gates(self, end: Node) -> FoundGates | None:
         """Both gates of which this product is the end, or the one that it is by itself; None for another product."""
@@ -149,22 +169,38 @@ class _Search:
         operation, source = self.reader.operation(sigmoid), self.reader.operand(sigmoid)
         if operation not in ("sigmoid", *_OTHER_GATES) or source not in self.reader.shapes:
             return None
-        b, c, h, w = self.reader.shapes[x]
-        size = math.prod(self.reader.shapes[sigmoid])
-        kept = [path[-1] if path else sigmoid, *path[:-1]]
-        if any(self.reader.shapes.get(n, ())[-4:] not in _shapes_of_gates(b, c, h, w) for n in path[:1]):
-            return None
-        found: Any = None
-        if size == b * h * w:
-            found = self._spatial(source, x)
-        if found is None and size == b * c:
-            found = self._channel(source, x)
+        found: Any = self._spatial(source, x) or self._channel(source, x)
         if found is None:
             return None
-        gate, nodes = found
+        gate, nodes, axes = found
+        if not self._is_spread(self._along(path, axes), x):
+            return None
         if operation != "sigmoid":
             raise _Differs(f"{sigmoid.name} is a {operation}: a gate of CBAM is a sigmoid, as functional.cbam has it")
-        return gate, {*nodes, *kept, *path, sigmoid}
+        return gate, {*nodes, *path, sigmoid}
+
+    def _is_spread(self, axes: Sequence[Axis] | None, x: Node) -> bool:
+        """Whether each axis of a gate is that of x at which it stands, or is repeated along it."""
+        if axes is None or len(axes) > 4:
+            return False
+        of_x = self._named(x)[4 - len(axes) :]
+        return all(not found or found == expected for found, expected in zip(_kept(axes), _kept(of_x), strict=True))
+
+    def _along(self, path: Sequence[Node], axes: Sequence[Axis] | None) -> Sequence[Axis] | None:
+        """The axes after nodes that arrange or repeat a tensor, the last of them first; None where they are lost."""
+        for node in reversed(path):
+            if axes is None:
+                return None
+            operation, shape = self.reader.operation(node), self.reader.shapes.get(node, ())
+            if operation in LAYOUT:
+                axes = after(self.reader, node, axes)
+            elif operation in ("getitem", "values"):
+                axes = reshaped(axes, shape) if self._adds_axes(node) else axes
+            elif operation in _SPREAD:
+                axes = _repeated(axes, shape)
+            elif operation != "batch_norm":
+                return None
+        return axes
 
     def _down(self, node: Any, through: tuple[str, ...]) -> tuple[list[Node], Any]:
         """The nodes that only arrange or repeat a tensor, from a node against the flow, and what they start from."""
@@ -180,8 +216,8 @@ class _Search:
         known = self.reader.operation(node) == "getitem" and node in shapes and operand in shapes
         return known and math.prod(shapes[operand]) == math.prod(shapes[node])
 
-    def _spatial(self, node: Node, x: Node) -> tuple[SpatialGate, set[Node]] | None:
-        """The spatial gate before its sigmoid."""
+    def _spatial(self, node: Node, x: Node) -> tuple[SpatialGate, set[Node], Sequence[Axis] | None] | None:
+        """The spatial gate before its sigmoid, its nodes and its axes."""
         path, node = self._down(node, LAYOUT)
         norm = None
         if self.reader.operation(node) == "batch_norm":
@@ -197,17 +233,18 @@ class _Search:
                 "from the maximum and the mean over channels to one map, of an odd size, with zeros around, all plain"
             )
             raise _Differs(f"{node.name} takes a maximum and a mean as CBAM's spatial gate does, but is not {told}")
-        return SpatialGate(node, norm, order), {*nodes, *path, node}
+        b, _, h, w = self._named(x)
+        return SpatialGate(node, norm, order), {*nodes, *path, node}, self._along(path, (b, (Atom(1),), h, w))
 
     def _side_by_side(self, node: Any, x: Node) -> tuple[str, set[Node]] | None:
         """In which order the maximum and the mean of x over channels are the features of a node, and its nodes."""
         path, joined = self._down(node, ("identity",))
-        b, _, h, w = named(self.reader.shapes[x], "")
+        b, _, h, w = self._named(x)
+        map_axes, kept_axes = (b, h, w), (b, (), h, w)
         operation = self.reader.operation(joined)
         if operation not in ("cat", "concat", "concatenate", "stack"):
             pool = self._pool(joined, x)
-            kept = None if pool is None or len(self.reader.shapes[joined]) != 4 else _sizes(pool.axes)
-            if kept != _sizes((b, h, w)) or pool is None or [*pool.shares.values()] != [0.5, 0.5]:
+            if pool is None or _kept(pool.axes) != _kept(kept_axes) or [*pool.shares.values()] != [0.5, 0.5]:
                 return None
             return "mix", {*pool.nodes, *path}
         parts, dim = (
@@ -216,74 +253,75 @@ class _Search:
         )
         if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (1, -3):
             return None
-        pools = [self._pool(part, x) for part in parts]
-        kinds = [
-            [*pool.shares.items()] for pool in pools if pool is not None and _sizes(pool.axes) == _sizes((b, h, w))
-        ]
+        pools = [pool for part in parts if (pool := self._pool(part, x)) is not None]
+        expected = _kept(map_axes if operation == "stack" else kept_axes)
+        kinds = [[*pool.shares.items()] for pool in pools if _kept(pool.axes) == expected]
         if sorted(kinds) != [[("max", 1.0)], [("mean", 1.0)]]:
             return None
-        nodes = {node for pool in pools if pool is not None for node in pool.nodes}
+        nodes = {node for pool in pools for node in pool.nodes}
         return f"{kinds[0][0][0]}, {kinds[1][0][0]}", {*nodes, *path, joined}
 
-    def _channel(self, node: Node, x: Node) -> tuple[ChannelGate, set[Node]] | None:
-        """The channel gate before its sigmoid."""
+    def _channel(self, node: Node, x: Node) -> tuple[ChannelGate, set[Node], Sequence[Axis] | None] | None:
+        """The channel gate before its sigmoid, its nodes and its axes."""
         addends, nodes = self._addends(node)
-        layers = [layer for addend in addends if (layer := self._layers(addend)) is not None]
+        layers = [layer for addend, path in addends if (layer := self._layers(addend, path, x)) is not None]
         if len(layers) != len(addends) or not 1 <= len(layers) <= 2:
             return None
-        pools = []
-        b, c, *_ = named(self.reader.shapes[x], "")
-        for first, _, _, inside in layers:
-            pooled = first.source
-            pool = self._pool(pooled, x)
-            if pool is None or _sizes(pool.axes) != _sizes((b, c)):
-                return None
-            pools.append(pool.shares)
-            nodes |= {*pool.nodes, *inside}
-        names = tuple(_NAMES.get(tuple(sorted(shares.items())), "") for shares in pools)
+        names = tuple(_NAMES.get(tuple(sorted(layer.pool.shares.items())), "") for layer in layers)
         if sorted(names) not in (["avg", "max"], ["avg"], ["max"], ["mix"]):
             return None
-        (first, second, activation, _), *others = layers
-        held = {(one.weight, one.bias, other.weight, other.bias) for one, other, *_ in layers}
-        if len(held) > 1:
+        first, *others = layers
+        if any(_kept(layer.axes) != _kept(first.axes) for layer in others):
+            return None
+        if len({(one.weight, one.bias, two.weight, two.bias) for one, two, *_ in layers}) > 1:
             raise _Differs(
-                f"{first.node.name} and {others[0][0].node.name} are different layers for the two pools of x: "
+                f"{first.first.node.name} and {others[0].first.node.name} are different layers for the two pools of x: "
                 "CBAM's channel gate takes both through the same, as functional.cbam does"
             )
-        if activation != "relu":
+        if first.activation != "relu":
             raise _Differs(
-                f"{second.node.name} comes after a {activation}: the layers of CBAM's channel gate have a ReLU "
-                "between them, as functional.cbam has it"
+                f"{first.second.node.name} comes after a {first.activation}: the layers of CBAM's channel gate have a "
+                "ReLU between them, as functional.cbam has it"
             )
-        return ChannelGate(first, second, names), nodes
+        nodes |= {node for layer in layers for node in (*layer.pool.nodes, *layer.nodes)}
+        return ChannelGate(first.first, first.second, names), nodes, first.axes
 
-    def _addends(self, node: Any) -> tuple[list[Node], set[Node]]:
-        """What a node is the sum of, and the nodes that add it up."""
+    def _addends(self, node: Any, after_it: tuple[Node, ...] = ()) -> tuple[list[tuple[Node, list[Node]]], set[Node]]:
+        """What a node is the sum of, each with the nodes that arrange it afterwards; and all nodes from there on."""
         path, node = self._down(node, LAYOUT)
+        path = [*after_it, *path]
         if self.reader.operation(node) != "add" or self.reader.argument(node, 2, "alpha", default=1) != 1:
-            return [node], {*path}
+            return [(node, path)], {*path}
         found, nodes = [], {*path, node}
         for operand in node.args[:2]:
             if operand == 0 and not isinstance(operand, Node):  # where Python's sum begins
                 continue
-            more, inside = self._addends(operand)
+            more, inside = self._addends(operand, tuple(path))
             found += more
             nodes |= inside
         return found, nodes
 
-    def _layers(self, node: Any) -> tuple[Product, Product, str, set[Node]] | None:
-        """The two linear maps that end with a node, the activation between them, and their nodes."""
-        path, end = self._down(node, LAYOUT)
-        if (second := product_of(self.reader, end)) is None:
+    def _layers(self, second_node: Node, path: list[Node], x: Node) -> _Layers | None:
+        """The two linear maps of a pool of x of which the second is a node, and how a path arranges their result."""
+        if (second := product_of(self.reader, second_node)) is None:
             return None
         between, activated = self._down(second.source, LAYOUT)
         activation = self.reader.operation(activated)
         if activation not in ("relu", *_OTHER_ACTIVATIONS):
             return None
         before, start = self._down(self.reader.operand(activated), LAYOUT)
-        if (first := product_of(self.reader, start)) is None:
+        if (first := product_of(self.reader, start)) is None or (pool := self._pool(first.source, x)) is None:
             return None
-        return first, second, activation, {*path, end, *between, activated, *before, start}
+        b, c, *_ = self._named(x)
+        if [axis for axis in _kept(pool.axes) if axis] != [axis for axis in _kept((b, c)) if axis]:
+            return None
+        hidden = (Atom(first.out),)
+        axes = self._along([*between, *before], _mapped(first, pool.axes, c, hidden))
+        axes = self._along(path, _mapped(second, axes, hidden, c))
+        if axes is None:
+            return None
+        nodes = {second_node, *between, activated, *before, start}
+        return _Layers(first, second, pool, activation, nodes, axes)
 
     def _pool(self, node: Any, x: Node) -> _Pool | None:
         """A pool of x, or a sum of pools with factors."""
@@ -309,7 +347,7 @@ class _Search:
                 kind = now
                 path.append(node)
             node = reader.operand(node)
-        axes: Any = tuple(named(reader.shapes[x], ""))
+        axes: Any = tuple(self._named(x))
         for step in reversed(path):
             axes = self._after(step, axes)
             if axes is None:
@@ -323,7 +361,7 @@ class _Search:
         pools = [pool for a in node.args if isinstance(a, Node) and (pool := self._pool(a, x)) is not None]
         if operation == "add" and len(pools) == 2:
             a, b = pools
-            alike = _sizes(a.axes) == _sizes(b.axes) and not a.shares.keys() & b.shares.keys()
+            alike = _kept(a.axes) == _kept(b.axes) and not a.shares.keys() & b.shares.keys()
             return _Pool(a.shares | b.shares, a.axes, (*a.nodes, *b.nodes, node)) if alike else None
         divides_a_number = operation == "div" and node.args[0] in numbers
         if operation == "add" or len(numbers) != 1 or len(pools) != 1 or divides_a_number:
@@ -362,13 +400,26 @@ _NAMES = {
 }
 
 
-def _shapes_of_gates(b: int, c: int, h: int, w: int) -> tuple[tuple[int, ...], ...]:
-    return (b, c, 1, 1), (b, 1, h, w), (b, c, h, w)
+def _kept(axes: Iterable[Axis]) -> list[Axis]:
+    """The parts of each axis that are longer than one and are not repeated."""
+    return [tuple(atom for atom in leaves(axis) if atom.size != 1 and atom.name != _REPEATED) for axis in axes]
 
 
-def _sizes(axes: Any) -> tuple[int, ...]:
-    """The lengths of the parts of axes that are longer than one, in their order."""
-    return tuple(atom.size for axis in axes for atom in leaves(axis) if atom.size != 1)
+def _repeated(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis] | None:
+    """The axes of a tensor that is repeated to these sizes; None where an axis longer than one is."""
+    before = [*[(Atom(1),)] * (len(sizes) - len(axes)), *axes]
+    lengths = [math.prod(atom.size for atom in axis) for axis in before]
+    if len(before) != len(sizes) or any(old not in (1, new) for old, new in zip(lengths, sizes, strict=True)):
+        return None
+    each = zip(before, lengths, sizes, strict=True)
+    return [axis if old == new else (Atom(new, _REPEATED),) for axis, old, new in each]
+
+
+def _mapped(product: Product, axes: Sequence[Axis] | None, of: Axis, to: Axis) -> list[Axis] | None:
+    """The axes after a product that maps one axis to another; None where it is applied to another one."""
+    if axes is None or product.order is not None or _kept([axes[product.axis]]) != _kept([of]):
+        return None
+    return [*axes[: product.axis], to, *axes[product.axis + 1 :]]
 
 
 def _is_first(reader: Reader, node: Node) -> bool:
@@ -384,8 +435,7 @@ def _tells_sizes(reader: Reader, node: Node, operation: str) -> bool:
         return True
     given = reader.argument(node, 1, "kernel_size")
     given = given if isinstance(given, (list, tuple)) else (given,)
-    of_one_size = "val" in node.meta or "example_value" in node.meta
-    return of_one_size or any(isinstance(size, Node) for size in given)
+    return reader.fixed or any(isinstance(size, Node) for size in given)
 
 
 def _is_of_maps(reader: Reader, node: Node, features: int) -> bool:

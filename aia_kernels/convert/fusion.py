@@ -61,8 +61,9 @@ def _fuse_graph(module: GraphModule, inputs: tuple[Any, ...], report: Report) ->
     graph, before = module.graph, copy.deepcopy(module.graph)
     shapes = _shapes_in(module, graph, inputs)
     starts = [shapes.get(node) for node in graph.nodes if node.op == "placeholder"]
-    fused, missed = rewrite(Reader(module, graph, shapes, not inputs and has_fixed_shapes(graph)))
-    if fused and (reason := behaviour.graph_difference(module, before, graph, starts)) is not None:
+    fixed = not inputs and has_fixed_shapes(graph)
+    fused, missed = rewrite(Reader(module, graph, shapes, fixed))
+    if fused and (reason := behaviour.graph_difference(module, before, graph, starts, fixed)) is not None:
         module.graph = before
         report.left_alone += [LeftAlone((call.node.name,), call.before, reason) for call in fused]
         return

@@ -204,7 +204,9 @@ def _remembered(reader: Reader, found: FoundMemory) -> Node:
         if found.outer is not None:
             weights.append(_matrix(graph, found.outer, 1.0, 1, False, False))
             biases.append(_tensor(graph, found.outer.bias))
-        form = calls.MemoryForm(*found.form[:3], found.factors, found.residual, found.feature, found.out)
+        form = calls.MemoryForm(
+            *found.form[:3], found.factors, found.averaged, found.residual, found.feature, found.out
+        )
         new = graph.call_function(calls.remember, (found.x, tuple(weights), tuple(biases), found.gamma, form))
     return _put(reader, found.nodes, found.end, new)
 

@@ -48,8 +48,9 @@ class FoundMemory(NamedTuple):
 
     x: the tensor. end: the node with the result. nodes: all in between, that too. query, key, value: the projections.
     outer: the product behind o, or None. form: as of the reference. gamma: a node with one number, or None. factors: of
-    o, and of what the product behind makes of it, beside gamma. residual: whether x is added. feature: the axis of the
-    features of x. out: for each axis of the result, the axes of x that are joined in it.
+    o, and of what the product behind makes of it, beside gamma. averaged: whether o is divided by the number of tokens
+    besides. residual: whether x is added. feature: the axis of the features of x. out: for each axis of the result, the
+    axes of x that are joined in it.
     """
 
     x: Node
@@ -62,6 +63,7 @@ class FoundMemory(NamedTuple):
     form: Form
     gamma: Node | None
     factors: tuple[float, float]
+    averaged: bool
     residual: bool
     feature: int
     out: tuple[tuple[int, ...], ...]
@@ -80,13 +82,16 @@ class _Region(NamedTuple):
 
 
 class _Core(NamedTuple):
-    """o, and how its axes are arranged."""
+    """o, and how its axes are arranged. averaged: whether it is divided by the number of tokens, beside the factor.
+    order: where the axes of samples, tokens and features stand in it."""
 
     query: Rows
     key: Rows
     value: Rows
     form: Form
     factor: float
+    averaged: bool
+    order: list[int]
     axes: list[Axis]
     features: Axis
 
@@ -164,11 +169,17 @@ class _Search:
         (self.feature,) = axes
         if self.feature == 0 or self._is_a_map_of_tokens(shape):
             return None
-        numbers, o = self._computed()
+        numbers, o = self._computed(0)
         if o is None or not bool(torch.isfinite(o).all()):
             return None
         core = self._core(numbers, o)
-        return self._other_feature() if core is None else self._described(core)
+        if core is None:
+            return self._other_feature()
+        general = core if self.reader.fixed else self._for_any_number(core)
+        if general is None:
+            told = f"for {math.prod(self._lengths(0))} tokens, but not for other numbers of them"
+            return Missed(self.end, f"{self.end.name} is linear or efficient attention {told}", of_unit=True)
+        return self._described(general)
 
     def _is_a_map_of_tokens(self, shape: tuple[int, ...]) -> bool:
         """Whether something in between has as many numbers as there are pairs of tokens."""
@@ -189,32 +200,41 @@ class _Search:
             of_unit=True,
         )
 
-    def _computed(self) -> tuple[dict[Node, Tensor], Tensor | None]:
-        """Random numbers for the projections, and what the region makes of them."""
+    def _computed(self, more: int) -> tuple[dict[Node, Tensor], Tensor | None]:
+        """Random numbers for the projections, and what the region makes of them. more: added to each length of x but
+        those of its samples and features."""
         generator, values = torch.Generator().manual_seed(0), {}
         numbers = {}
         for product in self.region.roots:
-            shape = self.reader.shapes[product.node]
+            shape = self._shape(product.node, more)
             numbers[product.node] = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         values.update(numbers)
         try:
             with torch.no_grad(), torch.device("cpu"):
                 for node in self.region.nodes:
                     if node not in values:
-                        values[node] = self._value(node, values)
+                        values[node] = self._value(node, values, more)
         except Exception:  # whatever an operation says of float64 or of what it is given: it is not read
             return numbers, None
         o = values[self.end]
         return numbers, o if isinstance(o, Tensor) and o.dtype == torch.float64 else None
 
-    def _value(self, node: Node, values: dict[Node, Any]) -> Any:
+    def _shape(self, node: Node, more: int) -> tuple[int, ...]:
+        """The shape of a node where lengths of x are larger: those that it has at the same axes are too."""
+        before = self.reader.shapes[self.x]
+        return tuple(
+            size + more if 0 < i < len(before) and i != self.feature and size == before[i] else size
+            for i, size in enumerate(self.reader.shapes[node])
+        )
+
+    def _value(self, node: Node, values: dict[Node, Any], more: int) -> Any:
         def of(operand: Node) -> Any:
             if operand in values:
                 return values[operand]
             if is_size(self.reader, operand):  # of a tensor that is not made here
-                start = operand.args[0]
-                values[start] = values.get(start, torch.empty(self.reader.shapes[start], device="meta"))  # type: ignore
-            values[operand] = self._value(operand, values)
+                start: Any = operand.args[0]
+                values[start] = values.get(start, torch.empty(self._shape(start, more), device="meta"))
+            values[operand] = self._value(operand, values, more)
             return values[operand]
 
         args, kwargs = (map_arg(given, of) for given in (node.args, node.kwargs))
@@ -246,29 +266,51 @@ class _Search:
 
     def _core(self, numbers: dict[Node, Tensor], o: Tensor) -> _Core | None:
         """The formula by which o was made, up to a factor."""
+        samples = self.reader.shapes[self.x][0]
         for rows in self._assignments():
-            query, key, value = (
-                numbers[r.product.node].movedim(self.feature, 1)[:, r.start : r.stop].flatten(2) for r in rows
-            )
-            if query.shape != key.shape or value.numel() != o.numel():
+            query, key, value = (row.stop - row.start for row in rows)
+            if query != key or samples * math.prod(self._lengths(0)) * value != o.numel():
                 continue
-            for heads in range(1, min(64, math.gcd(query.shape[1], value.shape[1])) + 1):
-                if query.shape[1] % heads or value.shape[1] % heads:
+            for heads in range(1, min(64, math.gcd(query, value)) + 1):
+                if query % heads or value % heads:
                     continue
-                sizes = (heads, value.shape[1] // heads)[heads == 1 :]
-                features = tuple(map(Atom, sizes))
+                features = tuple(map(Atom, (heads, value // heads)[heads == 1 :]))
                 first = [*self.start_axes[:1], *self._tokens(), *((atom,) for atom in features)]
                 arranged = [axes for axes in _arrangements(first, len(features)) if _lengths(axes) == tuple(o.shape)]
-                for form in self._forms(heads) if arranged else ():
-                    expected = _formula(form, query, key, value).reshape(_lengths(first))
-                    for axes in arranged:
-                        order = [first.index((atom,)) for axis in axes for atom in axis]
-                        found = expected.permute(order).reshape(o.shape)
-                        factor = ((found * o).sum() / found.square().sum()).item()
-                        error = (o - factor * found).abs().max().item()
-                        if factor and error <= _TOLERANCE * o.abs().max().item():
-                            return _Core(*rows, form, _rounded(factor), axes, features)
+                for form, axes in itertools.product(self._forms(heads), arranged):
+                    order = [first.index((atom,)) for axis in axes for atom in axis]
+                    core = _Core(*rows, form, 1.0, False, order, axes, features)
+                    if (factor := self._factor(core, numbers, o)) is not None:
+                        return core._replace(factor=factor)
         return None
+
+    def _factor(self, core: _Core, numbers: dict[Node, Tensor], o: Tensor, more: int = 0) -> float | None:
+        """The number by which o is larger than the formula; None where it is something else."""
+        query, key, value = (
+            numbers[r.product.node].movedim(self.feature, 1)[:, r.start : r.stop].flatten(2) for r in core[:3]
+        )
+        sizes = query.shape[0], *self._lengths(more), *_lengths((atom,) for atom in core.features)
+        found = _formula(core.form, query, key, value).reshape(sizes).permute(core.order)
+        if found.numel() != o.numel():
+            return None
+        found = found.reshape(o.shape)
+        factor = ((found * o).sum() / found.square().sum()).item()
+        error = (o - factor * found).abs().max().item()
+        return _rounded(factor) if factor and error <= _TOLERANCE * o.abs().max().item() else None
+
+    def _for_any_number(self, core: _Core) -> _Core | None:
+        """The same with the factor that holds for any number of tokens, or None. Code that runs for one number alone is
+        taken as it is."""
+        numbers, o = self._computed(1)
+        if o is None:
+            return None if self._counts_tokens() else core
+        factor = self._factor(core, numbers, o, 1)
+        if factor is None or math.isclose(factor, core.factor, rel_tol=_TOLERANCE):
+            return None if factor is None else core
+        summed = core.factor * math.prod(self._lengths(0))
+        if not math.isclose(factor * math.prod(self._lengths(1)), summed, rel_tol=_TOLERANCE):
+            return None
+        return core._replace(factor=_rounded(summed), averaged=True)
 
     def _forms(self, heads: int) -> Iterator[Form]:
         yield Form("softmax", heads)
@@ -285,7 +327,17 @@ class _Search:
         while True:
             out = self._out(axes, features)
             if out is not None and _lengths((features,)) == (shape[self.feature],):
-                of = *core[:3], outer, core.form, gamma, (core.factor, factor), residual, self.feature, out
+                of = (
+                    *core[:3],
+                    outer,
+                    core.form,
+                    gamma,
+                    (core.factor, factor),
+                    core.averaged,
+                    residual,
+                    self.feature,
+                    out,
+                )
                 found = FoundMemory(self.x, node, tuple(nodes), *of)
                 best = found if read_elsewhere(reader, found.nodes, node) is None else best
             users = [user for user in node.users if not is_size(reader, user)]
@@ -343,6 +395,23 @@ class _Search:
                 left = left[len(part) :]
             out.append(tuple(joined))
         return tuple(out) if sorted(i for axis in out for i in axis) == [*range(len(self.start_axes))] else None
+
+    def _counts_tokens(self) -> bool:
+        """Whether what is made may depend on the number of tokens by more than its shape."""
+        reader = self.reader
+
+        def asks(given: Any) -> bool:
+            return isinstance(given, Node) and given not in reader.shapes and is_number(reader, given)
+
+        return any(
+            reader.operation(node) == "mean" or (reader.operation(node) not in LAYOUT and any(map(asks, node.args)))
+            for node in self.region.nodes
+            if node in reader.shapes
+        )
+
+    def _lengths(self, more: int) -> list[int]:
+        """Those of the axes of tokens, each with so many more."""
+        return [size + more for size in _lengths(self._tokens())]
 
     def _tokens(self) -> list[Axis]:
         return [axis for i, axis in enumerate(self.start_axes) if i not in (0, self.feature)]

@@ -171,7 +171,10 @@ def read_elsewhere(reader: Reader, nodes: Iterable[Node], end: Node) -> str | No
 
     for node in inside - {end}:
         for user in node.users:
-            if user not in inside and user.users and not serves(user):
+            if user.op == "output":
+                return f"the forward returns {node.name} as well"
+            unused = not user.users and not reader.changes_in_place(user)
+            if user not in inside and not unused and not serves(user):
                 return f"{user.name} reads {node.name} as well"
     return None
 

@@ -128,3 +128,63 @@ class TestLookAlikes:
 
         report = aia_kernels.fuse(build(lambda: nn.Sequential(Excited())))
         assert not report.converted and not report.left_alone, report
+
+
+class Twisted(nn.Module):
+    """Gates that meet x with two axes exchanged: where both have one length only the order tells."""
+
+    def __init__(self, n=6):
+        super().__init__()
+        self.conv, self.fc1, self.fc2 = nn.Conv2d(2, 1, 3, padding=1), nn.Linear(n, 3), nn.Linear(3, n)
+
+    def of_positions(self, x):
+        return torch.sigmoid(self.conv(torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)))
+
+    def of_channels(self, largest, average):
+        return torch.sigmoid(self.fc2(F.relu(self.fc1(largest))) + self.fc2(F.relu(self.fc1(average))))
+
+
+class GateTransposed(Twisted):
+    def forward(self, x):
+        return x * self.of_positions(x).transpose(2, 3)
+
+
+class MapTransposed(Twisted):
+    def forward(self, x):
+        return x * self.of_positions(x.transpose(2, 3))
+
+
+class OverRows(Twisted):
+    def forward(self, x):
+        return x * torch.sigmoid(self.conv(torch.stack((x.amax(2), x.mean(2)), 1)))
+
+
+class OverRowsForChannels(Twisted):
+    def forward(self, x):
+        return x * torch.sigmoid(self.conv(torch.stack((x.amax(2), x.mean(2)), 1))).transpose(1, 2).expand_as(x)
+
+
+class SamplesForChannels(Twisted):
+    def forward(self, x):
+        return x * self.of_channels(x.amax((2, 3)).t(), x.mean((2, 3)).t())[:, :, None, None]
+
+
+class GateOfOtherSamples(Twisted):
+    def forward(self, x):
+        return x * self.of_channels(x.amax((2, 3)), x.mean((2, 3))).t()[:, :, None, None]
+
+
+class OverChannelsAndRows(Twisted):
+    def forward(self, x):
+        return x * self.of_channels(x.amax((1, 2)), x.mean((1, 2)))[:, :, None, None]
+
+
+@pytest.mark.parametrize("kind", Twisted.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_axes_of_one_length_are_told_apart(kind):
+    """No numbers are compared when a network is compiled: the axes must be followed."""
+    torch._dynamo.reset()
+    x = inputs_of([(6, 6, 6, 6)])
+    compiled = torch.compile(build(kind), backend=aia_kernels.fuse_backend, options={"backend": "eager"})
+    assert_same_steps(compiled, build(kind), x, **EXACT)
+    graph_module = torch.fx.symbolic_trace(build(kind))
+    assert not aia_kernels.fuse(graph_module, *x).converted

@@ -19,7 +19,17 @@ from fuse_steps import (
     called,
     inputs_of,
 )
-from memory_variants import KINDS, MAPS, HeadsInALoop, InANetwork, JoinedHeads, TokensWithHeads, UnitVectors
+from memory_variants import (
+    KINDS,
+    MAPS,
+    DividedByTokens,
+    HeadsInALoop,
+    InANetwork,
+    JoinedHeads,
+    Softplus,
+    TokensWithHeads,
+    UnitVectors,
+)
 from torch import nn
 
 import aia_kernels
@@ -80,6 +90,15 @@ class TestGraphs:
     def test_graph(self, kind, record):
         assert_found_in_a_graph(kind, KINDS[kind], record)
 
+    @pytest.mark.parametrize("kind", [UnitVectors, Softplus, JoinedHeads, DividedByTokens])
+    def test_graph_of_any_size(self, kind):
+        """What was told to fuse is one size of many."""
+        own = build(kind)
+        graph_module = torch.fx.symbolic_trace(build(kind))
+        assert called(aia_kernels.fuse(graph_module, *inputs_of([MAPS]))) == KINDS[kind][0]
+        for sizes in ((2, 6, 4, 5), (1, 6, 7, 3)):
+            assert_same_steps(graph_module, own, inputs_of([sizes]), **EXACT)
+
     def test_compiled(self, monkeypatch):
         assert_found_when_compiled(InANetwork, (["linear_attention"], (2, 3, 5, 4)), monkeypatch)
 
@@ -99,6 +118,15 @@ class LookAlike(UnitVectors):
         return (o + k.sum() if self.also else o).view_as(x)
 
 
+class RootOfTokens(DividedByTokens):
+    """Divided by another function of the number of tokens: in a graph of one size it looks like a constant."""
+
+    def forward(self, x):
+        q, k, v = (t.flatten(2) for t in self.to_qkv(x).chunk(3, dim=1))
+        o = v @ k.softmax(-1).mT @ q.softmax(1) / (x.shape[2] * x.shape[3]) ** 0.5
+        return self.to_out(o.view(x.shape[0], -1, *x.shape[2:]))
+
+
 class TestLookAlikes:
     @pytest.mark.parametrize(
         "make, reason",
@@ -107,6 +135,7 @@ class TestLookAlikes:
             (lambda: LookAlike(lambda t: F.relu(t) + 0.1), "with another feature map"),
             (lambda: LookAlike(also=True), "reads"),
             (lambda: LookAlike(lambda t: t.square()), None),
+            (RootOfTokens, "tokens, but not for other numbers of them"),
         ],
     )
     def test_is_left_alone(self, make, reason):
