@@ -238,7 +238,9 @@ def ratios(file: Path) -> None:
         axis.set_yticks(range(len(settings)), settings, fontsize=7)
         axis.set_xticks(range(len(sizes)), sizes, fontsize=7, rotation=90)
         axis.set_title(f"{layer}, {MODE_NAMES[mode]}", fontsize=9, loc="left")
-    figure.suptitle("Times faster than published, by settings (down) and input (across)", fontsize=11)
+    kind = dict.fromkeys(row[key] for row in rows for key in ("dtype", "layout", "flow"))
+    title = f"Times faster than published, by settings (down) and input (across): {', '.join(kind)}"
+    figure.suptitle(title, fontsize=11)
     save(figure, rows, file.with_suffix(".png"))
 
 

@@ -1,17 +1,24 @@
 """How many times faster than the published flow each layer is, over the sizes that networks have: rows and a heat map.
 
-    python -m benchmarks.ratios [--layers NAMES] [--every K] [--results DIR]
+    python -m benchmarks.ratios [--layers NAMES] [--every K] [--compiled] [--dtype T] [--layout L] [--results DIR]
 
-One thread, fp32, contiguous, eval and a training step. Both forms are sampled in turns, by processor time, which a busy
-machine disturbs least. A cell below one is a size at which a user would lose. What aia_kernels/backends/choices.py goes
-by was found here. Numbers are not checked: the tests and benchmarks.run do that. The whole space takes about half an
-hour; every fifth size, which meets each sample size, token count and map with some of the widths, a fifth of it.
+One thread, eval and a training step, fp32 and contiguous if nothing else is asked for. Both forms are sampled in turns,
+by processor time, which a busy machine disturbs least. A cell below one is a size at which a user would lose. What
+aia_kernels/backends/choices.py goes by was found here. Numbers are not checked: the tests and benchmarks.run do that.
+The whole space takes about half an hour; every fifth size, which meets each sample size, token count and map with some
+of the widths, a fifth of it. With --compiled both forms are compiled by torch.compile, half a minute a size.
+
+The C library gives freed memory back to the system and takes it again, as its thresholds have it. That is as dear as
+the work itself where y has megabytes, and falls on one form or the other by chance. So it is told to keep what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import ctypes
+import dataclasses
 import itertools
 import math
 import statistics
@@ -19,21 +26,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import measure, plot, progress, records
 from .providers import build, on_backend
-from .registry import MODES, Case
+from .registry import DTYPES, MODES, Case
 from .registry.attention_in_attention import UnitCase
-from .registry.case import Place, main_form
+from .registry.case import LAYOUTS, Place, main_form
 from .registry.cbam import STAGES, GatesCase, place
 from .registry.external_attention import LayerCase
 from .registry.linear_attention import MemoryCase
 
 COLUMNS = [
-    *("layer", "settings", "sizes", "mode", "ratio", "low", "high", "published_ms", "fused_ms"),
+    *("layer", "settings", "sizes", "dtype", "layout", "flow", "mode"),
+    *("ratio", "low", "high", "published_ms", "fused_ms"),
     *("device", "cpu", "threads", "torch", "triton", "commit", "date"),
 ]
 #: Processor seconds of a sample, at least; the turns that each form gets, at most; and seconds after which no further
@@ -103,7 +111,7 @@ def cells() -> Iterator[Cell]:
         for k, heads, v in EFFICIENT:
             arguments = {"in_channels": c, "key_channels": c // k, "head_count": heads, "value_channels": c // v}
             yield from _on_maps("EfficientAttention", arguments, f"{c}, {c // k}, {heads}, {c // v}", (b, c, n, n))
-    for unit, c, (b, t, h, w) in itertools.product(("C", "ST", "CinST", "STinC"), CHANNELS, CLIPS):
+    for unit, c, (b, t, h, w) in itertools.product(("C", "ST", "CinST", "STinC", "STinC2"), CHANNELS, CLIPS):
         case = UnitCase(unit, "", b, "fp32", "contiguous", (c, h, w), t)
         if case.x_bytes <= MOST_BYTES:
             yield Cell(unit, str(c), f"{b} x {t}x{h}x{w}", case)
@@ -128,18 +136,21 @@ def _on_maps(layer: str, arguments: dict, settings: str, sizes: tuple[int, ...])
         yield Cell(layer, settings, f"{b} x {h}x{w}", case)
 
 
-def measured(cell: Cell, mode: str) -> tuple[list[float], list[float]]:
+def measured(cell: Cell, mode: str, compiled: bool = False) -> tuple[list[float], list[float]]:
     """Processor seconds of a call of the published and of the fused layer, a sample of each a turn."""
     provider, x = on_backend("auto"), cell.case.make_input()
     torch.manual_seed(0)
-    layers = cell.case.published(), build(provider, cell.case, "cpu")
+    layers: list[Any] = [cell.case.published().to(x.dtype), build(provider, cell.case, "cpu")]
     with provider.context():
+        if compiled:
+            torch.compiler.reset()
+            layers = [torch.compile(layer, dynamic=False) for layer in layers]
         if mode == "eval":
             calls = [measure.evaluation(layer, x) for layer in layers]
         else:
             grad_y = torch.ones_like(layers[0](x).detach())
             calls = [measure.training_step(layer, x, grad_y) for layer in layers]
-        for call in calls:
+        for call in (*calls, *calls):
             call()
         counts = [max(1, round(SAMPLE / max(_seconds(call, 1), 1e-6))) for call in calls]
         taken: tuple[list[float], list[float]] = [], []
@@ -159,16 +170,27 @@ def _seconds(call: Callable[[], object], count: int) -> float:
     return (time.process_time() - begin) / count
 
 
-def row(cell: Cell, mode: str) -> dict:
+def row(cell: Cell, mode: str, compiled: bool = False) -> dict:
     """What is written of a cell: the ratio of the medians, and the quartiles of the ratios turn by turn."""
-    published, fused = measured(cell, mode)
+    published, fused = measured(cell, mode, compiled)
     low, _, high = statistics.quantiles((a / b for a, b in zip(published, fused, strict=True)), n=4)
     medians = [statistics.median(seconds) for seconds in (published, fused)]
     return {
-        **{"layer": cell.layer, "settings": cell.settings, "sizes": cell.sizes, "mode": mode},
+        **{"layer": cell.layer, "settings": cell.settings, "sizes": cell.sizes},
+        **{"dtype": cell.case.dtype, "layout": cell.case.layout},
+        **{"flow": "compiled" if compiled else "eager", "mode": mode},
         **{"ratio": f"{medians[0] / medians[1]:.2f}", "low": f"{low:.2f}", "high": f"{high:.2f}"},
         **{"published_ms": f"{1e3 * medians[0]:.4f}", "fused_ms": f"{1e3 * medians[1]:.4f}"},
     }
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library not to give memory back, where it is one that can be told (glibc)."""
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,19 +198,27 @@ def main(arguments: list[str] | None = None) -> int:
     known = list(dict.fromkeys(cell.layer for cell in cells()))
     parser.add_argument("--layers", nargs="+", choices=known, default=known, metavar="LAYER")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="measure each Kth size alone")
+    parser.add_argument("--compiled", action="store_true", help="compare both forms behind torch.compile")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of maps and clips")
     parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="DIR")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    keep_freed_memory()
     where = measure.machine("cpu")
     wanted = [cell for cell in cells() if cell.layer in chosen.layers][:: max(1, chosen.every)]
-    file = chosen.results / "ratios.csv"
+    kind = {"compiled": chosen.compiled, chosen.dtype: chosen.dtype != "fp32"}
+    kind[chosen.layout] = chosen.layout != "contiguous"
+    file = chosen.results / "_".join(("ratios", *(name for name, said in kind.items() if said)))
+    file = file.with_suffix(".csv")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, COLUMNS)
         writer.writeheader()
         for cell in progress.bar(wanted):
+            case = dataclasses.replace(cell.case, dtype=chosen.dtype, layout=chosen.layout)
             for mode in MODES:
-                writer.writerow(row(cell, mode) | where)
+                writer.writerow(row(cell._replace(case=case), mode, chosen.compiled) | where)
             opened.flush()
     plot.ratios(file)
     return 0

@@ -219,7 +219,7 @@ def statistics_of(unit: Unit, inner: Kept | None, outer: Kept) -> list[Tensor]:
 def average_over_channels(gate: Tensor, sizes: Sequence[int], order: str) -> Tensor:
     """STinC2's inner gate: a spacetime gate [B, M], averaged over C, as a channel-shaped one [B, T * H * W]."""
     g_t, g_h, g_w = maps.unpack(gate, sizes, maps.SPACETIME, order)  # [B, C, H, W], [B, T, C, W], [B, T, H, C]
-    mean = (g_t.mean(1)[:, None] + g_h.mean(2)[:, :, None] + g_w.mean(3)[..., None]) / 3
+    mean = (g_t.mean(1, keepdim=True) + g_h.mean(2, keepdim=True) + g_w.mean(3, keepdim=True)).div_(3)
     return maps.pack([mean], maps.CHANNEL, order)
 
 
@@ -228,9 +228,9 @@ def spread_over_channels(grad: Tensor, sizes: Sequence[int], order: str) -> Tens
     _, t, c, h, w = sizes
     (grad,) = maps.unpack(grad / (3 * c), sizes, maps.CHANNEL, order)
     spread = (
-        grad.sum(1)[:, None].expand(-1, c, h, w),
-        grad.sum(2)[:, :, None].expand(-1, t, c, w),
-        grad.sum(3)[..., None].expand(-1, t, h, c),
+        grad.sum(1, keepdim=True).expand(-1, c, h, w),
+        grad.sum(2, keepdim=True).expand(-1, t, c, w),
+        grad.sum(3, keepdim=True).expand(-1, t, h, c),
     )
     return maps.pack(spread, maps.SPACETIME, order)
 

@@ -301,7 +301,7 @@ def plain_is_faster(device: torch.device, rows: int, slots: int, products: int =
     """
     if device.type != "cpu" or chosen_backend() != "auto":
         return False
-    return not choices.fusing_pays(rows, slots, products, calls, backward=torch.is_grad_enabled())
+    return not choices.fusing_pays(rows, slots, products, calls)
 
 
 def published_flow_is_faster(device: torch.device, elements: int, products: int) -> bool:

@@ -34,20 +34,20 @@ def measured_order(device_name: str, family: str, dtype: str) -> tuple[str, ...]
     return tuple(rows[-1]["order"].split()) if rows else None
 
 
-#: In multiplications of a matrix product on one core: what a call of the fused passes costs over plain PyTorch, a tenth
+#: In multiplications of a matrix product on one core: what a call of the fused passes costs over plain PyTorch, a fifth
 #: of a millisecond, and what they save for an element of the attention map, one nanosecond.
-CALL_COST, ELEMENT_GAIN = 4_000_000, 30
+CALL_COST, ELEMENT_GAIN = 8_000_000, 30
 #: What a few calls of submodules or small operators cost, as a part of CALL_COST: below it products are not counted.
-PLAIN_CALLS = 8
+PLAIN_CALLS = 16
 #: Of attention by a memory per sample, in the same unit: what a call of its algorithm costs over the published flow,
 #: and what it saves for an element of that flow's tensors of all tokens.
 FOLDING_COST, TRAFFIC_GAIN = 12_000_000, 100
-#: The lanes of a vector of the passes at AVX2. They lie along slots, and where these are fewer, most of them are idle.
-#: With slots for one vector alone they save nothing over PyTorch's forward; its backward has more to save.
-LANES = 8
+#: Fewer slots than these do not fill a vector at AVX-512, along which the lanes of the passes lie. PyTorch with the
+#: tokens side by side (algorithms/few_slots.py) is faster then, at any size; and a product of fewer columns is slower.
+FEW_SLOTS = 16
 
 
-def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1, backward: bool = True) -> bool:
+def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> bool:
     """Tell whether the fused passes of external attention are faster than plain PyTorch on a CPU.
 
     Args:
@@ -55,12 +55,11 @@ def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1, backwa
         slots: Normalized together in a row.
         products: The multiplications that folding leaves out, less those that it costs.
         calls: What the call costs, in CALL_COST.
-        backward: Whether one may follow, as gradients are recorded.
 
     Returns:
         Whether what is saved is worth the cost of the call.
     """
-    gain = ELEMENT_GAIN * rows * slots if slots > LANES or (backward and slots == LANES) else 0
+    gain = ELEMENT_GAIN * rows * slots if slots >= FEW_SLOTS else 0
     return gain + products > calls * CALL_COST
 
 

@@ -21,9 +21,7 @@ from torch import Tensor
 from .. import schemas
 from ..algorithms.external_attention_passes import Attention, BatchTerm, DoubleNorm, Dropout
 from ..common.dtypes import accumulate_dtype
-
-#: Columns of a matrix up to which a product takes it as it lies.
-FEW = 15
+from .choices import FEW_SLOTS
 
 
 class MatmulPasses:
@@ -191,10 +189,11 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
     if added_to is None and by_feature:
         return _bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
     if added_to is None and _one_matrix(t):
-        # Rows that are contiguous win up to a fifth where the matrix is narrow, for a small copy. For very few columns
-        # a library has other kernels, which take it as it lies.
-        narrow = FEW < matrix.shape[1] < matrix.shape[0]
-        return _mm(t.flatten(0, 1), matrix.contiguous() if narrow else matrix).view(b, n, -1)
+        rows = t.flatten(0, 1)
+        if matrix.shape[1] < FEW_SLOTS <= matrix.shape[0] and not _is_seen(t):
+            # A library's product of few columns takes up to four times as long as one of few rows.
+            return _mm(matrix.mT, rows.mT).mT.contiguous().view(b, n, -1)
+        return _mm(rows, matrix).view(b, n, -1)
     if added_to is None:
         return _bmm(t, matrix.expand(b, -1, -1))
     if _by_feature(added_to):
@@ -232,10 +231,13 @@ def _over_tokens(s: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
     if heads == 1 and p > q and not _by_feature(s):
         # Rows of the longer side are contiguous: the product runs faster along them.
         return _over_tokens(t, s, (1, q, p)).mT.contiguous()
+    one_matrix = _one_matrix(s) and _one_matrix(t)
+    if heads == 1 and one_matrix and s.dtype == t.dtype == dtype:
+        return _mm(s.flatten(0, 1).mT, t.flatten(0, 1)).unsqueeze(0)
     # bfloat16 has the range of the wider type, and the framework's product rounds its sum once, as it does a gradient.
     narrow = s.dtype == t.dtype == torch.bfloat16
     factor = torch.bfloat16 if narrow else dtype
-    if s.dtype == t.dtype == factor and _one_matrix(s) and _one_matrix(t):
+    if s.dtype == t.dtype == factor and one_matrix:
         pairs = [(s.flatten(0, 1), t.flatten(0, 1))]
     else:
         # One sample after the other, so that a copy in the wider type stays small.

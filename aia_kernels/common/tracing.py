@@ -42,3 +42,17 @@ def needs_reference() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def is_observed() -> bool:
+    """Whether anybody may see or record the operators of a call, or change their types: the questions above, modes of
+    any kind and autocast, at once. Every ordinary call asks, so it is as short as it can be."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    )

@@ -210,6 +210,10 @@ def _through_passes(
         return algorithm.AttentionInAttentionFunction.apply(x, num_segments, plan, fixed, *parameters)
     clips = as_clips(x, num_segments)
     if passes is None:
+        if operators.evaluates(unit.name, backend, batch):
+            of_gates = zip(*algorithm.gate_parameters(parameters, fixed), strict=True)
+            y = operators.unit_evaluate(clips, *map(list, of_gates), unit.name, backend, eps)
+            return as_input(y, x.ndim), [None] * len(gates)
         packed = operators.packed(parameters, fixed, plan.batch, dtype)
         settings = unit.name, backend, plan.batch, plan.eps, plan.groups, operators.index_dtype(clips, unit.name)
         y, *_, statistics = operators.unit_forward(clips, *packed, *settings)

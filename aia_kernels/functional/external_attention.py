@@ -47,6 +47,8 @@ from .external_attention_checks import (
 from .running_statistics import update_running_statistics
 
 FAMILY = "external_attention"
+#: What takes the place of a backend where there is too little to fuse.
+UNFUSED = "unfused"
 
 
 def double_normalize(
@@ -102,7 +104,9 @@ def double_normalize(
         refuse_an_empty_shard("logits", logits, process_group)
         return logits.contiguous() * 1.0
     backend, transformed = _path(logits, logits.dtype, logits.numel() // group, group, process_group)
-    if backend == "reference" or transformed:
+    if backend == UNFUSED and padding is None and group == logits.shape[-1] and plain.serves(logits):
+        return plain.double_normalize(logits, eps).contiguous()
+    if backend in (UNFUSED, "reference") or transformed:
         return reference.double_normalize(logits, group, eps, padding, process_group)
     flat = logits.reshape(-1, *logits.shape[-2:])
     padding = None if padding is None else padding.reshape(flat.shape[:2])
@@ -261,7 +265,10 @@ def _attend(x: Tensor, memories: Memories, making: Making) -> Tensor:
     group, eps, padding, keep, scale, process_group = making
     backend, transformed = _path(x, x.dtype, _map_elements(x, memories.key) // group, group, process_group)
     with no_autocast(x):
-        if backend == "reference" or transformed:
+        if backend == UNFUSED and _is_ordinary(x, memories, making):
+            key, value, bias = memories
+            return plain.external_attention(x, key[0], value[0], None, bias, eps)
+        if backend in (UNFUSED, "reference") or transformed:
             return reference.external_attention(x, *memories, *making)
         x, parameters = with_rows(x), contiguous(*memories)
         if is_traced():
@@ -382,15 +389,22 @@ def _block_through_passes(
 
 
 def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: Any) -> tuple[str, bool]:
-    """The backend, and whether the call needs the reference whatever it is.
+    """The backend, or UNFUSED, and whether the call needs the reference whatever it is.
 
     The size decides only where it is known and nobody shares the call: the members of a process group must exchange the
     same, and may hold different numbers of tokens.
     """
     backend, transformed = backends.select(x.device, dtype, FAMILY), needs_reference()
     if process_group is None and not is_symbolic() and backends.plain_is_faster(x.device, rows, slots):
-        backend = "reference"
+        backend = UNFUSED
     return backend, transformed
+
+
+def _is_ordinary(x: Tensor, memories: Memories, making: Making) -> bool:
+    """Whether plain PyTorch has shorter forms of a call than the specification: one head and one group, all tokens in
+    their places."""
+    one = memories.key.shape[:2] == (1, making.group) and memories.key.shape[2] == x.shape[2]
+    return one and making.padding is None and making.keep is None and plain.serves(x, *memories)
 
 
 def _is_left_to_torch(logits: Tensor) -> bool:

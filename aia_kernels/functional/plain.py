@@ -1,4 +1,4 @@
-"""External attention of small inputs: the layers in as few operators of PyTorch as there can be.
+"""External attention of ordinary calls on a CPU: the layers in as few operators of PyTorch as there can be.
 
 Where there is too little to fuse, a call is what its operators and the Python around them take. So these are not the
 published sequences but shorter ones, of the same numbers. They check nothing, and are for plain tensors of one type,
@@ -13,15 +13,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
+from ..algorithms import few_slots
+from ..algorithms.external_attention import log_sum_exp
+from ..algorithms.few_slots import SAFE_MASS
+from ..backends.choices import FEW_SLOTS
+from ..common.tracing import is_symbolic, needs_reference
 from ..reference import Norm
+from .sharded import PLAIN
 
-#: Below this sum a term of it may have been too small to be a normal number.
-_SAFE_MASS = {torch.float32: 2.0**-60, torch.float64: 2.0**-512}
+FAMILY = "external_attention"
+
 #: torch takes softmaxes over few elements that lie side by side row by row, each as long as one over a vector of them.
-#: With fewer slots than these, and more rows, it is faster to have the tokens side by side.
-_FEW_SLOTS, _FEW_ROWS = 16, 32
-#: Elements of a map beyond which a second softmax costs more than to look at the sums, where no backward follows.
-_SMALL_MAP = 16384
+#: So with fewer slots than FEW_SLOTS two softmaxes are slow from so many rows on; and eight times as many, where a
+#: backward follows, as what takes their place has a longer one.
+_FEW_ROWS, _FEW_ROWS_FOLLOWED = 32, 256
+#: Elements of a map beyond which, where no backward follows, a second softmax costs more than to look at the sums, and
+#: the fused passes cost less than either.
+_SMALL_MAP = 32768
+#: Tokens of one slot from which a softmax over them is faster where they are the last axis.
+_MANY_TOKENS = 4096
+
+#: The types whose sums are accumulated in themselves.
+WIDE = frozenset((torch.float32, torch.float64))
+
+
+def serves(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether operators of PyTorch compute a layer of x on a CPU and lose nothing: plain tensors of one type in which
+    sums are exact enough, and a call that is not recorded, transformed or cast."""
+    # This runs in every call, so nothing here is a call that need not be one.
+    dtype = x.dtype
+    if dtype not in WIDE or x.layout is not torch.strided or x.is_nested:
+        return False
+    for t in (x, *parameters):
+        if t is not None and (type(t) not in PLAIN or t.dtype is not dtype or not t.is_cpu):
+            return False
+    return not (torch.is_autocast_enabled("cpu") or is_symbolic() or needs_reference())
 
 
 def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: int = -1) -> Tensor:
@@ -43,31 +70,59 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
     """
     followed = torch.is_grad_enabled() and logits.requires_grad
     count, last = logits.shape[slots], slots in (-1, logits.ndim - 1)
-    slow = last and count < _FEW_SLOTS and logits.numel() > _FEW_ROWS * count
+    slow = last and count < FEW_SLOTS and logits.numel() > _few_rows(followed) * count
     if not (eps or slow) and (followed or logits.numel() <= _SMALL_MAP):
         return logits.log_softmax(tokens).softmax(slots)
+    if count == 1 and not eps:
+        return _of_one_slot(logits, tokens % logits.ndim, slots % logits.ndim)
     p = logits.softmax(tokens)
     mass = p.sum(slots, keepdim=True)
     if eps:
         mass.add_(eps)
-    elif not mass.amin().item() >= _SAFE_MASS[logits.dtype]:
+    elif not mass.amin().item() >= SAFE_MASS[logits.dtype]:
         return logits.log_softmax(tokens).softmax(slots)
     return p / mass if followed else p.div_(mass)
+
+
+def _few_rows(followed: bool) -> int:
+    return _FEW_ROWS_FOLLOWED if followed else _FEW_ROWS
+
+
+def _of_one_slot(logits: Tensor, tokens: int, slots: int) -> Tensor:
+    """P / P: one, or NaN. As a bound on P it needs no sum, divides no zero by zero, and has the gradient zero."""
+    if logits.numel() < _MANY_TOKENS:
+        return logits.softmax(tokens).clamp_min(1)
+    return logits.squeeze(slots).softmax(tokens - (tokens > slots)).clamp_min(1).unsqueeze(slots)
+
+
+def _normalized(logits: Tensor, eps: float) -> Tensor:
+    """A of logits [B, N, S] or [B, N, heads, S], which it may overwrite."""
+    slots, followed = logits.shape[-1], torch.is_grad_enabled() and logits.requires_grad
+    large = logits.numel() > _SMALL_MAP and slots >= FEW_SLOTS and not followed
+    if large and backends.select(logits.device, logits.dtype, FAMILY) == "cpu":
+        passes, rows = backends.passes("cpu", FAMILY), logits.view(*logits.shape[:2], -1)
+        passes.double_norm_(rows, log_sum_exp(passes.column_statistics(rows, None), ""), slots, eps, None)
+        return logits
+    return double_normalize(logits, eps, tokens=1)
 
 
 def external_attention(
     x: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, value_bias: Tensor | None, eps: float = 0.0
 ) -> Tensor:
     """o [B, N, v] of x [B, N, d], key [S, d] and value [v, S], as functional.external_attention."""
-    b, n, _ = x.shape
-    if eps or key_bias is not None or not 1 < key.shape[0] < _FEW_SLOTS or b * n <= _FEW_ROWS:
-        return F.linear(double_normalize(F.linear(x, key, key_bias), eps), value, value_bias)
-    if b == 1:  # products of matrices, and no axis to expand and to sum over
-        o = (double_normalize(key @ x[0].mT, tokens=1, slots=0).mT @ value.mT).unsqueeze(0)
-    else:
-        attention = double_normalize(torch.bmm(key.expand(b, -1, -1), x.mT), tokens=2, slots=1)
-        o = torch.bmm(attention.mT, value.mT.expand(b, -1, -1))
-    return o if value_bias is None else o + value_bias
+    if not 1 < key.shape[0] < FEW_SLOTS or key_bias is not None:
+        return F.linear(_normalized(F.linear(x, key, key_bias), eps), value, value_bias)
+    followed = torch.is_grad_enabled() and (
+        x.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (value_bias is not None and value_bias.requires_grad)
+    )
+    if x.shape[0] * x.shape[1] <= _few_rows(followed):
+        return F.linear(double_normalize(F.linear(x, key), eps), value, value_bias)
+    if followed:
+        return few_slots.FewSlotsFunction.apply(x, key, value, value_bias, eps)
+    return few_slots.forward(x, key, value, value_bias, eps)
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:
@@ -76,30 +131,40 @@ def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> T
     b, n, _ = x.shape
     first, first_bias, key, key_bias, value, value_bias, last, last_bias = parameters
     rows = F.linear(x, first, first_bias).view(b, n, heads, -1)
-    attention = double_normalize(F.linear(rows, key, key_bias), eps, tokens=1, slots=3)
+    attention = _normalized(F.linear(rows, key, key_bias), eps)
     return F.linear(F.linear(attention, value, value_bias).view(b, n, -1), last, last_bias)
 
 
 def values_of_maps(x: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
     """A V^T as maps [B, v, ...] of maps x [B, C, ...], key [S, C] and value [v, S]."""
     b, channels, *sizes = x.shape
-    if b == 1 and x.is_contiguous():  # a product of matrices, and no axis to expand and to sum over
+    if b == 1 and x.is_contiguous():  # products of matrices, and no axis to expand and to sum over
         attention = double_normalize(key @ x.view(channels, -1), eps, tokens=1, slots=0)
         return (value @ attention).view(1, -1, *sizes)
     attention = double_normalize(torch.bmm(key.expand(b, -1, -1), x.flatten(2)), eps, tokens=2, slots=1)
     return torch.bmm(value.expand(b, -1, -1), attention).view(b, -1, *sizes)
 
 
-def values_by_convolutions(
+def values_unfolded(
     x: Tensor, weights: Sequence[Tensor], biases: tuple[Tensor | None, Tensor | None], eps: float
 ) -> Tensor:
-    """The same of maps x [B, C, H, W] by the convolutions of which K and V would be folded: two with their biases to
-    the logits, and one or two behind."""
+    """The same of maps x [B, C, H, W] by the pointwise convolutions of which K and V would be folded: two with their
+    biases to the logits, and one or two behind."""
+    b, channels, *sizes = x.shape
+    if b == 1 and x.is_contiguous():  # a convolution costs more than a product
+        first, second, value, *last = (weight.view(weight.shape[0], -1) for weight in weights)
+        logits = _with_bias(second, _with_bias(first, x.view(channels, -1), biases[0]), biases[1])
+        z = value @ double_normalize(logits, eps, tokens=1, slots=0)
+        return (last[0] @ z if last else z).view(1, -1, *sizes)
     first, second, value, *last = weights
     logits = F.conv1d(F.conv2d(x, _of_rank(first, 4), biases[0]).flatten(2), _of_rank(second, 3), biases[1])
     z = F.conv1d(double_normalize(logits, eps, tokens=2, slots=1), _of_rank(value, 3))
-    maps = z.reshape(*z.shape[:2], *x.shape[2:])
+    maps = z.reshape(*z.shape[:2], *sizes)
     return F.conv2d(maps, _of_rank(last[0], 4)) if last else maps
+
+
+def _with_bias(matrix: Tensor, t: Tensor, bias: Tensor | None) -> Tensor:
+    return matrix @ t if bias is None else torch.addmm(bias.unsqueeze(1), matrix, t)
 
 
 def _of_rank(weight: Tensor, rank: int) -> Tensor:
@@ -108,6 +173,15 @@ def _of_rank(weight: Tensor, rank: int) -> Tensor:
 
 
 def batch_norm(z: Tensor, norm: Norm) -> Tensor:
-    """BN of z [B, C, ...] by fixed statistics."""
-    weight, bias, mean, var, *_ = norm
-    return torch.batch_norm(z, weight, bias, mean, var, False, 0.0, norm.eps, False)
+    """BN of z [B, C, ...] by fixed statistics; or by those of the batch, of more than one value in each channel, with
+    the running ones moved by a momentum that is a number (moves_at_once)."""
+    weight, bias, mean, var, tracked, training, momentum, eps, *_ = norm
+    if training and tracked is not None:
+        tracked.add_(1)
+    return torch.batch_norm(z, weight, bias, mean, var, training, momentum or 0.0, eps, False)
+
+
+def moves_at_once(norm: Norm) -> bool:
+    """Whether batch_norm serves BN as it is set."""
+    fixed = not norm.uses_batch
+    return fixed or (norm.updates and norm.momentum is not None and norm.process_group is None)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import backends
 from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.tracing import is_symbolic, is_traced
@@ -37,7 +38,16 @@ from ..functional.external_attention import (
 )
 from ..functional.sharded import is_distributed
 from ..reference import Norm
-from .submodules import can_be_read, held, is_pointwise, must_be_called, norm_of, plain_is_faster, products_saved
+from .submodules import (
+    can_be_read,
+    held,
+    is_pointwise,
+    must_be_called,
+    norm_of,
+    plain_is_faster,
+    products_saved,
+    read_at_once,
+)
 
 #: What EANet and EAMLP add to the sum over slots.
 EPS = 1e-9
@@ -70,10 +80,18 @@ class ExternalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mk, mv = held(self, "mk"), held(self, "mv")
+        if type(x) is Tensor and x.ndim == 3 and (found := read_at_once(x, (mk, mv))) is not None:
+            key, key_bias, value, value_bias = found
+            if (
+                x.shape[2] == key.shape[1]
+                and x.numel()
+                and backends.plain_is_faster(x.device, _rows_to_fuse(x), key.shape[0])
+            ):
+                return plain.external_attention(x, key, value, key_bias, value_bias)
         if getattr(x, "ndim", 3) > 3 or not (can_be_read(mk, nn.Linear) and can_be_read(mv, nn.Linear)):
             return self._through_submodules(x)
         key, key_bias, value, value_bias = memories = (*_linear(mk), *_linear(mv))
-        if _are_tokens(x, key) and plain_is_faster(x, memories, x.shape[0] * x.shape[1], key.shape[0]):
+        if _are_tokens(x, key) and plain_is_faster(x, memories, _rows_to_fuse(x), key.shape[0]):
             return plain.external_attention(x, key, value, key_bias, value_bias)
         return external_attention(x, key, value, key_bias=key_bias, value_bias=value_bias)
 
@@ -115,11 +133,9 @@ class ExternalAttention2d(nn.Module):
         TypeError, ValueError: A size is no integer of at least 1; the activation is none of these.
     """
 
-    #: What a step with statistics of the batch costs, in choices.CALL_COST: the moments of A are many small operators.
-    BATCH_CALLS = 4
-    #: What the passes must save in evaluation, in the same unit, for an element of x as for one of the map: beside
-    #: operators that fold too, they save traffic of x, and that costs little while x is in cache.
-    EVALUATION_CALLS = 10
+    #: What the passes must save in a step and in evaluation, in choices.CALL_COST: the moments of A are many small
+    #: operators, and beside operators that fold too the passes save traffic of x, which costs little in cache.
+    STEP_CALLS, EVALUATION_CALLS = 3, 5
 
     # Those of the published block, which has no attributes for them. TorchScript reads annotations, and not all.
     activation = "relu"
@@ -160,6 +176,8 @@ class ExternalAttention2d(nn.Module):
         return self._attend(x)
 
     def _attend(self, x: Tensor) -> Tensor:
+        if (read_now := self._read_at_once(x)) is not None:
+            return self._by_torch(x, *read_now)
         convolutions, norm = self._parts()
         small = self._is_small(x, convolutions, norm)
         if not self._foldable(convolutions, norm):
@@ -167,17 +185,45 @@ class ExternalAttention2d(nn.Module):
         weights = [held(conv, "weight") for conv in convolutions]  # each is read once, as it may be parametrized
         biases = held(convolutions[0], "bias"), held(convolutions[1], "bias")
         read: Any = norm_of(norm) if isinstance(norm, _BatchNorm) else norm
-        if small and not self._folding_pays(x, weights):
-            return self._finished(
-                x, self._normalized(plain.values_by_convolutions(x, weights, biases, EPS), norm, read)
-            )
+        if small:
+            return self._by_torch(x, weights, biases, norm, read)
         with no_autocast(x):
             first, second, value, *last = [weight.flatten(1) for weight in weights]
             key, value = without_effect(second @ first, *biases), last[0] @ value if last else value
-        if small:
-            return self._finished(x, self._normalized(plain.values_of_maps(x, key, value, EPS), norm, read))
         settings: dict[str, Any] = {"activation": self.activation, "residual": self.residual}
         return external_attention_block(x, key, value, read, eps=EPS, **settings)
+
+    def _read_at_once(self, x: Tensor) -> tuple[list[Any], tuple[Any, Any], Any, Any] | None:
+        """The weights, the biases, the norm and what is read of it, of an ordinary call of the published block on what
+        is small. None where it is no such call, or where that cannot be told at once."""
+        modules: list[Any] = [*self._modules.values()]
+        *convolutions, conv2 = modules
+        last = [*conv2._modules.values()] if type(conv2) is nn.Sequential else ()
+        if len(convolutions) != 3 or len(last) != 2 or type(last[1]) is not nn.BatchNorm2d or must_be_called(conv2):
+            return None
+        found = read_at_once(x, (*convolutions, *last))
+        if found is None or found[5] is not None or found[7] is not None or x.ndim != 4:
+            return None
+        weights, sizes = found[:8:2], x.shape
+        positions = sizes[0] * sizes[2] * sizes[3]
+        fits = sizes[1] == weights[0].shape[1] == weights[1].shape[1] == weights[3].shape[0] and positions > 1
+        if not fits or not self._fusing_costs(x, weights[1].shape[0]):
+            return None
+        return weights, (found[1], found[3]), last[1], norm_of(last[1])
+
+    def _by_torch(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Any) -> Tensor:
+        """y in operators of PyTorch."""
+        if not self._folding_pays(x, weights):
+            z = plain.values_unfolded(x, weights, biases, EPS)
+        else:
+            first, second, value, *last = [weight.flatten(1) for weight in weights]
+            key = _joined_to(second, first, *biases)
+            z = plain.values_of_maps(x, key, last[0] @ value if last else value, EPS)
+        if isinstance(read, Norm) and isinstance(norm, nn.BatchNorm2d) and plain.moves_at_once(read):
+            z = plain.batch_norm(z, read)
+        elif norm is not None:
+            z = norm(z)
+        return self._finished(x, z)
 
     def _parts(self) -> tuple[list[Any], Any]:
         """The convolutions, in the order in which they are applied, and the norm, None without one."""
@@ -199,19 +245,24 @@ class ExternalAttention2d(nn.Module):
         if x.shape[1] != key.shape[1] or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
             return False
         of_norm = () if norm is None else (norm._buffers.get("running_mean"), norm._parameters.get("weight"))
-        columns, calls = key.shape[0], 1
-        if not torch.is_grad_enabled():
-            columns, calls = x.shape[1], self.EVALUATION_CALLS
-        elif isinstance(norm, _BatchNorm) and norm.training:
-            calls = self.BATCH_CALLS
-        return plain_is_faster(x, (key, *of_norm), positions, columns, 0, calls)
+        return plain.serves(x, key, *of_norm) and self._fusing_costs(x, key.shape[0])
+
+    def _fusing_costs(self, x: Tensor, slots: int) -> bool:
+        """Whether the passes save less than they cost, by counting. Operators of PyTorch may fold too; what is left to
+        save is traffic of maps as large as x, and the map of the attention has to be made for it."""
+        calls = self.STEP_CALLS if torch.is_grad_enabled() else self.EVALUATION_CALLS
+        columns = max(0, x.shape[1] - slots)
+        return backends.plain_is_faster(x.device, x.numel() // x.shape[1], columns, 0, calls)
 
     @staticmethod
     def _folding_pays(x: Tensor, weights: list[Tensor]) -> bool:
         """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs
-        c^2 k each. In evaluation its operators are the fewer ones, in a backward the more."""
+        c^2 k each. One sample takes products of matrices either way. Of several, folding takes the fewer operators in
+        evaluation, and the more in a backward."""
         k, c = weights[1].shape[:2]
         saved = (len(weights) - 2) * c * c * (x.numel() // c - k)
+        if x.shape[0] == 1:
+            return saved > 0
         return saved * choices.PLAIN_CALLS > (choices.CALL_COST if torch.is_grad_enabled() else -choices.CALL_COST)
 
     def _foldable(self, convolutions: list[Any], norm: Any) -> bool:
@@ -230,12 +281,6 @@ class ExternalAttention2d(nn.Module):
         conv1, linear_0, linear_1, conv2 = (held(self, name) for name in ("conv1", "linear_0", "linear_1", "conv2"))
         attention = double_normalize(linear_0(conv1(x).flatten(2)), dims=(2, 1), eps=EPS)
         return self._finished(x, conv2(linear_1(attention).unflatten(2, x.shape[2:])))
-
-    @staticmethod
-    def _normalized(z: Tensor, norm: Any, read: Any) -> Tensor:
-        """The norm of z, in operators of PyTorch."""
-        fixed = isinstance(read, Norm) and not read.uses_batch
-        return z if norm is None else plain.batch_norm(z, read) if fixed else norm(z)
 
     def _finished(self, x: Tensor, z: Tensor) -> Tensor:
         y = x + z if self.residual else z  # stored as x, which comes first
@@ -292,14 +337,17 @@ class MultiHeadExternalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         linears = tuple([held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "proj")])
         attn_drop, proj_drop = held(self, "attn_drop"), held(self, "proj_drop")
-        if not _readable(linears, attn_drop):
+        parameters = read_at_once(x, linears)
+        at_once = parameters is not None
+        if not can_be_read(attn_drop, nn.Dropout) or not (at_once or _readable(linears)):
             return self._through_submodules(x)
+        if parameters is None:
+            parameters = [p for linear in linears for p in _linear(linear)]
         dropout = attn_drop.p if attn_drop.training else 0.0
-        parameters = [p for linear in linears for p in _linear(linear)]
         saved = self._products_saved(x, parameters[0])
-        if saved is not None and not dropout:
-            rows = x.shape[0] * x.shape[1] * self.num_heads
-            if plain_is_faster(x, parameters, rows, self.k, max(0, saved)):
+        if saved is not None and not dropout and (at_once or plain.serves(x, *parameters)):
+            work = _rows_to_fuse(x, self.num_heads), self.k, max(0, saved)
+            if backends.plain_is_faster(x.device, *work):
                 return _dropped(proj_drop, plain.by_heads(x, self.num_heads, EPS, *parameters))
         attend = self._folded if saved is None or saved >= 0 else self._by_heads
         return _dropped(proj_drop, attend(x, parameters, dropout))
@@ -394,13 +442,13 @@ class TokenExternalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linears, attn_drop = (*self._memories(), held(self, "proj")), held(self, "attn_drop")
-        if not _readable(linears, attn_drop):
+        if not _readable(linears) or not can_be_read(attn_drop, nn.Dropout):
             return self._through_submodules(x)
         q, proj_drop = held(self, "q_linear")(x), held(self, "proj_drop")
         dropout = attn_drop.p if attn_drop.training else 0.0
         key, key_bias, value, value_bias, proj, bias = parameters = [p for one in linears for p in _linear(one)]
         ordinary = not dropout and _are_tokens(q, key)
-        if ordinary and plain_is_faster(q, parameters, q.shape[0] * q.shape[1], key.shape[0]):
+        if ordinary and plain_is_faster(q, parameters, _rows_to_fuse(q), key.shape[0]):
             o = plain.external_attention(q, key, value, key_bias, value_bias, EPS)
             return q + _dropped(proj_drop, nn.functional.linear(o, proj, bias))
         with no_autocast(x):
@@ -435,11 +483,22 @@ def _are_tokens(x: Any, key: Tensor) -> bool:
     )
 
 
-def _readable(linears: Iterable[nn.Module], dropout: nn.Module) -> bool:
-    for linear in linears:
-        if not can_be_read(linear, nn.Linear):
-            return False
-    return can_be_read(dropout, nn.Dropout)
+def _joined_to(second: Tensor, first: Tensor, *biases: Tensor | None) -> Tensor:
+    """second @ first, joined to biases that have no effect, so that they get a gradient of zero."""
+    bias, *others = biases
+    if bias is not None and bias.shape[0] == first.shape[1] and all(other is None for other in others):
+        return torch.addmm(bias, second, first, beta=0)  # of 0 * bias nothing is read
+    return without_effect(second @ first, *biases)
+
+
+def _rows_to_fuse(x: Tensor, heads: int = 1) -> int:
+    """The rows of the attention map for which choices.fusing_pays counts: none where no gradients are recorded. There
+    functional/plain.py has the same passes between its products."""
+    return x.shape[0] * x.shape[1] * heads if torch.is_grad_enabled() else 0
+
+
+def _readable(linears: Iterable[nn.Module]) -> bool:
+    return all(can_be_read(linear, nn.Linear) for linear in linears)
 
 
 def _linear(linear: nn.Module) -> tuple[Any, Any]:

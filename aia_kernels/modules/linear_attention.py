@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..algorithms.linear_attention import keeps
+from ..functional import plain
 from ..functional.checks import check_at_least_one
 from ..functional.linear_attention import MAPS, channel_linear_attention, efficient_attention, linear_attention
 from ..functional.sharded import is_distributed
-from .submodules import held, is_pointwise, must_be_called, plain_serves
+from .submodules import held, is_pointwise, must_be_called
 
 
 class _OnMaps(nn.Module):
@@ -238,7 +239,7 @@ def _is_ordinary(x: Any, conv: Any) -> bool:
     if not (ordinary and isinstance(conv, nn.Conv2d) and x.shape[1] == conv.in_channels):
         return False
     weight = conv._parameters.get("weight")  # a parametrized weight must not be read twice: spectral_norm moves it
-    return weight is not None and plain_serves(x, weight)
+    return weight is not None and plain.serves(x, weight)
 
 
 def _can_be_read(conv: Any) -> bool:

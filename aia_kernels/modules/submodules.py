@@ -13,8 +13,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
-from ..common.tracing import is_symbolic, needs_reference
-from ..functional.sharded import PLAIN, is_distributed, is_plain
+from ..common.tracing import is_observed
+from ..functional import plain
+from ..functional.sharded import is_distributed, is_plain
 from ..reference import Norm
 
 _PLAIN_FORWARDS = frozenset(
@@ -62,6 +63,49 @@ def held(module: nn.Module, name: str) -> Any:
     return getattr(module, name)
 
 
+#: The submodules of an ordinary call, each with its forward as torch has it.
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d)
+}
+
+
+_CONVOLUTIONS = frozenset((nn.Conv1d, nn.Conv2d))
+#: Kernel, stride, padding and groups of convolutions that are one matrix product per position.
+_POINTWISE = frozenset(((1,) * n, (1,) * n, (0,) * n, 1) for n in (1, 2))
+
+
+def read_at_once(x: Tensor, modules: Iterable[nn.Module]) -> list[Any] | None:
+    """Weight and bias of each submodule of an ordinary call, one after the other: each submodule is torch's own and
+    nobody's hook stands on it, and plain.serves them. None where this cannot be told at once; that says nothing yet.
+
+    The checks of must_be_called and plain.serves in one room. They take little in a loop of their own, and four times
+    that between operators, whose code has pushed theirs out of the caches: there it is the size of a check that costs.
+    """
+    dtype = x.dtype
+    found: list[Any] = []
+    if type(x) is not Tensor or dtype not in plain.WIDE or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+        return None
+    if is_observed() or _has_any_global_hook():
+        return None
+    for module in modules:
+        kind, of = type(module), module.__dict__
+        if _FORWARDS.get(kind) is not kind.forward or "forward" in of:
+            return None
+        if kind in _CONVOLUTIONS and (of["kernel_size"], of["stride"], of["padding"], of["groups"]) not in _POINTWISE:
+            return None
+        if of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"]:
+            return None
+        parameters = of["_parameters"]
+        for name in ("weight", "bias"):
+            if name not in parameters:
+                return None
+            p = parameters[name]
+            if p is not None and (type(p) is not nn.Parameter or p.dtype is not dtype or not p.is_cpu):
+                return None
+            found.append(p)
+    return found
+
+
 def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a submodule is of a kind and need not be called: its parameters and settings say what it does."""
     return isinstance(module, kind) and not must_be_called(module)
@@ -87,31 +131,14 @@ def products_saved(heads: int, slots: int, first: tuple[int, int], last: tuple[i
 
 def plain_is_faster(x: Tensor, parameters: Iterable[Tensor | None], *work: int) -> bool:
     """Whether a layer of external attention is left to plain PyTorch: there is too little to fuse
-    (backends.plain_is_faster), and PyTorch takes x and the parameters as they are (plain_serves).
+    (backends.plain_is_faster), and PyTorch takes x and the parameters as they are (plain.serves).
 
     Args:
         x: Not empty, of sizes that fit.
         parameters: All that the layer has read.
         work: The arguments of choices.fusing_pays: rows, slots, products, calls.
     """
-    return plain_serves(x, *parameters) and backends.plain_is_faster(x.device, *work)
-
-
-def plain_serves(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether operators of PyTorch compute a layer of x on a CPU and lose nothing: plain tensors of one type in which
-    sums are exact enough, and a call that is not recorded, transformed or cast."""
-    # This runs in every call, so nothing here is a call that need not be one.
-    dtype = x.dtype
-    if dtype not in _WIDE or x.layout is not torch.strided or x.is_nested:
-        return False
-    for t in (x, *parameters):
-        if t is not None and (type(t) not in PLAIN or t.dtype is not dtype or not t.is_cpu):
-            return False
-    return not (torch.is_autocast_enabled("cpu") or is_symbolic() or needs_reference())
-
-
-#: The types whose sums are accumulated in themselves.
-_WIDE = frozenset((torch.float32, torch.float64))
+    return plain.serves(x, *parameters) and backends.plain_is_faster(x.device, *work)
 
 
 _ONES = frozenset((1,) * n for n in (1, 2, 3))

@@ -1,4 +1,4 @@
-"""The whole unit as two registered operators.
+"""The whole unit as registered operators: forward, backward, and the forward that keeps nothing.
 
 Arguments and results are those of forward and backward in algorithms/attention_in_attention.py. What is kept of an
 absent inner context is empty. fixed is None where every gate uses the batch's statistics. index is the type in which
@@ -32,6 +32,12 @@ _BACKWARD = (
     "(Tensor grad_y, Tensor x, Tensor weight, Tensor inner_pooled, Tensor inner_argmax, "
     "Tensor inner_norm, Tensor outer_pooled, Tensor outer_argmax, Tensor outer_norm, Tensor statistics, str unit, "
     "str backend, bool[] batch, float[] eps, str[] groups) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_affine)"
+)
+
+
+_EVALUATE = (
+    "(Tensor x, Tensor[] weight, Tensor?[] scale, Tensor?[] shift, Tensor?[] mean, Tensor?[] var, str unit, "
+    "str backend, float[] eps) -> Tensor"
 )
 
 
@@ -73,12 +79,34 @@ def _plan(unit, backend, batch, eps, groups) -> algorithm.Plan:
     )
 
 
+def _gates(weight: Tensor, affine: Tensor, fixed: Tensor | None) -> list[algorithm.GateParameters]:
+    """What packed() made one, apart."""
+    pairs = [(None, None)] * weight.shape[0] if fixed is None else [row.split(1) for row in fixed.unbind()]
+    rows = zip(weight.split(1), affine.unbind(), pairs, strict=True)
+    return [algorithm.GateParameters(w, *row.split(1), *pair) for w, row, pair in rows]
+
+
+def evaluates(unit: str, backend: str, batch: Sequence[bool]) -> bool:
+    """Whether unit_evaluate stands for a call that torch.compile records. Where gradients are recorded something may be
+    kept; an exported program may be trained later; and a backend may lack the pass, as it does for averages."""
+    if torch.is_grad_enabled() or any(batch) or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return backend in ("cpu", "cuda") and not UNITS[unit].averaged
+
+
+def _evaluate(x, weight, scale, shift, mean, var, unit, backend, eps):
+    plan = _plan(unit, backend, (False,) * len(eps), eps, ("",) * len(eps))
+    gates = [algorithm.GateParameters(*of) for of in zip(weight, scale, shift, mean, var, strict=True)]
+    return algorithm.evaluate(plan, dense_clips(x), gates)
+
+
+def _fake_evaluate(x, weight, scale, shift, mean, var, unit, backend, eps):
+    return torch.empty_like(dense_clips(x))
+
+
 def _forward(x, weight, affine, fixed, unit, backend, batch, eps, groups, index=None):
     plan, x = _plan(unit, backend, batch, eps, groups), dense_clips(x)
-    pairs = [(None, None)] * len(plan.batch) if fixed is None else [row.split(1) for row in fixed.unbind()]
-    rows = zip(weight.split(1), affine.unbind(), pairs, strict=True)
-    gates = [algorithm.GateParameters(w, *row.split(1), *pair) for w, row, pair in rows]
-    result = algorithm.forward(plan, x, gates)
+    result = algorithm.forward(plan, x, _gates(weight, affine, fixed))
     statistics = torch.cat(algorithm.statistics_of(plan.unit, result.inner, result.outer))
     if (inner := result.inner) is None:
         sizes = x.shape[0], 2, 0
@@ -152,5 +180,6 @@ def _autograd(ctx, grad_y: Tensor | None, *_):
 
 
 unit_forward = register("unit_forward", _FORWARD, _forward, fake_forward)
+unit_evaluate = register("unit_evaluate", _EVALUATE, _evaluate, _fake_evaluate)
 unit_backward = register("unit_backward", _BACKWARD, _backward, _fake_backward)
 differentiate("unit_forward", _setup, _autograd, "unit_backward")

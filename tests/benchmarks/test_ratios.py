@@ -14,7 +14,7 @@ from benchmarks import ratios
 def test_the_space_has_every_layer_and_the_sizes_at_its_ends():
     found = list(ratios.cells())
     assert {cell.layer for cell in found} >= {"ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"}
-    assert {cell.layer for cell in found} >= {"C", "ST", "CinST", "STinC", "CBAM"}
+    assert {cell.layer for cell in found} >= {"C", "ST", "CinST", "STinC", "STinC2", "CBAM"}
     of_maps = {"PositionLinearAttention", "ChannelLinearAttention", "EfficientAttention"}
     assert {(cell.layer, cell.sizes) for cell in found} >= {
         (name, s) for name in of_maps for s in ("1 x 4x4", "1 x 128x128")
@@ -41,3 +41,19 @@ def test_rows_and_picture(tmp_path, monkeypatch):
         ratio = float(row["published_ms"]) / float(row["fused_ms"])
         assert abs(ratio - float(row["ratio"])) <= 0.006 and float(row["low"]) <= float(row["high"])
     assert (tmp_path / "ratios.png").stat().st_size > 1000
+
+
+def test_other_rows_stand_in_files_of_their_own(tmp_path, monkeypatch):
+    one = next(c for c in ratios.cells() if c.layer == "ExternalAttention2d")
+    monkeypatch.setattr(ratios, "cells", lambda: iter([one]))
+    monkeypatch.setattr(ratios, "ROUNDS", 2)
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: layer)  # takes half a minute
+    threads, options = torch.get_num_threads(), ["--compiled", "--dtype", "bf16", "--layout", "channels_last"]
+    try:
+        assert ratios.main([*options, "--results", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    with (tmp_path / "ratios_compiled_bf16_channels_last.csv").open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert {(row["flow"], row["dtype"], row["layout"]) for row in rows} == {("compiled", "bf16", "channels_last")}
+    assert (tmp_path / "ratios_compiled_bf16_channels_last.png").stat().st_size > 1000

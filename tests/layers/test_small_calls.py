@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import aia_kernels
 from aia_kernels import TokenExternalAttention, backends, functional
+from aia_kernels.algorithms import few_slots
 from aia_kernels.backends import choices
 from aia_kernels.functional import plain
 
@@ -103,7 +104,8 @@ def test_arrangements(samples, slots, tokens, biases, passes):
             expected = evaluated_and_stepped(module, x, grad_y, of_parameters_only)
         assert_close(*({k: v for k, v in of.items() if k not in unseen} for of in (found, expected)), **EXACT)
         assert all(p.grad is not None for p in module.parameters())
-    assert passes.calls == 0
+    # Without a backward, a large map is made by the passes between products of PyTorch, in both rounds.
+    assert passes.calls == 2 * (slots >= choices.FEW_SLOTS and samples * slots * tokens > plain._SMALL_MAP)
 
 
 def evaluated_and_stepped(module: nn.Module, x: torch.Tensor, grad_y: torch.Tensor, of_parameters_only: bool) -> dict:
@@ -164,8 +166,8 @@ def test_transforms_of_small_calls(name):
 
 LARGE = {
     "plain": (lambda: aia_kernels.ExternalAttention(16, S=64), (8, 300, 16)),
-    "block": (lambda: aia_kernels.ExternalAttention2d(16), (2, 16, 224, 224)),
-    "block, many channels": (lambda: aia_kernels.ExternalAttention2d(256), (1, 256, 80, 80)),
+    "block": (lambda: aia_kernels.ExternalAttention2d(64, 8), (2, 64, 160, 160)),
+    "block, many channels": (lambda: aia_kernels.ExternalAttention2d(256), (1, 256, 96, 96)),
     "multi-head": (lambda: aia_kernels.MultiHeadExternalAttention(16, num_heads=2), (2, 200, 16)),
     "token": (lambda: TokenExternalAttention(16, 16), (2, 600, 16)),
 }
@@ -180,7 +182,7 @@ def test_large_inputs_are_fused(name, passes):
 
 
 def test_blocks_are_fused_earlier_in_training(passes):
-    module, x = aia_kernels.ExternalAttention2d(16), torch.randn(2, 16, 80, 80)
+    module, x = aia_kernels.ExternalAttention2d(64, 8), torch.randn(2, 64, 100, 100)
     with torch.no_grad():
         module.eval()(x)
     assert passes.calls == 0
@@ -188,13 +190,138 @@ def test_blocks_are_fused_earlier_in_training(passes):
     assert passes.calls == 1
 
 
+def test_blocks_with_a_map_as_large_as_x_are_never_fused(passes):
+    module, x = aia_kernels.ExternalAttention2d(16, 16), torch.randn(2, 16, 224, 224)
+    module(x)
+    with torch.no_grad():
+        module.eval()(x)
+    assert passes.calls == 0
+
+
 def test_what_saves_more_products_is_fused_earlier():
-    rows = choices.CALL_COST // choices.ELEMENT_GAIN // 8
-    assert choices.fusing_pays(rows + 1, 8) and not choices.fusing_pays(rows, 8)
-    assert choices.fusing_pays(rows // 2, 8, choices.CALL_COST) and not choices.fusing_pays(rows + 1, 8, -1000)
-    assert not choices.fusing_pays(10 * rows, 1)
-    # Without a backward, slots for one vector save nothing.
-    assert choices.fusing_pays(rows, 16, backward=False) and not choices.fusing_pays(9 * rows, 8, backward=False)
+    rows = choices.CALL_COST // choices.ELEMENT_GAIN // 16
+    assert choices.fusing_pays(rows + 1, 16) and not choices.fusing_pays(rows, 16)
+    assert choices.fusing_pays(rows // 2, 16, choices.CALL_COST) and not choices.fusing_pays(rows + 1, 16, -1000)
+    assert not choices.fusing_pays(10**9, choices.FEW_SLOTS - 1)
+    assert choices.fusing_pays(0, 8, choices.CALL_COST + 1) and not choices.fusing_pays(rows + 1, 16, calls=2)
+
+
+def test_a_block_folds_where_that_saves_products():
+    def pays(samples: int, positions: int, slots: int) -> bool:
+        block = aia_kernels.ExternalAttention2d(16, slots)
+        weights = [block.conv1.weight, block.linear_0.weight, block.linear_1.weight, block.conv2[0].weight]
+        return block._folding_pays(torch.empty(samples, 16, positions, 1), weights)
+
+    assert pays(1, 9, 8) and not pays(1, 8, 8)  # one sample: products of matrices either way
+    enough = choices.CALL_COST // choices.PLAIN_CALLS // (2 * 16 * 16) + 8
+    assert pays(2, enough // 2 + 1, 8) and not pays(2, enough // 2 - 1, 8)
+    with torch.no_grad():
+        assert pays(2, 2, 8) and not pays(2, 2, enough)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8, 15, 16])
+def test_few_slots_are_not_fused_at_any_size(slots, passes):
+    """Fewer than FEW_SLOTS leave lanes idle; sixteen of as many tokens are fused in a step."""
+    module, x = aia_kernels.ExternalAttention(4, S=slots), torch.randn(2, 9000, 4, requires_grad=True)
+    y = module(x)
+    fused = slots >= choices.FEW_SLOTS
+    assert passes.calls == fused
+    assert ("FewSlots" in type(y.grad_fn).__name__) == (1 < slots < choices.FEW_SLOTS)
+    with torch.no_grad():
+        module(x)
+    assert passes.calls == 2 * fused
+
+
+FEW = [(2, 300, 7), (1, 400, 2), (3, 100, 15)]
+
+
+@pytest.mark.parametrize("samples, tokens, slots", FEW)
+def test_few_slots(samples, tokens, slots):
+    """Values, first and second derivatives of the Function that has the tokens side by side, x in either order."""
+    torch.manual_seed(0)
+    x = torch.randn(samples, tokens, 5, dtype=torch.float64)
+    tensors = torch.randn(slots, 5).double(), torch.randn(3, slots).double(), torch.randn(3).double()
+    weight = torch.randn(samples, tokens, 3, dtype=torch.float64)
+
+    def results(form, x, eps):
+        inputs = [t.detach().requires_grad_() for t in (x, *tensors)]
+        y = form(*inputs, eps)
+        first = torch.autograd.grad((y.sin() * weight).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), inputs)
+        return y, *first, *second
+
+    def reference(x, key, value, bias, eps):
+        return functional.external_attention(x, key, value, value_bias=bias, eps=eps)
+
+    for eps in (0.0, 1e-2):
+        for stored in (x, x.mT.contiguous().mT, x.repeat(1, 2, 1)[:, ::2]):
+            found = results(few_slots.FewSlotsFunction.apply, stored, eps)
+            with aia_kernels.use_backend("reference"):
+                expected = results(reference, stored, eps)
+            assert_close(found, expected, **EXACT)
+            with torch.no_grad():
+                assert_close(few_slots.forward(stored, *tensors, eps), expected[0].detach(), **EXACT)
+
+
+def test_few_slots_that_underflow_or_are_not_numbers():
+    """A token whose mass is too small to divide by has an attention all the same; a NaN spoils its sample alone."""
+    torch.manual_seed(0)
+    x, key, value = torch.zeros(2, 300, 3), torch.eye(3), torch.eye(3)
+    x[0, 0] = 300.0
+    y = few_slots.FewSlotsFunction.apply(x.requires_grad_(), key, value, None, 0.0)
+    assert_close(y.detach().sum(2), torch.ones(2, 300))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    with torch.no_grad():
+        x[0, 5, 1] = torch.nan
+        for slots in (1, 2, 3):
+            module = aia_kernels.ExternalAttention(3, S=slots)
+            module.mk.weight.copy_(key[:slots]), module.mv.weight.copy_(value[:, :slots])
+            module.mk.weight[:, 1] = 1.0
+            with torch.enable_grad():
+                in_a_step = module(x)
+            for found in (module(x), in_a_step.detach()):
+                with aia_kernels.use_backend("reference"):
+                    assert torch.equal(found.isnan(), module(x).isnan())
+                assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+def test_one_slot_has_no_gradient():
+    """P / P is one whatever the logits are."""
+    module, x = aia_kernels.ExternalAttention(4, S=1), torch.randn(2, 5000, 4, requires_grad=True)
+    y = module(x)
+    assert_close(y, module.mv.weight[:, 0].expand_as(y))
+    y.sum().backward()
+    assert not x.grad.any() and not module.mk.weight.grad.any()
+    assert_close(module.mv.weight.grad, torch.full((4, 1), 10000.0))
+
+
+def test_few_slots_under_selective_checkpointing():
+    def policy(context, operator, *_, **__):
+        kept = operator in (torch.ops.aten.mm.default, torch.ops.aten._softmax.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    module = aia_kernels.ExternalAttention(4, S=5).double()
+    x, grad_y = torch.randn(2, 300, 4, dtype=torch.float64), torch.randn(2, 300, 4, dtype=torch.float64)
+    expected = step(copy.deepcopy(module), x, grad_y)
+    x = x.requires_grad_()
+    checkpoint(module, x, use_reentrant=False, context_fn=contexts).backward(grad_y)
+    assert_close(x.grad, expected["grad x"], **EXACT)
+    for key, p in module.named_parameters():
+        assert_close(p.grad, expected[f"grad {key}"], **EXACT)
+
+
+def test_a_mode_or_a_hook_is_never_overlooked(passes):
+    """What an ordinary call is told by, at once: anything else takes the longer way, and gives the same."""
+    module, (x, _) = layer("plain", torch.float32).eval(), inputs("plain", torch.float32)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype is torch.bfloat16
+    module.mk.register_forward_hook(lambda *_: seen.append("mk"))
+    seen: list[str] = []
+    assert_close(module(x), expected)
+    assert seen == ["mk"]
 
 
 @pytest.mark.parametrize("name", MAIN)

@@ -148,6 +148,41 @@ def test_opcheck_of_the_unit(name, compiled_on):
     torch.library.opcheck(operators.unit_forward, unit_arguments(backend, device, name))
 
 
+@some_of("name", UNITS, "CinST", "STinC2")
+def test_evaluation_without_gradients_keeps_nothing(name):
+    """One operator without indices, where the backend has it; else, and with gradients, the one that keeps them."""
+    if backends.select("cpu", torch.float64, "attention_in_attention") != "cpu":
+        pytest.skip("only C++ has the unit as one pass")
+    recorded: list[str] = []
+
+    def recording(graph, _inputs):
+        recorded.extend(str(node.target) for node in graph.graph.nodes if "aia_kernels" in str(node.target))
+        return graph.forward
+
+    module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().eval()
+    compiled = torch.compile(module, fullgraph=True, backend=recording, dynamic=True)
+    for clips in (2, 3):
+        x = make_input(SHAPE._replace(b=clips), torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-11, atol=1e-11)
+    kept, evaluated = (f"aia_kernels.unit_{what}.default" for what in ("forward", "evaluate"))
+    assert recorded == [kept if UNITS[name].averaged else evaluated]
+    compiled(x)
+    assert recorded[1:] == [kept]
+
+
+def test_opcheck_of_evaluation(compiled_on):
+    backend, device = compiled_on
+    x, weight, affine, fixed, name, *_ = unit_arguments(backend, device)
+    if not hasattr(backends.passes(backend, "attention_in_attention"), "evaluate"):
+        pytest.skip(f"the {backend} backend has no evaluate")
+    scale, shift, mean, var = ([*of.detach().T[i].split(1)] for of in (affine, fixed) for i in (0, 1))
+    shift[1] = mean[0] = var[0] = None
+    weights, eps = [*weight.detach().split(1)], [1e-5] * 4
+    arguments = x.detach(), weights, scale, shift, mean, var, name, backend, eps
+    torch.library.opcheck(operators.unit_evaluate, arguments)
+
+
 @pytest.mark.parametrize("context", [1, 3], ids=["channel", "spacetime"])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_opcheck_of_the_passes(backend, context):
