@@ -169,6 +169,29 @@ class PositionsAlone(nn.Module):
         return torch.mul(x, torch.sigmoid(self.conv(pooled))) + 1
 
 
+class Branches(nn.Module):
+    """Triplet attention: spatial gates of x with the channels in the place of the rows, and of the columns."""
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 1, 5, padding=2, bias=False)
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x):
+            pooled = torch.cat((torch.max(x, 1)[0].unsqueeze(1), torch.mean(x, 1).unsqueeze(1)), dim=1)
+            return x * torch.sigmoid(self.norm(self.conv(pooled)))
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.columns, self.positions = self.Gate(), self.Gate(), self.Gate()
+
+    def forward(self, x):
+        rows = self.rows(x.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
+        columns = self.columns(x.transpose(1, 3).contiguous()).transpose(1, 3).contiguous()
+        return (self.positions(x) + rows + columns) / 3
+
+
 class InABottleneck(nn.Module):
     """Between the last convolution of a block and its residual."""
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cbam_variants import KINDS, InABottleneck, InOneForward, Light, PooledOneByOne, ReducedOverBothAxes
+from cbam_variants import KINDS, Branches, InABottleneck, InOneForward, Light, PooledOneByOne, ReducedOverBothAxes
 from conftest import some_of
 from convert_cases import EXACT
 from fuse_steps import (
@@ -55,6 +55,14 @@ class TestKinds:
         assert "CBAM" not in called(report)
         model(*inputs_of([KINDS[PooledOneByOne][1]]))
         assert seen == [1]
+
+
+def test_branches_of_permuted_maps():
+    """Each is its own module: the forward around them stays."""
+    model, own = build(Branches), build(Branches)
+    assert called(aia_kernels.fuse(model)) == ["SpatialGate"] * 3
+    for sizes in ((2, 5, 5, 5), (1, 4, 6, 3)):
+        assert_same_steps(model, own, inputs_of([sizes]), **EXACT)
 
 
 class TestGraphs:
