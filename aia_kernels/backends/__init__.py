@@ -320,6 +320,7 @@ def published_flow_is_faster(device: torch.device, elements: int, products: int)
 
 # What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chosen_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _any_order(order: str) -> str:

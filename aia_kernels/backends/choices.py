@@ -59,8 +59,12 @@ def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> boo
     Returns:
         Whether what is saved is worth the cost of the call.
     """
-    gain = ELEMENT_GAIN * rows * slots if slots >= FEW_SLOTS else 0
-    return gain + products > calls * CALL_COST
+    return gain(rows, slots) + products > calls * CALL_COST
+
+
+def gain(rows: int, slots: int) -> int:
+    """What the passes save over plain PyTorch, in multiplications; arguments as of fusing_pays."""
+    return ELEMENT_GAIN * rows * slots if slots >= FEW_SLOTS else 0
 
 
 def folding_pays(elements: int, products: int) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import backends, reference
 from ..algorithms import external_attention as algorithm
 from ..algorithms.external_attention import Plan
+from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.layouts import as_maps, as_tokens, contiguous, with_dense_maps, with_rows
 from ..common.tracing import is_symbolic, is_traced, needs_reference
@@ -272,6 +273,9 @@ def _attend(x: Tensor, memories: Memories, making: Making) -> Tensor:
             return reference.external_attention(x, *memories, *making)
         x, parameters = with_rows(x), contiguous(*memories)
         if is_traced():
+            if _is_of_one_head(x, memories, making) and process_group is None and operators.evaluates(backend):
+                key, value, bias = memories
+                return operators.external_attention_evaluate(x, key[0], value[0], bias, eps, backend)
             settings = group, eps, _group_name(process_group), scale
             return operators.external_attention_forward(x, *parameters, padding, keep, *settings, backend)[0]
         plan = Plan(backends.passes(backend, FAMILY), group, eps, _group_name(process_group), scale)
@@ -395,16 +399,38 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
     same, and may hold different numbers of tokens.
     """
     backend, transformed = backends.select(x.device, dtype, FAMILY), needs_reference()
-    if process_group is None and not is_symbolic() and backends.plain_is_faster(x.device, rows, slots):
+    if process_group is not None:
+        return backend, transformed
+    if _compiler_fuses(x, rows, slots) if is_symbolic() else backends.plain_is_faster(x.device, rows, slots):
         backend = UNFUSED
     return backend, transformed
 
 
+def _compiler_fuses(x: Tensor, rows: int, slots: int) -> bool:
+    """Whether torch.compile gets the operators of the specification, which it fuses, and not one of this package.
+
+    So "auto" has it for a step on a CPU of few slots, or of up to four times what eager mode leaves to PyTorch, where
+    the sizes are known when it is recorded. An evaluation has an operator that takes what is best when it runs.
+    """
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or torch.compiler.is_exporting():
+        return False
+    if x.device.type != "cpu" or backends.chosen_backend() != "auto":
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(choices.gain(rows, slots) <= 4 * choices.CALL_COST)
+
+
+def _is_of_one_head(x: Tensor, memories: Memories, making: Making) -> bool:
+    """Whether a call has one head and one group, all tokens in their places and nothing dropped."""
+    key = memories.key
+    one = key.shape[0] == 1 and key.shape[1] == making.group and key.shape[2] == x.shape[2]
+    return one and making.padding is None and making.keep is None
+
+
 def _is_ordinary(x: Tensor, memories: Memories, making: Making) -> bool:
-    """Whether plain PyTorch has shorter forms of a call than the specification: one head and one group, all tokens in
-    their places."""
-    one = memories.key.shape[:2] == (1, making.group) and memories.key.shape[2] == x.shape[2]
-    return one and making.padding is None and making.keep is None and plain.serves(x, *memories)
+    """Whether plain PyTorch has shorter forms of a call than the specification."""
+    return _is_of_one_head(x, memories, making) and plain.serves(x, *memories)
 
 
 def _is_left_to_torch(logits: Tensor) -> bool:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .. import backends
 from ..algorithms import external_attention as algorithm
+from ..algorithms import few_slots
 from ..algorithms.double_backward import backward_is_followed, gradients
 from ..algorithms.external_attention import BatchNorm, Plan
+from ..backends.choices import FEW_SLOTS
 from ..common.dtypes import accumulate_dtype
 from ..common.layouts import contiguous, dense_tokens, save, saved, stored_as, with_rows
 from .registration import differentiate, register
@@ -30,6 +32,8 @@ _SCHEMAS = {
     "external_attention_backward": "(Tensor grad, Tensor x, Tensor key, Tensor value, Tensor attention, Tensor second, "
     "Tensor? padding, Tensor? keep, int group, float eps, str shards, float scale, str backend) -> "
     "(Tensor grad_x, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    "external_attention_evaluate": "(Tensor x, Tensor key, Tensor value, Tensor? bias, float eps, str backend) -> "
+    "Tensor",
     "external_attention_block_forward": "(Tensor x, Tensor key, Tensor value, Tensor? weight, Tensor? bias, "
     "Tensor? fixed, float eps, bool batch, float norm_eps, str members, str backend) -> (Tensor y, Tensor attention, "
     "Tensor second, Tensor signs, Tensor mean, Tensor total, Tensor centred, Tensor statistics)",
@@ -140,6 +144,25 @@ def _attend_autograd(ctx, grad: Tensor | None, *_):
     return grad_x, *_typed(grads, (key, value, bias)), *(None,) * 7
 
 
+def evaluates(backend: str) -> bool:
+    """Whether external_attention_evaluate stands for an ordinary call that torch.compile records. Where gradients are
+    recorded something is kept, and an exported program may be trained later."""
+    evaluating = not torch.is_grad_enabled() and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return evaluating and backend == "cpu"
+
+
+def _evaluate(x, key, value, bias, eps, backend):
+    slots = key.shape[0]
+    if slots < FEW_SLOTS and x.dtype in few_slots.SAFE_MASS:
+        return few_slots.forward(x, key, value, bias, eps)
+    memories = contiguous(key.unsqueeze(0), value.unsqueeze(0), bias)
+    return algorithm.forward(_attention_plan(slots, eps, "", 1.0, backend), with_rows(x), *memories, None, None)[0]
+
+
+def _fake_evaluate(x, key, value, bias, eps, backend):
+    return x.new_empty((*x.shape[:2], value.shape[0]))
+
+
 def _block_plan(key, eps, batch, norm_eps, members, backend) -> Plan:
     return Plan(_passes(backend), key.shape[0], eps, batch=batch, norm_eps=norm_eps, members=members)
 
@@ -208,6 +231,9 @@ differentiate("double_normalize_forward", _normalize_setup, _normalize_autograd,
 external_attention_forward = _register("external_attention_forward", _attend, fake_attend)
 external_attention_backward = _register("external_attention_backward", _attend_backward, _fake_attend_backward)
 differentiate("external_attention_forward", _attend_setup, _attend_autograd, "external_attention_backward")
+
+#: One head and one group, key [S, d] and value [v, S], for a call that keeps nothing.
+external_attention_evaluate = _register("external_attention_evaluate", _evaluate, _fake_evaluate)
 
 external_attention_block_forward = _register("external_attention_block_forward", _block, fake_block)
 external_attention_block_backward = _register(

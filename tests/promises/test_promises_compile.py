@@ -13,6 +13,7 @@ from external_cases import FORMS, SIZES, Sizes
 
 import aia_kernels
 from aia_kernels import backends, functional, testing
+from aia_kernels.backends import choices
 from aia_kernels.operators import attention_in_attention as operators
 from aia_kernels.operators import external_attention as external_operators
 from aia_kernels.reference import UNITS
@@ -153,14 +154,8 @@ def test_evaluation_without_gradients_keeps_nothing(name):
     """One operator without indices, where the backend has it; else, and with gradients, the one that keeps them."""
     if backends.select("cpu", torch.float64, "attention_in_attention") != "cpu":
         pytest.skip("only C++ has the unit as one pass")
-    recorded: list[str] = []
-
-    def recording(graph, _inputs):
-        recorded.extend(str(node.target) for node in graph.graph.nodes if "aia_kernels" in str(node.target))
-        return graph.forward
-
     module = randomise(getattr(aia_kernels, name)(SHAPE.t)).double().eval()
-    compiled = torch.compile(module, fullgraph=True, backend=recording, dynamic=True)
+    compiled, recorded = recorded_operators(module, dynamic=True)
     for clips in (2, 3):
         x = make_input(SHAPE._replace(b=clips), torch.float64)
         with torch.no_grad():
@@ -169,6 +164,53 @@ def test_evaluation_without_gradients_keeps_nothing(name):
     assert recorded == [kept if UNITS[name].averaged else evaluated]
     compiled(x)
     assert recorded[1:] == [kept]
+
+
+def recorded_operators(module: torch.nn.Module, dynamic: bool) -> tuple[torch.nn.Module, list[str]]:
+    """The module behind torch.compile, which runs what it records, and the operators of this package in it."""
+    recorded: list[str] = []
+
+    def recording(graph, _inputs):
+        recorded.extend(str(node.target) for node in graph.graph.nodes if "aia_kernels" in str(node.target))
+        return graph.forward
+
+    return torch.compile(module, fullgraph=True, backend=recording, dynamic=dynamic), recorded
+
+
+@pytest.mark.parametrize("slots", [3, 20])
+def test_evaluation_of_external_attention_keeps_nothing(slots):
+    if backends.select("cpu", torch.float64, "external_attention") != "cpu":
+        pytest.skip("only C++ has an evaluation of its own")
+    module = aia_kernels.ExternalAttention(6, slots).double()
+    torch.nn.init.normal_(module.mk.weight)
+    compiled, recorded = recorded_operators(module, dynamic=True)
+    for samples in (2, 3):
+        x = torch.randn(samples, 9, 6, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-11, atol=1e-11)
+    assert recorded == ["aia_kernels.external_attention_evaluate.default"]
+    key, value = (torch.randn(slots, 6), torch.randn(5, slots))
+    for bias in (None, torch.randn(5)):
+        arguments = torch.randn(2, 9, 6), key, value, bias, 1e-9, "cpu"
+        torch.library.opcheck(external_operators.external_attention_evaluate, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["sizes known", "sizes unknown"])
+@pytest.mark.parametrize("slots, tokens", [(3, 900), (20, 9), (20, 900)])
+def test_a_small_step_is_left_to_the_compiler(slots, tokens, dynamic, monkeypatch):
+    """Few slots of any number of tokens; others by the count of what the passes save, where sizes are known."""
+    if backends.select("cpu", torch.float64, "external_attention") != "cpu":
+        pytest.skip("auto has no fused passes to choose here")
+    monkeypatch.setattr(choices, "CALL_COST", choices.gain(2 * 100, 20) // 4)
+    module = aia_kernels.ExternalAttention(6, slots).double()
+    torch.nn.init.normal_(module.mk.weight)
+    compiled, recorded = recorded_operators(module, dynamic)
+    x, grad_y = (torch.randn(2, tokens, 6, dtype=torch.float64) for _ in range(2))
+    found = train_step(compiled, x, grad_y, module)
+    with backends.use_backend("reference"):
+        assert_equal_steps(found, train_step(module, x, grad_y, module))
+    left = slots < choices.FEW_SLOTS or (not dynamic and tokens <= 100)
+    assert recorded == ([] if left else ["aia_kernels.external_attention_forward.default"])
 
 
 def test_opcheck_of_evaluation(compiled_on):
