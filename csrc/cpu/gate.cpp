@@ -24,6 +24,8 @@ struct Box {
   const int64_t* dims;
   int64_t offset;  // of the map in the packed clip
   int64_t index;   // among all units
+  int64_t ahead;   // from its start to that of the next unit: in a map of the packed clip, and that of a feature
+  int64_t ahead_pooled;
 
   bool whole() const { return rows == dims[1]; }
   int64_t length() const { return dims[2]; }
@@ -31,7 +33,6 @@ struct Box {
   int64_t run() const { return rows * length(); }  // elements of a slab
   int64_t start() const { return offset + d0 * plane() + d1 * length(); }
   int64_t size() const { return slabs * run(); }
-  int64_t ahead() const { return whole() ? size() : run(); }  // to the next unit
 };
 
 // The box of a unit among all, of which the last ones may be smaller than the others.
@@ -43,16 +44,36 @@ inline Box box_at(const PackedDims& maps, int64_t index) {
   const UnitSize unit = unit_size(maps, map);
   const int64_t across = (dims[1] + unit.rows - 1) / unit.rows, of_clip = local % map_units(maps, map);
   const int64_t d0 = of_clip / across * unit.slabs, d1 = of_clip % across * unit.rows;
-  return {map,  local / map_units(maps, map),      d0,   std::min(unit.slabs, dims[0] - d0),
-          d1,   std::min(unit.rows, dims[1] - d1), dims, maps.offset(map),
-          index};
+  return {map,   local / map_units(maps, map),
+          d0,    std::min(unit.slabs, dims[0] - d0),
+          d1,    std::min(unit.rows, dims[1] - d1),
+          dims,  maps.offset(map),
+          index, 0,
+          0};
 }
 
 // Calls each(box).
 template <class Each>
 void for_each_box(const PackedDims& maps, int64_t begin, int64_t end, Each&& each) {
-  for (int64_t index = begin; index < end; ++index) each(box_at(maps, index));
+  Box at = box_at(maps, begin);
+  for (int64_t index = begin; index < end; ++index) {
+    const Box next = box_at(maps, std::min(index + 1, end - 1));
+    at.ahead = next.start() - at.start() + (next.b - at.b) * maps.packed();
+    at.ahead_pooled = at.ahead + (next.b - at.b) * maps.packed();
+    each(at);
+    at = next;
+  }
 }
+
+// What the next unit will meet, from where it begins on: asked for, into the L2 cache, while this one is computed. The
+// hardware does not foresee where the rows of a slab end.
+template <class A>
+struct Ahead {
+  const A* of[3];
+  AIA_INLINE void ask(int64_t i) const {
+    for (const A* p : of) __builtin_prefetch(p + i, 0, 2);
+  }
+};
 
 // Calls body(offset, n) for the pieces of the packed clip that a box is: n elements side by side.
 template <class Body>
@@ -111,15 +132,15 @@ class Neighbours {
     masks_.resize(period_ + kBlocks);
     for (int64_t i = 0, at = 0; i < period_ + kBlocks; ++i)
       for (int lane = 0; lane < kLanes; ++lane, at = at + 1 == plane ? 0 : at + 1) {
-        masks_[i].left[lane] = at % length > 0 ? -1 : 0;
-        masks_[i].right[lane] = at % length + 1 < length ? -1 : 0;
-        masks_[i].above[lane] = at >= length ? -1 : 0;
-        masks_[i].below[lane] = at + length < plane ? -1 : 0;
+        if (at % length > 0) insert_lane<A>(masks_[i].left, lane);
+        if (at % length + 1 < length) insert_lane<A>(masks_[i].right, lane);
+        if (at >= length) insert_lane<A>(masks_[i].above, lane);
+        if (at + length < plane) insert_lane<A>(masks_[i].below, lane);
       }
   }
 
   struct Masks {
-    IVec<A> left, right, above, below;
+    LaneSet<A> left{}, right{}, above{}, below{};
   };
   AIA_INLINE const Masks& operator[](int64_t i) const { return masks_[i]; }
   AIA_INLINE int64_t behind(int64_t i, int blocks) const {
@@ -168,10 +189,10 @@ struct Source {
 // together: they are whole slabs, whose first rows have none above and whose last rows have none below.
 template <bool together, class A>
 void correlate_rows(const Tap<A>* first, const Tap<A>* last, const Neighbours<A>& near, int64_t begin, int64_t end,
-                    int64_t readable, A* out, int64_t room) {
+                    int64_t readable, const Ahead<A>& ahead, A* out, int64_t room) {
   // A vector is finished when its right neighbour is known: what it lacks till then, and what its neighbour needs.
   Vec<A> unfinished{}, s0{}, s2{};
-  IVec<A> right{};
+  LaneSet<A> right{};
   int64_t i = begin, vector = 0;
   const auto advance = [&](auto blocks, auto lanes) {
     Vec<A> sums[3][blocks] = {};
@@ -179,16 +200,17 @@ void correlate_rows(const Tap<A>* first, const Tap<A>* last, const Neighbours<A>
     if constexpr (together) {
       const Tap<A>*here = first + (last - first) / 3, *below = last - (last - first) / 3;
       sum_taps<blocks, A>(first, here, i, lanes, sums,
-                          [&](Vec<A> v, int j) { return keep_where<A>(near[vector + j].above, v); });
+                          [&](Vec<A> v, int j) { return keep_lanes<A>(near[vector + j].above, v); });
       sum_taps<blocks, A>(here, below, i, lanes, sums, all);
       sum_taps<blocks, A>(below, last, i, lanes, sums,
-                          [&](Vec<A> v, int j) { return keep_where<A>(near[vector + j].below, v); });
+                          [&](Vec<A> v, int j) { return keep_lanes<A>(near[vector + j].below, v); });
     } else {
       sum_taps<blocks, A>(first, last, i, lanes, sums, all);
     }
     for (int j = 0; j < blocks; ++j, i += kLanes) {
-      if (i > begin) store(out + i - kLanes, unfinished + keep_where<A>(right, shift_down<A>(s2, sums[2][j])));
-      unfinished = keep_where<A>(near[vector + j].left, shift_up<A>(s0, sums[0][j])) + sums[1][j];
+      ahead.ask(i);
+      if (i > begin) store(out + i - kLanes, unfinished + keep_lanes<A>(right, shift_down<A>(s2, sums[2][j])));
+      unfinished = keep_lanes<A>(near[vector + j].left, shift_up<A>(s0, sums[0][j])) + sums[1][j];
       right = near[vector + j].right;
       s0 = sums[0][j], s2 = sums[2][j];
     }
@@ -204,7 +226,7 @@ void correlate_rows(const Tap<A>* first, const Tap<A>* last, const Neighbours<A>
   }
   if (i < end) advance(std::integral_constant<int, 1>{}, static_cast<int>(end - i));
   i -= kLanes;
-  store(out + i, unfinished + keep_where<A>(right, shift_down<A>(s2, Vec<A>{})),
+  store(out + i, unfinished + keep_lanes<A>(right, shift_down<A>(s2, Vec<A>{})),
         static_cast<int>(std::min<int64_t>(kLanes, room - i)));
 }
 
@@ -212,7 +234,7 @@ void correlate_rows(const Tap<A>* first, const Tap<A>* last, const Neighbours<A>
 // with slabs of the sources `pitch` elements apart.
 template <class A>
 void correlate(const Box& at, std::initializer_list<Source<A>> sources, int64_t pitch, const A* weight,
-               const Neighbours<A>& near, A* out) {
+               const Neighbours<A>& near, Ahead<A> ahead, A* out) {
   const int64_t length = at.length();
   for (int64_t s = 0, count; s < at.slabs; s += count, out += count * at.plane()) {
     count = slabs_together(at, s);
@@ -228,8 +250,9 @@ void correlate(const Box& at, std::initializer_list<Source<A>> sources, int64_t 
       }
     }
     if (count > 1) {
-      correlate_rows<true, A>(taps, taps + n, near, 0, count * at.plane(), count * at.plane() + kLanes, out,
+      correlate_rows<true, A>(taps, taps + n, near, 0, count * at.plane(), count * at.plane() + kLanes, ahead, out,
                               (at.slabs - s) * at.plane());
+      for (const A*& p : ahead.of) p += count * at.plane();
       continue;
     }
     const int64_t room = at.whole() ? (at.slabs - s) * at.plane() : at.run();
@@ -238,9 +261,10 @@ void correlate(const Box& at, std::initializer_list<Source<A>> sources, int64_t 
       for (const Source<A>& source : sources)
         readable =
             std::min<int64_t>(readable, source.end - source.begin - (s + k0.last - 2) * pitch - (k1.last - 2) * length);
-      correlate_rows<false, A>(taps + k1.first * (n / 3), taps + k1.last * (n / 3), near, begin, end, readable, out,
-                               room);
+      correlate_rows<false, A>(taps + k1.first * (n / 3), taps + k1.last * (n / 3), near, begin, end, readable, ahead,
+                               out, room);
     });
+    for (const A*& p : ahead.of) p += at.plane();
   }
 }
 
@@ -280,59 +304,80 @@ AIA_INLINE A sum_over(int64_t n, Value&& value) {
   return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Features whose products with dz are summed at a time: their sums stay in registers.
-constexpr int kFeatures = kLanes == 16 ? 2 : 1;
-
-// Adds to sums[f][k1][k2] the products row[f][k1][i] * dz[i - k2 + 1] of whole rows, or slabs (together), of n
-// elements.
-template <bool together, class A>
-void add_weight_taps(const A* const (&row)[kFeatures][3], const A* dz, int64_t n, const Neighbours<A>& near,
-                     Vec<A> (&sums)[kFeatures][3][3]) {
-  Vec<A> total[kFeatures][3][3];
-  for (int k = 0; k < 9 * kFeatures; ++k) total[k / 9][k / 3 % 3][k % 3] = sums[k / 9][k / 3 % 3][k % 3];
-  int64_t vector = 0;
-  for_vectors(n, [&](int64_t i, auto lanes) {
-    const auto& masks = near[vector];
-    const auto from_dz = [&](int64_t k) { return in_register<A>(keep<A>(load(dz + i + k), lanes)); };
-    const Vec<A> of[3] = {keep_where<A>(masks.right, from_dz(1)), from_dz(0), keep_where<A>(masks.left, from_dz(-1))};
-    for (int f = 0; f < kFeatures; ++f)
-      for (int k = 0; k < 3; ++k) {
-        Vec<A> value = load(row[f][k] + i, lanes);
-        if (together && k != 1) value = keep_where<A>(k ? masks.below : masks.above, value);
-        value = in_register<A>(value);
-        for (int k2 = 0; k2 < 3; ++k2) total[f][k][k2] += value * of[k2];
-      }
-    vector = near.behind(vector, 1);
-  });
-  for (int k = 0; k < 9 * kFeatures; ++k) sums[k / 9][k / 3 % 3][k % 3] = total[k / 9][k / 3 % 3][k % 3];
-}
-
-// out[27 f + 3 k1 + k2] = sum over the box of feature[f][i + k1 - 1 rows] * dz[i - k2 + 1], the products of the
-// weight's taps in one plane, for features whose box begins a slab before (k0 = 0), here or a slab behind; they lie
-// `packed` apart. Outside the map both are zero.
+// Slabs of a feature whose products with dz are summed at a time: all that a tap reaches where their sums stay in
+// registers.
 template <class A>
-void weight_taps(const Box& at, int64_t k0, const A* feature, int64_t packed, const A* zeros, const A* dz,
-                 int64_t pitch, const Neighbours<A>& near, double* out) {
-  const int64_t length = at.length();
-  Vec<A> sums[kFeatures][3][3] = {};
+constexpr int kTapSlabs = kLanes == 16 && sizeof(A) == 4 ? 3 : 1;
+
+// The sums of a tap's products, by the slab, the row and the column of the tap; row[j] is the feature as the taps of
+// slab j / 3 and row j % 3 see it.
+template <class A>
+struct TapSums {
+  Vec<A> of[3 * kTapSlabs<A>][3] = {};
+
+  // Adds row[j][i] * dz[i - k2 + 1] of whole rows, or slabs (together), of n elements. Of rows or slabs that are not in
+  // the map what row[j] points to is met too, and given back.
+  template <bool together>
+  __attribute__((noinline, flatten)) void add(const A* const (&row)[3 * kTapSlabs<A>],
+                                              const bool (&inside)[3 * kTapSlabs<A>], const A* dz, int64_t n,
+                                              const Neighbours<A>& near) {
+    constexpr int rows = 3 * kTapSlabs<A>;
+    Vec<A> total[rows][3];
+#pragma GCC unroll 9
+    for (int j = 0; j < rows; ++j)
+      for (int k2 = 0; k2 < 3; ++k2) total[j][k2] = of[j][k2];
+    int64_t vector = 0;
+    for_vectors(n, [&](int64_t i, auto lanes) {
+      const auto& masks = near[vector];
+      const auto from_dz = [&](int64_t k) { return in_register<A>(keep<A>(load(dz + i + k), lanes)); };
+      const Vec<A> shifted[3] = {in_register<A>(keep_lanes<A>(masks.right, from_dz(1))), from_dz(0),
+                                 in_register<A>(keep_lanes<A>(masks.left, from_dz(-1)))};
+#pragma GCC unroll 9
+      for (int j = 0; j < rows; ++j) {
+        Vec<A> value = load(row[j] + i, lanes);
+        if (together && j % 3 != 1) value = keep_lanes<A>(j % 3 ? masks.below : masks.above, value);
+        value = in_register<A>(value);
+        for (int k2 = 0; k2 < 3; ++k2) total[j][k2] += value * shifted[k2];
+      }
+      vector = near.behind(vector, 1);
+    });
+#pragma GCC unroll 9
+    for (int j = 0; j < rows; ++j)
+      for (int k2 = 0; k2 < 3; ++k2) of[j][k2] = inside[j] ? total[j][k2] : of[j][k2];
+  }
+};
+
+// out[9 k0 + 3 k1 + k2] = sum over the box of feature[i + k0 - 1 slabs + k1 - 1 rows] * dz[i - k2 + 1], the products of
+// the weight's taps, for k0 from `first` on. `feature` is where the box begins. Outside the map both are zero.
+template <class A>
+void weight_taps(const Box& at, int first, const A* feature, const A* dz, int64_t pitch, const Neighbours<A>& near,
+                 double* out) {
+  constexpr int rows = 3 * kTapSlabs<A>;
+  TapSums<A> sums;
   for (int64_t s = 0, count; s < at.slabs; s += count) {
     count = slabs_together(at, s);
-    if (at.d0 + s + k0 < 1 || at.d0 + s + k0 > at.dims[0]) continue;
-    const A *of_dz = dz + s * pitch, *slab = feature + (s + k0 - 1) * at.plane();
-    const A* row[kFeatures][3];
+    const Taps k0(at.d0 + s, at.dims[0]);
+    if (first + kTapSlabs<A> <= k0.first || first >= k0.last) continue;
+    const A *slab = feature + s * at.plane(), *row[rows];
+    bool inside[rows];
+    const auto meet = [&](const Taps& k1, int64_t begin) {
+      for (int j = 0; j < rows; ++j) {
+        const int slabs = first + j / 3, k = j % 3;
+        inside[j] = k0.first <= slabs && slabs < k0.last && k1.first <= k && k < k1.last;
+        row[j] = slab + begin + (inside[j] ? (slabs - 1) * at.plane() + (k - 1) * at.length() : 0);
+      }
+    };
     if (count > 1) {
-      for (int k = 0; k < 3 * kFeatures; ++k) row[k / 3][k % 3] = slab + k / 3 * packed + (k % 3 - 1) * length;
-      add_weight_taps<true, A>(row, of_dz, count * at.plane(), near, sums);
+      meet(Taps(1, 3), 0);
+      sums.template add<true>(row, inside, dz + s * pitch, count * at.plane(), near);
       continue;
     }
     for_alike_rows(at, [&](int64_t begin, int64_t end, const Taps& k1) {
-      for (int k = 0; k < 3 * kFeatures; ++k)
-        row[k / 3][k % 3] =
-            k1.first <= k % 3 && k % 3 < k1.last ? slab + k / 3 * packed + begin + (k % 3 - 1) * length : zeros;
-      add_weight_taps<false, A>(row, of_dz + begin, end - begin, near, sums);
+      meet(k1, begin);
+      sums.template add<false>(row, inside, dz + s * pitch + begin, end - begin, near);
     });
   }
-  for (int k = 0; k < 9 * kFeatures; ++k) out[k / 9 * 27 + k % 9] = sum_lanes<A>(sums[k / 9][k / 3 % 3][k % 3]);
+  for (int k = 0; k < 3 * rows; ++k) out[9 * first + k] = sum_lanes<A>(sums.of[k / 3][k % 3]);
 }
 
 // z = conv(pooled), box by box, to the packed clip.
@@ -344,8 +389,9 @@ class Convolution {
   void operator()(const PackedDims& maps, const Box& at, const A* pooled, const A* weight, A* clip) {
     const int64_t packed = maps.packed();
     const A *maximum = pooled + at.b * 2 * packed + at.start(), *end = pooled + maps.B * 2 * packed;
+    const A *next = maximum + at.ahead_pooled, *next_out = clip + at.start() + at.ahead;
     correlate<A>(at, {{maximum, end}, {maximum + packed, end}}, at.plane(), weight + at.map * 54, near_[at.map],
-                 clip + at.start());
+                 {next, next + packed, next_out}, clip + at.start());
   }
 
  private:
@@ -465,8 +511,6 @@ void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* n
   const int64_t packed = maps.packed();
   const std::vector<Neighbours<A>> near = neighbours_of<A>(maps);
   GradientOfZ<A> dz(maps);
-  std::vector<A> zeros;
-  for (int i = 0; i < maps.n; ++i) zeros.resize(std::max<size_t>(zeros.size(), maps.dims[i][2]));
   for_each_box(maps, begin, end, [&](const Box& at) {
     const Norm<A> bn(norm + at.map * 4);
     const A scale = bn.weight * bn.rstd;
@@ -474,21 +518,24 @@ void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* n
     const bool corrected = mean_du_normalized != A(0);  // else an infinite z would make a NaN of the zero
     const A *clip_z = z + at.b * packed, *clip_grad = grad_gate + at.b * packed;
     dz.fill(at, [&](int64_t i, auto n) {
-      const Vec<A> normalized = bn.normalized(load_ahead(clip_z + i, at.ahead(), n));
-      const Vec<A> du = bn.through_gate(load_ahead(clip_grad + i, at.ahead(), n), normalized);
+      const Vec<A> normalized = bn.normalized(load(clip_z + i, n));
+      const Vec<A> du = bn.through_gate(load(clip_grad + i, n), normalized);
       return (du - mean_du - (corrected ? normalized * mean_du_normalized : Vec<A>{})) * scale;
     });
     for (int i = 0; i < 2; ++i) {
       A mirrored[27];
       for (int k = 0; k < 27; ++k) mirrored[k] = weight[at.map * 54 + i * 27 + 26 - k];
-      correlate<A>(at, {{dz.begin(at), dz.end()}}, dz.pitch(at), mirrored, near[at.map],
-                   grad_pooled + (at.b * 2 + i) * packed + at.start());
+      const A *feature = pooled + at.b * 2 * packed + at.start(), *of_next = feature + at.ahead_pooled;
+      A* out = grad_pooled + (at.b * 2 + i) * packed + at.start();
+      const int64_t next = at.start() + at.ahead;
+      const Ahead<A> ahead = i ? Ahead<A>{of_next, of_next + packed, out + at.ahead_pooled}
+                               : Ahead<A>{clip_z + next, clip_grad + next, out + at.ahead_pooled};
+      correlate<A>(at, {{dz.begin(at), dz.end()}}, dz.pitch(at), mirrored, near[at.map], ahead, out);
     }
-    double* grad_weight = partial + at.index * kWeightPartials;
-    for (int i = 0; i < 2; i += kFeatures)
-      for (int k0 = 0; k0 < 3; ++k0)
-        weight_taps<A>(at, k0, pooled + (at.b * 2 + i) * packed + at.start(), packed, zeros.data(), dz.begin(at),
-                       dz.pitch(at), near[at.map], grad_weight + (i * 3 + k0) * 9);
+    for (int i = 0; i < 2; ++i)
+      for (int k0 = 0; k0 < 3; k0 += kTapSlabs<A>)
+        weight_taps<A>(at, k0, pooled + (at.b * 2 + i) * packed + at.start(), dz.begin(at), dz.pitch(at), near[at.map],
+                       partial + at.index * kWeightPartials + i * 27);
   });
 }
 

@@ -322,6 +322,25 @@ AIA_INLINE Vec<A> keep_where(IVec<A> mask, Vec<A> v) {
   return detail::bit_cast<Vec<A>>(detail::bit_cast<IVec<A>>(v) & mask);
 }
 
+// Lanes of a vector that are met again and again: a bit each where a level masks by bits, elsewhere as IVec.
+template <class A>
+using LaneSet = std::conditional_t<kMasks && sizeof(A) == 4, uint16_t, IVec<A>>;
+
+template <class A>
+void insert_lane(LaneSet<A>& set, int lane) {
+  if constexpr (std::is_same_v<LaneSet<A>, uint16_t>)
+    set = static_cast<uint16_t>(set | 1 << lane);
+  else
+    set[lane] = -1;
+}
+template <class A>
+AIA_INLINE Vec<A> keep_lanes(LaneSet<A> set, Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return detail::bit_cast<Vec<A>>(_mm512_maskz_mov_ps(set, detail::bit_cast<__m512>(v)));
+#endif
+  if constexpr (sizeof(LaneSet<A>) == sizeof(Vec<A>)) return keep_where<A>(set, v);
+}
+
 // Whether two halves of a vector are loaded from two places at little cost.
 template <class A>
 #if defined(__AVX512F__)

@@ -79,8 +79,8 @@ inline int64_t tile_rows(const Volume& x, int64_t positions) {
 inline int64_t tile_blocks(const Volume& x) { return std::clamp<int64_t>(tile_vectors(x) / x.W, 1, channel_blocks(x)); }
 
 // A tile of planes: rows of one plane, or whole planes of some channels, of about so many elements. Elementwise passes
-// share the channel maps of its rows between at least so many channels.
-constexpr int64_t kPlaneElements = 2048, kGroupChannels = 16;
+// meet at least so many channels of a frame, which share the channel maps, and runs of at least so many elements.
+constexpr int64_t kPlaneElements = 2048, kGroupChannels = 16, kGroupElements = 3136;
 // Rows of up to so many elements, as many in every tile of a plane as in the others or one less.
 inline int64_t even_rows(const Volume& x, int64_t elements) {
   const int64_t most = std::clamp<int64_t>(elements / x.W, 1, x.H), tiles = (x.H + most - 1) / most;
@@ -89,7 +89,7 @@ inline int64_t even_rows(const Volume& x, int64_t elements) {
 inline int64_t plane_rows(const Volume& x) { return even_rows(x, kPlaneElements); }
 inline int64_t plane_channels(const Volume& x) { return std::clamp<int64_t>(kPlaneElements / (x.H * x.W), 1, x.C); }
 inline int64_t group_channels(const Volume& x) {
-  return (kGroupChannels + plane_channels(x) - 1) / plane_channels(x) * plane_channels(x);
+  return std::max(kGroupChannels, kGroupElements / (x.H * x.W) / 2 * 2);  // rows of two channels may share a vector
 }
 
 // A reduction of planes over space and time meets a few frames at a time: an accumulator over T is loaded and stored

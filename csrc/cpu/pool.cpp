@@ -77,9 +77,10 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
     const auto gated = [&](auto of_gate, auto&& to) {
       const GateRows<A, Kind, of_gate> field(x, gate);
       to([&](const RowPlane<Kind>& at) {
-        return [from = data + plane_offset(at), second = at.second(x.stride_c), g = field.plane(at)](int64_t r) {
-          return [from, second, row = g.row(r)](int64_t i, int64_t column, auto n) {
-            return row.times(load_row_ahead<Kind>(from + i, second, n), i, column, n);
+        return [from = data + plane_offset(at), second = at.second(x.stride_c), ahead = at.ahead,
+                g = field.plane(at)](int64_t r) {
+          return [from, second, ahead, row = g.row(r)](int64_t i, int64_t column, auto n) {
+            return row.times(load_row_ahead<Kind>(from + i, second, ahead, n), i, column, n);
           };
         };
       });
@@ -159,8 +160,8 @@ __attribute__((flatten)) void unpool_rows(const Volume& x, const T* grad_y, cons
           const int64_t i = r * at.W + column;
           Vec<A> field = of_h.times(of_u(i, column, lanes), i, column, lanes);
           if (inner_field.given()) field += of_v(i, column, lanes);
-          const Vec<A> grad = load_row_ahead<Kind>(from + i, second, lanes);
-          store_row<Kind>(to + i, second, grad * of_g(i, column, lanes) + field, lanes);
+          const Vec<A> grad = load_row_ahead<Kind>(from + i, second, at.ahead, lanes);
+          store_row_ahead<Kind>(to + i, second, at.ahead, grad * of_g(i, column, lanes) + field, lanes);
         });
       });
     });
@@ -243,9 +244,10 @@ void unpool_reduce(const Volume& x, const T* data, const Unpooled& from, int gat
     const auto unpooled = [&](auto context, auto stored, auto&& to) {
       const UnpooledRows<A, decltype(stored), Kind, context> field(x, from);
       to([&](const RowPlane<Kind>& at) {
-        return [source = data + plane_offset(at), second = at.second(x.stride_c), u = field.plane(at)](int64_t r) {
-          return [source, second, row = u.row(r)](int64_t i, int64_t column, auto n) {
-            return load_row_ahead<Kind>(source + i, second, n) * row(i, column, n);
+        return [source = data + plane_offset(at), second = at.second(x.stride_c), ahead = at.ahead,
+                u = field.plane(at)](int64_t r) {
+          return [source, second, ahead, row = u.row(r)](int64_t i, int64_t column, auto n) {
+            return load_row_ahead<Kind>(source + i, second, ahead, n) * row(i, column, n);
           };
         };
       });

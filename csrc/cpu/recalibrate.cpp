@@ -27,8 +27,8 @@ __attribute__((flatten)) void recalibrate_rows(const Volume& x, const T* data, c
           const auto row = g.row(r);
           at.for_vectors([&](int64_t, int64_t column) {
             const int64_t i = r * at.W + column;
-            const Vec<A> value = load_row_ahead<Kind>(from + i, second, lanes);
-            store_row<Kind>(to + i, second, value * row(i, column, lanes), lanes);
+            const Vec<A> value = load_row_ahead<Kind>(from + i, second, at.ahead, lanes);
+            store_row_ahead<Kind>(to + i, second, at.ahead, value * row(i, column, lanes), lanes);
           });
         });
       });
@@ -99,9 +99,9 @@ void recalibrate_reduce(const Volume& x, const T* grad_y, const T* data, int con
         x, begin, end,
         [&](const RowPlane<Kind>& at) {
           const int64_t offset = plane_offset(at);
-          return [a = grad_y + offset, b = data + offset, second = at.second(x.stride_c)](int64_t) {
-            return [a, b, second](int64_t i, int64_t, auto n) {
-              return load_row_ahead<Kind>(a + i, second, n) * load_row_ahead<Kind>(b + i, second, n);
+          return [a = grad_y + offset, b = data + offset, second = at.second(x.stride_c), ahead = at.ahead](int64_t) {
+            return [a, b, second, ahead](int64_t i, int64_t, auto n) {
+              return load_row_ahead<Kind>(a + i, second, ahead, n) * load_row_ahead<Kind>(b + i, second, ahead, n);
             };
           };
         },

@@ -137,56 +137,60 @@ class RowMaps {
   const std::unique_ptr<Accumulator[]> over_t_, over_h_, of_w_;
 };
 
-// Up to a vector's worth of rows of a few frames.
+// Up to a vector's worth of rows of a few frames. Accumulators are met in plain loops of constant length: within nested
+// lambdas GCC keeps them in memory.
 template <class Numbers, class Stored, int count, class A, class Kind, class Accumulator, class Emit, class Values>
 AIA_INLINE void reduce_block(RowMaps<A, Kind, Accumulator, Emit>& maps, const RowPlane<Kind>& at,
                              const RowMasks<A, Kind>& masks, Accumulator* __restrict over_t, int64_t end,
                              Values&& values) {
+  static_assert(count <= 2);  // as the pragmas say
+  using Of = Indices<A, Stored>;
   const auto frame = [&](int f) {
     RowPlane<Kind> frame = at;
     frame.t += f;
     return frame;
   };
   const auto planes = at_each<count>([&](int f) { return values(frame(f)); });
-  using Of = Indices<A, Stored>;
-  const auto columns = at_each<count>([&](int f) { return maps.over_h(f); });
-  const auto of_w = at_each<count>([&](int f) { return maps.of_w(f); });
+  const int64_t vectors = Kind::kOne ? 1 : at.vectors;
   Accumulator of_h[count];  // over H of rows that are one vector: in registers
-  for_each<count>([&](auto f) {
-    if (Kind::kOne)
-      of_h[f] = at.h ? *columns[f] : Accumulator{};
-    else if (at.h == 0)
-      std::fill_n(columns[f], at.vectors, Accumulator{});
-  });
+#pragma GCC unroll 2
+  for (int f = 0; f < count; ++f) {
+    if (Kind::kOne && at.h) of_h[f] = *maps.over_h(f);
+    if (!Kind::kOne && at.h == 0) std::fill_n(maps.over_h(f), at.vectors, Accumulator{});
+  }
   at.for_rows([&](int64_t r, auto lanes) {
     const auto rows = at_each<count>([&](int f) { return planes[f](r); });
     const auto h = Of::splat(at.h + r);
     Accumulator folded[count];
-    at.for_vectors([&](int64_t j, int64_t column) {
-      Accumulator& kept = over_t[r * at.vectors + j];
-      Accumulator total = at.t ? kept : Accumulator{};
+    for (int64_t j = 0; j < vectors; ++j) {
+      const int64_t column = Kind::kOne ? 0 : std::min(j * kLanes, at.W - kLanes);
       auto w = Of::counting(column);
       if (Kind::kPair) w = Of::halves(w, w);
-      for_each<count>([&](auto f) {
+      Accumulator total;
+      if (at.t) total = over_t[r * vectors + j];
+#pragma GCC unroll 2
+      for (int f = 0; f < count; ++f) {
         const Vec<A> v = rows[f](r * at.W + column, column, lanes);
         total.template add<Numbers>(v, Of::splat(at.t + f));
         if constexpr (Kind::kOne) {
           of_h[f].template add<Numbers>(v, h);
           folded[f].template start<Numbers>(masks.inside, v, w);
         } else {
-          columns[f][j].template add<Numbers>(v, h);
-          folded[f].template fold<Numbers>(j + 1 == at.vectors, masks.last, v, w);
+          maps.over_h(f)[j].template add<Numbers>(v, h);
+          folded[f].template fold<Numbers>(j + 1 == vectors, masks.last, v, w);
         }
-      });
-      kept = total;
-    });
-    for_each<count>([&](auto f) { of_w[f][r] = folded[f]; });
+      }
+      over_t[r * vectors + j] = total;
+    }
+#pragma GCC unroll 2
+    for (int f = 0; f < count; ++f) maps.of_w(f)[r] = folded[f];
   });
-  for_each<count>([&](auto f) {
-    if (Kind::kOne) *columns[f] = of_h[f];
-    if (at.h + at.rows == at.x.H) maps.finish_h(frame(f), columns[f], end);
-    maps.template finish_w<Numbers>(frame(f), of_w[f], end);
-  });
+#pragma GCC unroll 2
+  for (int f = 0; f < count; ++f) {
+    if (Kind::kOne) *maps.over_h(f) = of_h[f];
+    if (at.h + at.rows == at.x.H) maps.finish_h(frame(f), maps.over_h(f), end);
+    maps.template finish_w<Numbers>(frame(f), maps.of_w(f), end);
+  }
 }
 
 // Channels [c, end) of a unit that begins with channel `first`, in a few frames.
@@ -195,9 +199,10 @@ __attribute__((noinline, flatten)) void reduce_frames(RowMaps<A, Kind, Accumulat
                                                       int64_t b, int64_t t, int64_t first, int64_t c, int64_t end,
                                                       Values& values) {
   const RowMasks<A, Kind> masks(x.W);
+  const int64_t ahead = next_run(x, b, t, first, reduced_group(x), count);
   for (; c < end; c += Kind::kChannels)
     for (int64_t h = 0; h < x.H; h += Kind::kSide) {
-      const RowPlane<Kind> at(x, b, t, c, h, std::min<int64_t>(Kind::kSide, x.H - h), end);
+      const RowPlane<Kind> at(x, b, t, c, h, std::min<int64_t>(Kind::kSide, x.H - h), end, ahead);
       reduce_block<Numbers, Stored, count>(maps, at, masks, maps.over_t(first, c) + h * at.vectors, end, values);
     }
 }
@@ -219,7 +224,7 @@ void reduce_rows_to_spacetime(const Volume& x, int64_t begin, int64_t end, Value
         for (t = 0; t < x.T; ++t)
           reduce_frames<std::false_type, Stored, 1>(maps, x, b, t, first, c,
                                                     std::min<int64_t>(last, c + Kind::kChannels), values);
-      maps.finish_t(RowPlane<Kind>(x, b, 0, c, 0, x.H, last), maps.over_t(first, c));
+      maps.finish_t(RowPlane<Kind>(x, b, 0, c, 0, x.H, last, 0), maps.over_t(first, c));
     }
   }
 }
@@ -234,7 +239,10 @@ __attribute__((flatten)) void reduce_rows_to_channel(const Volume& x, int64_t be
   for (int64_t unit = begin; unit < end; ++unit) {
     Accumulator* __restrict over_c = sums.get();
     const int64_t b = unit / runs / x.T, t = unit / runs % x.T, h = unit % runs * length;
-    const auto plane_at = [&](int64_t c) { return RowPlane<Kind>(x, b, t, c, h, std::min(length, x.H - h), x.C); };
+    const int64_t ahead = std::max(kSoon, kPlanes * Kind::kChannels * x.stride_c);
+    const auto plane_at = [&](int64_t c) {
+      return RowPlane<Kind>(x, b, t, c, h, std::min(length, x.H - h), x.C, ahead);
+    };
     const auto add = [&](int64_t first, auto count) {
       const RowPlane<Kind> at = plane_at(first);
       const auto planes = at_each<count>([&](int k) { return values(plane_at(first + k * Kind::kChannels)); });

@@ -35,21 +35,23 @@ int64_t vectors_of(const Volume& x) {
 }
 
 // Rows [h, h + rows) of the plane of channel c, in frame t of clip b; where Kind has pairs, and there is one more
-// channel, of the next one too.
+// channel, of the next one too. `ahead` is the distance in elements of x to what will be met a while later, which the
+// hardware does not foresee.
 template <class Kind>
 struct RowPlane {
   const Volume& x;
-  int64_t b, t, c, h, rows;
+  int64_t b, t, c, h, rows, ahead;
   int64_t W, vectors;  // of a row; here, as a compiler would load them again after each store
   bool single;         // the second channel of a pair is the first once more
 
-  RowPlane(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h, int64_t rows, int64_t channels)
+  RowPlane(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h, int64_t rows, int64_t channels, int64_t ahead)
       : x(x),
         b(b),
         t(t),
         c(c),
         h(h),
         rows(rows),
+        ahead(ahead),
         W(x.W),
         vectors(vectors_of<Kind>(x)),
         single(!Kind::kPair || c + 1 >= channels) {}
@@ -118,14 +120,28 @@ int64_t offset_c(const RowPlane<Kind>& at) {
   return (at.t * at.x.H + at.h) * at.x.W;
 }
 
+// Runs of more elements than this would not stay in the L2 cache till they are met; of what is met in the order of
+// memory what follows soon is asked for.
+constexpr int64_t kLongRun = 16384, kSoon = 2048;
+
+// The distance in elements of x from a run of channels, `group` at a time from `first` on, in frame t of clip b, to
+// what is met behind it: the same channels `frames` later or, at the end of a clip, the next channels or the next clip.
+inline int64_t next_run(const Volume& x, int64_t b, int64_t t, int64_t first, int64_t group, int64_t frames) {
+  if (t + frames < x.T) return frames * x.stride_t;
+  const int64_t to_group = first + group < x.C ? group * x.stride_c : x.stride_b - first * x.stride_c;
+  return (b + 1 < x.B || first + group < x.C ? to_group : 0) - t * x.stride_t;
+}
+
 // The planes of a unit of an elementwise pass that meets spacetime maps, in the order of memory: a fresh page is
 // cleared when it is first met, and is best written while it is in cache. Calls each(plane).
 template <class Kind, class Each>
 void for_row_planes(const Volume& x, int64_t unit, Each&& each) {
   const int64_t group = group_channels(x), groups = (x.C + group - 1) / group;
   const int64_t b = unit / groups, first = unit % groups * group, last = std::min(x.C, first + group);
-  for (int64_t t = 0; t < x.T; ++t)
-    for (int64_t c = first; c < last; c += Kind::kChannels) each(RowPlane<Kind>(x, b, t, c, 0, x.H, last));
+  for (int64_t t = 0; t < x.T; ++t) {
+    const int64_t ahead = group * x.H * x.W > kLongRun ? kSoon : next_run(x, b, t, first, group, 1);
+    for (int64_t c = first; c < last; c += Kind::kChannels) each(RowPlane<Kind>(x, b, t, c, 0, x.H, last, ahead));
+  }
 }
 
 // A vector of a row; of a pair a half from each of two places.
@@ -144,13 +160,21 @@ AIA_INLINE void store_row(T* p, int64_t second, Vec<Accumulate<T>> v, Lanes n) {
     store(p, v, n);
 }
 
-// How far ahead of a load the line is asked for: the hardware does not foresee where a frame or a group ends.
-constexpr int64_t kAhead = 128;
+// Asks for what lies `ahead`, into the L2 cache: much else is met before it.
+template <class Kind, class T>
+AIA_INLINE void ask_ahead(const T* p, int64_t second, int64_t ahead) {
+  __builtin_prefetch(p + ahead, 0, 2);
+  if (Kind::kPair) __builtin_prefetch(p + second + ahead, 0, 2);
+}
 template <class Kind, class T, class Lanes>
-AIA_INLINE Vec<Accumulate<T>> load_row_ahead(const T* p, int64_t second, Lanes n) {
-  __builtin_prefetch(p + kAhead);
-  if (Kind::kPair) __builtin_prefetch(p + second + kAhead);
+AIA_INLINE Vec<Accumulate<T>> load_row_ahead(const T* p, int64_t second, int64_t ahead, Lanes n) {
+  ask_ahead<Kind>(p, second, ahead);
   return load_row<Kind>(p, second, n);
+}
+template <class Kind, class T, class Lanes>
+AIA_INLINE void store_row_ahead(T* p, int64_t second, int64_t ahead, Vec<Accumulate<T>> v, Lanes n) {
+  ask_ahead<Kind>(p, second, ahead);
+  store_row<Kind>(p, second, v, n);
 }
 
 // A number in every lane; of a pair one in each half.
