@@ -35,6 +35,7 @@ def every_barrier_is_needed(emulator, everything: Callable, files: set[str]) -> 
     emulator.schedule()
     expected = everything(emulator)
     barriers = emulator.barriers()
-    assert {Path(barrier.split(":")[0]).name for barrier in barriers} == files
+    found = {Path(barrier.split(":")[0]).name for barrier in barriers}
+    assert found == files
     unneeded = {b for b in barriers if same_without(b, False) and same_without(b, True)}
     assert not unneeded

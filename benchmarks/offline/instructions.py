@@ -24,11 +24,12 @@ _COMPARE: dict[str, Callable] = {
 #: Arithmetic whose results are data. Its instructions count, its results are zero.
 _DATA = {
     *("DADD", "DMUL", "DFMA", "DMNMX", "HADD2", "HMUL2", "HFMA2", "HMNMX2", "FADD2", "FMUL2", "FFMA2"),
-    *("F2F", "F2FP", "I2FP", "FCHK", "SHFL", "LDS", "LDL", "LDG", "LD"),
+    *("F2F", "F2FP", "I2FP", "FCHK", "SHFL", "LDS", "LDL", "LDG", "LD", "ATOM", "ATOMG"),
 }
 _NOTHING = {
     *("BAR", "DEPBAR", "LDGDEPBAR", "LDGSTS", "STG", "STS", "STL", "ST", "MEMBAR", "ERRBAR", "CCTL", "WARPSYNC"),
-    *("YIELD", "NOP", "FENCE", "UCGABAR_ARV", "UCGABAR_WAIT", "BMOV", "RED"),
+    *("YIELD", "NOP", "FENCE", "UCGABAR_ARV", "UCGABAR_WAIT", "BMOV", "RED", "CGAERRBAR"),
+    "BPT",  # where a grid has no place to meet, which the driver gives it
 }
 
 
@@ -235,7 +236,8 @@ def _constant(lanes: Lanes, step: Step) -> None:
 
 def _special(lanes: Lanes, step: Step) -> None:
     known = {"SR_TID.X": lanes.thread, "SR_CTAID.X": np.full(LANES, lanes.block, np.uint32)}
-    known["SR_LANEID"] = np.arange(LANES, dtype=np.uint32)
+    known["SR_LANEID"] = lane = np.arange(LANES, dtype=np.uint32)
+    known["SR_LTMASK"] = (np.uint32(1) << lane) - np.uint32(1)
     zero = np.zeros(LANES, np.uint32)
     source = step.operands[1]
     if source not in known and source not in ("SRZ", "SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"):
@@ -346,6 +348,15 @@ def _vote(lanes: Lanes, step: Step) -> None:
         lanes.put(name, np.full(LANES, bits, np.uint32))
 
 
+def _highest_bit(lanes: Lanes, step: Step) -> None:
+    found = np.array([int(value).bit_length() - 1 for value in lanes.value(step.operands[1])], np.int32)
+    lanes.put(step.operands[0], found.view(np.uint32))
+
+
+def _bits(lanes: Lanes, step: Step) -> None:
+    lanes.put(step.operands[0], np.bitwise_count(lanes.value(step.operands[1])).astype(np.uint32))
+
+
 _ARITHMETIC: dict[str, Callable[[Lanes, Step], None]] = {
     "IADD3": _iadd3,
     "IMAD": _imad,
@@ -373,7 +384,9 @@ _ARITHMETIC: dict[str, Callable[[Lanes, Step], None]] = {
     **dict.fromkeys(("VIADD", "IADD"), _add),
     "P2R": _packed_predicates,
     "R2P": _unpacked_predicates,
-    "VOTE": _vote,
+    **dict.fromkeys(("VOTE", "VOTEU"), _vote),
+    "FLO": _highest_bit,
+    "POPC": _bits,
 }
 _DATA -= set(_ARITHMETIC)
 
@@ -383,8 +396,10 @@ def execute(lanes: Lanes, step: Step) -> None:
     if step.kind in _NOTHING or not lanes.mask.any():
         return
     if step.kind in _DATA:
+        # Who waits for the other blocks of a grid reads until a bit changes: it finds it changed.
+        awaited = step.kind == "LD" and "STRONG" in step.parts and "GPU" in step.parts
         for register in step.written:
-            lanes.put(register, np.zeros(LANES, np.uint32))
+            lanes.put(register, np.full(LANES, 0xFFFFFFFF if awaited else 0, np.uint32))
         return
     handler = _ARITHMETIC.get(step.kind)
     if handler is None:

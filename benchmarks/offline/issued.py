@@ -83,9 +83,11 @@ class Library:
         self.recorder = launches.Recorder(path, self.kernels)
         self._programs: dict[str, warp.Program] = {}
 
+    def program(self, name: str) -> warp.Program:
+        return self._programs.setdefault(name, warp.Program(self.kernels[name]))
+
     def count(self, launch: launches.Launch) -> Count:
-        kernel = self.kernels[launch.kernel]
-        program = self._programs.setdefault(launch.kernel, warp.Program(kernel))
+        program = self.program(launch.kernel)
         bank = program.bank(launch.parameters, launch.blocks, launch.threads)
         totals = {block: _of_block(program, bank, block, launch.threads) for block in _sample(launch.blocks)}
         last = launch.blocks - 1

@@ -19,6 +19,12 @@ namespace aia::cuda {
 [[gnu::weak]] int unpool_reduce(const Shape&, const void*, Unpooled, int, void*, void*);
 [[gnu::weak]] int recalibrate(const Shape&, const void*, Gate, void*, void*);
 [[gnu::weak]] int recalibrate_reduce(const Shape&, const void*, const void*, int, void*, void*);
+[[gnu::weak]] int gate(const PackedDims&, Scalar, const GateParameters*, const void*, void*, void*, void*, Workspace,
+                       void*);
+[[gnu::weak]] int gate_again(const PackedDims&, Scalar, const GateParameters*, const void*, const void*, void*, void*,
+                             void*);
+[[gnu::weak]] int gate_backward(const PackedDims&, Scalar, const GateParameters*, const GateParameters*, Parameter,
+                                const GateKept&, const void*, const void*, void*, Workspace, void*);
 }  // namespace aia::cuda
 
 namespace {
@@ -64,6 +70,7 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return ""; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -99,6 +106,34 @@ int launches_of(const char* pass, const int64_t* sizes, int order, int scalar, i
     return cuda::recalibrate_reduce(shape, buffer(1), buffer(2), context, buffer(4), nullptr);
   if (name == "unpool_reduce") return cuda::unpool_reduce(shape, buffer(1), outer, gate_context, buffer(5), nullptr);
   if (name == "unpool") return cuda::unpool(shape, buffer(1), gate, outer, inner_gate, inner, buffer(3), nullptr);
+  return -1;
+}
+
+// The gate passes on n maps in float, with the statistics of the batch. Buffers: 1 is pooled, 2 grad_gate, 3 what is
+// written, a map of each clip or, of gate_backward, two; 4 is z, of gate_again the gate; 5 and more are small.
+int launches_of_gate(const char* pass, int64_t batch, int n, const int64_t* dims, Told tell) {
+  using namespace aia;
+  using namespace aia::cuda;
+  told = tell;
+  const std::string name = pass;
+  PackedDims packed{batch, n, {}};
+  GateParameters gates[3]{};
+  for (int m = 0; m < n; ++m) {
+    for (int k = 0; k < 3; ++k) packed.dims[m][k] = dims[3 * m + k];
+    gates[m].weight = {buffer(5), Scalar::kFloat32};
+    gates[m].stride[0] = 27, gates[m].stride[1] = 9, gates[m].stride[2] = 3, gates[m].stride[3] = 1;
+    gates[m].batch = true;
+  }
+  const Workspace workspace{static_cast<double*>(buffer(6)), 132};
+  const Scalar scalar = Scalar::kFloat32;
+  if (name == "gate")
+    return cuda::gate(packed, scalar, gates, buffer(1), buffer(3), buffer(7), buffer(8), workspace, nullptr);
+  if (name == "gate_again")
+    return cuda::gate_again(packed, scalar, gates, buffer(1), buffer(7), buffer(4), buffer(3), nullptr);
+  if (name == "gate_backward")
+    return cuda::gate_backward(packed, scalar, gates, gates, {buffer(9), Scalar::kFloat32},
+                               {buffer(1), buffer(4), buffer(7), buffer(8)}, buffer(2), nullptr, buffer(3), workspace,
+                               nullptr);
   return -1;
 }
 }

@@ -42,16 +42,8 @@ class Recorder:
     ) -> list[Launch]:
         """Of a pass on x [B, T, C, H, W] with fields of these contexts."""
         found: list[Launch] = []
-
-        def told(kernel, blocks, threads, shared, arguments):
-            of = self._kernels[kernel.decode()]
-            packed = bytearray(max(at + size for at, size in of.parameters.values()))
-            for ordinal, (at, size) in of.parameters.items():
-                packed[at : at + size] = ctypes.string_at(arguments[ordinal], size)
-            found.append(Launch(kernel.decode(), blocks, threads, shared, bytes(packed)))
-
         sizes = (ctypes.c_int64 * 5)(*shape)
-        callback = _TOLD(told)
+        callback = self._noting(found)
         width = {c: index_bytes(shape, c) for c in (NONE, CHANNEL, SPACETIME)}
         error = self._library.launches_of(
             *(name.encode(), sizes, ORDERS.index(order), SCALARS.index(dtype), context, gate_context),
@@ -60,6 +52,28 @@ class Recorder:
         if error:
             raise ValueError(f"{name} gave the error {error}")
         return found
+
+    def gate_launches(self, name: str, batch: int, dims: list[int]) -> list[Launch]:
+        """Of a gate pass on maps of these sizes, three for each."""
+        found: list[Launch] = []
+        sizes = (ctypes.c_int64 * len(dims))(*dims)
+        callback = self._noting(found)
+        error = self._library.launches_of_gate(name.encode(), ctypes.c_int64(batch), len(dims) // 3, sizes, callback)
+        if error:
+            raise ValueError(f"{name} gave the error {error}")
+        return found
+
+    def _noting(self, found: list[Launch]):
+        """What the library calls for each launch."""
+
+        def told(kernel, blocks, threads, shared, arguments):
+            of = self._kernels[kernel.decode()]
+            packed = bytearray(max(at + size for at, size in of.parameters.values()))
+            for ordinal, (at, size) in of.parameters.items():
+                packed[at : at + size] = ctypes.string_at(arguments[ordinal], size)
+            found.append(Launch(kernel.decode(), blocks, threads, shared, bytes(packed)))
+
+        return _TOLD(told)
 
 
 def index_bytes(shape: tuple[int, ...], context: int) -> int:

@@ -59,7 +59,7 @@ class Instruction:
     def written(self) -> tuple[str, ...]:
         """The registers of the result."""
         operands = self.text.split(", ")
-        if self.name in ("SHFL", "R2UR") and operands[0].startswith("P"):
+        if self.name in ("SHFL", "R2UR", "ATOM", "ATOMG") and operands[0].startswith("P"):
             operands = operands[1:]
         if self.name in ("STG", "STS", "STL", "ST", "RED", "LDGSTS") or not _REGISTER.fullmatch(
             operands[0].removesuffix(".reuse").strip()

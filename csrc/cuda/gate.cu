@@ -7,139 +7,228 @@
 // The batch statistics are known only after the whole convolution. So the blocks of gate wait for one another between
 // its two halves, and there is at most one for each multiprocessor. That spares a launch. Where maps are small, the
 // second half finds z in the L2 cache.
-#include "../common/moments.h"
 #include "packed_maps.cuh"
-#include "partials.cuh"
 
 namespace aia::cuda {
 namespace {
 
-constexpr int kStaged = kForwardCapacity.staged;
+// Both features of an element, side by side in shared memory.
+template <class A>
+using Features = Vector<A, 2>;
 
-// The moments of numbers added one by one, relative to the first of them.
+template <class A>
+constexpr int kPlaces = kForwardCapacity<A>.places;
+// The places of each buffer, and the one that is none.
+template <class A>
+constexpr int kSharedBytes = kBuffers * (kPlaces<A> + 1) * static_cast<int>(sizeof(Features<A>));
+
+// Adds what a strip sees of a plane, whose rows lie `pitch` apart, to the results of the planes after, at and before
+// it.
+template <class A>
+__device__ __forceinline__ void see(const Features<A>* plane, int pitch, const A (&w)[2][27], A (&after)[kStrip<A>],
+                                    A (&here)[kStrip<A>], A (&before)[kStrip<A>]) {
+#pragma unroll
+  for (int i = 0; i < kStrip<A> + 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      const Features<A> value = plane[i * pitch + j];
+#pragma unroll
+      for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r)
+#pragma unroll
+        for (int f = 0; f < 2; ++f) {
+          const int k = (i - r) * 3 + j;
+          after[r] += w[f][k] * value.at[f];
+          here[r] += w[f][9 + k] * value.at[f];
+          before[r] += w[f][18 + k] * value.at[f];
+        }
+    }
+}
+
+// Convolves the items of this block's map; found(clip, k, rows, z) takes a strip of results, of which there are so many
+// rows, the first at element k of a packed clip.
+template <class A, class Found>
+__device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const GateParameters& gate,
+                                         const A* __restrict__ pooled, const Found& found) {
+  constexpr int kSlots = kForwardCapacity<A>.staged / kGateThreads, kStride = kPlaces<A> + 1;
+  AIA_DYNAMIC_SHARED(Features<A>, buffers);
+  AIA_SHARED(A, weight, 54);
+  share_weight(gate, weight);
+  clear<kStride>(map, buffers);
+  __syncthreads();
+  A w[2][27];
+#pragma unroll
+  for (int k = 0; k < 54; ++k) w[k / 27][k % 27] = weight[k];
+
+  const int first_visit = map.first_visit(), last_visit = map.last_visit(), pitch = map.pitch();
+  const Item step(map, map.blocks);
+  for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
+    const Own own(map, item, threadIdx.x);
+    Slots<kSlots> slots(map, item);
+    const A *maximum = pooled + (2 * item.clip * maps.packed + map.start), *mean = maximum + maps.packed;
+    opaque(maximum), opaque(mean);
+    SharedPlace places[kSlots];
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) places[k] = shared_place(buffers + slots.place[k]);
+    // Asks for the next plane.
+    const auto copy = [&](auto buffer) {
+      constexpr int kBuffer = decltype(buffer)::value * kStride * sizeof(Features<A>);
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k)
+        if (slots.used(k)) {
+          const bool present = slots.present(k);
+          copy_async_or_zero<sizeof(A), kBuffer>(places[k], maximum + slots.at[k], present);
+          copy_async_or_zero<sizeof(A), kBuffer + sizeof(A)>(places[k], mean + slots.at[k], present);
+          slots.at[k] += slots.plane;
+        }
+      end_of_copies();
+    };
+    A z[kBuffers][kStrip<A>] = {};
+    copy(std::integral_constant<int, 0>{});
+    if (first_visit < last_visit)
+      copy(std::integral_constant<int, 1>{});
+    else
+      end_of_copies();
+    march(first_visit, map.length, [&](auto turn, int q) {
+      constexpr int kTurn = decltype(turn)::value, kNext = (kTurn + 1) % kBuffers, kLast = (kTurn + 2) % kBuffers;
+      if (q <= last_visit) {
+        wait_for_copies<1>();
+        // What all have copied is here, and nobody reads the plane before any more.
+        __syncthreads();
+        if (q + 2 <= last_visit)
+          copy(std::integral_constant<int, kLast>{});
+        else
+          end_of_copies();
+        if (own.planes) see(buffers + kTurn * kStride + own.place, pitch, w, z[kLast], z[kNext], z[kTurn]);
+      }
+      if (q > 0 && q <= own.planes) found(item.clip, own.offset + (q - 1) * slots.plane, own.rows, z[kTurn]);
+#pragma unroll
+      for (int r = 0; r < kStrip<A>; ++r) z[kTurn][r] = 0;
+    });
+    // The first copies of the next item go where this one's last plane may be read.
+    __syncthreads();
+  }
+}
+
+// Numbers added one by one, relative to the first of them.
 template <class A>
 struct Sample {
   A origin = 0, sum = 0, squares = 0;
   int count = 0;
 
-  __device__ __forceinline__ void add(A value) {
-    if (count == 0) origin = value;
-    const A deviation = value - origin;
-    sum += deviation, squares += deviation * deviation, ++count;
-  }
-  __device__ __forceinline__ Moments moments() const {
-    if (count == 0) return Moments::none();
-    const double mean = static_cast<double>(sum) / count;
-    return {static_cast<double>(count), origin + mean, squares - mean * sum};
+  __device__ __forceinline__ void add(const A (&values)[kStrip<A>], int rows) {
+    if (count == 0) origin = values[0];
+    count += rows;
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r) {
+      const A deviation = r < rows ? values[r] - origin : A(0);
+      sum += deviation, squares += deviation * deviation;
+    }
   }
 };
 
+// The moments of numbers about an origin. Seen from another one there is no division.
+struct Deviations {
+  double count, sum, squares;
+
+  __device__ __forceinline__ Deviations from(double distance) const {
+    return {count, sum + distance * count, squares + distance * (2 * sum + distance * count)};
+  }
+};
+
+// The moments of a block's z, about an origin, as others find them.
+struct PartialMoments {
+  double origin;
+  Deviations about;
+};
+static_assert(sizeof(PartialMoments) == kMomentPartials * sizeof(double));
+
 template <class A>
-using Features = Vector<A, 2>;
+__device__ __forceinline__ void leave_moments(const Sample<A>& sample, double* shared, PartialMoments* partial) {
+  // The first thread has a sample.
+  if (threadIdx.x == 0) shared[0] = sample.origin;
+  __syncthreads();
+  const double origin = shared[0];
+  const Deviations own =
+      Deviations{static_cast<double>(sample.count), sample.sum, sample.squares}.from(sample.origin - origin);
+  double sums[3] = {own.count, own.sum, own.squares};
+  sum_over_block(sums, shared + 1);
+  if (threadIdx.x == 0) partial[blockIdx.x] = {origin, {sums[0], sums[1], sums[2]}};
+}
 
-// Convolves the items of this block's map; found(k, z) takes the result at element k of all clips.
-template <class A, class Found>
-__device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const GateParameters& gate,
-                                         const A* __restrict__ pooled, Features<A>* staged, const Found& found) {
-  const int64_t packed = maps.packed;
-  A w[2][27];
-#pragma unroll
-  for (int k = 0; k < 54; ++k) w[k / 27][k % 27] = read<A>(gate.weight, tap_offset(gate, k / 27, k % 27));
-
-  const auto fetch = [&](int64_t clip, int k) {
-    const A* maximum = pooled + 2 * clip * packed + k;
-    return Features<A>{{*maximum, maximum[packed]}};
-  };
-  const auto stage = [](const Features<A>& features) { return features; };
-  Features<A>*buffer = staged, *other = staged + kStaged;
-  for (int64_t item = blockIdx.x - map.first_block; item < map.items; item += map.blocks) {
-    const Own own = own_position(map, item, threadIdx.x);
-    A before = 0, here = 0, after = 0;
-    march<kStaged, Features<A>>(map, item, buffer, other, fetch, stage,
-                                [&](int q, const Features<A>* plane, int width) {
-                                  if (!own.inside) return;
-#pragma unroll
-                                  for (int k = 0; k < 9; ++k) {
-                                    const Features<A> value = plane[own.staged + (k / 3 - 1) * width + k % 3 - 1];
-#pragma unroll
-                                    for (int f = 0; f < 2; ++f) {
-                                      after += w[f][k] * value.at[f];
-                                      here += w[f][9 + k] * value.at[f];
-                                      before += w[f][18 + k] * value.at[f];
-                                    }
-                                  }
-                                  if (q > 0 && own.plane + q <= map.d0)
-                                    found(own.clip * packed + own.offset + (q - 1) * map.plane_size(), before);
-                                  before = here, here = after, after = 0;
-                                });
+// The mean and the variance of each map's z, one map a warp: lane 0 of it calls found(m, count, mean, variance).
+template <class Found>
+__device__ __forceinline__ void join_moments(const Maps& maps, const PartialMoments* partial, const Found& found) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, m = min(warp, maps.n - 1);
+  const Map& map = maps.at[m];
+  const PartialMoments* const of_map = partial + map.first_block;
+  const double origin = of_map[0].origin;
+  Deviations sums{};
+  for (int b = lane; b < map.blocks; b += kWarp) {
+    const Deviations block = of_map[b].about.from(of_map[b].origin - origin);
+    sums.count += block.count, sums.sum += block.sum, sums.squares += block.squares;
+  }
+  const double count = team_sum(sums.count, kWarp), sum = team_sum(sums.sum, kWarp);
+  const double squares = team_sum(sums.squares, kWarp);
+  if (lane == 0 && warp < maps.n) {
+    const double mean = sum / count;
+    found(m, count, origin + mean, squares / count - mean * mean);
   }
 }
 
-// The moments of each map's z.
-struct MapMoments {
-  Moments at[3];
-
-  static __device__ __forceinline__ MapMoments none() { return {Moments::none(), Moments::none(), Moments::none()}; }
-  __device__ __forceinline__ void merge(const MapMoments& other) {
+template <class A>
+__device__ __forceinline__ void write_norm(int m, const A (&row)[4], const A (&used)[3], A* __restrict__ norm,
+                                           A* __restrict__ statistics) {
 #pragma unroll
-    for (int m = 0; m < 3; ++m) at[m].merge(other.at[m]);
-  }
-};
+  for (int i = 0; i < 4; ++i) norm[4 * m + i] = row[i];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) statistics[3 * m + i] = used[i];
+}
 
 template <class A, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    gate_kernel(Maps maps, Clips clips, Gates gates,
+    gate_kernel(Maps maps, Gates gates,
                 const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
                 A* gate,                       // [B, M]; holds z first
                 A* __restrict__ norm,          // [n, 4]: mean, rstd, scale, shift
                 A* __restrict__ statistics,    // [n, 3]: mean, variance, share of an element
                 double* workspace) {           // [blocks, kMomentPartials]
-  AIA_SHARED(Features<A>, staged, 2 * kStaged);
-  AIA_SHARED(MapMoments, shared, kGateThreads / 2);
+  AIA_SHARED(double, shared, 1 + 3 * kGateWarps);
   AIA_SHARED(Norm<A>, norms, 3);
-  const int convolved = maps.of_block(blockIdx.x);
+  const int own = maps.of_block(blockIdx.x);
+  const Map& map = maps.at[own];
   Sample<A> sample;
-  convolve(maps, maps.at[convolved], gates.at[convolved], pooled, staged, [&](int64_t k, A z) {
-    gate[k] = z;
-    sample.add(z);
+  convolve(maps, map, gates.at[own], pooled, [&](int64_t clip, int k, int rows, const A(&z)[kStrip<A>]) {
+    A* to = gate + (clip * maps.packed + k);
+    opaque(to);
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r)
+      if (r < rows) to[r * map.d2] = z[r];
+    sample.add(z, rows);
   });
-
-  MapMoments mine = MapMoments::none();
-  mine.at[0] = sample.moments();
-  reduce_block<kGateThreads, 1>(shared, mine);
-  Moments* const partial = reinterpret_cast<Moments*>(workspace);
-  if (threadIdx.x == 0) partial[blockIdx.x] = mine.at[0];
+  PartialMoments* const partial = reinterpret_cast<PartialMoments*>(workspace);
+  leave_moments(sample, shared, partial);
   grid_barrier();
 
-  mine = MapMoments::none();
-#pragma unroll
-  for (int m = 0; m < 3; ++m)
-    if (m < maps.n)
-      for (int b = threadIdx.x; b < maps.at[m].blocks; b += kGateThreads)
-        mine.at[m].merge(partial[maps.at[m].first_block + b]);
-  reduce_block<kGateThreads, 1>(shared, mine);
-  if (threadIdx.x < maps.n) {
-    const int m = threadIdx.x;
-    const Moments& found = shared[0].at[m];
+  join_moments(maps, partial, [&](int m, double count, double mean, double variance) {
     A row[4], used[3];
-    finish_norm(gates.at[m], found.mean, found.squares / found.count, found.count, row, used);
+    finish_norm(gates.at[m], mean, variance, count, row, used);
     norms[m] = load_norm(row, 0);
-    if (blockIdx.x == 0) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) norm[4 * m + i] = row[i];
-#pragma unroll
-      for (int i = 0; i < 3; ++i) statistics[3 * m + i] = used[i];
-    }
-  }
+    if (blockIdx.x == 0) write_norm(m, row, used, norm, statistics);
+  });
   __syncthreads();
-  for_each_vector<V>(clips, maps.blocks(), [&](int64_t k, int e) {
-    Vector<A, V> values = load_vector<V>(gate + k);
+  const Sigmoid<A> sigmoid(norms[own]);
+  for_each_run<V>(maps, map, [&](int64_t k, int kept) {
+    Vector<A, V> values[kRun];
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const Norm<A>& bn = norms[clips.map_of(e + i)];
-      values.at[i] = bn.gate(bn.normalized(values.at[i]), Exponential{});
+    for (int j = 0; j < kRun; ++j)
+      if (j < kept) values[j] = load_vector<V>(gate + k + j * kRunStep<V>);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      if (j >= kept) continue;
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[j].at[i] = sigmoid(values[j].at[i]);
+      store_vector(gate + k + j * kRunStep<V>, values[j]);
     }
-    *reinterpret_cast<Vector<A, V>*>(gate + k) = values;
   });
 }
 
@@ -153,7 +242,6 @@ __global__ void __launch_bounds__(kGateThreads, 1)
                       A* __restrict__ z,             // [B, M], or null
                       A* __restrict__ norm,          // [n, 4], written where `known` is null
                       A* __restrict__ statistics) {  // [n, 3], written where `known` is null
-  AIA_SHARED(Features<A>, staged, 2 * kStaged);
   const int m = maps.of_block(blockIdx.x);
   const Map& map = maps.at[m];
   A row[4], used[3];
@@ -162,17 +250,22 @@ __global__ void __launch_bounds__(kGateThreads, 1)
     for (int i = 0; i < 4; ++i) row[i] = known[4 * m + i];
   } else {
     finish_norm(gates.at[m], 0, 0, 1, row, used);
-    if (blockIdx.x == map.first_block && threadIdx.x == 0) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) norm[4 * m + i] = row[i];
-#pragma unroll
-      for (int i = 0; i < 3; ++i) statistics[3 * m + i] = used[i];
-    }
+    if (blockIdx.x == map.first_block && threadIdx.x == 0) write_norm(m, row, used, norm, statistics);
   }
-  const Norm<A> bn = load_norm(row, 0);
-  convolve(maps, map, gates.at[m], pooled, staged, [&](int64_t k, A value) {
-    if (z) z[k] = value;
-    gate[k] = bn.gate(bn.normalized(value), Exponential{});
+  const Sigmoid<A> sigmoid(load_norm(row, 0));
+  convolve(maps, map, gates.at[m], pooled, [&](int64_t clip, int k, int rows, const A(&values)[kStrip<A>]) {
+    A *to = gate + (clip * maps.packed + k), *z_to = z + (clip * maps.packed + k);
+    opaque(to), opaque(z_to);
+    A gates[kStrip<A>];
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r) gates[r] = sigmoid(values[r]);
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r)
+      if (r < rows) to[r * map.d2] = gates[r];
+    if (z)
+#pragma unroll
+      for (int r = 0; r < kStrip<A>; ++r)
+        if (r < rows) z_to[r * map.d2] = values[r];
   });
 }
 
@@ -185,16 +278,15 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
   const Gates of_maps = gates_of(gates, dims.n);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
+    const BlockSize size(kGateThreads, kSharedBytes<A>);
     if (std::none_of(gates, gates + dims.n, [](const GateParameters& g) { return g.batch; })) {
-      const Maps maps = cut(dims, kForwardCapacity, kGateBlocks);
-      return launch(known_gate_kernel<A>, maps.blocks(), kGateThreads, stream, maps, of_maps,
-                    static_cast<const A*>(pooled), nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm),
-                    static_cast<A*>(statistics));
+      const Maps maps = cut(dims, kForwardCapacity<A>, gate_blocks_together());
+      return launch(known_gate_kernel<A>, maps.blocks(), size, stream, maps, of_maps, static_cast<const A*>(pooled),
+                    nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm), static_cast<A*>(statistics));
     }
     return with_width<A>(dims, {gate}, [&](auto width) {
-      const auto kernel = gate_kernel<A, width.value>;
-      const Maps maps = cut(dims, kForwardCapacity, workspace.blocks);
-      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, clips_of(dims), of_maps,
+      const Maps maps = cut(dims, kForwardCapacity<A>, workspace.blocks);
+      return launch_together(gate_kernel<A, width.value>, maps.blocks(), size, stream, maps, of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
                              static_cast<A*>(statistics), workspace.data);
     });
@@ -203,12 +295,12 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
 
 int gate_again(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, const void* norm,
                void* gate, void* z, void* stream) {
-  const Maps maps = cut(dims, kForwardCapacity, kGateBlocks);
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    return launch(known_gate_kernel<A>, maps.blocks(), kGateThreads, stream, maps, gates_of(gates, dims.n),
-                  static_cast<const A*>(pooled), static_cast<const A*>(norm), static_cast<A*>(gate), static_cast<A*>(z),
-                  nullptr, nullptr);
+    const Maps maps = cut(dims, kForwardCapacity<A>, gate_blocks_together());
+    return launch(known_gate_kernel<A>, maps.blocks(), {kGateThreads, kSharedBytes<A>}, stream, maps,
+                  gates_of(gates, dims.n), static_cast<const A*>(pooled), static_cast<const A*>(norm),
+                  static_cast<A*>(gate), static_cast<A*>(z), nullptr, nullptr);
   });
 }
 

@@ -12,7 +12,9 @@
 namespace aia::cuda {
 namespace {
 
-constexpr int kStaged = kBackwardCapacity.staged;
+// The places of each buffer, and the one that is none.
+template <class A>
+constexpr int kStride = kBackwardCapacity<A>.places + 1;
 
 // Sums of N numbers.
 template <class A, int N>
@@ -30,59 +32,64 @@ template <class A>
 struct PreActivation {
   A grad, xhat;
 
-  __device__ __forceinline__ PreActivation(const Norm<A>& bn, A grad_gate, A z) : xhat(bn.normalized(z)) {
-    const A gate = bn.gate(xhat, Exponential{});
+  __device__ __forceinline__ PreActivation(const Norm<A>& bn, const Sigmoid<A>& sigmoid, A grad_gate, A z)
+      : xhat(bn.normalized(z)) {
+    const A gate = sigmoid.of_normalized(xhat);
     grad = grad_gate * gate * (1 - gate);
   }
 };
 
-// The sums of both over batch and map, of each map, by all blocks of a launch: every block has them all, in shared
-// memory.
+// The sums of both over the batch and the map of this block, by all blocks of the map: every thread has them.
 template <class A, int V>
-__device__ __forceinline__ const Sums<double, 6>& sum_over_batch(const Clips& clips, const A* __restrict__ grad_gate,
-                                                                 const A* __restrict__ z, const A* __restrict__ norm,
-                                                                 int blocks, double* workspace) {
-  using Partial = Sums<double, 6>;
-  AIA_SHARED(Partial, shared, kGateThreads / 2);
-  A mine[6] = {};
-  for_each_vector<V>(clips, blocks, [&](int64_t at, int e) {
-    const auto grads = load_vector<V>(grad_gate + at), values = load_vector<V>(z + at);
+__device__ __forceinline__ void sum_over_batch(const Maps& maps, const Map& map, const Norm<A>& bn,
+                                               const A* __restrict__ grad_gate, const A* __restrict__ z,
+                                               double* workspace, double (&sums)[2]) {
+  AIA_SHARED(double, shared, 2 * kGateWarps);
+  const Sigmoid<A> sigmoid(bn);
+  A mine[2] = {};
+  for_each_run<V>(maps, map, [&](int64_t k, int kept) {
+    Vector<A, V> grads[kRun], values[kRun];
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const int m = clips.map_of(e + k);
-      const PreActivation<A> u(load_norm(norm, m), grads.at[k], values.at[k]);
+    for (int j = 0; j < kRun; ++j) {
+      if (j >= kept) continue;
+      grads[j] = load_vector<V>(grad_gate + k + j * kRunStep<V>);
+      values[j] = load_vector<V>(z + k + j * kRunStep<V>);
+    }
 #pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        if (m != i) continue;
-        mine[2 * i] += u.grad;
-        mine[2 * i + 1] += u.grad * u.xhat;
+    for (int j = 0; j < kRun; ++j) {
+      if (j >= kept) continue;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const PreActivation<A> u(bn, sigmoid, grads[j].at[i], values[j].at[i]);
+        mine[0] += u.grad, mine[1] += u.grad * u.xhat;
       }
     }
   });
-  Partial total;
-#pragma unroll
-  for (int i = 0; i < 6; ++i) total.at[i] = mine[i];
-  reduce_block<kGateThreads, 1>(shared, total);
-  Partial* const partial = reinterpret_cast<Partial*>(workspace);
-  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  sums[0] = mine[0], sums[1] = mine[1];
+  sum_over_block(sums, shared);
+  if (threadIdx.x == 0) workspace[2 * blockIdx.x] = sums[0], workspace[2 * blockIdx.x + 1] = sums[1];
   grid_barrier();
-  total = {};
-  for (int b = threadIdx.x; b < blocks; b += kGateThreads) total.merge(partial[b]);
-  reduce_block<kGateThreads, 1>(shared, total);
-  return shared[0];
+  sums[0] = sums[1] = 0;
+  for (int b = threadIdx.x; b < map.blocks; b += kGateThreads) {
+    const double* const of_block = workspace + 2 * (map.first_block + b);
+    sums[0] += of_block[0], sums[1] += of_block[1];
+  }
+  sum_over_block(sums, shared);
 }
 
 template <class A, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    backward_reduce_kernel(Clips clips, int maps,
+    backward_reduce_kernel(Maps maps,
                            const A* __restrict__ grad_gate,  // [B, M]
                            const A* __restrict__ z,          // [B, M]
                            const A* __restrict__ norm,       // [n, 4]: mean, rstd, scale, shift
                            A* __restrict__ sums,             // [n, 2]: of du, of du * xhat
-                           int blocks,
-                           double* workspace) {  // [blocks, kNormPartials]
-  const Sums<double, 6>& found = sum_over_batch<A, V>(clips, grad_gate, z, norm, blocks, workspace);
-  if (blockIdx.x == 0 && threadIdx.x < 2 * maps) sums[threadIdx.x] = static_cast<A>(found.at[threadIdx.x]);
+                           double* workspace) {              // [blocks, kNormPartials]
+  const int m = maps.of_block(blockIdx.x);
+  double found[2];
+  sum_over_batch<A, V>(maps, maps.at[m], load_norm(norm, m), grad_gate, z, workspace, found);
+  if (static_cast<int>(blockIdx.x) != maps.at[m].first_block || threadIdx.x != 0) return;
+  sums[2 * m] = static_cast<A>(found[0]), sums[2 * m + 1] = static_cast<A>(found[1]);
 }
 
 // The taps of one feature.
@@ -120,10 +127,132 @@ struct Gradients {
   Parameter affine;  // [n, 2]: of shift, of scale
 };
 
+// What a strip of one feature sees of a plane of dz, whose rows lie `pitch` apart: the gradients of the features in the
+// planes before, at and after it, and of the weight by them.
+template <class A>
+struct Strip {
+  A grad[kBuffers][kStrip<A>];                                              // in the turn of buffers: before, at, after
+  A before[kStrip<A>], here[kStrip<A>], after[kStrip<A>], next[kStrip<A>];  // the feature
+  Taps<A> taps;
+
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r) {
+      before[r] = 0;
+#pragma unroll
+      for (int b = 0; b < kBuffers; ++b) grad[b][r] = 0;
+    }
+  }
+  // On to the next plane.
+  template <int kTurn>
+  __device__ __forceinline__ void move() {
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r) {
+      grad[kTurn][r] = 0;
+      before[r] = here[r], here[r] = after[r], after[r] = next[r];
+    }
+  }
+  template <int kTurn>
+  __device__ __forceinline__ void see(const A* plane, int pitch, const A (&w)[27]) {
+    constexpr int kNext = (kTurn + 1) % kBuffers, kLast = (kTurn + 2) % kBuffers;
+#pragma unroll
+    for (int i = 0; i < kStrip<A> + 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        const A dz = plane[i * pitch + j];
+#pragma unroll
+        for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r) {
+          const int k = (2 - i + r) * 3 + 2 - j;
+          grad[kTurn][r] += w[k] * dz, grad[kNext][r] += w[9 + k] * dz, grad[kLast][r] += w[18 + k] * dz;
+          taps.at[k] += before[r] * dz, taps.at[9 + k] += here[r] * dz, taps.at[18 + k] += after[r] * dz;
+        }
+      }
+  }
+};
+
+// What dz is made of.
+template <class A>
+struct GradientOfZ {
+  Norm<A> bn;
+  Sigmoid<A> sigmoid;
+  A mean_grad, mean_grad_xhat;
+
+  __device__ __forceinline__ A operator()(A grad_gate, A z) const {
+    const PreActivation<A> u(bn, sigmoid, grad_gate, z);
+    return bn.grad_z(u.grad, u.xhat, mean_grad, mean_grad_xhat);
+  }
+};
+
+// The arrays of a clip that a thread meets: of dz, and of its feature and the gradient of it from its strip on.
+template <class A>
+struct ClipOfMap {
+  const A *grad_gate, *z, *feature;
+  A* to;
+
+  __device__ __forceinline__ ClipOfMap(const Maps& maps, const Map& map, int64_t clip, int of_feature, int offset,
+                                       const A* grad_gate, const A* z, const A* pooled, A* grad_pooled)
+      : grad_gate(grad_gate + (clip * maps.packed + map.start)),
+        z(z + (clip * maps.packed + map.start)),
+        feature(pooled + ((2 * clip + of_feature) * maps.packed + offset)),
+        to(grad_pooled + ((2 * clip + of_feature) * maps.packed + offset)) {
+    opaque(this->grad_gate), opaque(this->z), opaque(feature), opaque(to);
+  }
+};
+
+// An item, in which dz goes from memory by way of a buffer to the strips.
+template <class A>
+__device__ __forceinline__ void transpose_item(const Map& map, const Item& item, const Own& own,
+                                               const ClipOfMap<A>& clip, const GradientOfZ<A>& gradient,
+                                               const A (&w)[27], A* buffers, Strip<A>& strip) {
+  constexpr int kSlots = kBackwardCapacity<A>.staged / kGateThreads;
+  const int first_visit = map.first_visit(), last_visit = map.last_visit(), pitch = map.pitch();
+  Slots<kSlots> slots(map, item);
+  A grad_next[kSlots], z_next[kSlots];
+  const auto fetch = [&] {
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k)
+      if (slots.present(k)) grad_next[k] = clip.grad_gate[slots.at[k]], z_next[k] = clip.z[slots.at[k]];
+  };
+  // The feature of plane q, as far as it belongs to the item.
+  const auto load = [&](int q, A(&feature)[kStrip<A>]) {
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r)
+      feature[r] = q >= 0 && q < own.planes && r < own.rows ? clip.feature[q * slots.plane + r * map.d2] : A(0);
+  };
+  fetch();
+  strip.begin();
+  load(first_visit, strip.here);
+  load(first_visit + 1, strip.after);
+  march(first_visit, map.length, [&](auto turn, int q) {
+    constexpr int kTurn = decltype(turn)::value;
+    if (q <= last_visit) {
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k)
+        if (slots.used(k)) {
+          const A dz = gradient(grad_next[k], z_next[k]);
+          buffers[kTurn * kStride<A> + slots.place[k]] = slots.present(k) ? dz : A(0);
+          slots.at[k] += slots.plane;
+        }
+      // One barrier a plane keeps writers and readers of a buffer apart, for there are three.
+      __syncthreads();
+      if (q < last_visit) fetch();
+      load(q + 2, strip.next);
+      if (own.planes) strip.template see<kTurn>(buffers + kTurn * kStride<A> + own.place, pitch, w);
+    }
+    if (q > 0 && q <= own.planes)
+#pragma unroll
+      for (int r = 0; r < kStrip<A>; ++r)
+        if (r < own.rows) clip.to[(q - 1) * slots.plane + r * map.d2] = strip.grad[kTurn][r];
+    strip.template move<kTurn>();
+  });
+  // The next item begins with the first buffer again.
+  __syncthreads();
+}
+
 // kSums: the sums are found first; else they are given.
 template <class A, int V, bool kSums>
 __global__ void __launch_bounds__(kGateThreads, 1)
-    backward_kernel(Maps maps, Clips clips, Gates gates, Gradients grads,
+    backward_kernel(Maps maps, Gates gates, Gradients grads,
                     const A* __restrict__ grad_gate,   // [B, M]
                     const A* __restrict__ z,           // [B, M]
                     const A* __restrict__ norm,        // [n, 4]: mean, rstd, scale, shift
@@ -132,66 +261,44 @@ __global__ void __launch_bounds__(kGateThreads, 1)
                     const A* __restrict__ pooled,      // [B, 2, M]: maximum, mean
                     A* __restrict__ grad_pooled,       // [B, 2, M]
                     double* workspace) {               // [blocks, kWeightPartials]
-  using Raw = Vector<A, 2>;                            // of the gradient of the gate, and z
-  AIA_SHARED(A, staged, 2 * kStaged);
+  AIA_SHARED(A, buffers, kBuffers * kStride<A>);
   AIA_SHARED(Taps<A>, shared, kGateThreads / 2);
-  const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2, blocks = maps.blocks();
+  AIA_SHARED(A, weight, 54);
+  const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2;
   const Map& map = maps.at[m];
-  const int64_t packed = maps.packed;
   const Norm<A> bn = load_norm(norm, m);
+  share_weight(gates.at[m], weight);
+  clear<kStride<A>>(map, buffers);
   A sum_grad, sum_grad_xhat;
   if constexpr (kSums) {
-    const auto& found = sum_over_batch<A, V>(clips, grad_gate, z, norm, blocks, workspace);
-    sum_grad = static_cast<A>(found.at[2 * m]), sum_grad_xhat = static_cast<A>(found.at[2 * m + 1]);
+    double found[2];
+    sum_over_batch<A, V>(maps, map, bn, grad_gate, z, workspace, found);
+    sum_grad = static_cast<A>(found[0]), sum_grad_xhat = static_cast<A>(found[1]);
   } else {
     sum_grad = sums[2 * m], sum_grad_xhat = sums[2 * m + 1];
+    __syncthreads();
   }
   if (static_cast<int>(blockIdx.x) == map.first_block && threadIdx.x == 0) {
     write(grads.affine, 2 * m, sum_grad);
     write(grads.affine, 2 * m + 1, sum_grad_xhat);
   }
   const A share = statistics[3 * m + 2];
-  const A mean_grad = mean_of(sum_grad, share), mean_grad_xhat = mean_of(sum_grad_xhat, share);
-
+  const GradientOfZ<A> gradient{bn, Sigmoid<A>(bn), mean_of(sum_grad, share), mean_of(sum_grad_xhat, share)};
   A w[27];
-  Taps<A> taps{};
 #pragma unroll
-  for (int k = 0; k < 27; ++k) w[k] = read<A>(gates.at[m].weight, tap_offset(gates.at[m], feature, k));
+  for (int k = 0; k < 27; ++k) w[k] = weight[27 * feature + k];
 
-  const auto fetch = [&](int64_t clip, int k) { return Raw{{grad_gate[clip * packed + k], z[clip * packed + k]}}; };
-  const auto stage = [&](const Raw& raw) {
-    const PreActivation<A> u(bn, raw.at[0], raw.at[1]);
-    return bn.grad_z(u.grad, u.xhat, mean_grad, mean_grad_xhat);
-  };
-  A *buffer = staged, *other = staged + kStaged;
-  for (int64_t item = blockIdx.x - map.first_block; item < map.items; item += map.blocks) {
-    const Own own = own_position(map, item, threadIdx.x / 2);
-    const int64_t at = (2 * own.clip + feature) * packed + own.offset;
-    // Of the planes before, at and after the visited one, as far as they belong to the chunk: the feature, and the
-    // gradient gathered for it.
-    const auto feature_of = [&](int q) {
-      return own.inside && q < map.length && own.plane + q < map.d0 ? pooled[at + q * map.plane_size()] : A(0);
-    };
-    A p_before = 0, p_here = 0, p_after = feature_of(0);
-    A before = 0, here = 0, after = 0;
-    march<kStaged, Raw>(map, item, buffer, other, fetch, stage, [&](int q, const A* plane, int width) {
-      if (!own.inside) return;
-      const A p_next = feature_of(q + 2);
-#pragma unroll
-      for (int k = 0; k < 9; ++k) {
-        const A dz = plane[own.staged + (1 - k / 3) * width + 1 - k % 3];
-        before += w[k] * dz, here += w[9 + k] * dz, after += w[18 + k] * dz;
-        taps.at[k] += p_before * dz, taps.at[9 + k] += p_here * dz, taps.at[18 + k] += p_after * dz;
-      }
-      if (q > 0 && own.plane + q <= map.d0) grad_pooled[at + (q - 1) * map.plane_size()] = before;
-      before = here, here = after, after = 0;
-      p_before = p_here, p_here = p_after, p_after = p_next;
-    });
+  Strip<A> strip{};
+  const Item step(map, map.blocks);
+  for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
+    const Own own(map, item, threadIdx.x / 2);
+    const ClipOfMap<A> clip(maps, map, item.clip, feature, own.offset, grad_gate, z, pooled, grad_pooled);
+    transpose_item(map, item, own, clip, gradient, w, buffers, strip);
   }
 
-  reduce_block<kGateThreads, 2>(shared, taps);
+  reduce_block<kGateThreads, 2>(shared, strip.taps);
   // Behind the sums, which a block that is late may still be reading.
-  join_taps(map, grads.weights.at[m], shared, reinterpret_cast<A*>(workspace + blocks * kNormPartials));
+  join_taps(map, grads.weights.at[m], shared, reinterpret_cast<A*>(workspace + maps.blocks() * kNormPartials));
 }
 
 }  // namespace
@@ -201,12 +308,10 @@ int gate_backward_reduce(const PackedDims& dims, Scalar scalar, const void* grad
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     return with_width<A>(dims, {grad_gate, z}, [&](auto width) {
-      const auto kernel = backward_reduce_kernel<A, width.value>;
-      const int64_t items = dims.B * ceil_div(dims.packed(), kGateThreads * width.value);
-      const int blocks = static_cast<int>(std::min<int64_t>(items, workspace.blocks));
-      return launch_together(kernel, blocks, kGateThreads, stream, clips_of(dims), dims.n,
+      const Maps maps = cut(dims, kBackwardCapacity<A>, workspace.blocks);
+      return launch_together(backward_reduce_kernel<A, width.value>, maps.blocks(), kGateThreads, stream, maps,
                              static_cast<const A*>(grad_gate), static_cast<const A*>(z), static_cast<const A*>(norm),
-                             static_cast<A*>(sums), blocks, workspace.data);
+                             static_cast<A*>(sums), workspace.data);
     });
   });
 }
@@ -217,8 +322,8 @@ int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* g
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     const auto run = [&](auto kernel) {
-      const Maps maps = cut(dims, kBackwardCapacity, workspace.blocks);
-      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, clips_of(dims), gates_of(gates, dims.n),
+      const Maps maps = cut(dims, kBackwardCapacity<A>, workspace.blocks);
+      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, gates_of(gates, dims.n),
                              Gradients{gates_of(grads, dims.n), grad_affine}, static_cast<const A*>(grad_gate),
                              static_cast<const A*>(kept.z), static_cast<const A*>(kept.norm),
                              static_cast<const A*>(sums), static_cast<const A*>(kept.statistics),

@@ -2,6 +2,17 @@
 // brings launches too; with AIA_REHEARSAL it takes those below, on a stand-in for the CUDA runtime.
 #pragma once
 
+namespace aia::cuda {
+
+// The threads of a block, and its bytes of AIA_DYNAMIC_SHARED.
+struct BlockSize {
+  int threads, shared_bytes;
+
+  BlockSize(int threads, int shared_bytes = 0) : threads(threads), shared_bytes(shared_bytes) {}
+};
+
+}  // namespace aia::cuda
+
 #if defined(AIA_REHEARSAL)
 #include "rehearsal.h"
 #elif defined(AIA_EMULATOR)
@@ -49,6 +60,19 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
 }
 __device__ __forceinline__ bool same_bits(float a, float b) { return __float_as_int(a) == __float_as_int(b); }
 
+// 2 to the power of a number, and 1 over a number of at least 1, by one instruction each: right to about two units in
+// the last place; what is below the least normal number is 0.
+__device__ __forceinline__ float power_of_two(float exponent) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+}
+__device__ __forceinline__ float one_over(float value) {
+  float quotient;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(value));
+  return quotient;
+}
+
 // Copies so many bytes, 4, 8 or 16, from global to shared memory while the thread goes on. It sees them once it has
 // waited for all but the last kLater of its groups; end_of_copies() ends a group, which may be empty.
 template <int kBytes>
@@ -58,6 +82,18 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes) : "memory");
+}
+// A place in shared memory as copies take it.
+using SharedPlace = unsigned;
+__device__ __forceinline__ SharedPlace shared_place(const void* address) {
+  return static_cast<SharedPlace>(__cvta_generic_to_shared(address));
+}
+// Copies so many bytes, 4 or 8, or zeros where nothing is wanted, to kOffset bytes behind a place.
+template <int kBytes, int kOffset>
+__device__ __forceinline__ void copy_async_or_zero(SharedPlace to, const void* from, bool wanted) {
+  asm volatile("cp.async.ca.shared.global [%0 + %3], [%1], %2, %4;" ::"r"(to), "l"(from), "n"(kBytes), "n"(kOffset),
+               "r"(wanted ? kBytes : 0)
+               : "memory");
 }
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLater>
@@ -114,16 +150,6 @@ const void* function_of(void (*kernel)(Parameters...)) {
 #if !defined(AIA_EMULATOR) || defined(AIA_REHEARSAL)
 namespace aia::cuda {
 
-// Queues a kernel on a stream; returns the error code of the launch.
-template <class... Parameters>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-           std::type_identity_t<Parameters>... parameters) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  return cudaLaunchKernel(function_of(kernel), static_cast<unsigned>(blocks), threads, addresses, 0,
-                          static_cast<cudaStream_t>(stream));
-}
-
 // What a device says when it is asked, or the error with which it does not.
 struct Answer {
   int error, value;
@@ -146,6 +172,27 @@ Answer answer_of_device(const Key& key, Ask&& ask) {
   return answer;
 }
 
+// Lets a kernel have so many bytes of AIA_DYNAMIC_SHARED, which above 48 KiB is had by asking; an error code.
+inline int allow_shared(const void* function, int bytes) {
+  if (bytes == 0) return cudaSuccess;
+  const auto ask = [&](int) {
+    return Answer{cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), 0};
+  };
+  return answer_of_device(std::make_tuple(function, bytes), ask).error;
+}
+
+// Queues a kernel on a stream; returns the error code of the launch.
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void* stream,
+           std::type_identity_t<Parameters>... parameters) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const void* const function = function_of(kernel);
+  if (const int error = allow_shared(function, size.shared_bytes)) return error;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  return cudaLaunchKernel(function, static_cast<unsigned>(blocks), size.threads, addresses, size.shared_bytes,
+                          static_cast<cudaStream_t>(stream));
+}
+
 // An attribute of the current device.
 inline Answer attribute_of_device(cudaDeviceAttr attribute) {
   return answer_of_device(attribute, [&](int device) {
@@ -162,12 +209,14 @@ inline int cache_bytes() { return attribute_of_device(cudaDevAttrL2CacheSize).va
 
 // Queues a kernel whose blocks all run at once and may wait for one another; an error where they do not fit.
 template <class... Parameters>
-int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+int launch_together(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void* stream,
                     std::type_identity_t<Parameters>... parameters) {
   if (blocks > INT32_MAX) return cudaErrorCooperativeLaunchTooLarge;
+  const void* const function = function_of(kernel);
+  if (const int error = allow_shared(function, size.shared_bytes)) return error;
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  return cudaLaunchCooperativeKernel(function_of(kernel), static_cast<unsigned>(blocks), threads, addresses, 0,
-                                     static_cast<cudaStream_t>(stream));
+  return cudaLaunchCooperativeKernel(function, static_cast<unsigned>(blocks), size.threads, addresses,
+                                     size.shared_bytes, static_cast<cudaStream_t>(stream));
 }
 
 // A launch in clusters as the runtime takes it; refers to itself.

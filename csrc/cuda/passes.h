@@ -39,7 +39,7 @@ int gate_blocks_together();
 
 // The memory through which such blocks exchange sums: [blocks, partials] doubles, with the partials of the pass. There
 // are at most so many blocks, and at least one for each map.
-constexpr int kMomentPartials = 3, kNormPartials = 6, kWeightPartials = kNormPartials + 54;
+constexpr int kMomentPartials = 4, kNormPartials = 2, kWeightPartials = kNormPartials + 54;
 struct Workspace {
   double* data;
   int blocks;

@@ -1,9 +1,9 @@
 // How the packed maps of a gate pass are cut into items of work and shared out among the blocks of a launch. Depends on
 // nothing but sizes.
 //
-// A launch lasts as long as its slowest block, and a block as long as the planes that it visits: length + 2 for an
-// item, which is a chunk of so many planes with the one before and the one after. Long chunks visit few planes twice,
-// short ones come out even. So the maps are cut for about the least number of visits in which all blocks can end.
+// A launch lasts as long as its slowest block, and a block as long as the planes that it visits: those of an item, and
+// where a map is cut along its first axis the one before and the one after. Long chunks visit few planes twice, short
+// ones come out even. So the maps are cut for about the least number of visits in which all blocks can end.
 #pragma once
 
 #include <algorithm>
@@ -13,22 +13,47 @@
 
 namespace aia::cuda {
 
-// One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of rows times columns of the planes,
-// of `slabs` neighbouring chunks; a chunk has `length` planes of one clip.
+// The rows of a column that a thread computes: what it reads of shared memory serves three of them. Planes of a ResNet
+// have multiples of seven; doubles are short of registers.
+template <class A>
+constexpr int kStrip = sizeof(A) == 4 ? 7 : 4;
+
+// One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of the planes, some strips high, of
+// `slabs` neighbouring chunks of a clip; a chunk has `length` planes, a strip so many rows.
 struct Map {
   int d0, d1, d2;
   int start;  // in a packed clip
   int length, chunks;
-  int rows, columns, slabs;
+  int strip, strips, columns, slabs;
   int tiles_down, tiles_across;
-  int64_t all_chunks, items;
   int first_block, blocks;
 
   AIA_HOST_DEVICE int plane_size() const { return d1 * d2; }
+  AIA_HOST_DEVICE int rows() const { return strips * strip; }
+  AIA_HOST_DEVICE int tiles() const { return tiles_down * tiles_across; }
+  AIA_HOST_DEVICE int groups() const { return (chunks + slabs - 1) / slabs; }
+
+  // A tile that has neighbours is staged with a frame of one element. The others have a frame of zeros, of which
+  // neighbouring rows, and slabs, share one side. `frame`: whether there are neighbours; staged rows and columns of a
+  // slab; how far apart rows, and in rows slabs, lie; the places of all.
+  AIA_HOST_DEVICE int frame_down() const { return tiles_down > 1; }
+  AIA_HOST_DEVICE int frame_across() const { return tiles_across > 1; }
+  AIA_HOST_DEVICE int staged_rows() const { return tiles_down > 1 ? rows() + 2 : d1; }
+  AIA_HOST_DEVICE int staged_columns() const { return columns + 2 * frame_across(); }
+  AIA_HOST_DEVICE int pitch() const { return columns + 1 + frame_across(); }
+  AIA_HOST_DEVICE int height() const { return rows() + 1 + frame_down(); }
+  AIA_HOST_DEVICE int staged() const { return slabs * staged_rows() * staged_columns(); }
+  AIA_HOST_DEVICE int places() const { return (slabs * height() + 1 - frame_down()) * pitch() + 1 - frame_across(); }
+
+  // The planes of an item that are visited: from its first on, or from the one before.
+  AIA_HOST_DEVICE int first_visit() const { return chunks > 1 ? -1 : 0; }
+  AIA_HOST_DEVICE int last_visit() const { return chunks > 1 ? length : length - 1; }
+  AIA_HOST_DEVICE int visits() const { return last_visit() - first_visit() + 1; }
 };
 
 struct Maps {
   int n, packed;
+  int64_t batch;
   Map at[3];
 
   AIA_HOST_DEVICE int of_block(int block) const {
@@ -37,74 +62,91 @@ struct Maps {
   AIA_HOST_DEVICE int blocks() const { return at[n - 1].first_block + at[n - 1].blocks; }
 };
 
-// What a block has room for: positions of a plane that its threads compute, and elements of one with its frame.
+// What a block has room for: strips of so many rows that its threads compute, elements of a plane that they stage, and
+// their places in shared memory.
 struct Capacity {
-  int positions, staged;
+  int strip, strips, staged, places;
 
-  int slabs(const Map& map) const {
-    return std::min(positions / (map.rows * map.columns), staged / ((map.rows + 2) * (map.columns + 2)));
+  bool holds(const Map& map) const {
+    return map.slabs * map.strips * map.columns <= strips && map.staged() <= staged && map.places() <= places;
   }
 };
 
-// Forward a thread has a position; backward two have one, each for a feature.
-constexpr Capacity kForwardCapacity{256, 768}, kBackwardCapacity{128, 512};
+// Forward a thread has a strip; backward two have one, each for a feature.
+template <class A>
+constexpr Capacity kForwardCapacity{kStrip<A>, 256, sizeof(A) == 4 ? 2048 : 1280, sizeof(A) == 4 ? 2560 : 1600};
+template <class A>
+constexpr Capacity kBackwardCapacity{kStrip<A>, 128, sizeof(A) == 4 ? 1024 : 512, sizeof(A) == 4 ? 1280 : 640};
 
 // The least length of parts that are as many as those of `most`.
 inline int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
 
 inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
-  constexpr int kColumns = 32;
+  constexpr int kWhole = 64, kHigh = 8;
   Map map{};
   map.d0 = static_cast<int>(dims.dims[m][0]);
   map.d1 = static_cast<int>(dims.dims[m][1]);
   map.d2 = static_cast<int>(dims.dims[m][2]);
   map.start = static_cast<int>(dims.offset(m));
-  map.columns = even(map.d2, kColumns);
-  map.rows = even(map.d1, std::min(capacity.positions / map.columns, capacity.staged / (map.columns + 2) - 2));
-  map.tiles_down = ceil_div(map.d1, map.rows);
+  map.strip = capacity.strip, map.slabs = 1;
+  const int strips = ceil_div(map.d1, map.strip);
+  // Whole rows need no frame at their ends. Longer ones are cut for tiles of about as many rows as columns.
+  const int high = std::min(strips, kHigh);
+  const int wide = std::min(capacity.strips / high, capacity.places / (high * map.strip + 2) - 2);
+  map.columns = map.d2 <= kWhole ? map.d2 : even(map.d2, wide);
   map.tiles_across = ceil_div(map.d2, map.columns);
-  return map;
+  for (int most = std::min(strips, capacity.strips / map.columns);; --most) {
+    map.strips = even(strips, most);
+    map.tiles_down = ceil_div(strips, map.strips);
+    if (capacity.holds(map) || most == 1) return map;
+  }
 }
 
-inline void cut_into_chunks(Map& map, int64_t batch, int length) {
-  map.length = even(map.d0, length);
+// Into at most so many chunks.
+inline void cut_into_chunks(Map& map, int chunks) {
+  map.length = ceil_div(map.d0, chunks);
   map.chunks = ceil_div(map.d0, map.length);
-  map.all_chunks = batch * map.chunks;
 }
 
-inline void cut_into_items(Map& map, int64_t slabs) {
-  map.slabs = static_cast<int>(slabs);
-  map.items = (map.all_chunks + slabs - 1) / slabs * map.tiles_down * map.tiles_across;
+inline int most_slabs(const Map& map, Capacity capacity) {
+  const int strips = capacity.strips / (map.strips * map.columns);
+  const int staged = capacity.staged / (map.staged_rows() * map.staged_columns());
+  const int places = ((capacity.places - 1) / map.pitch() - 1) / map.height();
+  return std::max(1, std::min({map.chunks, strips, staged, places}));
 }
+
+inline int64_t items_of(const Map& map, int64_t batch) { return batch * map.groups() * map.tiles(); }
 
 // A map cut so that the fewest blocks come to its end in so many visits; more than there are if none can.
 inline Map cut_for(const Map& whole, int64_t batch, Capacity capacity, int64_t visits) {
-  constexpr int kLongest = 32, kShortest = 4, kTooMany = 1 << 28;
+  constexpr int kShortest = 4, kTooMany = 1 << 28;
   Map best = whole;
   best.blocks = kTooMany;
-  for (int length = std::min(whole.d0, kLongest);; length = ceil_div(length, 2)) {
+  for (int chunks = 1; chunks == 1 || ceil_div(whole.d0, chunks) >= kShortest; chunks += 1 + chunks / 8) {
     Map map = whole;
-    cut_into_chunks(map, batch, length);
-    cut_into_items(map, capacity.slabs(map));
-    if (const int64_t rounds = visits / (map.length + 2))
-      map.blocks = static_cast<int>(std::min<int64_t>((map.items + rounds - 1) / rounds, kTooMany));
-    if (map.blocks > 0 && map.blocks < best.blocks) best = map;
-    if (length <= kShortest) return best;
+    cut_into_chunks(map, chunks);
+    if (map.visits() > visits) continue;
+    map.slabs = most_slabs(map, capacity);
+    const int64_t rounds = visits / map.visits();
+    map.blocks = static_cast<int>(std::min<int64_t>((items_of(map, batch) + rounds - 1) / rounds, kTooMany));
+    if (map.blocks < best.blocks) best = map;
   }
+  return best;
 }
 
 // Cuts every map into items, and shares the blocks of a launch, at most so many and one for each map at least, out
 // among the maps.
 inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
-  Maps maps{dims.n, static_cast<int>(dims.packed()), {}};
+  Maps maps{dims.n, static_cast<int>(dims.packed()), dims.B, {}};
   Map whole[3];
   int64_t visits = 1;
   for (int m = 0; m < dims.n; ++m) {
-    const Map& map = whole[m] = tiled(dims, m, capacity);
-    visits += dims.B * map.d0 * map.tiles_down * map.tiles_across / (int64_t{most} * capacity.slabs(map));
+    Map map = whole[m] = tiled(dims, m, capacity);
+    map.chunks = map.d0;
+    visits += dims.B * map.d0 * map.tiles() / (int64_t{most} * most_slabs(map, capacity));
   }
   int64_t blocks = 0;
-  for (;; visits += (visits + 15) / 16) {
+  for (;; visits += (visits + 31) / 32) {
     blocks = 0;
     for (int m = 0; m < dims.n; ++m) blocks += (maps.at[m] = cut_for(whole[m], dims.B, capacity, visits)).blocks;
     if (blocks <= most) break;
@@ -113,10 +155,10 @@ inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
   for (int m = 0; m < dims.n; ++m) {
     // Where blocks are left over, thinner items give them something to do.
     Map& map = maps.at[m];
-    const int64_t rounds = visits / (map.length + 2), items = map.blocks * most / blocks * rounds;
-    cut_into_items(map, ceil_div(map.all_chunks, items / (map.tiles_down * map.tiles_across)));
+    const int64_t rounds = visits / map.visits(), items = map.blocks * most / blocks * rounds;
+    map.slabs = ceil_div(map.chunks, std::max<int64_t>(map.groups(), items / (dims.B * map.tiles())));
     map.first_block = next;
-    map.blocks = ceil_div(map.items, rounds);
+    map.blocks = ceil_div(items_of(map, dims.B), rounds);
     next += map.blocks;
   }
   return maps;

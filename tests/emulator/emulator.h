@@ -7,11 +7,12 @@
 namespace aia::cuda {
 
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+int launch(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void*,
            std::type_identity_t<Parameters>... parameters) {
   const std::function<void()> call = [&] { kernel(parameters...); };
   for (int64_t i = 0; i < blocks; ++i)
-    emulator::run_together(emulator::Scope::kBlock, emulator::schedule.in_order(i, blocks), 1, threads, 0, call);
+    emulator::run_together(emulator::Scope::kBlock, emulator::schedule.in_order(i, blocks), 1, size.threads,
+                           size.shared_bytes, call);
   return 0;
 }
 
@@ -19,11 +20,11 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
 inline int multiprocessors() { return 6; }
 
 template <class... Parameters>
-int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+int launch_together(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void*,
                     std::type_identity_t<Parameters>... parameters) {
   if (blocks > multiprocessors()) throw std::runtime_error("these blocks do not fit together");
   const std::function<void()> call = [&] { kernel(parameters...); };
-  emulator::run_together(emulator::Scope::kGrid, 0, static_cast<int>(blocks), threads, 0, call);
+  emulator::run_together(emulator::Scope::kGrid, 0, static_cast<int>(blocks), size.threads, size.shared_bytes, call);
   return 0;
 }
 

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -327,9 +328,19 @@ inline float settled(float value) { return value != value ? std::numeric_limits<
 inline float larger_or_nan(float a, float b) { return settled(a != a || a > b ? a : b); }
 inline bool same_bits(float a, float b) { return std::bit_cast<int>(a) == std::bit_cast<int>(b); }
 
+inline float power_of_two(float exponent) { return std::exp2(exponent); }
+inline float one_over(float value) { return 1 / value; }
+
 template <int kBytes>
 void copy_async(void* to, const void* from) {
   emulator::copies_of_thread().back().push_back({to, from, kBytes});
+}
+using SharedPlace = char*;
+inline SharedPlace shared_place(void* address) { return static_cast<SharedPlace>(address); }
+template <int kBytes, int kOffset>
+void copy_async_or_zero(SharedPlace to, const void* from, bool wanted) {
+  static const double zero = 0;
+  copy_async<kBytes>(to + kOffset, wanted ? from : &zero);
 }
 inline void end_of_copies() { emulator::copies_of_thread().emplace_back(); }
 template <int kLater>

@@ -11,10 +11,10 @@
 #include "../../csrc/cuda/cbam.h"
 #include "../../csrc/cuda/double_norm.h"
 #include "../../csrc/cuda/evaluate.h"
+#include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/residual.h"
 #include "../../csrc/cuda/shares.h"
-#include "emulator.h"
 #include "together.h"
 
 namespace {
@@ -175,10 +175,10 @@ PYBIND11_MODULE(aia_emulator, m) {
     });
   });
   m.def("shares", [](int64_t batch, std::vector<int64_t> dims, bool backward, int blocks) {
-    const Maps maps = cut(dims_of(batch, dims), backward ? kBackwardCapacity : kForwardCapacity, blocks);
+    const Maps maps = cut(dims_of(batch, dims), backward ? kBackwardCapacity<float> : kForwardCapacity<float>, blocks);
     std::vector<std::array<int64_t, 3>> found;
     for (const Map* map = maps.at; map < maps.at + maps.n; ++map)
-      found.push_back({map->items, map->length, map->blocks});
+      found.push_back({items_of(*map, batch), map->visits(), map->blocks});
     return found;
   });
   m.def("move_statistics_",

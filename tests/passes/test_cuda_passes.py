@@ -84,7 +84,7 @@ def cbam(passes) -> list[torch.Tensor]:
 FAMILIES = {
     "attention_in_attention": (
         pools_and_gates,
-        {"partials.cuh", "reduce.cuh", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
+        {"partials.cuh", "reduce.cuh", "strips.cu", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
     ),
     "external_attention": (double_norm_and_residual, {"columns.cuh"}),
     "cbam": (cbam, {"columns.cuh", "rows.cuh"}),

@@ -1,0 +1,155 @@
+"""What the gate passes of csrc/cuda issue on the maps of a ResNet, as issued.py counts it for the x-sized ones:
+python -m benchmarks.offline.issued_gates
+
+An element meets 54 multiply-adds forward, 27 taps of two features, and 108 backward. The maps are those over T, over H
+and over W, in fp32; the one over C has a fortieth of their elements, or less. Their bytes are those that a pass reads
+and writes once. Blocks of one launch work on different maps: the first block of each map is run, and counted for the
+items that the map has. The slowest block is told over the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import shutil
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from aia_kernels.common import maps
+
+from .. import records, table
+from . import launches, machine_code, warp
+from .issued import BANDWIDTH, BUILD, CLOCK, MULTIPROCESSORS, PAGE, STAGES, Library, build
+from .lanes import LANES
+
+FILE = records.RESULTS / "issued_gates.csv"
+SOURCES = ("gate", "gate_backward")
+CLIPS, FRAMES = 8, 8
+#: By pass, the multiply-adds of an element, and how many maps are read and written.
+PASSES = {"gate": (54, 5), "gate_again": (54, 4), "gate_backward": (108, 8)}
+COLUMNS = [
+    *("pass", "stage", "layout", "registers", "local_bytes", "blocks", "blocks_per_sm", "per_element"),
+    *("per_multiply_add", "slowest_block", "issue_us", "memory_us", "l1_us", "issue_per_memory"),
+]
+
+
+#: Of the first parameter of a launch, Maps in csrc/cuda/shares.h: the bytes before its maps, and the numbers of each.
+HEAD = 16
+FIELDS = (
+    *("d0", "d1", "d2", "start", "length", "chunks", "strip", "strips", "columns", "slabs"),
+    *("tiles_down", "tiles_across", "first_block", "blocks"),
+)
+
+
+def _shares(launch: launches.Launch, n: int) -> list[dict[str, int]]:
+    """How the maps were cut and shared out."""
+    numbers = struct.iter_unpack(f"<{len(FIELDS)}i", launch.parameters[HEAD : HEAD + n * 4 * len(FIELDS)])
+    return [dict(zip(FIELDS, of_map, strict=True)) for of_map in numbers]
+
+
+def _of_block(program: warp.Program, bank: bytes, block: int, threads: int) -> tuple[float, float]:
+    """Instructions and lines of L1: of the last two warps, which may have no strips, and the first for the others."""
+    warps = threads // LANES
+
+    def one(number: int) -> tuple[float, float]:
+        found = warp.Warp(program, bank, block, number, threads, frozenset()).run()
+        return found.instructions, found.wavefronts
+
+    first, *others = one(0), one(warps - 2), one(warps - 1)
+    return tuple(head * (warps - 2) + sum(rest) for head, *rest in zip(first, *others, strict=True))
+
+
+def row(library: Library, name: str, side: int, layout: str) -> dict:
+    """Of eight clips of eight frames."""
+    shape = (CLIPS, FRAMES, STAGES[side], side, side)
+    of_maps = maps.map_dims(shape, maps.SPACETIME, layout)
+    (launch,) = library.recorder.gate_launches(name, CLIPS, [length for of_map in of_maps for length in of_map])
+    kernel = library.kernels[launch.kernel]
+    program = library.program(launch.kernel)
+    bank = program.bank(launch.parameters, launch.blocks, launch.threads)
+    totals, slowest = [], 0.0
+    for share in _shares(launch, len(of_maps)):
+        groups = -(-share["chunks"] // share["slabs"])
+        items = CLIPS * groups * share["tiles_down"] * share["tiles_across"] / share["blocks"]
+        # The first block of a map has as many items as any.
+        found = _of_block(program, bank, share["first_block"], launch.threads)
+        slowest = max(slowest, found[0])
+        totals.append([share["blocks"] * number * items / math.ceil(items) for number in found])
+    instructions, lines = (sum(numbers) for numbers in zip(*totals, strict=True))
+    elements = CLIPS * maps.packed_size(shape, maps.SPACETIME)
+    multiply_adds, moved = PASSES[name]
+    issue = instructions / (MULTIPROCESSORS * 4 * CLOCK)
+    memory = 4 * moved * elements / BANDWIDTH
+    fitting, _ = machine_code.occupancy("sm_90", kernel.registers, kernel.shared + launch.shared, launch.threads)
+    per_element = instructions * LANES / elements
+    return {
+        "pass": name,
+        "stage": side,
+        "layout": layout,
+        "registers": kernel.registers,
+        "local_bytes": kernel.local,
+        "blocks": launch.blocks,
+        "blocks_per_sm": fitting,
+        "per_element": f"{per_element:.1f}",
+        "per_multiply_add": f"{per_element / multiply_adds:.2f}",
+        "slowest_block": f"{slowest * launch.blocks / instructions:.2f}",
+        "issue_us": f"{issue * 1e6:.1f}",
+        "memory_us": f"{memory * 1e6:.1f}",
+        "l1_us": f"{lines / (MULTIPROCESSORS * CLOCK) * 1e6:.1f}",
+        "issue_per_memory": f"{issue / memory:.2f}",
+    }
+
+
+def rows(library: Library, sides: list[int]) -> Iterator[dict]:
+    for name, side, layout in itertools.product(PASSES, sides, ("TCHW", "THWC")):
+        yield row(library, name, side, layout)
+
+
+def markdown(found: list[dict]) -> list[str]:
+    """A line for each pass, context and layout, by stage."""
+    sides = sorted({int(one["stage"]) for one in found}, reverse=True)
+    columns = {
+        "instructions per element": "per_element",
+        "per multiply-add": "per_multiply_add",
+        "issue / memory": "issue_per_memory",
+        "slowest block": "slowest_block",
+    }
+    made = [["pass", "layout", *columns], ["---"] * (2 + len(columns))]
+    for key in dict.fromkeys((one["pass"], one["layout"]) for one in found):
+        of = {int(one["stage"]): one for one in found if (one["pass"], one["layout"]) == key}
+        made.append([*key, *("; ".join(of[side][column] for side in sides) for column in columns.values())])
+    return [f"| {' | '.join(line)} |" for line in made]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.offline.issued_gates", description=__doc__.split(", as")[0]
+    )
+    parser.add_argument("--stages", nargs="+", type=int, choices=tuple(STAGES), default=list(STAGES))
+    parser.add_argument("--output", type=Path, default=FILE, metavar="CSV")
+    parser.add_argument("--markdown", action="store_true", help="count nothing: put the rows of the CSV into the page")
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        with options.output.open(newline="") as opened:
+            text = "\n".join(markdown(list(csv.DictReader(opened))))
+        return 0 if table.write_into(PAGE, "issued_gates", text) else 2
+    nvcc, tool = shutil.which("nvcc"), machine_code.cuobjdump()
+    if nvcc is None or tool is None:
+        print(machine_code.NO_DISASSEMBLER if nvcc else "nvcc is not here", file=sys.stderr)
+        return 2
+    library = Library(build(nvcc, BUILD.with_name("issued_gates"), sources=SOURCES), tool)
+    with options.output.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS)
+        writer.writeheader()
+        for one in rows(library, options.stages):
+            writer.writerow(one)
+            print(*one.values(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
