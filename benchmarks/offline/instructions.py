@@ -27,7 +27,7 @@ _DATA = {
     *("F2F", "F2FP", "I2FP", "FCHK", "SHFL", "LDS", "LDL", "LDG", "LD", "ATOM", "ATOMG"),
 }
 _NOTHING = {
-    *("BAR", "DEPBAR", "LDGDEPBAR", "LDGSTS", "STG", "STS", "STL", "ST", "MEMBAR", "ERRBAR", "CCTL", "WARPSYNC"),
+    *("BAR", "DEPBAR", "LDGDEPBAR", "LDGSTS", "STG", "STS", "STL", "ST", "MEMBAR", "ERRBAR", "CCTL"),
     *("YIELD", "NOP", "FENCE", "UCGABAR_ARV", "UCGABAR_WAIT", "BMOV", "RED", "CGAERRBAR"),
     "BPT",  # where a grid has no place to meet, which the driver gives it
 }

@@ -49,13 +49,18 @@ TRAFFIC = {
     "pool": (1, 0),
     "pool by strips": (1, 0),
     "unpool_reduce by strips": (1, 0),
+    "recalibrate_reduce by strips": (2, 0),
     "recalibrate": (1, 1),
     "recalibrate_reduce": (2, 0),
     "unpool_reduce": (1, 0),
     "unpool": (1, 1),
 }
 #: Passes that serve some units and layouts alone.
-ONLY = {"pool by strips": (("CinST",), ("TCHW",)), "unpool_reduce by strips": (("STinC",), ("TCHW",))}
+ONLY = {
+    "pool by strips": (("CinST",), ("TCHW",)),
+    "unpool_reduce by strips": (("STinC",), ("TCHW",)),
+    "recalibrate_reduce by strips": (("CinST",), ("TCHW",)),
+}
 #: Instructions of a warp.
 LONG = 20_000
 COLUMNS = [

@@ -15,6 +15,7 @@ namespace aia::cuda {
 [[gnu::weak]] int pool(const Shape&, const void*, int, Gate, void*, void*, int, void*);
 [[gnu::weak]] int pool_by_strips(const Shape&, const void*, Gate, void*, void*, int, void*);
 [[gnu::weak]] int unpool_reduce_by_strips(const Shape&, const void*, Unpooled, void*, void*);
+[[gnu::weak]] int recalibrate_reduce_by_strips(const Shape&, const void*, const void*, void*, void*);
 [[gnu::weak]] int unpool(const Shape&, const void*, Gate, Unpooled, Gate, Unpooled, void*, void*);
 [[gnu::weak]] int unpool_reduce(const Shape&, const void*, Unpooled, int, void*, void*);
 [[gnu::weak]] int recalibrate(const Shape&, const void*, Gate, void*, void*);
@@ -99,6 +100,8 @@ int launches_of(const char* pass, const int64_t* sizes, int order, int scalar, i
     return cuda::pool_by_strips(shape, buffer(1), inner_gate, buffer(6), buffer(7), index_bytes, nullptr);
   if (name == "unpool_reduce by strips")
     return cuda::unpool_reduce_by_strips(shape, buffer(1), outer, buffer(5), nullptr);
+  if (name == "recalibrate_reduce by strips")
+    return cuda::recalibrate_reduce_by_strips(shape, buffer(1), buffer(2), buffer(4), nullptr);
   if (name == "pool")
     return cuda::pool(shape, buffer(1), context, inner_gate, buffer(6), buffer(7), index_bytes, nullptr);
   if (name == "recalibrate") return cuda::recalibrate(shape, buffer(1), gate, buffer(3), nullptr);

@@ -65,6 +65,8 @@ class Warp(Lanes):
         self.program, self.watched = program, watched
         self.joined: dict[str, np.ndarray] = {}
         self.waiting: dict[str, tuple[int, np.ndarray]] = {}
+        self.alive = self.mask.copy()
+        self.gathered: dict[int, np.ndarray] = {}  # by the place of a WARPSYNC
         self.issued = Issued()
         self._words: set[int] = set()
         self._pending: list[tuple[frozenset[str], int]] = []
@@ -205,6 +207,7 @@ def _return(warp: Warp, step: Step, at: int, lanes: np.ndarray, parts: list) -> 
 
 def _exit(warp: Warp, step: Step, at: int, lanes: np.ndarray, parts: list) -> tuple[int, np.ndarray | None]:
     rest = lanes & ~warp.mask
+    warp.alive = warp.alive & ~warp.mask
     for name in warp.joined:
         warp.joined[name] = warp.joined[name] & ~warp.mask
     if rest.any():
@@ -247,6 +250,17 @@ def _meet(warp: Warp, step: Step, at: int, lanes: np.ndarray, parts: list) -> tu
     return at + 1, here
 
 
+def _gather(warp: Warp, step: Step, at: int, lanes: np.ndarray, parts: list) -> tuple[int, np.ndarray | None]:
+    """WARPSYNC of all lanes: those that come early wait for the others, as long as there are any."""
+    if "ALL" not in step.parts:
+        return at + 1, lanes
+    here = lanes | warp.gathered.pop(at, np.zeros(LANES, bool))
+    if parts and (warp.alive & ~here).any():
+        warp.gathered[at] = here
+        return 0, None
+    return at + 1, here
+
+
 _CONTROL = {
     "BRA": _branch,
     "CALL": _call,
@@ -255,4 +269,5 @@ _CONTROL = {
     "BSSY": _join,
     "BREAK": _leave,
     "BSYNC": _meet,
+    "WARPSYNC": _gather,
 }

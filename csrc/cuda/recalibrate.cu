@@ -5,6 +5,7 @@
 //   maps
 #include "elementwise.cuh"
 #include "reduce.cuh"
+#include "strips.h"
 
 namespace aia::cuda {
 namespace {
@@ -34,6 +35,10 @@ int recalibrate(const Shape& shape, const void* x, Gate gate, void* y, void* str
 
 int recalibrate_reduce(const Shape& shape, const void* grad_y, const void* x, int context, void* grad_gate,
                        void* stream) {
+  if (context == kSpacetime) {
+    const int error = recalibrate_reduce_by_strips(shape, grad_y, x, grad_gate, stream);
+    if (error >= 0) return error;
+  }
   return with_scalar(shape.scalar, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;

@@ -1,6 +1,7 @@
 // Reductions over T, over H and over W at once, of planes that a block holds whole: pool of x * G, where G is 1 or a
-// gate over C, and the sum of x * U, where U is unpooled over C. x lies in planes and has 16 or 32 bits. A thread owns
-// a strip, V neighbours in each of kRows rows below each other, and walks with it over T (walk.cuh).
+// gate over C; the sum of x * U, where U is unpooled over C; and the sum of x * y, for y like x. x lies in planes and
+// has 16 or 32 bits. A thread owns a strip, V neighbours in each of kRows rows below each other, and walks with it over
+// T (walk.cuh).
 //
 // Rows come in whole strips. What a thread knows over T stays in registers. Of each frame it leaves what it knows of
 // each of its rows and of each of its columns in shared memory; these are merged there, by a thread for each row and
@@ -10,7 +11,8 @@
 //   Pass::Part                what is known of some elements: none(), of(value), add(value, index), merge; and in
 //   shared
 //                             memory known(), of type Known, beside an index where it has one (kIndexed)
-//   pass.values(walk, r, x)   of the vector in row r of the frame, which loaded x
+//   Pass::kTensors            how many tensors are read: x, or x and y
+//   pass.values(walk, r, x)   of the vector in row r of the frame, which loaded x [kTensors]
 //   pass.store<V>(k, parts, per_length)   the results of V lines from element k of the maps on
 #include "strips.h"
 
@@ -45,6 +47,7 @@ struct StripPlanes {
 template <class A, bool kGated>
 struct PoolPass {
   using Part = Extreme<A>;
+  static constexpr int kTensors = 1;
   const A* gate;  // [T, H, W]
   A *maximum, *mean;
   uint8_t* argmax;
@@ -57,11 +60,11 @@ struct PoolPass {
     opaque(this->gate), opaque(maximum), opaque(mean), opaque(this->argmax);
   }
   template <int V, class T, class At>
-  __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V>& x) const {
+  __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V> (&x)[1]) const {
     Vector<A, V> factors, found;
     if constexpr (kGated) factors = load_vector<V>(gate + walk.of_vector(r).channel_map);
 #pragma unroll
-    for (int j = 0; j < V; ++j) found.at[j] = settled(kGated ? widen(x.at[j]) * factors.at[j] : widen(x.at[j]));
+    for (int j = 0; j < V; ++j) found.at[j] = settled(kGated ? widen(x[0].at[j]) * factors.at[j] : widen(x[0].at[j]));
     return found;
   }
   template <int V>
@@ -80,10 +83,19 @@ struct PoolPass {
   }
 };
 
+template <int V, class A>
+__device__ __forceinline__ void store_sums(A* to, const Plus<A>* of) {
+  Vector<A, V> found;
+#pragma unroll
+  for (int j = 0; j < V; ++j) found.at[j] = of[j].sum * (A(1) / A(kSpacetime));
+  store_vector(to, found);
+}
+
 // unpool_reduce, of one clip: the sum over an axis, divided by the number of maps.
 template <class A>
 struct UnpooledSumPass {
   using Part = Plus<A>;
+  static constexpr int kTensors = 1;
   ClipGradients<A> maps;  // [T, H, W]
   A* sums;
 
@@ -92,22 +104,43 @@ struct UnpooledSumPass {
     opaque(this->sums);
   }
   template <int V, class T, class At>
-  __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V>& x) const {
+  __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V> (&x)[1]) const {
     MapGradient<A, int, V, false> gradient;
     gradient.load(maps, walk.of_vector(r).channel_map);
     Vector<A, V> found{};
     gradient.add_mean(found, walk.v.per_c);
     gradient.add_maximum(found, walk.p.channel());
 #pragma unroll
-    for (int j = 0; j < V; ++j) found.at[j] *= widen(x.at[j]);
+    for (int j = 0; j < V; ++j) found.at[j] *= widen(x[0].at[j]);
     return found;
   }
   template <int V>
   __device__ __forceinline__ void store(int k, const Part* of, A) const {
+    store_sums<V>(sums + k, of);
+  }
+};
+
+// recalibrate_reduce, of one clip: as above.
+template <class A>
+struct ProductSumPass {
+  using Part = Plus<A>;
+  static constexpr int kTensors = 2;
+  A* sums;
+
+  __device__ __forceinline__ ProductSumPass(const Volume<A>& v, int64_t clip, A* sums)
+      : sums(sums + clip * v.packed(kSpacetime)) {
+    opaque(this->sums);
+  }
+  template <int V, class T, class At>
+  __device__ __forceinline__ Vector<A, V> values(const At&, int, const Vector<T, V> (&x)[2]) const {
     Vector<A, V> found;
 #pragma unroll
-    for (int j = 0; j < V; ++j) found.at[j] = of[j].sum * (A(1) / kSpacetime);
-    store_vector(sums + k, found);
+    for (int j = 0; j < V; ++j) found.at[j] = widen(x[0].at[j]) * widen(x[1].at[j]);
+    return found;
+  }
+  template <int V>
+  __device__ __forceinline__ void store(int k, const Part* of, A) const {
+    store_sums<V>(sums + k, of);
   }
 };
 
@@ -120,6 +153,9 @@ struct StripLine {
 
 template <class T, int V, int kRows, class Pass, class A = Accumulate<T>>
 class Strip {
+  static constexpr int kTensors = Pass::kTensors;
+  using Copies = Ahead<T, V, kRows, kStripThreads>;
+
  public:
   __device__ __forceinline__ Strip(const StripPlanes<A>& at, const Pass& pass, int tile)
       : at_(at), pass_(pass), first_plane_(tile * at.planes), walk_(at.v, position()) {
@@ -131,9 +167,18 @@ class Strip {
     for (int i = 0; i < kStripLines; ++i) lines_[i] = line(threadIdx.x + i * kStripThreads);
   }
 
-  __device__ __forceinline__ void run(const T* x) {
-    const Ahead<T, V, kRows, kStripThreads> ahead(x);
-    ahead.begin(walk_);
+  // What the threads of a block have asked for of all tensors lies in dynamic shared memory.
+  static constexpr int kSharedBytes = kTensors * Copies::kPlaces * static_cast<int>(sizeof(typename Copies::Place));
+
+  __device__ __forceinline__ void run(const T* const (&tensors)[kTensors]) {
+    AIA_DYNAMIC_SHARED(typename Copies::Place, copies);
+    // A constructor each: an array of them would lie in memory.
+    const Copies first(tensors[0], copies), last(tensors[kTensors - 1], copies + (kTensors - 1) * Copies::kPlaces);
+#pragma unroll
+    for (int k = 0; k < Copies::kFrames; ++k) {
+      first.ask(walk_, k);
+      if constexpr (kTensors > 1) last.ask(walk_, k);
+    }
     Part over_t[kRows][V];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
@@ -141,11 +186,13 @@ class Strip {
       for (int j = 0; j < V; ++j) over_t[r][j] = Part::none();
 #pragma unroll 1
     for (; walk_.p.t < at_.v.T; walk_.move()) {
-      Vector<T, V> taken[kRows];
-      ahead.take(walk_, taken);
+      Vector<T, V> taken[kTensors][kRows];
+      first.template take<kTensors>(walk_, taken[0]);
+      if constexpr (kTensors > 1) last.template take<kTensors>(walk_, taken[1]);
       if (walk_.has_vectors()) meet(taken, over_t);
       __syncthreads();
-      ahead.ask(walk_);
+      first.ask(walk_);
+      if constexpr (kTensors > 1) last.ask(walk_);
 #pragma unroll
       for (int i = 0; i < kStripLines; ++i) finish(lines_[i]);
       __syncthreads();
@@ -200,13 +247,16 @@ class Strip {
   }
 
   // One frame of the strip.
-  __device__ __forceinline__ void meet(const Vector<T, V> (&taken)[kRows], Part (&over_t)[kRows][V]) const {
+  __device__ __forceinline__ void meet(const Vector<T, V> (&taken)[kTensors][kRows], Part (&over_t)[kRows][V]) const {
     const Position& p = walk_.p;
     const int plane = p.o - first_plane_, row = plane * at_.down * kRows + p.h;
     Part of_columns[V];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const Vector<A, V> values = pass_.template values<V>(walk_, r, taken[r]);
+      Vector<T, V> x[kTensors];
+#pragma unroll
+      for (int i = 0; i < kTensors; ++i) x[i] = taken[i][r];
+      const Vector<A, V> values = pass_.template values<V>(walk_, r, x);
       Part of_row;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -264,11 +314,17 @@ class Strip {
   uint8_t* places_;
 };
 
-// The part of a kernel that all passes share: `pass` of the clip.
+// The part of a kernel that all passes share: `pass` of the clip. y is null where the pass reads x alone.
 template <class T, int V, int kRows, class Pass, class A>
-__device__ __forceinline__ void walk_in_strips(const StripPlanes<A>& at, const T* x, int64_t clip, const Pass& pass) {
-  const T* from = x + clip * at.v.size();
-  opaque(from);
+__device__ __forceinline__ void walk_in_strips(const StripPlanes<A>& at, const T* x, const T* y, int64_t clip,
+                                               const Pass& pass) {
+  const T* from[Pass::kTensors];
+  from[0] = x + clip * at.v.size();
+  opaque(from[0]);
+  if constexpr (Pass::kTensors > 1) {
+    from[1] = y + clip * at.v.size();
+    opaque(from[1]);
+  }
   Strip<T, V, kRows, Pass>(at, pass, blockIdx.x % at.tiles).run(from);
 }
 
@@ -281,7 +337,7 @@ __global__ void __launch_bounds__(kStripThreads, 2)
                        uint8_t* __restrict__ argmax)  // [B, M]
 {
   const int64_t clip = blockIdx.x / at.tiles;
-  walk_in_strips<T, V, kRows>(at, x, clip, PoolPass<A, kGated>(at.v, clip, gate, pooled, argmax));
+  walk_in_strips<T, V, kRows>(at, x, nullptr, clip, PoolPass<A, kGated>(at.v, clip, gate, pooled, argmax));
 }
 
 template <class T, int V, int kRows, class A = Accumulate<T>>
@@ -292,7 +348,24 @@ __global__ void __launch_bounds__(kStripThreads, 2)
                                 A* __restrict__ sums)  // [B, M]
 {
   const int64_t clip = blockIdx.x / at.tiles;
-  walk_in_strips<T, V, kRows>(at, x, clip, UnpooledSumPass<A>(at.v, clip, field, sums));
+  walk_in_strips<T, V, kRows>(at, x, nullptr, clip, UnpooledSumPass<A>(at.v, clip, field, sums));
+}
+
+template <class T, int V, int kRows, class A = Accumulate<T>>
+__global__ void __launch_bounds__(kStripThreads, 2)
+    recalibrate_reduce_strips_kernel(StripPlanes<A> at,
+                                     const T* __restrict__ grad_y,  // as x
+                                     const T* __restrict__ x,       // [B, T, C, H, W] in its order of storage
+                                     A* __restrict__ sums)          // [B, M]
+{
+  const int64_t clip = blockIdx.x / at.tiles;
+  walk_in_strips<T, V, kRows>(at, grad_y, x, clip, ProductSumPass<A>(at.v, clip, sums));
+}
+
+// Threads of a block and its bytes of dynamic shared memory.
+template <class T, int V, int kRows, class Pass>
+BlockSize strip_block() {
+  return {kStripThreads, Strip<T, V, kRows, Pass>::kSharedBytes};
 }
 
 // Calls body(type, V, rows) for the strips in which x can be met beside float32 maps at aligned addresses; else -1.
@@ -329,7 +402,8 @@ int pool_by_strips(const Shape& shape, const void* x, Gate gate, void* pooled, v
     const StripPlanes<float> at(shape, V.value, rows.value);
     const auto run = [&](auto kernel) {
       if (at.planes == 0) return -1;
-      return launch(kernel, shape.B * at.tiles, kStripThreads, stream, at, static_cast<const T*>(x),
+      const BlockSize size = strip_block<T, V.value, rows.value, PoolPass<float, false>>();
+      return launch(kernel, shape.B * at.tiles, size, stream, at, static_cast<const T*>(x),
                     static_cast<const float*>(gate.maps), static_cast<float*>(pooled), static_cast<uint8_t*>(argmax));
     };
     return gate.maps ? run(pool_strips_kernel<T, V.value, rows.value, true>)
@@ -343,8 +417,20 @@ int unpool_reduce_by_strips(const Shape& shape, const void* x, Unpooled unpooled
     using T = decltype(type);
     const StripPlanes<float> at(shape, V.value, rows.value);
     if (at.planes == 0) return -1;
-    return launch(unpool_reduce_strips_kernel<T, V.value, rows.value>, shape.B * at.tiles, kStripThreads, stream, at,
+    const BlockSize size = strip_block<T, V.value, rows.value, UnpooledSumPass<float>>();
+    return launch(unpool_reduce_strips_kernel<T, V.value, rows.value>, shape.B * at.tiles, size, stream, at,
                   static_cast<const T*>(x), UnpooledField<float>(unpooled), static_cast<float*>(sums));
+  });
+}
+
+int recalibrate_reduce_by_strips(const Shape& shape, const void* grad_y, const void* x, void* sums, void* stream) {
+  return in_strips(shape, true, {grad_y, x, sums}, [&](auto type, auto V, auto rows) {
+    using T = decltype(type);
+    const StripPlanes<float> at(shape, V.value, rows.value);
+    if (at.planes == 0) return -1;
+    const BlockSize size = strip_block<T, V.value, rows.value, ProductSumPass<float>>();
+    return launch(recalibrate_reduce_strips_kernel<T, V.value, rows.value>, shape.B * at.tiles, size, stream, at,
+                  static_cast<const T*>(grad_y), static_cast<const T*>(x), static_cast<float*>(sums));
   });
 }
 

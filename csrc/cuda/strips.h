@@ -10,5 +10,7 @@ namespace aia::cuda {
 int pool_by_strips(const Shape&, const void* x, Gate, void* pooled, void* argmax, int index_bytes, void* stream);
 // unpool_reduce over T, H and W, of what is unpooled over C.
 int unpool_reduce_by_strips(const Shape&, const void* x, Unpooled, void* grad_gate, void* stream);
+// recalibrate_reduce over T, H and W.
+int recalibrate_reduce_by_strips(const Shape&, const void* grad_y, const void* x, void* grad_gate, void* stream);
 
 }  // namespace aia::cuda

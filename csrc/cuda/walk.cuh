@@ -244,12 +244,15 @@ struct Ahead {
   static constexpr int kCopy = kInWord ? 2 : V;  // elements
   static constexpr int kBytes = kCopy * sizeof(T), kFrames = std::min(8, 128 / (kBytes * kVectors));
   using Place = Vector<T, kCopy>;
+  static constexpr int kPlaces = kCopied ? kFrames * kVectors * kThreads : 1;
 
   const T* x;
   Place* mine;
 
+  // Places in shared memory, kPlaces of them, are its own where none are given.
+  __device__ __forceinline__ Ahead(const T* x, Place* places) : x(x), mine(places + threadIdx.x) {}
   __device__ __forceinline__ explicit Ahead(const T* x) : x(x) {
-    AIA_SHARED(Place, places, kCopied ? kFrames * kVectors * kThreads : 1);
+    AIA_SHARED(Place, places, kPlaces);
     mine = places + threadIdx.x;
   }
   template <class At>
@@ -257,10 +260,11 @@ struct Ahead {
 #pragma unroll
     for (int k = 0; k < kFrames; ++k) ask(walk, k);
   }
-  // The frame where the walk stands. What follows may take its places.
-  template <class At>
+  // The frame where the walk stands. What follows may take its places. kTensors: those that are asked for in turns,
+  // each frame of all of them before the next.
+  template <int kTensors = 1, class At>
   __device__ __forceinline__ void take(const At& walk, Vector<T, V> (&grads)[kVectors]) const {
-    if constexpr (kCopied) wait_for_copies<kFrames - 1>();
+    if constexpr (kCopied) wait_for_copies<kTensors*(kFrames - 1)>();
 #pragma unroll
     for (int r = 0; r < kVectors; ++r) {
       const int k = walk.of_vector(r).x;

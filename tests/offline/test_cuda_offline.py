@@ -44,7 +44,7 @@ STORING = (
     *("temporal_shift_kernel", "elements_kernel"),
 )
 SINGLE = re.compile(
-    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel|unpool_kernel|\w*pool\w*_strips_kernel)|"
+    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel|unpool_kernel|\w*_strips_kernel)|"
     r"reduce_columnsILi1E\S*Join"
 )
 

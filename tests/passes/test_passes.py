@@ -124,6 +124,7 @@ def test_reductions_by_strips(passes, plain, case):
     pool_agrees(passes, plain, activation(case), maps.SPACETIME)
     gated_pool_agrees(passes, plain, activation(case), maps.SPACETIME, maps.CHANNEL)
     unpool_reduce_agrees(passes, plain, activation(case), maps.CHANNEL, maps.SPACETIME)
+    recalibrate_reduce_agrees(passes, plain, activation(case), activation(case), maps.SPACETIME)
 
 
 @each(*SPECIAL)
@@ -151,13 +152,14 @@ def test_recalibrate(passes, plain, case):
         assert y.dtype == x.dtype and maps.storage_order(y) == maps.storage_order(x)
         arguments = (x, gate, context)
         agrees(y, plain.recalibrate(*double(*arguments)), plain.recalibrate(*magnitude(*arguments)), 1)
-        grad_gate = passes.recalibrate_reduce(grad_y, x, context)
-        arguments = (grad_y, x, context)
-        want, magnitudes = (
-            plain.recalibrate_reduce(*double(*arguments)),
-            plain.recalibrate_reduce(*magnitude(*arguments)),
-        )
-        agrees(grad_gate, want, magnitudes, terms(x, context))
+        recalibrate_reduce_agrees(passes, plain, grad_y, x, context)
+
+
+def recalibrate_reduce_agrees(passes, plain, grad_y, x, context):
+    arguments = (grad_y, x, context)
+    got = passes.recalibrate_reduce(*arguments)
+    want, magnitudes = plain.recalibrate_reduce(*double(*arguments)), plain.recalibrate_reduce(*magnitude(*arguments))
+    agrees(got, want, magnitudes, terms(x, context))
 
 
 @each(*EVERY, sweep=(*SWEPT, *WIDE))
