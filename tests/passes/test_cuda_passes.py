@@ -36,7 +36,7 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
             results += passes.pool(x, context, gate_of(x, maps.CHANNEL), maps.CHANNEL)
             results.append(passes.unpool_reduce(x, *features_of(x, context, plain), context, maps.CHANNEL))
             results.append(passes.recalibrate_reduce(x, x, context))
-    for gate in (GateCase(40, (20, 9, 4, 3, 5, 7, 2, 2, 2), torch.float32), GateCase(2, (5, 41, 37), torch.float64)):
+    for gate in (GateCase(40, (20, 9, 4, 4, 5, 7, 2, 2, 2), torch.float32), GateCase(2, (5, 41, 37), torch.float64)):
         n = len(gate.weight)
         norms = gate.scale, gate.shift, [None] * n, [None] * n, [1e-5] * n, [True] * n
         results += passes.gate(gate.pooled, gate.weight, *norms, gate.dims)
