@@ -23,11 +23,17 @@ inline int64_t run_offset(const Volume& x, const Planes& at, int64_t k) {
 }
 inline int64_t offset_c(const Volume& x, const Planes& at) { return (at.t * x.H + at.h) * x.W; }
 
-// Loads from a run of x, and asks for the same place of the next tile.
+// Loads from a run of x, or stores to one, and asks for the same place of the next tile, into the L2 cache: asked for
+// into the L1 cache it would push out what is met before it.
 template <class T, class Lanes>
 AIA_INLINE Vec<Accumulate<T>> load_ahead(const T* p, int64_t ahead, Lanes n) {
-  __builtin_prefetch(p + ahead);
+  __builtin_prefetch(p + ahead, 0, 2);
   return load(p, n);
+}
+template <class T, class Lanes>
+AIA_INLINE void store_ahead(T* p, int64_t ahead, Vec<Accumulate<T>> v, Lanes n) {
+  __builtin_prefetch(p + ahead, 0, 2);
+  store(p, v, n);
 }
 
 // Calls body(i, lanes) for the vectors of a run of n positions. The last one overlaps its neighbour, which does to

@@ -103,8 +103,9 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
 
 // Channel maps alone, or none of an inner gate, of inner features, or of both.
 template <class T>
-void unpool_planes(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& outer, const Gate& inner_gate,
-                   const Unpooled& inner, T* grad_x, int64_t begin, int64_t end) {
+__attribute__((noinline, flatten)) void unpool_planes(const Volume& x, const T* grad_y, const Gate& gate,
+                                                      const Unpooled& outer, const Gate& inner_gate,
+                                                      const Unpooled& inner, T* grad_x, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   for (int64_t unit = begin; unit < end; ++unit) {
     for_elementwise_planes(x, unit, [&](const Planes& at) {
@@ -117,7 +118,7 @@ void unpool_planes(const Volume& x, const T* grad_y, const Gate& gate, const Unp
           Vec<A> field = u(i, lanes);
           if (h.map) field *= h(i, lanes);
           if (v.peak) field += v(i, lanes);
-          store(to + i, load_ahead(from + i, ahead, lanes) * g(i, lanes) + field, lanes);
+          store_ahead(to + i, ahead, load_ahead(from + i, ahead, lanes) * g(i, lanes) + field, lanes);
         });
       }
     });

@@ -57,7 +57,7 @@ void recalibrate(const Volume& x, const T* data, const Gate& gate, T* y, int64_t
         const T* from = data + run_offset(x, at, k);
         T* to = y + run_offset(x, at, k);
         for_positions(at.run(x), [=, ahead = at.ahead](int64_t i, auto lanes) {
-          store(to + i, load_ahead(from + i, ahead, lanes) * g(i, lanes), lanes);
+          store_ahead(to + i, ahead, load_ahead(from + i, ahead, lanes) * g(i, lanes), lanes);
         });
       }
     });
