@@ -23,6 +23,8 @@ from .double_backward import backward_is_followed, gradients
 SAFE_MASS = {torch.float32: 2.0**-60, torch.float64: 2.0**-512}
 #: Elements of a map up to which two softmaxes take less, in evaluation, than to look at the sums and divide.
 _SMALL_MAP = 8192
+#: Elements that a core's own cache holds, about: two megabytes of float32.
+_IN_CACHE = 2**19
 
 
 def forward(x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -37,7 +39,15 @@ def forward(x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, eps: flo
 
 def _logits(x: Tensor, key: Tensor) -> Tensor:
     """L^T [S, B, N]."""
-    return (key @ x.reshape(-1, x.shape[2]).mT).view(-1, *x.shape[:2])
+    return _by_slot(key, x.reshape(-1, x.shape[2])).view(-1, *x.shape[:2])
+
+
+def _by_slot(matrix: Tensor, tokens: Tensor) -> Tensor:
+    """matrix [S, d] @ tokens^T [d, T]. Where the tokens come from memory, a product along their rows is the faster one,
+    and its narrow result is turned; that takes each row of the matrix in one piece."""
+    if tokens.numel() > _IN_CACHE:
+        return torch.nn.functional.linear(tokens, matrix.contiguous()).mT.contiguous()
+    return matrix @ tokens.mT
 
 
 def _normalized(logits: Tensor, eps: float, kept: bool) -> tuple[Tensor, Tensor]:
@@ -64,7 +74,7 @@ def backward(
     slots = attention.shape[0]
     tokens, grad = x.reshape(-1, x.shape[2]), grad.reshape(-1, value.shape[0])
     grad_value = (attention.view(slots, -1) @ grad).mT
-    grad_attention = (value.mT @ grad.mT).view(attention.shape)
+    grad_attention = _by_slot(value.mT, grad).view(attention.shape)
     q = torch._softmax_backward_data(grad_attention, attention, 0, attention.dtype)
     grad_logits = q.addcmul(attention * mass, q.sum(2, keepdim=True), value=-1).view(slots, -1)
     return (grad_logits.mT @ key).view(x.shape) if needs_x else None, grad_logits @ tokens, grad_value

@@ -1,8 +1,9 @@
 """External attention of ordinary calls on a CPU: the layers in as few operators of PyTorch as there can be.
 
 Where there is too little to fuse, a call is what its operators and the Python around them take. So these are not the
-published sequences but shorter ones, of the same numbers. They check nothing, and are for plain tensors of one type,
-float32 or float64, in eager mode: they may look at sizes and values.
+published sequences but shorter ones, of the same numbers. They check nothing, and are for plain tensors of one type in
+eager mode: they may look at sizes and values. The type is float32 or float64; for layers on tokens bfloat16 and float16
+too, which are normalized in float32.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ _SMALL_MAP = 32768
 #: Tokens of one slot from which a softmax over them is faster where they are the last axis.
 _MANY_TOKENS = 4096
 
-#: The types whose sums are accumulated in themselves.
+#: The types whose sums are accumulated in themselves; and those too that are normalized in float32.
 WIDE = frozenset((torch.float32, torch.float64))
+FLOATING = WIDE | {torch.bfloat16, torch.float16}
 
 
 def serves(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -103,6 +105,8 @@ def _normalized(logits: Tensor, eps: float) -> Tensor:
         passes, rows = backends.passes("cpu", FAMILY), logits.view(*logits.shape[:2], -1)
         passes.double_norm_(rows, log_sum_exp(passes.column_statistics(rows, None), ""), slots, eps, None)
         return logits
+    if logits.dtype not in WIDE:
+        return double_normalize(logits.float(), eps, tokens=1).to(logits.dtype)
     return double_normalize(logits, eps, tokens=1)
 
 
@@ -110,7 +114,7 @@ def external_attention(
     x: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, value_bias: Tensor | None, eps: float = 0.0
 ) -> Tensor:
     """o [B, N, v] of x [B, N, d], key [S, d] and value [v, S], as functional.external_attention."""
-    if not 1 < key.shape[0] < FEW_SLOTS or key_bias is not None:
+    if not 1 < key.shape[0] < FEW_SLOTS or key_bias is not None or x.dtype not in WIDE:
         return F.linear(_normalized(F.linear(x, key, key_bias), eps), value, value_bias)
     followed = torch.is_grad_enabled() and (
         x.requires_grad

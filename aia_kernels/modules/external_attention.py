@@ -201,7 +201,7 @@ class ExternalAttention2d(nn.Module):
         last = [*conv2._modules.values()] if type(conv2) is nn.Sequential else ()
         if len(convolutions) != 3 or len(last) != 2 or type(last[1]) is not nn.BatchNorm2d or must_be_called(conv2):
             return None
-        found = read_at_once(x, (*convolutions, *last))
+        found = read_at_once(x, (*convolutions, *last), plain.WIDE)
         if found is None or found[5] is not None or found[7] is not None or x.ndim != 4:
             return None
         weights, sizes = found[:8:2], x.shape

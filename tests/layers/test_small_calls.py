@@ -164,6 +164,34 @@ def test_transforms_of_small_calls(name):
                 assert_close(found[key][i], p.grad, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots, tokens", [(1, 40), (5, 300), (20, 9), (64, 900)])
+def test_low_precision_is_no_coarser_than_published(slots, tokens, dtype):
+    """Against float64 of the same parameters: the published flow rounds P, the sums and A, and this A alone."""
+    torch.manual_seed(0)
+    module, x = aia_kernels.ExternalAttention(16, S=slots).to(dtype), torch.randn(2, tokens, 16).to(dtype)
+    nn.init.normal_(module.mk.weight, std=0.25), nn.init.normal_(module.mv.weight)
+    grad_y, exact = torch.randn(2, tokens, 16).to(dtype), copy.deepcopy(module).double()
+
+    def published(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        p = module.mk(x).softmax(1)
+        return module.mv(p / p.sum(2, keepdim=True))
+
+    def errors(form) -> list[float]:
+        found = []
+        for of, like in ((form, module), (published, exact)):
+            leaf = x.detach().to(like.mk.weight.dtype).requires_grad_()
+            y = of(like, leaf)
+            found.append([y.detach(), *torch.autograd.grad(y, [leaf, like.mv.weight], grad_y.to(y.dtype))])
+        with torch.no_grad():
+            found[0].append(form(module, x)), found[1].append(found[1][0])
+        return [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(*found, strict=True)]
+
+    # The gradient of x cancels: where A hardly differs from token to token it is rounding in either form.
+    for ours, theirs in zip(errors(lambda module, x: module(x)), errors(published), strict=True):
+        assert ours <= 1.5 * theirs + torch.finfo(dtype).eps
+
+
 LARGE = {
     "plain": (lambda: aia_kernels.ExternalAttention(16, S=64), (8, 300, 16)),
     "block": (lambda: aia_kernels.ExternalAttention2d(64, 8), (2, 64, 160, 160)),
@@ -235,9 +263,11 @@ def test_few_slots_are_not_fused_at_any_size(slots, passes):
 FEW = [(2, 300, 7), (1, 400, 2), (3, 100, 15)]
 
 
+@pytest.mark.parametrize("in_cache", [True, False])
 @pytest.mark.parametrize("samples, tokens, slots", FEW)
-def test_few_slots(samples, tokens, slots):
+def test_few_slots(samples, tokens, slots, in_cache, monkeypatch):
     """Values, first and second derivatives of the Function that has the tokens side by side, x in either order."""
+    monkeypatch.setattr(few_slots, "_IN_CACHE", 2**40 if in_cache else 0)
     torch.manual_seed(0)
     x = torch.randn(samples, tokens, 5, dtype=torch.float64)
     tensors = torch.randn(slots, 5).double(), torch.randn(3, slots).double(), torch.randn(3).double()
