@@ -401,24 +401,29 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
     backend, transformed = backends.select(x.device, dtype, FAMILY), needs_reference()
     if process_group is not None:
         return backend, transformed
-    if _compiler_fuses(x, rows, slots) if is_symbolic() else backends.plain_is_faster(x.device, rows, slots):
-        backend = UNFUSED
+    if is_symbolic():
+        unfused = torch.is_grad_enabled() and compiler_fuses(x, rows, slots, _COMPILED_CALLS)
+    else:
+        unfused = backends.plain_is_faster(x.device, rows, slots)
+    backend = UNFUSED if unfused else backend
     return backend, transformed
 
 
-def _compiler_fuses(x: Tensor, rows: int, slots: int) -> bool:
-    """Whether torch.compile gets the operators of the specification, which it fuses, and not one of this package.
-
-    So "auto" has it for a step on a CPU of few slots, or of up to four times what eager mode leaves to PyTorch, where
-    the sizes are known when it is recorded. An evaluation has an operator that takes what is best when it runs.
-    """
-    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or torch.compiler.is_exporting():
+def compiler_fuses(x: Tensor, rows: int, slots: int, calls: int) -> bool:
+    """Whether torch.compile gets plain operators, which it fuses, and not one of this package: as "auto" counts on a
+    CPU, where the sizes are known when the call is recorded. rows, slots and calls as of choices.fusing_pays."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     if x.device.type != "cpu" or backends.chosen_backend() != "auto":
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(choices.gain(rows, slots) <= 4 * choices.CALL_COST)
+    return statically_known_true(choices.gain(rows, slots) <= calls * choices.CALL_COST)
+
+
+#: Of attention on tokens, in choices.CALL_COST: what its passes must save in a step behind torch.compile, which fuses
+#: the specification. An evaluation has an operator that takes what is best when it runs.
+_COMPILED_CALLS = 4
 
 
 def _is_of_one_head(x: Tensor, memories: Memories, making: Making) -> bool:

@@ -155,7 +155,8 @@ def values_unfolded(
     """The same of maps x [B, C, H, W] by the pointwise convolutions of which K and V would be folded: two with their
     biases to the logits, and one or two behind."""
     b, channels, *sizes = x.shape
-    if b == 1 and x.is_contiguous():  # a convolution costs more than a product
+    # A convolution costs more than a product of matrices; but a compiler knows how to make the best of it.
+    if b == 1 and x.is_contiguous() and not torch.compiler.is_compiling():
         first, second, value, *last = (weight.view(weight.shape[0], -1) for weight in weights)
         logits = _with_bias(second, _with_bias(first, x.view(channels, -1), biases[0]), biases[1])
         z = value @ double_normalize(logits, eps, tokens=1, slots=0)

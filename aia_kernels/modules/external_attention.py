@@ -31,6 +31,7 @@ from ..functional import plain
 from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_at_least_one
 from ..functional.external_attention import (
+    compiler_fuses,
     double_normalize,
     external_attention,
     external_attention_block,
@@ -236,23 +237,33 @@ class ExternalAttention2d(nn.Module):
     def _is_small(self, x: Tensor, convolutions: list[Any], norm: Any) -> bool:
         """Whether there is too little to fuse. Operators of PyTorch may fold too, so what the passes save is traffic.
 
-        Not where a call is recorded: torch's batch norm changes what selective checkpointing may have kept.
+        Not where a call is recorded, as torch's batch norm changes what selective checkpointing may have kept; but for
+        torch.compile, which fuses such operators itself.
         """
         key = convolutions[1]._parameters.get("weight")
-        if key is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4 or is_traced():
+        if key is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4:
+            return False
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if is_traced() and not compiled:
             return False
         positions = x.numel() // max(1, x.shape[1])
         if x.shape[1] != key.shape[1] or positions < 2 or isinstance(norm, nn.SyncBatchNorm):
             return False
         of_norm = () if norm is None else (norm._buffers.get("running_mean"), norm._parameters.get("weight"))
+        if compiled:
+            tensors = [t for t in (x, key, *of_norm) if t is not None]
+            same = all(t.dtype in plain.WIDE and t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
+            return same and autocast_dtype(x) is None and self._fusing_costs(x, key.shape[0], compiled)
         return plain.serves(x, key, *of_norm) and self._fusing_costs(x, key.shape[0])
 
-    def _fusing_costs(self, x: Tensor, slots: int) -> bool:
+    def _fusing_costs(self, x: Tensor, slots: int, compiled: bool = False) -> bool:
         """Whether the passes save less than they cost, by counting. Operators of PyTorch may fold too; what is left to
         save is traffic of maps as large as x, and the map of the attention has to be made for it."""
         calls = self.STEP_CALLS if torch.is_grad_enabled() else self.EVALUATION_CALLS
-        columns = max(0, x.shape[1] - slots)
-        return backends.plain_is_faster(x.device, x.numel() // x.shape[1], columns, 0, calls)
+        positions, columns = x.numel() // x.shape[1], max(0, x.shape[1] - slots)
+        if compiled:
+            return compiler_fuses(x, positions, columns, calls)
+        return backends.plain_is_faster(x.device, positions, columns, 0, calls)
 
     @staticmethod
     def _folding_pays(x: Tensor, weights: list[Tensor]) -> bool:

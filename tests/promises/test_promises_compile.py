@@ -213,6 +213,27 @@ def test_a_small_step_is_left_to_the_compiler(slots, tokens, dynamic, monkeypatc
     assert recorded == ([] if left else ["aia_kernels.external_attention_forward.default"])
 
 
+@pytest.mark.parametrize("cost", [10**6, 0], ids=["small", "large"])
+@pytest.mark.parametrize("samples, slots", [(1, 40), (1, 4), (3, 4)])
+def test_a_small_block_is_left_to_the_compiler(samples, slots, cost, monkeypatch):
+    """Folded where that saves products, by the statistics of the batch, which move the running ones."""
+    if backends.select("cpu", torch.float64, "external_attention") != "cpu":
+        pytest.skip("auto has no fused passes to choose here")
+    monkeypatch.setattr(choices, "CALL_COST", cost)
+    module = aia_kernels.ExternalAttention2d(6, slots).double()
+    expected = copy.deepcopy(module)
+    compiled, recorded = recorded_operators(module, dynamic=False)
+    x, grad_y = (torch.randn(samples, 6, 3, 5, dtype=torch.float64) for _ in range(2))
+    found = train_step(compiled, x, grad_y, module)
+    with backends.use_backend("reference"):
+        wanted = train_step(expected, x, grad_y, expected)
+    unseen = "conv1.bias"  # rounding of zero in the one, zero in the other
+    assert_equal_steps(found, {key: value for key, value in wanted.items() if key != unseen})
+    assert found[unseen].abs().max() < 1e-12
+    left = cost > 0 or slots > 6
+    assert recorded == ([] if left else ["aia_kernels.external_attention_block_forward.default"])
+
+
 def test_opcheck_of_evaluation(compiled_on):
     backend, device = compiled_on
     x, weight, affine, fixed, name, *_ = unit_arguments(backend, device)
