@@ -220,17 +220,17 @@ def test_a_small_block_is_left_to_the_compiler(samples, slots, cost, monkeypatch
     if backends.select("cpu", torch.float64, "external_attention") != "cpu":
         pytest.skip("auto has no fused passes to choose here")
     monkeypatch.setattr(choices, "CALL_COST", cost)
-    module = aia_kernels.ExternalAttention2d(6, slots).double()
+    module = aia_kernels.ExternalAttention2d(24, slots).double()
     expected = copy.deepcopy(module)
     compiled, recorded = recorded_operators(module, dynamic=False)
-    x, grad_y = (torch.randn(samples, 6, 3, 5, dtype=torch.float64) for _ in range(2))
+    x, grad_y = (torch.randn(samples, 24, 3, 5, dtype=torch.float64) for _ in range(2))
     found = train_step(compiled, x, grad_y, module)
     with backends.use_backend("reference"):
         wanted = train_step(expected, x, grad_y, expected)
     unseen = "conv1.bias"  # rounding of zero in the one, zero in the other
     assert_equal_steps(found, {key: value for key, value in wanted.items() if key != unseen})
-    assert found[unseen].abs().max() < 1e-12
-    left = cost > 0 or slots > 6
+    assert found[unseen].abs().max() < 1e-10
+    left = cost > 0 or slots > 24
     assert recorded == ([] if left else ["aia_kernels.external_attention_block_forward.default"])
 
 
