@@ -33,8 +33,13 @@ MODE_NAMES = {"eval": "eval", "step": "training step"}
 
 def caption(rows: list[dict]) -> str:
     row = rows[-1]
-    machine = row["device"] if row["device"] != "cpu" else f"{row['cpu']}, {row['threads']} threads"
-    return f"{machine}; torch {row['torch']}; {row['date'][:10]}"
+    machine = (
+        row["device"]
+        if row["device"] != "cpu"
+        else f"{row['cpu']}, {row['threads']} thread{'s' * (str(row['threads']) != '1')}"
+    )
+    clock = "; processor time" if row.get("timed") == "processor" else ""
+    return f"{machine}{clock}; torch {row['torch']}; {row['date'][:10]}"
 
 
 def bars(axis, rows: list[dict], column: str, providers: list[str], stages: list[str], copies: dict | None) -> None:

@@ -209,6 +209,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: as torch has it)")
     parser.add_argument(
+        "--processor-time", action="store_true", help="on the CPU take processor time, where others use the machine too"
+    )
+    parser.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
@@ -270,6 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.processor_time:
+        timing.by_processor_time()
     cases = chosen_cases(options)
     cases = cases[[str(case) for case in cases].index(options.begin) if options.begin else 0 :]
     if not cases:

@@ -32,7 +32,8 @@ Context = Callable[[], contextlib.AbstractContextManager]
 
 @dataclass
 class Samples:
-    """Seconds per call, one entry a sample, how they were taken ("graph" or "calls") and the wall time in eager.
+    """Seconds per call, one entry a sample, how they were taken ("graph", "calls", or "processor": calls by processor
+    time) and the wall time in eager.
 
     error: what was raised, where a call raised; then there are no samples, and the median raises it as RuntimeError.
     """
@@ -60,6 +61,7 @@ class Processor:
     """The CPU: plain calls. A rehearsal rotates inputs and samples wall times all the same."""
 
     timed = "calls"
+    clock = staticmethod(time.perf_counter)
 
     @property
     def samples_wall(self) -> bool:
@@ -77,7 +79,7 @@ class Processor:
                 call()
 
         repeats = max(1, round(SAMPLE / _seconds(run)))
-        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads(), timer=self.clock)
         return lambda: timer.timeit(repeats).mean / len(calls)
 
     def wall(self, calls: Sequence[Call]) -> float:
@@ -154,6 +156,12 @@ class CudaGraphs(Processor):
         return False
 
 
+def by_processor_time() -> None:
+    """From now on samples on the CPU are of processor time, of all threads together: on a machine that others use, wall
+    time is mostly theirs."""
+    Processor.timed, Processor.clock = "processor", staticmethod(time.process_time)
+
+
 def on(device: str) -> Processor:
     return CudaGraphs() if device == "cuda" else Processor()
 
@@ -210,7 +218,7 @@ def _prepare(name: str, calls: list[Call], processor: Processor, samples: Sample
     try:
         return processor.prepare(calls)
     except RuntimeError as error:
-        if processor.timed == "calls" or processor.is_lost():
+        if processor.timed != "graph" or processor.is_lost():
             raise
         tqdm.write(f"{name} cannot be captured in a graph, its wall time stands for it: {error}", sys.stderr)
     samples.timed = "calls"

@@ -39,7 +39,6 @@ from ..common.layouts import save, saved, stored_as, unviewed
 from ..common.process_groups import gather, resolve
 from ..reference import Form, Weights
 from ..reference import linear_attention as reference
-from ..reference.linear_attention import added
 from .double_backward import backward_is_followed, gradients
 
 #: Tokens that one product sums over.
@@ -108,7 +107,7 @@ def forward(plan: Plan, x: Tensor, weights: Weights, padding: Tensor | None) -> 
     elif padding is not None:
         query = query.masked_fill(_per_token(padding), 0.0)
     if factor is not None:
-        query = query * factor
+        query = query.mul_(factor)  # features are made anew in the backward
     y = _product(x, memory.mT.to(x.dtype), query.flatten(1, 2).to(x.dtype), plan.form.residual)
     return y, logits, sums
 
@@ -221,11 +220,15 @@ def _over_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
 
 def _of_heads(t: Tensor, heads: int) -> Tensor:
     """[B, H R, q] as [H, B R, q]: what one matrix of a head does to all samples is one product."""
+    if heads == 1 and t.is_contiguous():
+        return t.view(1, -1, t.shape[2])
     return t.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _of_samples(t: Tensor, samples: int) -> Tensor:
     """The inverse of _of_heads."""
+    if t.shape[0] == 1 and t.is_contiguous():
+        return t.view(samples, -1, t.shape[2])
     return t.unflatten(1, (samples, -1)).transpose(0, 1).flatten(1, 2)
 
 
@@ -233,9 +236,11 @@ def _memory(plan: Plan, sums: Tensor, weights: Weights, tokens: int) -> tuple[Te
     """U [H, B R, v] and M [B, H R, C], scaled by 1 / N where a division follows."""
     by_head = _of_heads(sums, plan.form.heads)
     t, s = by_head[..., :-1], by_head[..., -1:]
-    u = torch.bmm(t, weights.value.to(t.dtype).mT)
-    if weights.value_bias is not None:
-        u = u + s * weights.value_bias.to(t.dtype).unsqueeze(1)
+    value = weights.value.to(t.dtype).mT
+    if weights.value_bias is None:
+        u = torch.bmm(t, value)
+    else:
+        u = torch.baddbmm(s * weights.value_bias.to(t.dtype).unsqueeze(1), t, value)
     memory = u if weights.output is None else torch.bmm(u, weights.output.to(t.dtype).mT)
     if weights.output_bias is not None:
         memory = memory + weights.output_bias.to(t.dtype) / plan.form.heads
@@ -246,7 +251,8 @@ def _memory(plan: Plan, sums: Tensor, weights: Weights, tokens: int) -> tuple[Te
 def _inverse_mass(plan: Plan, query: Tensor, sums: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """r N [B, H, 1, N], 0 at padding, and (s + eps) / N [B, H, R, 1]."""
     s = sums[..., -1].unflatten(1, (plan.form.heads, -1))
-    s = ((s + added(plan.form, s)) / query.shape[3]).unsqueeze(3)
+    s = (s / query.shape[3]).unsqueeze(3)
+    s[:, :, plan.form.feature == "l2" :] += plan.form.eps / query.shape[3]  # not to the constant 1
     mass = torch.matmul(s.mT, query)
     inverse = mass.add_(mass == 0).reciprocal_()
     return inverse if padding is None else inverse.masked_fill(_per_token(padding), 0.0), s

@@ -1,8 +1,9 @@
-"""PyTorch's scaled_dot_product_attention, with the derivatives that its fused kernel on a CPU does not have: second
-ones and those of forward mode."""
+"""PyTorch's scaled_dot_product_attention, with the derivatives that its fused kernel on a CPU does not have, second
+ones and those of forward mode; and attention of operands that are made again for the backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..algorithms.double_backward import backward_is_followed, gradients
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.layouts import save, saved
-from ..common.tracing import is_traced, needs_reference
+from ..common.tracing import is_symbolic, is_traced, needs_reference
 
 #: What torch._fused_sdp_choice calls the fused kernel.
 _FUSED = 1
@@ -88,3 +89,78 @@ class _Fused(torch.autograd.Function):
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         given = grad, query, key, value, o, total, 0.0, False
         return *backward(*given, attn_mask=mask, scale=ctx.scale), None, None
+
+
+def opposed_attentions(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v and softmax(-scale q k^T) v of each head.
+
+    Args:
+        query: [B, heads, N, d], floating-point.
+        key: [B, heads, L, d].
+        value: [B, heads, L, v].
+        scale: Of the logits.
+
+    Returns:
+        Both, [B, heads, N, v] each.
+    """
+    causal = dot_product_attention(query, key, value, scale=scale)
+    if query.device.type == "cpu":  # kernels of a GPU take the maximum before they scale
+        return causal, dot_product_attention(query, key, value, scale=-scale)
+    return causal, dot_product_attention(-query, key, value, scale=scale)
+
+
+def attention_of_made(make: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Tensor:
+    """softmax(q k^T) v of query, key and value that make(*tensors) gives, larger than the tensors. In training on a CPU
+    they are made again for the backward, and only the map of attention is kept beside the tensors.
+
+    Args:
+        make: Differentiable operations that change nothing.
+        *tensors: What it takes.
+
+    Returns:
+        o, [B, heads, N, v].
+    """
+    if not _is_eager_on_cpu(*tensors):
+        query, key, value = make(*tensors)
+        return dot_product_attention(query, key, value, scale=1.0)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _OfMade.apply(make, *tensors)
+    q, k, v = make(*tensors)  # PyTorch's own form for such sizes copies q and k to scale them
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def _is_eager_on_cpu(*tensors: Tensor) -> bool:
+    """Whether a call is an ordinary one on a CPU, which _OfMade may take: it writes into nothing, so that selective
+    checkpointing may replay it."""
+    if is_symbolic() or needs_reference() or autocast_dtype(tensors[0]) is not None:
+        return False
+    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and t.numel() for t in tensors)
+
+
+class _OfMade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, make: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Tensor:
+        q, k, v = make(*tensors)
+        attention = (q @ k.mT).softmax(-1)
+        ctx.make = make
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors, attention)
+        return attention @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        *tensors, attention = saved(ctx)
+        make, needs = ctx.make, ctx.needs_input_grad[1:]
+        if backward_is_followed():
+            function = lambda *tensors: formula(*make(*tensors), None, 1.0)  # noqa: E731
+            return None, *gradients(function, tensors, needs, grad)
+        with torch.enable_grad(), no_autocast(grad):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            made = make(*leaves)
+        q, k, v = (t.detach() for t in made)
+        softmax_backward = torch.ops.aten._softmax_backward_data.default
+        grad_logits = softmax_backward(grad @ v.mT, attention, -1, attention.dtype)
+        of_made = grad_logits @ k, grad_logits.mT @ q, attention.mT @ grad
+        return None, *torch.autograd.grad(made, leaves, of_made)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
-from ..functional.dot_product import dot_product_attention
+from ..functional.dot_product import dot_product_attention, opposed_attentions
 from ..functional.external_attention_checks import check_dropout
 from .submodules import can_be_read
 
@@ -22,40 +22,45 @@ class CausalAttention(nn.Module):
 
         o = fc([softmax(q(h) k(c)^T / sqrt d) v(c),  softmax(q(h) k(M)^T / sqrt d) v(M)])
 
-    It takes h [B, N, dim], of which the queries are made, and returns o of that shape. The context c [B, L, dim] is h
-    where none is given, and mask says what of it counts: [B, L] boolean, True where a token of the context takes no
-    part; where none does, that half of what fc joins is 0. Keys and values of the dictionary M depend on parameters
-    alone: they are made once in a call for the whole batch, whose queries are one sequence to them. State dict:
-    att.query, att.key, att.value, fc, M.
+    It takes h [B, N, dim], of which the queries are made, and returns o of that shape. The context c, [B, L, dim] or,
+    between two streams, [B, L, context_dim], is h where none is given, and mask says what of it counts: [B, L] boolean,
+    True where a token of the context takes no part; where none does, that half of what fc joins is 0. Keys and values
+    of the dictionary M depend on parameters alone: they are made once in a call for the whole batch, whose queries are
+    one sequence to them. State dict: att.query, att.key, att.value, fc, M.
 
     Args:
         dim: The features of a token, a multiple of heads.
         heads: Their number.
         slots: The entries of the dictionary, 500 or 1000 as published.
         dropout: The probability of dropout on both maps of attention.
+        context_dim: The features of a token of the context and of an entry of the dictionary; None: dim.
 
     Raises:
         TypeError, ValueError: A size is no integer of at least 1, or dim no multiple of heads; in forward, a tensor has
             another shape or type.
     """
 
-    def __init__(self, dim: int, heads: int = 12, slots: int = 500, dropout: float = 0.0):
+    def __init__(
+        self, dim: int, heads: int = 12, slots: int = 500, dropout: float = 0.0, context_dim: int | None = None
+    ):
         super().__init__()
         _check_heads(dim, heads)
-        check_at_least_one(slots=slots)
+        context_dim = dim if context_dim is None else context_dim
+        check_at_least_one(slots=slots, context_dim=context_dim)
         check_dropout(dropout)
         self.heads, self.dropout = heads, dropout
-        self.att = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")})
-        self.M = nn.Parameter(torch.rand(1, slots, dim) / 100)
+        widths = {"query": dim, "key": context_dim, "value": context_dim}
+        self.att = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in widths.items()})
+        self.M = nn.Parameter(torch.rand(1, slots, context_dim) / 100)
         self.fc = nn.Linear(2 * dim, dim)
 
     def forward(self, h: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = h if context is None else context
         dim = self.fc.out_features
-        for name, t in (("h", h), ("context", context)):
+        for name, t, width in (("h", h, dim), ("context", context, self.M.shape[2])):
             check_tensor(name, t)
-            if t.ndim != 3 or t.shape[2] != dim or t.shape[0] != h.shape[0]:
-                raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected [{h.shape[0]}, N, {dim}]")
+            if t.ndim != 3 or t.shape[2] != width or t.shape[0] != h.shape[0]:
+                raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected [{h.shape[0]}, N, {width}]")
             check_beside(name, t, self.M)
         shown = None if mask is None else _shown(mask, context)
         dropout: Any = getattr(self.att, "dropout", self.dropout if self.training else 0.0)
@@ -113,9 +118,30 @@ class ComplementAttention(nn.Module):
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, {self.proj.in_features}]")
         check_beside("x", x, getattr(self.proj, "weight", None))
         query, key, value = self.qkv(x).chunk(3, -1)
-        both = (_attend(q, key, value, self.num_heads, self.attn_drop, scale=self.scale) for q in (query, -query))
+        if (dropout := _probability(self.attn_drop)) == 0:
+            q, k, v = (_apart(t, self.num_heads) for t in (query, key, value))
+            both = (_joined(o) for o in opposed_attentions(q, k, v, self.scale))
+        else:
+            both = (_attend(q, key, value, self.num_heads, dropout, scale=self.scale) for q in (query, -query))
         causal, complement = (self.proj_drop(self.proj(o)) for o in both)
         return causal, complement
+
+
+def _apart(t: Tensor, heads: int) -> Tensor:
+    """[B, heads, N, d] of t [B, N, heads * d]."""
+    return t.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _joined(o: Tensor) -> Tensor:
+    """The inverse of _apart."""
+    return o.transpose(1, 2).flatten(2)
+
+
+def _probability(dropout: Any) -> Any:
+    """That of a dropout that can be read; another module as it is."""
+    if isinstance(dropout, nn.Module) and can_be_read(dropout, nn.Dropout):
+        return dropout.p if dropout.training else 0.0
+    return dropout
 
 
 def _attend(
@@ -129,9 +155,8 @@ def _attend(
 ) -> Tensor:
     """[B, N, dim] of query, key and value [B, N or L, dim]; shown [B, 1, 1, L], True where a key takes part. A dropout
     that is a module of another kind, or has hooks, is called on the map of attention, which is made for it."""
-    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    if isinstance(dropout, nn.Module) and can_be_read(dropout, nn.Dropout):
-        dropout = dropout.p if dropout.training else 0.0
+    q, k, v = (_apart(t, heads) for t in (query, key, value))
+    dropout = _probability(dropout)
     if isinstance(dropout, nn.Module):
         logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         attention = (logits if shown is None else logits.masked_fill(~shown, -torch.inf)).softmax(-1)
@@ -140,7 +165,7 @@ def _attend(
         o = dropout(attention) @ v
     else:
         o = dot_product_attention(q, k, v, shown, dropout, scale)
-    return o.transpose(1, 2).flatten(2)
+    return _joined(o)
 
 
 def _shown(mask: Tensor, context: Tensor) -> Tensor:

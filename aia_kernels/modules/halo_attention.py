@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..common.tracing import needs_reference
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
-from ..functional.dot_product import dot_product_attention
+from ..functional.dot_product import attention_of_made
 
 
 class HaloAttention(nn.Module):
@@ -136,37 +136,51 @@ class _Positions(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], block: int, halo: int, masked: bool) -> Tensor:
     """o [B, H, W, heads * v] of q, k and v [B, heads, H, W, features], q scaled."""
-    (b, heads, h, w, _), window = q.shape, block + 2 * halo
-    sizes = b, heads, h // block, w // block, block, block
+    b, heads, h, w, _ = q.shape
+    in_blocks = functools.partial(_in_blocks, block=block, halo=halo, masked=masked)
+    if flex_attention_runs(q, v):
+        o = _by_flex_attention(*_as_samples(*in_blocks(q, k, v, *tables)))
+    else:  # windows overlap, so they are several times as large as what they are made of
+        o = attention_of_made(lambda *tensors: _with_places(*in_blocks(*tensors)), q, k, v, *tables)
+    o = o.view(b, heads, h // block, w // block, block, block, v.shape[-1])  # heads, rows, columns, b, b
+    return o.permute(0, 2, 4, 3, 5, 1, 6).reshape(b, h, w, heads * v.shape[-1])
+
+
+def _in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, column_table: Tensor, block: int, halo: int, masked: bool
+) -> tuple[Tensor, ...]:
+    """The queries of each block [B, heads, rows, columns, b, b, d], views of the keys and values of its window
+    [B, heads, rows, columns, window, window, features], and the terms of a query for each row and each column of the
+    window [B, heads, rows, columns, b, b, window]."""
+    h, w, window = q.shape[2], q.shape[3], block + 2 * halo
     q = q.unflatten(3, (-1, block)).unflatten(2, (-1, block)).transpose(3, 4)  # [B, heads, rows, columns, b, b, d]
     difference = torch.arange(window, device=q.device) - torch.arange(block, device=q.device).unsqueeze(1) + window - 1
-    by_row, by_column = (table[difference] for table in tables)  # [b, window, d]
+    by_row, by_column = (table[difference] for table in (row_table, column_table))  # [b, window, d]
     rows, columns = torch.einsum("...yxd,yjd->...yxj", q, by_row), torch.einsum("...yxd,xjd->...yxj", q, by_column)
     if masked:
         lowest = torch.finfo(q.dtype).min / 4  # twice of it is still a number
         rows = rows.masked_fill(_outside(h, block, halo, q.device).view(1, 1, -1, 1, 1, 1, window), lowest)
         columns = columns.masked_fill(_outside(w, block, halo, q.device).view(1, 1, 1, -1, 1, 1, window), lowest)
-    # Each block of each head is a sample: four axes, which PyTorch's kernels ask for.
-    parts = (q.flatten(4, 5), _windows(k, block, halo), _windows(v, block, halo), rows.flatten(4, 5))
-    q, k, v, rows, columns = (t.flatten(0, 3).unsqueeze(1) for t in (*parts, columns.flatten(4, 5)))
-    attend = _by_flex_attention if flex_attention_runs(q, v) else _by_dot_products
-    o = attend(q, k, v, rows, columns).view(*sizes, v.shape[-1]).transpose(3, 4)  # [B, heads, rows, b, columns, b, v]
-    return o.permute(0, 2, 3, 4, 5, 1, 6).reshape(b, h, w, heads * v.shape[-1])
+    return q, _windows(k, block, halo), _windows(v, block, halo), rows, columns
 
 
-def _by_dot_products(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """o [blocks, 1, b^2, v] of q [blocks, 1, b^2, d], k and v [blocks, 1, window^2, features], and the terms of a query
-    for each row and each column of its window [blocks, 1, b^2, window]: these are further features of the query, and
-    a key has a 1 where its row and its column are."""
+def _as_samples(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[blocks, 1, places, features] of each of _in_blocks: each block of each head is a sample, of four axes, which
+    PyTorch's kernels ask for."""
+    return tuple(t.flatten(4, 5).flatten(0, 3).unsqueeze(1) for t in tensors)
+
+
+def _with_places(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values of a dot product for those of _in_blocks: the terms of a query are further features of
+    it, and a key has a 1 where its row and its column are."""
     window = rows.shape[-1]
-    one_hot = torch.eye(window, dtype=k.dtype, device=k.device)
-    places = torch.cat((one_hot.repeat_interleave(window, 0), one_hot.repeat(window, 1)), 1)
-    k = torch.cat((k, places.expand(*k.shape[:-1], -1)), -1)
-    return dot_product_attention(torch.cat((q, rows, columns), -1), k, v, scale=1.0)
+    one_hot = torch.eye(window, dtype=k.dtype, device=k.device).expand(window, -1, -1)
+    places = torch.cat((one_hot.transpose(0, 1), one_hot), -1)
+    return _as_samples(torch.cat((q, rows, columns), -1), torch.cat((k, places.expand(*k.shape[:-1], -1)), -1), v)
 
 
 def flex_attention_runs(q: Tensor, v: Tensor) -> bool:
-    """Whether FlexAttention serves queries [blocks, 1, b^2, d] and values: compiled, on a CUDA device of capability 8.0
+    """Whether FlexAttention serves queries [..., d] and values: compiled, on a CUDA device of capability 8.0
     or more, in float32, bfloat16 or float16, with 16 features or more of a head, where no derivatives beyond the first
     of reverse mode are followed. Elsewhere it has no backward (a CPU), or makes the whole map (uncompiled)."""
     if not q.is_cuda or q.dtype == torch.float64 or min(q.shape[-1], v.shape[-1]) < 16 or not q.numel():
@@ -183,7 +197,7 @@ def _flex_attention() -> Callable[..., Tensor]:
 
 
 def _by_flex_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """As _by_dot_products, the terms added to each score where it is made."""
+    """o [blocks, 1, b^2, v] of _as_samples, the terms added to each score where it is made."""
     window = rows.shape[-1]
     rows, columns = rows.squeeze(1), columns.squeeze(1)
 
@@ -194,10 +208,9 @@ def _by_flex_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: T
 
 
 def _windows(t: Tensor, block: int, halo: int) -> Tensor:
-    """[B, heads, rows, columns, window^2, d] of t [B, heads, H, W, d], zeros around it."""
-    padded = nn.functional.pad(t, (0, 0, halo, halo, halo, halo))
-    window = block + 2 * halo
-    return padded.unfold(2, window, block).unfold(3, window, block).movedim(4, -1).flatten(4, 5)
+    """A view [B, heads, rows, columns, window, window, d] of t [B, heads, H, W, d] with zeros around it."""
+    padded, window = nn.functional.pad(t, (0, 0, halo, halo, halo, halo)), block + 2 * halo
+    return padded.unfold(2, window, block).unfold(3, window, block).movedim(4, -1)
 
 
 def _outside(length: int, block: int, halo: int, device: torch.device) -> Tensor:

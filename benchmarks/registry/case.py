@@ -14,14 +14,9 @@ from torch import Tensor, nn
 
 import aia_kernels
 
-from ..published.self_attention import SelfAttention
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("eval", "step")
 LAYOUTS = ("contiguous", "channels_last")
-
-#: Products of scaled dot products that a call may cost before self-attention no longer competes, by device: seconds.
-PATIENCE = {"cpu": 1e11, "cuda": 3e12}
 
 
 @dataclass(frozen=True)
@@ -142,18 +137,6 @@ class SizedCase(Case):
 
     def fused(self) -> nn.Module:
         return getattr(aia_kernels, self.name)(**dict(self.arguments))
-
-    def self_attention(self, device: str) -> dict[str, Callable[[], nn.Module]]:
-        """Self-attention on the same tokens, where its cost, quadratic in them, lets it finish."""
-        batch, tokens, width = self.sizes if len(self.sizes) == 3 else self._as_tokens()
-        if 2 * batch * tokens**2 * width > PATIENCE[device]:
-            return {}
-        heads = dict(self.arguments).get("num_heads", max(1, width // 64))
-        return {"sdpa": lambda: SelfAttention(width, heads)}
-
-    def _as_tokens(self) -> tuple[int, int, int]:
-        batch, channels, height, width = self.sizes
-        return batch, height * width, channels
 
 
 class Place(NamedTuple):

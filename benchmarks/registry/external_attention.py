@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..published import external_attention as published
+from ..published.self_attention import SelfAttention
 from .case import Place, SizedCase, at_places, main_form
 
 
@@ -53,6 +54,9 @@ PLACES = {
 SWEEP = (1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000)
 NAMES = ("ExternalAttention2d", "MultiHeadExternalAttention", "ExternalAttention")
 
+#: Products of scaled dot products that a call may cost before self-attention no longer competes, by device: seconds.
+PATIENCE = {"cpu": 1e11, "cuda": 3e12}
+
 
 @dataclass(frozen=True)
 class LayerCase(SizedCase):
@@ -90,7 +94,16 @@ class LayerCase(SizedCase):
         return self.stage in PLACES and self.dtype == "fp32" and self.layout == "contiguous"
 
     def alternatives(self, device: str) -> dict[str, Callable[[], nn.Module]]:
-        return self.self_attention(device)
+        """Self-attention on the same tokens, where its cost, quadratic in them, lets it finish."""
+        batch, tokens, width = self.sizes if len(self.sizes) == 3 else self._as_tokens()
+        if 2 * batch * tokens**2 * width > PATIENCE[device]:
+            return {}
+        heads = dict(self.arguments).get("num_heads", max(1, width // 64))
+        return {"sdpa": lambda: SelfAttention(width, heads)}
+
+    def _as_tokens(self) -> tuple[int, int, int]:
+        batch, channels, height, width = self.sizes
+        return batch, height * width, channels
 
     @property
     def slots(self) -> tuple[int, int]:

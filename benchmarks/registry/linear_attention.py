@@ -6,7 +6,6 @@ of x with C / 8 features of keys, and as large as x with C / 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,9 +60,6 @@ class MemoryCase(SizedCase):
         if hasattr(layer, "gamma"):
             nn.init.constant_(layer.gamma, 0.5)
         return layer
-
-    def alternatives(self, device: str) -> dict[str, Callable[[], nn.Module]]:
-        return {} if self.kind == "sweep" else self.self_attention(device)
 
 
 def cases() -> list[MemoryCase]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import time
 
 import pytest
 import torch
@@ -196,3 +197,17 @@ def test_large_batches_are_for_a_gpu():
         options = run.parse(["--device", device])
         assert max(case.clips for case in run.chosen_cases(options)) == most
     assert set(registry.main_clips("attention_in_attention").values()) == {8}
+
+
+def test_processor_time_leaves_out_what_others_take(monkeypatch, tmp_path):
+    """Here the sleep of a call."""
+    for name in ("timed", "clock"):
+        monkeypatch.setattr(timing.Processor, name, timing.Processor.__dict__[name])
+    sleeping = {"sleeping": (lambda: time.sleep(0.01), contextlib.nullcontext)}
+    assert timing.interleave(sleeping, 1, 0, "cpu")["sleeping"].median >= 0.01
+    arguments = ["--quick", "--device", "cpu", "--compile", "off", "--family", "cbam", "--processor-time"]
+    assert run.main([*arguments, "--results", str(tmp_path)]) == 0
+    found = timing.interleave(sleeping, 1, 0, "cpu")["sleeping"]
+    assert found.median < 0.01 and found.timed == "processor"
+    rows = records.read(records.path(tmp_path, "cbam"))
+    assert {row["timed"] for row in rows} == {"processor"}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from agreement import EXACT
 from conftest import DEVICES
+from kept_memory import kept_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from aia_kernels import CausalAttention, ComplementAttention, testing
@@ -61,6 +62,19 @@ def test_catt_looks_at_itself_and_has_published_keys():
     assert fresh.M.shape == (1, 500, DIM) and fresh.M.min() >= 0 and fresh.M.max() <= 0.01
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_context_of_another_width(device):
+    """Between two streams, of words and of regions, as in ViLBERT: keys, values and the dictionary have its width."""
+    module = testing.randomise(CausalAttention(DIM, HEADS, SLOTS, context_dim=4)).double().to(device)
+    h, context = tensors(device, N, L)
+    context = context[..., :4].detach().requires_grad_()
+    assert module.M.shape == (1, SLOTS, 4) and module.att["value"].weight.shape == (DIM, 4)
+    q, halves = module.att["query"](h), []
+    for of in (context, module.M.expand(B, -1, -1)):
+        halves.append(weighted(q, module.att["key"](of), module.att["value"](of)))
+    assert_same(module(h, context), module.fc(torch.cat(halves, -1)), (h, context, *module.parameters()))
+
+
 def test_the_dictionary_is_projected_once_for_the_batch():
     module = CausalAttention(DIM, HEADS, 1000)
     counted = []
@@ -83,6 +97,24 @@ def test_caam(bias, device):
     assert module.state_dict().keys() - {"qkv.bias"} == {"qkv.weight", "proj.weight", "proj.bias"}
 
 
+class Sum(torch.nn.Module):
+    """Of a layer's two results."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return sum(self.layer(x))
+
+
+def test_both_of_caam_keep_the_same_queries():
+    """x, one tensor of q, k and v, both results, and one number for each query of each head of both."""
+    module, x = ComplementAttention(16, 2), torch.randn(2, 20, 16, requires_grad=True)
+    few_numbers = 1024  # strides, and the state of random numbers of PyTorch's kernel
+    assert kept_bytes(Sum(module), x) <= 4 * (6 * x.numel() + 2 * 2 * 2 * 20) + few_numbers
+
+
 def test_dropout_in_training_alone():
     module, (h,) = CausalAttention(DIM, HEADS, SLOTS, dropout=0.5).double(), tensors("cpu", N)
     assert not torch.equal(module(h), module(h))
@@ -99,6 +131,8 @@ def test_dropout_in_training_alone():
         (lambda: CausalAttention(6, 2)(torch.randn(2, 3, 5)), ValueError, r"h: got shape \(2, 3, 5\)"),
         (lambda: CausalAttention(6, 2)(*torch.randn(2, 2, 3, 6), torch.ones(2, 3)), TypeError, "mask: got torch.float"),
         (lambda: CausalAttention(6, 2)(*torch.randn(2, 2, 3, 6), torch.ones(2, 2).bool()), ValueError, "mask: got sh"),
+        (lambda: CausalAttention(6, 2, context_dim=0), ValueError, "context_dim: got 0"),
+        (lambda: CausalAttention(6, 2, context_dim=4)(torch.randn(2, 3, 6)), ValueError, r"context: got shape .*, 4\]"),
         (lambda: CausalAttention(6, 2, dropout=1.5), ValueError, "dropout: got 1.5, expected a probability"),
         (lambda: CausalAttention(6, 2)(torch.randn(2, 3, 6).double()), TypeError, "h: got torch.float64, expected the"),
         (lambda: CausalAttention(6, 2)(torch.randn(2, 3, 6).int()), TypeError, "h: got torch.int32"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from agreement import EXACT
 from conftest import DEVICES
+from kept_memory import kept_bytes
 from torch.nn.attention.flex_attention import flex_attention
 
 from aia_kernels import HaloAttention, HaloAttn, testing
@@ -177,3 +178,13 @@ def test_an_empty_batch(name):
     y.sum().backward()
     assert x.grad.shape == x.shape
     assert not any(p.grad.any() for p in module.parameters())
+
+
+def test_windows_are_made_again_for_the_backward():
+    """Kept are the map of attention, x, its positions' features, q, k and v, and o: windows overlap, and would be
+    several times as large."""
+    module = HaloAttention(dim=32, block_size=4, halo_size=2, dim_head=8, heads=4)
+    x = torch.randn(2, 32, 8, 12, requires_grad=True)
+    blocks, heads, queries, window = 2 * 2 * 3, 4, 4**2, 8**2
+    few_numbers = 256  # strides
+    assert kept_bytes(module, x) <= 4 * (blocks * heads * queries * window + 6 * x.numel()) + few_numbers
