@@ -156,11 +156,12 @@ class _OfMade(torch.autograd.Function):
         if backward_is_followed():
             function = lambda *tensors: formula(*make(*tensors), None, 1.0)  # noqa: E731
             return None, *gradients(function, tensors, needs, grad)
-        with torch.enable_grad(), no_autocast(grad):
-            leaves = [t.detach().requires_grad_() for t in tensors]
-            made = make(*leaves)
-        q, k, v = (t.detach() for t in made)
-        softmax_backward = torch.ops.aten._softmax_backward_data.default
-        grad_logits = softmax_backward(grad @ v.mT, attention, -1, attention.dtype)
-        of_made = grad_logits @ k, grad_logits.mT @ q, attention.mT @ grad
-        return None, *torch.autograd.grad(made, leaves, of_made)
+        with no_autocast(grad):  # a backward may be called inside of one
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in tensors]
+                made = make(*leaves)
+            q, k, v = (t.detach() for t in made)
+            softmax_backward = torch.ops.aten._softmax_backward_data.default
+            grad_logits = softmax_backward(grad @ v.mT, attention, -1, attention.dtype)
+            of_made = grad_logits @ k, grad_logits.mT @ q, attention.mT @ grad
+            return None, *torch.autograd.grad(made, leaves, of_made)
