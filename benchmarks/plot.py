@@ -28,6 +28,10 @@ COLOURS = {
 }
 FUSED = ("cuda", "triton", "cpu")
 BUDGET = "#c0392b"
+#: Layers side by side in a picture of ratios.
+LAYERS_ACROSS = 5
+#: Inches that a bar and a letter of a label take.
+BAR, LETTER = 0.19, 0.07
 MODE_NAMES = {"eval": "eval", "step": "training step"}
 
 
@@ -42,10 +46,24 @@ def caption(rows: list[dict]) -> str:
     return f"{machine}{clock}; torch {row['torch']}; {row['date'][:10]}"
 
 
-def bars(axis, rows: list[dict], column: str, providers: list[str], stages: list[str], copies: dict | None) -> None:
+def lines_of(stage: str) -> list[str]:
+    """The lines of a label."""
+    return stage.replace(", ", ",\n").replace(" ", "\n", 1).split("\n")
+
+
+def upright(stages: list[str], room: float) -> float:
+    """Inches that labels take below their axis if they do not fit into so many inches each; 0 where they lie."""
+    longest = LETTER * max(len(line) for stage in stages for line in lines_of(stage))
+    return longest if longest > room else 0.0
+
+
+def bars(
+    axis, rows: list[dict], column: str, providers: list[str], stages: list[str], copies: dict | None, room: float
+) -> None:
     """Groups of bars, one group a stage and one bar a provider, each with its number above.
 
-    copies: megabytes that a copy of x moves, by stage; where given, a dashed line shows the budget in copies.
+    copies: megabytes that a copy of x moves, by stage; where given, a dashed line shows the budget in copies. room:
+    inches for each group.
     """
     width = 0.84 / len(providers)
     for j, stage in enumerate(stages):
@@ -63,7 +81,8 @@ def bars(axis, rows: list[dict], column: str, providers: list[str], stages: list
         if copies and moved and moved[0]:
             level = moved[0] / copies[stage]
             axis.plot([j - 0.46, j + 0.46], [level, level], color=BUDGET, linewidth=1, linestyle="--")
-    axis.set_xticks(range(len(stages)), [stage.replace(" ", "\n") for stage in stages], fontsize=7.5)
+    labels, rotation = ["\n".join(lines_of(stage)) for stage in stages], 90 if upright(stages, room) else 0
+    axis.set_xticks(range(len(stages)), labels, fontsize=7.5, rotation=rotation)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(axis="y", labelsize=8)
     axis.set_axisbelow(True)
@@ -81,20 +100,25 @@ def grid(rows: list[dict], names: list[str], stages: list[str], column: str, lab
     drawn = ["reference", "compile", "compile-max", *FUSED[::-1]] if column == "speedup" else list(COLOURS)
     providers = [p for p in drawn if select(rows, provider=p)]
     at = {name: ordered((r["stage"] for r in select(rows, name=name)), stages) for name in names}
-    widths = [0.9 + 0.19 * len(at[name]) * len(providers) for name in names]
+    widths = [max(0.9 + BAR * len(at[name]) * len(providers), 0.3 + 1.4 * LETTER * len(name)) for name in names]
+    texts = [*providers, *["budget: x-sized traffic at the speed of a copy"] * (column == "copies")]
+    least = max(LETTER * len(caption(rows)), sum(0.6 + 1.2 * LETTER * len(text) for text in texts)) - 1.2
+    widths = [width * max(1.0, least / sum(widths)) for width in widths]
+    rooms = [(width - 0.4) / len(at[name]) for width, name in zip(widths, names, strict=True)]
+    below = max(upright(at[name], room) for name, room in zip(names, rooms, strict=True))
     figure, axes = pyplot.subplots(
         2,
         len(names),
-        figsize=(1.2 + sum(widths), 5.8),
+        figsize=(1.2 + sum(widths), 5.8 + 2 * below),
         sharey="row",
         squeeze=False,
         layout="constrained",
         width_ratios=widths,
     )
     for panels, mode in zip(axes, registry.MODES, strict=True):
-        for axis, name in zip(panels, names, strict=True):
+        for axis, name, room in zip(panels, names, rooms, strict=True):
             found = select(rows, name=name, mode=mode)
-            bars(axis, found, column, providers, at[name], copied(found) if column == "copies" else None)
+            bars(axis, found, column, providers, at[name], copied(found) if column == "copies" else None, room)
             axis.margins(y=0.12)
             if column == "copies":
                 axis.set_yscale("log")
@@ -104,10 +128,8 @@ def grid(rows: list[dict], names: list[str], stages: list[str], column: str, lab
                 axis.set_title(name, fontsize=11)
         panels[0].set_ylabel(f"{label}\n{MODE_NAMES[mode]}", fontsize=9)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[p]) for p in providers]
-    texts = list(providers)
     if column == "copies":
         handles.append(pyplot.Line2D([], [], color=BUDGET, linestyle="--"))
-        texts.append("budget: x-sized traffic at the speed of a copy")
     figure.legend(handles, texts, loc="outside upper center", ncols=len(texts), frameon=False, fontsize=9)
     save(figure, rows, path)
 
@@ -199,7 +221,7 @@ def passes(rows: list[dict], stages: list[str], path: Path) -> None:
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
-        bars(axis, select(rows, name=name), "copies", providers, stages, copied(rows))
+        bars(axis, select(rows, name=name), "copies", providers, stages, copied(rows), (width - 0.4) / len(stages))
         axis.margins(y=0.15)
         axis.set_title(name, fontsize=9)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[p]) for p in providers]
@@ -209,7 +231,7 @@ def passes(rows: list[dict], stages: list[str], path: Path) -> None:
 
 
 def ratios(file: Path) -> None:
-    """Heat maps of what benchmarks.ratios wrote: a row for each mode, a column for each layer, next to its CSV."""
+    """Heat maps of what benchmarks.ratios wrote: two for each layer, one below the other, next to its CSV."""
     with file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     layers = list(dict.fromkeys(row["layer"] for row in rows))
@@ -218,19 +240,29 @@ def ratios(file: Path) -> None:
         layer: [list(dict.fromkeys(row[key] for row in found)) for key in ("settings", "sizes")]
         for layer, found in at.items()
     }
-    widths = [1.6 + 0.42 * len(sizes) for _, sizes in sides.values()]
-    height = 1.5 + 0.27 * max(len(settings) for settings, _ in sides.values())
+    wide = [
+        max(1.6 + 0.42 * len(sizes), 0.3 + 0.08 * len(f"{layer}, training step")) for layer, (_, sizes) in sides.items()
+    ]
+    high = [1.5 + 0.27 * len(settings) for settings, _ in sides.values()]
+    across = min(len(layers), LAYERS_ACROSS)
+    lines = [range(start, min(start + across, len(layers))) for start in range(0, len(layers), across)]
+    widths = [max(wide[start::across]) for start in range(across)]
+    heights = [max(high[j] for j in line) for line in lines for _ in registry.MODES]
     figure, axes = pyplot.subplots(
-        2,
-        len(layers),
-        figsize=(sum(widths), 2 * height),
+        len(heights),
+        across,
+        figsize=(sum(widths), sum(heights)),
         squeeze=False,
         layout="constrained",
         width_ratios=widths,
+        height_ratios=heights,
     )
+    for axis in axes.flat:
+        axis.set_visible(False)
     norm = matplotlib.colors.LogNorm(0.5, 8, clip=True)
     for (i, mode), (j, layer) in itertools.product(enumerate(registry.MODES), enumerate(layers)):
-        axis, (settings, sizes) = axes[i][j], sides[layer]
+        axis, (settings, sizes) = axes[len(registry.MODES) * (j // across) + i][j % across], sides[layer]
+        axis.set_visible(True)
         cells = [[float("nan")] * len(sizes) for _ in settings]
         for row in select(at[layer], mode=mode):
             cells[settings.index(row["settings"])][sizes.index(row["sizes"])] = float(row["ratio"])
