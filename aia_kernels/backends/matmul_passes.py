@@ -190,9 +190,10 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
         return _bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
     if added_to is None and _one_matrix(t):
         rows = t.flatten(0, 1)
-        if matrix.shape[1] < FEW_SLOTS <= matrix.shape[0] and not _is_seen(t):
+        if matrix.shape[1] < FEW_SLOTS <= matrix.shape[0]:
             # A library's product of few columns takes up to four times as long as one of few rows.
-            return _mm(matrix.mT, rows.mT).mT.contiguous().view(b, n, -1)
+            product = rows.new_empty((b * n, matrix.shape[1]))  # who sees what operators return sees no overwritten one
+            return product.copy_(_mm(matrix.mT, rows.mT).mT).view(b, n, -1)
         return _mm(rows, matrix).view(b, n, -1)
     if added_to is None:
         return _bmm(t, matrix.expand(b, -1, -1))

@@ -59,15 +59,15 @@ FAULTS = {
     ),
     "wait for the device": Fault(
         "cuda/launch.cuh",
-        "return cudaLaunchKernel(function_of(kernel),",
-        "cudaDeviceSynchronize();\n  return cudaLaunchKernel(function_of(kernel),",
+        "return cudaLaunchKernel(function, static_cast<unsigned>(blocks),",
+        "cudaDeviceSynchronize();\n  return cudaLaunchKernel(function, static_cast<unsigned>(blocks),",
         *(("recalibrate.cu",), "test_nothing_waits and CinST", "launches wait"),
     ),
     "more blocks than fit together": Fault(
         *(
             "cuda/gate.cu",
-            "launch_together(kernel, maps.blocks(),",
-            "launch_together(kernel, maps.blocks() + 2000,",
+            "launch_together(gate_kernel<A, width.value>, maps.blocks(),",
+            "launch_together(gate_kernel<A, width.value>, maps.blocks() + 2000,",
         ),
         *(_GATE, "test_where and CinST and default", "blocks fit together"),
     ),
