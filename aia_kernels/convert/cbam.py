@@ -191,13 +191,11 @@ class _Search:
         for node in reversed(path):
             if axes is None:
                 return None
-            operation, shape = self.reader.operation(node), self.reader.shapes.get(node, ())
-            if operation in LAYOUT:
-                axes = after(self.reader, node, axes)
-            elif operation in ("getitem", "values"):
-                axes = reshaped(axes, shape) if self._adds_axes(node) else axes
+            operation = self.reader.operation(node)
+            if operation in LAYOUT or operation == "getitem":
+                axes = self._after(node, tuple(axes))
             elif operation in _SPREAD:
-                axes = _repeated(axes, shape)
+                axes = _repeated(axes, self.reader.shapes.get(node, ()))
             elif operation != "batch_norm":
                 return None
         return axes
@@ -371,7 +369,7 @@ class _Search:
         return _Pool({kind: k * factor for kind, k in pool.shares.items()}, pool.axes, (*pool.nodes, node))
 
     def _after(self, node: Node, axes: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
-        """The axes of a tensor after a step of pooling."""
+        """The axes of a tensor after a node that pools or arranges it."""
         reader = self.reader
         operation = reader.operation(node)
         if operation in ("getitem", "values"):

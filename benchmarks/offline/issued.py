@@ -25,7 +25,7 @@ import itertools
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,6 +204,13 @@ def markdown(found: list[dict]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in made]
 
 
+def into_page(file: Path, name: str, lines_of: Callable[[list[dict]], list[str]]) -> int:
+    """Put the rows of a CSV into the page, as the table of this name; an exit status."""
+    with file.open(newline="") as opened:
+        text = "\n".join(lines_of(list(csv.DictReader(opened))))
+    return 0 if table.write_into(PAGE, name, text) else 2
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.offline.issued", description=__doc__.split(": python")[0]
@@ -216,9 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="count nothing: put the rows of the CSV into the page")
     options = parser.parse_args(arguments)
     if options.markdown:
-        with options.output.open(newline="") as opened:
-            text = "\n".join(markdown(list(csv.DictReader(opened))))
-        return 0 if table.write_into(PAGE, "issued", text) else 2
+        return into_page(options.output, "issued", markdown)
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     tool = machine_code.cuobjdump()
     if nvcc is None or tool is None:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from aia_kernels.common import maps
 
-from .. import records, table
+from .. import records
 from . import launches, machine_code, warp
-from .issued import BANDWIDTH, BUILD, CLOCK, MULTIPROCESSORS, PAGE, STAGES, Library, build
+from .issued import BANDWIDTH, BUILD, CLOCK, MULTIPROCESSORS, STAGES, Library, build, into_page
 from .lanes import LANES
 
 FILE = records.RESULTS / "issued_gates.csv"
@@ -134,9 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="count nothing: put the rows of the CSV into the page")
     options = parser.parse_args(arguments)
     if options.markdown:
-        with options.output.open(newline="") as opened:
-            text = "\n".join(markdown(list(csv.DictReader(opened))))
-        return 0 if table.write_into(PAGE, "issued_gates", text) else 2
+        return into_page(options.output, "issued_gates", markdown)
     nvcc, tool = shutil.which("nvcc"), machine_code.cuobjdump()
     if nvcc is None or tool is None:
         print(machine_code.NO_DISASSEMBLER if nvcc else "nvcc is not here", file=sys.stderr)
