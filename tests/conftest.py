@@ -237,10 +237,11 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch) -> None:
-    """Inputs of tests are small; "auto" would leave external and linear attention to plain PyTorch
-    (test_small_calls.py, test_linear_attention_modules.py)."""
+    """Inputs of tests are small; "auto" would leave external and linear attention to plain PyTorch, and CaaM's pair
+    (test_small_calls.py, test_linear_attention_modules.py, test_causal_attention.py)."""
     for cost in ("CALL_COST", "FOLDING_COST"):
         monkeypatch.setattr(f"aia_kernels.backends.choices.{cost}", float("-inf"))
+    monkeypatch.setattr("aia_kernels.functional.dot_product._MAPS_IN_CACHE", 0)
 
 
 @pytest.fixture

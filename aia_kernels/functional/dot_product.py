@@ -18,6 +18,11 @@ from ..common.tracing import is_symbolic, is_traced, needs_reference
 #: What torch._fused_sdp_choice calls the fused kernel.
 _FUSED = 1
 
+#: Numbers of a map of attention, of all samples and heads, up to which two of them are made and kept rather than left to
+#: two fused kernels. Both maps are of one product q k^T, so that a step takes 9 products, and two kernels 14; a larger
+#: map costs more to write and read than the products that it saves.
+_MAPS_IN_CACHE = 3 * 2**19
+
 
 def dot_product_attention(
     query: Tensor,
@@ -103,6 +108,9 @@ def opposed_attentions(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     Returns:
         Both, [B, heads, N, v] each.
     """
+    if _is_eager_on_cpu(query, key, value) and query.shape[:3].numel() * key.shape[2] <= _MAPS_IN_CACHE:
+        logits = (query * scale) @ key.mT
+        return logits.softmax(-1) @ value, (-logits).softmax(-1) @ value
     causal = dot_product_attention(query, key, value, scale=scale)
     if query.device.type == "cpu":  # kernels of a GPU take the maximum before they scale
         return causal, dot_product_attention(query, key, value, scale=-scale)

@@ -88,7 +88,9 @@ def test_the_dictionary_is_projected_once_for_the_batch():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_caam(bias, device):
+@pytest.mark.parametrize("maps_in_cache", [0, 2**20])
+def test_caam(bias, maps_in_cache, device, monkeypatch):
+    monkeypatch.setattr("aia_kernels.functional.dot_product._MAPS_IN_CACHE", maps_in_cache)
     module = testing.randomise(ComplementAttention(DIM, HEADS, qkv_bias=bias)).double().to(device)
     (x,) = tensors(device, N)
     q, k, v = module.qkv(x).chunk(3, -1)
