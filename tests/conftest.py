@@ -237,11 +237,13 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch) -> None:
-    """Inputs of tests are small; "auto" would leave external and linear attention to plain PyTorch, and CaaM's pair
-    (test_small_calls.py, test_linear_attention_modules.py, test_causal_attention.py)."""
+    """Inputs of tests are small; "auto" would leave external and linear attention, CaaM's pair and HaloNet's windows to
+    plain PyTorch (test_small_calls.py, test_linear_attention_modules.py, test_causal_attention.py and
+    test_halo_attention.py)."""
     for cost in ("CALL_COST", "FOLDING_COST"):
         monkeypatch.setattr(f"aia_kernels.backends.choices.{cost}", float("-inf"))
-    monkeypatch.setattr("aia_kernels.functional.dot_product._MAPS_IN_CACHE", 0)
+    for few in ("_MAPS_IN_CACHE", "_OPERANDS_IN_CACHE"):
+        monkeypatch.setattr(f"aia_kernels.functional.dot_product.{few}", 0)
 
 
 @pytest.fixture

@@ -18,10 +18,14 @@ from ..common.tracing import is_symbolic, is_traced, needs_reference
 #: What torch._fused_sdp_choice calls the fused kernel.
 _FUSED = 1
 
-#: Numbers of a map of attention, of all samples and heads, up to which two of them are made and kept rather than left to
-#: two fused kernels. Both maps are of one product q k^T, so that a step takes 9 products, and two kernels 14; a larger
-#: map costs more to write and read than the products that it saves.
+#: Numbers of a map of attention, of all samples and heads, up to which two of them are made and kept rather than left
+#: to two fused kernels. Both maps are of one product q k^T, so that a step takes 9 products, and two kernels 14; a
+#: larger map costs more to write and read than the products that it saves.
 _MAPS_IN_CACHE = 3 * 2**19
+
+#: Numbers of operands up to which what is made of them is kept for the backward: to make it again takes a tenth of a
+#: step.
+_OPERANDS_IN_CACHE = 2**20
 
 
 def dot_product_attention(
@@ -119,7 +123,8 @@ def opposed_attentions(query: Tensor, key: Tensor, value: Tensor, scale: float) 
 
 def attention_of_made(make: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Tensor:
     """softmax(q k^T) v of query, key and value that make(*tensors) gives, larger than the tensors. In training on a CPU
-    they are made again for the backward, and only the map of attention is kept beside the tensors.
+    they are made again for the backward, if they do not stay in a cache anyhow, and only the map of attention is kept
+    beside the tensors.
 
     Args:
         make: Differentiable operations that change nothing.
@@ -131,7 +136,8 @@ def attention_of_made(make: Callable[..., tuple[Tensor, ...]], *tensors: Tensor)
     if not _is_eager_on_cpu(*tensors):
         query, key, value = make(*tensors)
         return dot_product_attention(query, key, value, scale=1.0)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    many = sum(t.numel() for t in tensors) > _OPERANDS_IN_CACHE
+    if many and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _OfMade.apply(make, *tensors)
     q, k, v = make(*tensors)  # PyTorch's own form for such sizes copies q and k to scale them
     return (q @ k.mT).softmax(-1) @ v

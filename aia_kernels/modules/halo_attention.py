@@ -156,7 +156,7 @@ def _in_blocks(
     q = q.unflatten(3, (-1, block)).unflatten(2, (-1, block)).transpose(3, 4)  # [B, heads, rows, columns, b, b, d]
     difference = torch.arange(window, device=q.device) - torch.arange(block, device=q.device).unsqueeze(1) + window - 1
     by_row, by_column = (table[difference] for table in (row_table, column_table))  # [b, window, d]
-    rows, columns = torch.einsum("...yxd,yjd->...yxj", q, by_row), torch.einsum("...yxd,xjd->...yxj", q, by_column)
+    rows, columns = q @ by_row.mT, (q.transpose(4, 5) @ by_column.mT).transpose(4, 5)
     if masked:
         lowest = torch.finfo(q.dtype).min / 4  # twice of it is still a number
         rows = rows.masked_fill(_outside(h, block, halo, q.device).view(1, 1, -1, 1, 1, 1, window), lowest)

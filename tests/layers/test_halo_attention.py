@@ -65,7 +65,9 @@ def by_query(module, x):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_is_the_formula(name, device):
+@pytest.mark.parametrize("operands_in_cache", [0, 2**20])
+def test_is_the_formula(name, operands_in_cache, device, monkeypatch):
+    monkeypatch.setattr("aia_kernels.functional.dot_product._OPERANDS_IN_CACHE", operands_in_cache)
     module = testing.randomise(LAYERS[name]()).double().to(device)
     x = torch.randn(2, DIM, 6, 3, dtype=torch.float64, device=device, requires_grad=True)
     found, expected = module(x), by_query(module, x)
