@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from ..common.layouts import save, saved
+from ..common.tracing import is_statically
 from ..reference import external_attention as reference
+from . import safe_normalization
 from .double_backward import backward_is_followed, gradients
 
-#: Below this sum a term of it may have been too small to be a normal number.
-SAFE_MASS = {torch.float32: 2.0**-60, torch.float64: 2.0**-512}
-#: Elements of a map up to which two softmaxes take less, in evaluation, than to look at the sums and divide.
-_SMALL_MAP = 8192
 #: Elements that a core's own cache holds, about: two megabytes of float32.
 _IN_CACHE = 2**19
 
@@ -30,10 +28,12 @@ _IN_CACHE = 2**19
 def forward(x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """o [B, N, v] of x [B, N, d], key [S, d], value [v, S] and bias [v]."""
     logits = _logits(x, key)
-    if eps or logits.numel() > _SMALL_MAP:
-        attention, _mass = _normalized(logits, eps, kept=False)
+    if torch.compiler.is_compiling():
+        attention = safe_normalization.for_a_compiler(logits, 2, 0, eps)
+    elif eps or logits.numel() > safe_normalization.SMALL_MAP:
+        attention, _mass = safe_normalization.by_sums(logits, 2, 0, eps, kept=False)
     else:
-        attention = logits.log_softmax(2).softmax(0)
+        attention = safe_normalization.by_two_softmaxes(logits, 2, 0)
     return _values(x, attention, value, bias)
 
 
@@ -43,22 +43,12 @@ def _logits(x: Tensor, key: Tensor) -> Tensor:
 
 
 def _by_slot(matrix: Tensor, tokens: Tensor) -> Tensor:
-    """matrix [S, d] @ tokens^T [d, T]. Where the tokens come from memory, a product along their rows is the faster one,
-    and its narrow result is turned; that takes each row of the matrix in one piece."""
-    if tokens.numel() > _IN_CACHE:
+    """matrix [S, d] @ tokens^T [d, T]. Where the tokens come from memory, or their number is not known, a product
+    along their rows is the faster one, and its narrow result is turned; that takes each row of the matrix in
+    one piece."""
+    if not is_statically(tokens.numel() <= _IN_CACHE):
         return torch.nn.functional.linear(tokens, matrix.contiguous()).mT.contiguous()
     return matrix @ tokens.mT
-
-
-def _normalized(logits: Tensor, eps: float, kept: bool) -> tuple[Tensor, Tensor]:
-    """A^T and mass [1, B, N] of L^T. kept: A backward follows, so nothing is written over what an operator returned."""
-    p = logits.softmax(2)
-    mass = p.sum(0, keepdim=True)
-    if eps:
-        mass = mass + eps
-    elif not mass.amin().item() >= SAFE_MASS[logits.dtype]:
-        return logits.log_softmax(2).softmax(0), mass
-    return p / mass if kept else p.div_(mass), mass
 
 
 def _values(x: Tensor, attention: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,7 +76,7 @@ class FewSlotsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, key, value, bias, eps):
-        attention, mass = _normalized(_logits(x, key), eps, kept=True)
+        attention, mass = safe_normalization.by_sums(_logits(x, key), 2, 0, eps, kept=True)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         save(ctx, x, key, value, bias, attention, mass)

@@ -23,6 +23,15 @@ def is_symbolic() -> bool:
     )
 
 
+def is_statically(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds whatever torch.compile does not know of them."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def is_traced() -> bool:
     """Whether the call is recorded and may run later from the record: symbolic calls, and selective checkpointing.
 

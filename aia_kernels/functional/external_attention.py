@@ -26,7 +26,7 @@ from ..algorithms.external_attention import Plan
 from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.layouts import as_maps, as_tokens, contiguous, with_dense_maps, with_rows
-from ..common.tracing import is_symbolic, is_traced, needs_reference
+from ..common.tracing import is_statically, is_symbolic, is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
 from . import plain, sharded
@@ -269,6 +269,9 @@ def _attend(x: Tensor, memories: Memories, making: Making) -> Tensor:
         if backend == UNFUSED and _is_ordinary(x, memories, making):
             key, value, bias = memories
             return plain.external_attention(x, key[0], value[0], None, bias, eps)
+        if backend == UNFUSED and compiler_evaluates(x) and _is_of_one_head(x, memories, making):
+            key, value, bias = memories
+            return plain.for_a_compiler(x, key[0], value[0], bias, eps)
         if backend in (UNFUSED, "reference") or transformed:
             return reference.external_attention(x, *memories, *making)
         x, parameters = with_rows(x), contiguous(*memories)
@@ -402,11 +405,20 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
     if process_group is not None:
         return backend, transformed
     if is_symbolic():
-        unfused = torch.is_grad_enabled() and compiler_fuses(x, rows, slots, _COMPILED_CALLS)
+        unfused = compiler_fuses(x, rows, slots, COMPILED_CALLS)
     else:
         unfused = backends.plain_is_faster(x.device, rows, slots)
     backend = UNFUSED if unfused else backend
     return backend, transformed
+
+
+def compiler_evaluates(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether torch.compile records a call on a CPU that keeps nothing for a backward, of tensors of one type to which
+    autocast gives no other. A layer that asks first spares the guards of all checks of a function."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+        return False
+    same = all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in parameters)
+    return same and x.device.type == "cpu" and x.dtype in plain.FLOATING and autocast_dtype(x) is None
 
 
 def compiler_fuses(x: Tensor, rows: int, slots: int, calls: int) -> bool:
@@ -416,14 +428,12 @@ def compiler_fuses(x: Tensor, rows: int, slots: int, calls: int) -> bool:
         return False
     if x.device.type != "cpu" or backends.chosen_backend() != "auto":
         return False
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(choices.gain(rows, slots) <= calls * choices.CALL_COST)
+    return is_statically(choices.gain(rows, slots) <= calls * choices.CALL_COST)
 
 
-#: Of attention on tokens, in choices.CALL_COST: what its passes must save in a step behind torch.compile, which fuses
-#: the specification. An evaluation has an operator that takes what is best when it runs.
-_COMPILED_CALLS = 4
+#: Of attention on tokens, in choices.CALL_COST: what its passes must save behind torch.compile, which fuses the
+#: specification.
+COMPILED_CALLS = 4
 
 
 def _is_of_one_head(x: Tensor, memories: Memories, making: Making) -> bool:

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..algorithms import few_slots
+from ..algorithms import few_slots, safe_normalization
 from ..algorithms.external_attention import log_sum_exp
-from ..algorithms.few_slots import SAFE_MASS
 from ..backends.choices import FEW_SLOTS
 from ..common.tracing import is_symbolic, needs_reference
 from ..reference import Norm
@@ -29,8 +28,7 @@ FAMILY = "external_attention"
 #: So with fewer slots than FEW_SLOTS two softmaxes are slow from so many rows on; and eight times as many, where a
 #: backward follows, as what takes their place has a longer one.
 _FEW_ROWS, _FEW_ROWS_FOLLOWED = 32, 256
-#: Elements of a map beyond which, where no backward follows, a second softmax costs more than to look at the sums, and
-#: the fused passes cost less than either.
+#: Elements of a map beyond which, where no backward follows, the fused passes cost less than operators of PyTorch.
 _SMALL_MAP = 32768
 #: Tokens of one slot from which a softmax over them is faster where they are the last axis.
 _MANY_TOKENS = 4096
@@ -73,17 +71,11 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
     followed = torch.is_grad_enabled() and logits.requires_grad
     count, last = logits.shape[slots], slots in (-1, logits.ndim - 1)
     slow = last and count < FEW_SLOTS and logits.numel() > _few_rows(followed) * count
-    if not (eps or slow) and (followed or logits.numel() <= _SMALL_MAP):
-        return logits.log_softmax(tokens).softmax(slots)
+    if not (eps or slow) and (followed or logits.numel() <= safe_normalization.SMALL_MAP):
+        return safe_normalization.by_two_softmaxes(logits, tokens, slots)
     if count == 1 and not eps:
         return _of_one_slot(logits, tokens % logits.ndim, slots % logits.ndim)
-    p = logits.softmax(tokens)
-    mass = p.sum(slots, keepdim=True)
-    if eps:
-        mass.add_(eps)
-    elif not mass.amin().item() >= SAFE_MASS[logits.dtype]:
-        return logits.log_softmax(tokens).softmax(slots)
-    return p / mass if followed else p.div_(mass)
+    return safe_normalization.by_sums(logits, tokens, slots, eps, kept=followed)[0]
 
 
 def _few_rows(followed: bool) -> int:
@@ -127,6 +119,15 @@ def external_attention(
     if followed:
         return few_slots.FewSlotsFunction.apply(x, key, value, value_bias, eps)
     return few_slots.forward(x, key, value, value_bias, eps)
+
+
+def for_a_compiler(x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, eps: float) -> Tensor:
+    """The same as a program that is compiled and has no backward."""
+    if key.shape[0] < FEW_SLOTS and x.dtype in WIDE:
+        return few_slots.forward(x, key, value, value_bias, eps)
+    logits = F.linear(x, key)
+    logits = logits if x.dtype in WIDE else logits.float()
+    return F.linear(safe_normalization.for_a_compiler(logits, 1, 2, eps).to(x.dtype), value, value_bias)
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:

@@ -31,6 +31,8 @@ from ..functional import plain
 from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_at_least_one
 from ..functional.external_attention import (
+    COMPILED_CALLS,
+    compiler_evaluates,
     compiler_fuses,
     double_normalize,
     external_attention,
@@ -92,8 +94,12 @@ class ExternalAttention(nn.Module):
         if getattr(x, "ndim", 3) > 3 or not (can_be_read(mk, nn.Linear) and can_be_read(mv, nn.Linear)):
             return self._through_submodules(x)
         key, key_bias, value, value_bias = memories = (*_linear(mk), *_linear(mv))
-        if _are_tokens(x, key) and plain_is_faster(x, memories, _rows_to_fuse(x), key.shape[0]):
-            return plain.external_attention(x, key, value, key_bias, value_bias)
+        if _are_tokens(x, key):
+            rows, slots = x.shape[0] * x.shape[1], key.shape[0]
+            if compiler_evaluates(x, *memories) and compiler_fuses(x, rows, slots, COMPILED_CALLS):
+                return plain.for_a_compiler(x, key, value, value_bias, 0.0)
+            if plain_is_faster(x, memories, _rows_to_fuse(x), slots):
+                return plain.external_attention(x, key, value, key_bias, value_bias)
         return external_attention(x, key, value, key_bias=key_bias, value_bias=value_bias)
 
     def _through_submodules(self, x: Tensor) -> Tensor:

@@ -84,11 +84,11 @@ def read_at_once(
     The checks of must_be_called and plain.serves in one room. They take little in a loop of their own, and four times
     that between operators, whose code has pushed theirs out of the caches: there it is the size of a check that costs.
     """
+    if is_observed() or _has_any_global_hook():  # first, as torch.compile would guard each later check
+        return None
     dtype = x.dtype
     found: list[Any] = []
     if type(x) is not Tensor or dtype not in types or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
-        return None
-    if is_observed() or _has_any_global_hook():
         return None
     for module in modules:
         kind, of = type(module), module.__dict__

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from .. import backends
 from ..algorithms import external_attention as algorithm
-from ..algorithms import few_slots
 from ..algorithms.double_backward import backward_is_followed, gradients
 from ..algorithms.external_attention import BatchNorm, Plan
-from ..backends.choices import FEW_SLOTS
 from ..common.dtypes import accumulate_dtype
 from ..common.layouts import contiguous, dense_tokens, save, saved, stored_as, with_rows
 from .registration import differentiate, register
@@ -153,8 +151,6 @@ def evaluates(backend: str) -> bool:
 
 def _evaluate(x, key, value, bias, eps, backend):
     slots = key.shape[0]
-    if slots < FEW_SLOTS and x.dtype in few_slots.SAFE_MASS:
-        return few_slots.forward(x, key, value, bias, eps)
     memories = contiguous(key.unsqueeze(0), value.unsqueeze(0), bias)
     return algorithm.forward(_attention_plan(slots, eps, "", 1.0, backend), with_rows(x), *memories, None, None)[0]
 

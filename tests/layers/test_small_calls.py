@@ -18,8 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import aia_kernels
-from aia_kernels import TokenExternalAttention, backends, functional
-from aia_kernels.algorithms import few_slots
+from aia_kernels import TokenExternalAttention, backends, functional, reference
+from aia_kernels.algorithms import few_slots, safe_normalization
 from aia_kernels.backends import choices
 from aia_kernels.functional import plain
 
@@ -314,6 +314,48 @@ def test_few_slots_that_underflow_or_are_not_numbers():
                 with aia_kernels.use_backend("reference"):
                     assert torch.equal(found.isnan(), module(x).isnan())
                 assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+AXES = [((2, 300, 7), 1, 2), ((7, 2, 300), 2, 0), ((2, 7, 300), 2, 1), ((5, 1), 0, 1)]
+
+
+def safe_forms(logits, tokens, slots, eps):
+    """A by each form of algorithms/safe_normalization.py that has an eps."""
+    yield safe_normalization.by_sums(logits, tokens, slots, eps, kept=True)[0]
+    yield safe_normalization.by_sums(logits, tokens, slots, eps, kept=False)[0]
+    yield safe_normalization.for_a_compiler(logits, tokens, slots, eps)
+    if not eps:
+        yield safe_normalization.by_two_softmaxes(logits, tokens, slots)
+
+
+@pytest.mark.parametrize("spread", [1.0, 200.0, 3000.0])
+@pytest.mark.parametrize("shape, tokens, slots", AXES)
+def test_safe_normalizations(shape, tokens, slots, spread):
+    """Every form gives the specification's map, also where P underflows in all slots of a token; and in float32."""
+    torch.manual_seed(0)
+    logits = spread * torch.randn(shape, dtype=torch.float64)
+    for eps in (0.0, 1e-3):
+        rows = reference.double_normalize(logits.movedim((tokens, slots), (-2, -1)), shape[slots], eps)
+        expected = rows.movedim((-2, -1), (tokens, slots))
+        for found in safe_forms(logits, tokens, slots, eps):
+            assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        # Logits of 32 bits are numbers of 64, and an exponent of that size is off by its rounding.
+        narrow = logits.float()
+        rows = reference.double_normalize(narrow.double().movedim((tokens, slots), (-2, -1)), shape[slots], eps)
+        expected, tolerance = rows.movedim((-2, -1), (tokens, slots)), 2.0**-20 * (1 + spread)
+        for found in safe_forms(narrow, tokens, slots, eps):
+            assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape, tokens, slots", AXES[:3])
+def test_safe_normalizations_of_what_is_no_number(shape, tokens, slots, value):
+    """It spoils its sample, and no other, as in the specification."""
+    sample = ({0, 1, 2} - {tokens, slots}).pop()
+    logits = torch.randn(shape)
+    logits[(0, 0, 0)] = value
+    for found in safe_forms(logits, tokens, slots, 0.0):
+        assert found.select(sample, 0).isnan().all() and found.select(sample, 1).isfinite().all()
 
 
 def test_one_slot_has_no_gradient():
