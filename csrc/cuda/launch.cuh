@@ -181,16 +181,33 @@ inline int allow_shared(const void* function, int bytes) {
   return answer_of_device(std::make_tuple(function, bytes), ask).error;
 }
 
+// Queues a kernel by queue(function, grid, addresses), which is told what the runtime wants to know of it.
+template <class Queue, class... Parameters>
+int queue_kernel(const Queue& queue, void (*kernel)(Parameters...), int64_t blocks, const Parameters&... parameters) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  return queue(function_of(kernel), static_cast<unsigned>(blocks), addresses);
+}
+
+// How the runtime launches blocks on a stream, all of one size.
+using LaunchBlocks = cudaError_t (*)(const void* function, dim3 grid, dim3 block, void** addresses, size_t shared_bytes,
+                                     cudaStream_t stream);
+
+template <class... Parameters>
+int queue_blocks(LaunchBlocks how, void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void* stream,
+                 const Parameters&... parameters) {
+  const auto queue = [&](const void* function, unsigned grid, void** addresses) -> int {
+    if (const int error = allow_shared(function, size.shared_bytes)) return error;
+    return how(function, grid, size.threads, addresses, size.shared_bytes, static_cast<cudaStream_t>(stream));
+  };
+  return queue_kernel(queue, kernel, blocks, parameters...);
+}
+
 // Queues a kernel on a stream; returns the error code of the launch.
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void* stream,
            std::type_identity_t<Parameters>... parameters) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const void* const function = function_of(kernel);
-  if (const int error = allow_shared(function, size.shared_bytes)) return error;
-  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  return cudaLaunchKernel(function, static_cast<unsigned>(blocks), size.threads, addresses, size.shared_bytes,
-                          static_cast<cudaStream_t>(stream));
+  return queue_blocks(cudaLaunchKernel, kernel, blocks, size, stream, parameters...);
 }
 
 // An attribute of the current device.
@@ -211,12 +228,7 @@ inline int cache_bytes() { return attribute_of_device(cudaDevAttrL2CacheSize).va
 template <class... Parameters>
 int launch_together(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void* stream,
                     std::type_identity_t<Parameters>... parameters) {
-  if (blocks > INT32_MAX) return cudaErrorCooperativeLaunchTooLarge;
-  const void* const function = function_of(kernel);
-  if (const int error = allow_shared(function, size.shared_bytes)) return error;
-  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  return cudaLaunchCooperativeKernel(function, static_cast<unsigned>(blocks), size.threads, addresses,
-                                     size.shared_bytes, static_cast<cudaStream_t>(stream));
+  return queue_blocks(cudaLaunchCooperativeKernel, kernel, blocks, size, stream, parameters...);
 }
 
 // A launch in clusters as the runtime takes it; refers to itself.
@@ -267,12 +279,12 @@ Answer clusters_together(void (*kernel)(Parameters...), int cluster, int threads
 template <class... Parameters>
 int launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes,
                     void* stream, std::type_identity_t<Parameters>... parameters) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const void* const function = function_of(kernel);
-  if (const int error = ClusterLaunch::allow(function, shared_bytes)) return error;
-  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  const ClusterLaunch launch(blocks, cluster, threads, shared_bytes, stream);
-  return cudaLaunchKernelExC(&launch.config, function, addresses);
+  const auto queue = [&](const void* function, unsigned grid, void** addresses) -> int {
+    if (const int error = ClusterLaunch::allow(function, shared_bytes)) return error;
+    const ClusterLaunch launch(grid, cluster, threads, shared_bytes, stream);
+    return cudaLaunchKernelExC(&launch.config, function, addresses);
+  };
+  return queue_kernel(queue, kernel, blocks, parameters...);
 }
 
 inline const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -72,6 +72,27 @@ struct MapFeatures {
   }
 };
 
+// Makes pooled features and the index of each maximum by pool(m, x, over_columns, gate, pooled, argmax).
+template <class Pool>
+std::tuple<Tensor, Tensor> pooled_positions(const Tensor& x, const Pool& pool) {
+  const FeatureMaps at = maps_of(x, "x");
+  const Matrix m = matrix_of(at);
+  Tensor pooled = new_numbers(x, {at.B, 2, at.C}), argmax = torch::stable::new_empty(x, {at.B, at.C}, ScalarType::Int);
+  pool(m, x, m.rows_are_channels, nullptr, pooled, argmax);
+  return {pooled, argmax};
+}
+
+template <class Pool>
+std::tuple<Tensor, Tensor> pooled_channels(const Tensor& x, const std::optional<Tensor>& channel, const Pool& pool) {
+  const FeatureMaps at = maps_of(x, "x");
+  const Matrix m = matrix_of(at);
+  if (channel) check_contiguous(*channel, {at.B, at.C}, accumulate_type(x), x, "channel");
+  Tensor pooled = new_numbers(x, {at.B, 2, at.H, at.W});
+  Tensor argmax = torch::stable::new_empty(x, {at.B, at.H, at.W}, ScalarType::Int);
+  pool(m, x, !m.rows_are_channels, channel ? channel->const_data_ptr() : nullptr, pooled, argmax);
+  return {pooled, argmax};
+}
+
 // What comes of one gate: all three or none.
 inline bool come_together(const std::optional<Tensor>& gate, const std::optional<Tensor>& grad,
                           const std::optional<Tensor>& argmax, const char* gate_name, const char* grad_name,

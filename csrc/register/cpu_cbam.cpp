@@ -14,7 +14,6 @@
 
 namespace {
 
-using aia::accumulate_type;
 using aia::FeatureMaps;
 using aia::maps_of;
 using aia::Matrix;
@@ -54,22 +53,10 @@ void pool(const Matrix& m, const Tensor& x, bool over_columns, const void* gate,
   parallel(m.B, [&](int64_t begin, int64_t end) { pass.join_pooled(m, parts, values, where, out, index, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> pool_positions(const Tensor& x) {
-  const FeatureMaps at = maps_of(x, "x");
-  const Matrix m = matrix_of(at);
-  Tensor pooled = new_numbers(x, {at.B, 2, at.C}), argmax = torch::stable::new_empty(x, {at.B, at.C}, ScalarType::Int);
-  pool(m, x, m.rows_are_channels, nullptr, pooled, argmax);
-  return {pooled, argmax};
-}
+std::tuple<Tensor, Tensor> pool_positions(const Tensor& x) { return aia::pooled_positions(x, pool); }
 
 std::tuple<Tensor, Tensor> pool_channels(const Tensor& x, std::optional<Tensor> channel) {
-  const FeatureMaps at = maps_of(x, "x");
-  const Matrix m = matrix_of(at);
-  if (channel) aia::check_contiguous(*channel, {at.B, at.C}, accumulate_type(x), x, "channel");
-  Tensor pooled = new_numbers(x, {at.B, 2, at.H, at.W});
-  Tensor argmax = torch::stable::new_empty(x, {at.B, at.H, at.W}, ScalarType::Int);
-  pool(m, x, !m.rows_are_channels, channel ? channel->const_data_ptr() : nullptr, pooled, argmax);
-  return {pooled, argmax};
+  return aia::pooled_channels(x, channel, pool);
 }
 
 std::vector<Tensor> recalibrate(const Tensor& x, std::optional<Tensor> channel, std::optional<Tensor> spatial,

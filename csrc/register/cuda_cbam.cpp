@@ -49,21 +49,10 @@ void pool(const Matrix& m, const Tensor& x, bool over_columns, const void* gate,
                                          pooled.mutable_data_ptr(), indices(argmax), launch.stream()));
 }
 
-std::tuple<Tensor, Tensor> pool_positions(const Tensor& x) {
-  const FeatureMaps at = maps_of(x, "x");
-  const Matrix m = matrix_of(at);
-  Tensor pooled = new_numbers(x, {at.B, 2, at.C}), argmax = new_indices(x, {at.B, at.C});
-  pool(m, x, m.rows_are_channels, nullptr, pooled, argmax);
-  return {pooled, argmax};
-}
+std::tuple<Tensor, Tensor> pool_positions(const Tensor& x) { return aia::pooled_positions(x, pool); }
 
 std::tuple<Tensor, Tensor> pool_channels(const Tensor& x, std::optional<Tensor> channel) {
-  const FeatureMaps at = maps_of(x, "x");
-  const Matrix m = matrix_of(at);
-  if (channel) aia::check_contiguous(*channel, {at.B, at.C}, aia::accumulate_type(x), x, "channel");
-  Tensor pooled = new_numbers(x, {at.B, 2, at.H, at.W}), argmax = new_indices(x, {at.B, at.H, at.W});
-  pool(m, x, !m.rows_are_channels, channel ? channel->const_data_ptr() : nullptr, pooled, argmax);
-  return {pooled, argmax};
+  return aia::pooled_channels(x, channel, pool);
 }
 
 std::vector<Tensor> recalibrate(const Tensor& x, std::optional<Tensor> channel, std::optional<Tensor> spatial,

@@ -175,10 +175,16 @@ PYBIND11_MODULE(aia_emulator, m) {
     });
   });
   m.def("shares", [](int64_t batch, std::vector<int64_t> dims, bool backward, int blocks) {
-    const Maps maps = cut(dims_of(batch, dims), backward ? kBackwardCapacity<float> : kForwardCapacity<float>, blocks);
-    std::vector<std::array<int64_t, 3>> found;
-    for (const Map* map = maps.at; map < maps.at + maps.n; ++map)
-      found.push_back({items_of(*map, batch), map->visits(), map->blocks});
+    const Capacity capacity = backward ? kBackwardCapacity<float> : kForwardCapacity<float>;
+    const PackedDims packed = dims_of(batch, dims);
+    const Maps maps = cut(packed, capacity, blocks);
+    std::vector<std::array<int64_t, 5>> found;
+    for (int m = 0; m < maps.n; ++m) {
+      Map map = tiled(packed, m, capacity);
+      map.chunks = map.d0;
+      const Map& of = maps.at[m];
+      found.push_back({items_of(of, batch), of.visits(), of.blocks, map.tiles(), most_slabs(map, capacity)});
+    }
     return found;
   });
   m.def("move_statistics_",

@@ -24,6 +24,7 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed, cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
+using dim3 = unsigned;
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -91,9 +92,9 @@ inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
   return stub::check(function, *config);
 }
 
-inline cudaError_t cudaLaunchKernel(const void*, unsigned, int, void**, size_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
 
-inline cudaError_t cudaLaunchCooperativeKernel(const void*, unsigned, int, void**, size_t, cudaStream_t) {
+inline cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
   return cudaSuccess;
 }
 
