@@ -5,7 +5,6 @@ the fused ones (aia_kernels.algorithms.external_attention_passes).
 Maps keep the storage order of x with the pooled letter struck out.
 """
 
-from ..common.running_statistics import move_statistics_
 from .cbam import (
     cbam_pool_channels,
     cbam_pool_positions,
@@ -20,6 +19,7 @@ from .logits import attention_gradient, empty_attention, logits, normalize
 from .pool import pool, unpool, unpool_reduce
 from .recalibrate import recalibrate, recalibrate_reduce
 from .residual import empty_signs, signed
+from .running_statistics import move_statistics_
 from .shift import temporal_shift
 from .token_sums import moments, value_gradient
 from .values import logits_gradient, values

@@ -91,7 +91,8 @@ def _of_function(function: FunctionType) -> Uses:
         elif operation == "store":
             writes |= named(node.args[0])
         elif operation.startswith("atomic"):
-            raise NotImplementedError(f"{function.__name__} uses {operation}; say here what it reads and writes")
+            reads |= named(node.args[0])
+            writes |= named(node.args[0])
     return Uses(frozenset(reads), frozenset(writes), product, parameters, frozenset(returned))
 
 
