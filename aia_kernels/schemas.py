@@ -145,6 +145,31 @@ _CONVOLVE_SCHEMAS = {
     "(Tensor grad_pooled, Tensor grad_weight)",
 }
 
+# Attention by a memory per sample (algorithms/linear_attention.py; N here is its number of tokens, d the features of a
+# key in each of H heads). logits [B, 2 H d, N] are Z, the keys and then the queries of all heads, tokens contiguous.
+# feature is the place of phi in reference.linear_attention.FEATURES; a head has R rows of phi, d + 1 for l2, else d.
+# padding [B, N] is boolean, True where a token takes no part: all that is made of it is 0. gamma [1] is of the type of
+# logits, absent for 1; sums, rows and query are in accumulate_dtype. rows [B, H R + 2 H d, N] are phi(k) of all
+# heads, and behind it room for the gradients of keys and queries. No x-sized traffic.
+_MEMORY_SCHEMAS = {
+    # phi(k) [B, H R, N], or rows, and its sums over tokens, s [B, H R]. statistics [B, 2, H d]: of a softmax over
+    # tokens the maximum of each column and its sum of exp(logit - maximum), where known; else they are found here.
+    "memory_keys": "(Tensor logits, int feature, int heads, Tensor? padding, Tensor? statistics, bool gradients) "
+    "-> (Tensor rows, Tensor sums)",
+    # phi(q)' [B, H R, N] = gamma phi(q) / mass with mass = phi(q) (s + eps) / N, eps not for the constant 1 of l2, and
+    # where mass is 0 by 1; or gamma phi(q) where phi is a softmax over the features of a head.
+    "memory_queries": "(Tensor logits, int feature, int heads, Tensor? padding, Tensor sums, Tensor? gamma, "
+    "float eps) -> Tensor",
+    # For the gradient `reached` [B, H R, N] of phi(q)', of the type of logits: the gradient of the queries into rows;
+    # returns phi(q)', the gradient of s [B, H R] by way of mass, and that of gamma [1].
+    "memory_queries_backward_": "(Tensor(a!) rows, Tensor logits, int feature, int heads, Tensor? padding, "
+    "Tensor sums, Tensor? gamma, float eps, Tensor reached) -> (Tensor query, Tensor grad_sums, Tensor grad_gamma)",
+    # For the gradient reached + grad_sums [B, H R] of phi(k), which is in rows: the gradient of the keys into rows.
+    # reduced [B, H d]: of a softmax over tokens the sum of phi(k) times its gradient, where it is known.
+    "memory_keys_backward_": "(Tensor(a!) rows, Tensor logits, int feature, int heads, Tensor? padding, "
+    "Tensor reached, Tensor grad_sums, Tensor? reduced) -> ()",
+}
+
 # The whole unit forward, y = x * G_outer(x * G_inner(x)), where all statistics are fixed: no clip depends on another,
 # and a clip may stay on chip, or in cache. inner is a context or NONE, outer the other context, or either one. The
 # lists are those of gate, with entries for the gate over C, then for those over T, H and W, as far as the unit has
@@ -173,10 +198,11 @@ RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 CBAM_PASSES = tuple(_CBAM_SCHEMAS)
 CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
+MEMORY_PASSES = tuple(_MEMORY_SCHEMAS)
 PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
-_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS
+_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -414,3 +440,32 @@ def _(pooled, weight):
 @_fake("cbam_convolve_backward")
 def _(grad_z, pooled, weight):
     return torch.empty_like(pooled), torch.empty_like(weight)
+
+
+def _memory_rows(logits: Tensor, feature: int, heads: int) -> int:
+    """H R."""
+    return logits.shape[1] // 2 + (heads if feature == 0 else 0)
+
+
+@_fake("memory_keys")
+def _(logits, feature, heads, padding, statistics, gradients):
+    b, columns, n = logits.shape
+    rows, dtype = _memory_rows(logits, feature, heads), accumulate_dtype(logits.dtype)
+    shape = b, rows + (columns if gradients else 0), n
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty((b, rows), dtype=dtype)
+
+
+@_fake("memory_queries")
+def _(logits, feature, heads, padding, sums, gamma, eps):
+    b, _, n = logits.shape
+    return sums.new_empty((b, _memory_rows(logits, feature, heads), n))
+
+
+@_fake("memory_queries_backward_")
+def _(rows, logits, feature, heads, padding, sums, gamma, eps, reached):
+    return rows.new_empty(reached.shape), torch.empty_like(sums), rows.new_empty(1)
+
+
+@_fake("memory_keys_backward_")
+def _(rows, logits, feature, heads, padding, reached, grad_sums, reduced):
+    return None

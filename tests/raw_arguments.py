@@ -47,6 +47,7 @@ def good() -> dict[str, list]:
         "residual_relu_": [x(2, 6, 8), x(2, 6, 8), x(8)],
         "residual_relu_backward": [x(2, 6, 8), torch.zeros(12, dtype=torch.uint8)],
         **_of_cbam(),
+        **_of_memories(),
     }
 
 
@@ -64,6 +65,19 @@ def _of_cbam() -> dict[str, list]:
         "cbam_unpool": [x(B, C, H, W), x(B, C, H, W), *of_channels, *of_positions],
         "cbam_convolve": [x(B, 2, H, W), x(1, 2, 3, 3)],
         "cbam_convolve_backward": [x(B, 1, H, W), x(B, 2, H, W), x(1, 2, 3, 3)],
+    }
+
+
+def _of_memories() -> dict[str, list]:
+    """Two heads of three features and a constant, six tokens."""
+    x, padding = torch.randn, torch.zeros(B, 6, dtype=torch.bool)
+    of_phi = x(B, 12, 6), 0, 2, padding
+    divisor = 1 + torch.rand(B, 8), x(1), 1e-6
+    return {
+        "memory_keys": [*of_phi, None, False],
+        "memory_queries": [*of_phi, *divisor],
+        "memory_queries_backward_": [x(B, 20, 6), *of_phi, *divisor, x(B, 8, 6)],
+        "memory_keys_backward_": [x(B, 20, 6), *of_phi, x(B, 8, 6), x(B, 8), None],
     }
 
 

@@ -39,6 +39,7 @@ from ..common.layouts import save, saved, stored_as, unviewed
 from ..common.process_groups import gather, resolve
 from ..reference import Form, Weights
 from ..reference import linear_attention as reference
+from ..reference.linear_attention import FEATURES
 from .double_backward import backward_is_followed, gradients
 
 #: Tokens that one product sums over.
@@ -48,36 +49,36 @@ CHUNK = 2**15
 class Plan(NamedTuple):
     """What is constant about a call.
 
-    form: the feature map, the heads and eps. shards: the name of the process group whose members hold the tokens, or
-    "". keeps_logits, keeps_sums: whether Z and (T, s) are kept for the backward.
+    passes: has those of schemas.MEMORY_PASSES as attributes. form: the feature map, the heads and eps. shards: the name
+    of the process group whose members hold the tokens, or "". keeps_logits, keeps_sums: whether Z and (T, s) are kept
+    for the backward.
     """
 
+    passes: Any
     form: Form
     shards: str = ""
     keeps_logits: bool = True
     keeps_sums: bool = True
 
 
-class Features(NamedTuple):
-    """phi(k) and phi(q) [B, H, R, N] in accumulate_dtype, and what their gradient needs beside them: the logits, and
-    the inverse lengths for l2."""
+class Sums(NamedTuple):
+    """T [B, H R, C] and s [B, H R], sums over the tokens of all members of a process group, in accumulate_dtype."""
 
-    key: Tensor
-    query: Tensor
-    logits: Tensor
-    inverse: Tensor | None = None
+    t: Tensor
+    s: Tensor
 
 
 class Gradients(NamedTuple):
-    """Those of x, stored as x and None if it is not wanted, and of each of Weights in accumulate_dtype."""
+    """Those of x, stored as x and None if it is not wanted, and of each of Weights in accumulate_dtype. Those of absent
+    ones are None, but for gamma."""
 
     x: Tensor | None
     projection: Tensor
-    bias: Tensor
+    bias: Tensor | None
     value: Tensor
-    value_bias: Tensor
+    value_bias: Tensor | None
     output: Tensor | None
-    output_bias: Tensor
+    output_bias: Tensor | None
     gamma: Tensor
 
 
@@ -93,22 +94,15 @@ def keeps(channels: int, keys: int, rows: int, tokens: int | None) -> tuple[bool
 
 
 @without_autocast
-def forward(plan: Plan, x: Tensor, weights: Weights, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """y, stored as x, Z [B, 2 H d, N] and (T, s) [B, H R, C + 1], for a dense x [B, N, C]; see reference.Weights."""
+def forward(plan: Plan, x: Tensor, weights: Weights, padding: Tensor | None) -> tuple[Tensor, Tensor, Sums]:
+    """y, stored as x, Z [B, 2 H d, N] and (T, s), for a dense x [B, N, C]; see reference.Weights."""
     tokens = _shown(x, padding).mT
     logits = _logits(tokens, weights)
-    features = _features(plan, logits, padding)
-    sums = _sum_of_members(_with_total(features.key, tokens), plan.shards)
+    phi, s = _keys(plan, logits, padding, False)
+    sums = _sums(plan, phi, tokens, s)
     memory = _memory(plan, sums, weights, x.shape[1])[1]
-    query, factor = features.query, None if weights.gamma is None else weights.gamma.to(features.query.dtype)
-    if plan.form.feature != "softmax":
-        inverse = _inverse_mass(plan, query, sums, padding)[0]
-        factor = inverse if factor is None else inverse * factor
-    elif padding is not None:
-        query = query.masked_fill(_per_token(padding), 0.0)
-    if factor is not None:
-        query = query.mul_(factor)  # features are made anew in the backward
-    y = _product(x, memory.mT.to(x.dtype), query.flatten(1, 2).to(x.dtype), plan.form.residual)
+    query = plan.passes.memory_queries(logits, *_of_phi(plan, padding), sums.s, weights.gamma, plan.form.eps)
+    y = _product(x, _as(memory.mT, x.dtype), _as(query, x.dtype), plan.form.residual)
     return y, logits, sums
 
 
@@ -119,44 +113,50 @@ def backward(
     x: Tensor,
     weights: Weights,
     logits: Tensor | None,
-    sums: Tensor | None,
+    sums: Sums | None,
     padding: Tensor | None,
     needs_x: bool = True,
 ) -> Gradients:
     """The gradients for that of y, stored as x. logits and sums as forward returns them, None to make them again."""
-    tokens, g, heads = _shown(x, padding).mT, _shown(grad, padding).mT, plan.form.heads
-    features = _features(plan, _logits(tokens, weights) if logits is None else logits, padding)
-    if sums is None:
-        sums = _sum_of_members(_with_total(features.key, tokens), plan.shards)
+    passes, of_phi = plan.passes, _of_phi(plan, padding)
+    tokens, g = _shown(x, padding).mT, _shown(grad, padding).mT
+    logits = _logits(tokens, weights) if logits is None else logits
+    rows, s = _keys(plan, logits, padding, True)
+    phi_rows = s.shape[1]
+    sums = _sums(plan, rows[:, :phi_rows], tokens, s) if sums is None else sums
     u, memory = _memory(plan, sums, weights, x.shape[1])
-    reached = torch.bmm(memory.to(x.dtype), g).to(memory.dtype).unflatten(1, (heads, -1))
-    query, grad_query, grad_total, grad_gamma = _through_query(plan, features, reached, sums, weights, padding)
-    grad_memory = _over_tokens(query.flatten(1, 2), g)
-    of_memory = _through_memory(plan, grad_memory, sums, u, weights, x.shape[1])
-    grad_sums = of_memory[0]
-    if grad_total is not None:
-        grad_sums[..., -1] += grad_total
-    grad_sums = _sum_of_members(grad_sums, plan.shards)
-    grad_t, grad_s = grad_sums[..., :-1].to(x.dtype), grad_sums[..., -1:]
-    grad_key = torch.bmm(grad_t, tokens).to(grad_s.dtype).add_(grad_s).unflatten(1, (heads, -1))
-    grad_logits = _through_features(plan, features, grad_key, grad_query, padding)
-    narrow = grad_logits.to(x.dtype)
-    grad_x = None
+    reached = torch.bmm(_as(memory, x.dtype), g)
+    of_divisor = sums.s, weights.gamma, plan.form.eps
+    query, grad_total, grad_gamma = passes.memory_queries_backward_(rows, logits, *of_phi, *of_divisor, reached)
+    grad_sums, *of_parameters = _through_memory(plan, _over_tokens(query, g), sums, u, weights, x.shape[1])
+    if plan.form.feature != "softmax":
+        grad_sums = grad_sums._replace(s=grad_sums.s + grad_total)
+    grad_sums = _sums_of_members(plan, grad_sums)
+    grad_t = _as(grad_sums.t, x.dtype)
+    reached = torch.bmm(grad_t, tokens)
+    reduced = _reduced(plan, rows, reached, grad_sums.s)
+    passes.memory_keys_backward_(rows, logits, *of_phi, reached, grad_sums.s, reduced)
+    narrow, grad_x = _as(rows, x.dtype), None
     if needs_x:
         factors = torch.cat((grad_t.mT, weights.projection.mT.expand(x.shape[0], -1, -1)), 2)
-        rows = torch.cat((features.key.flatten(1, 2).to(x.dtype), narrow), 1)
-        grad_x = _product(grad, factors, rows, plan.form.residual)
-    of_projection = _over_tokens(narrow, tokens).sum(0), grad_logits.sum((0, 2))
-    return Gradients(grad_x, *of_projection, *of_memory[1:], grad_gamma)
+        grad_x = _product(grad, factors, narrow, plan.form.residual)
+    of_projection = _over_samples(_over_tokens(narrow[:, phi_rows:], tokens))
+    of_bias = None if weights.bias is None else rows[:, phi_rows:].sum((0, 2))
+    return Gradients(grad_x, of_projection, of_bias, *of_parameters, grad_gamma)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in a type; a call that does nothing takes a microsecond, too."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _shown(x: Tensor, padding: Tensor | None) -> Tensor:
     return x if padding is None else x.masked_fill(padding.unsqueeze(-1), 0.0)
 
 
-def _per_token(padding: Tensor) -> Tensor:
-    """padding [B, N] over heads and rows."""
-    return padding.unsqueeze(1).unsqueeze(1)
+def _of_phi(plan: Plan, padding: Tensor | None) -> tuple[int, int, Tensor | None]:
+    """What every pass is told."""
+    return FEATURES.index(plan.form.feature), plan.form.heads, padding
 
 
 def _logits(tokens: Tensor, weights: Weights) -> Tensor:
@@ -164,44 +164,37 @@ def _logits(tokens: Tensor, weights: Weights) -> Tensor:
     projection = weights.projection.expand(tokens.shape[0], -1, -1)
     if weights.bias is None:
         return torch.bmm(projection, tokens)
-    return torch.baddbmm(weights.bias.view(1, -1, 1), projection, tokens)
+    return torch.baddbmm(weights.bias.unsqueeze(1), projection, tokens)
 
 
-def _features(plan: Plan, logits: Tensor, padding: Tensor | None) -> Features:
-    split = logits.to(accumulate_dtype(logits.dtype)).unflatten(1, (2, plan.form.heads, -1))  # [B, 2, H, d, N]
-    if plan.form.feature == "softmax":
-        return Features(_softmax_over_tokens(plan, split[:, 0], padding), split[:, 1].softmax(2), split)
-    inverse = None
-    if plan.form.feature == "softplus":
-        both = torch.nn.functional.softplus(split)
-    else:
-        square = split.square().sum(3, keepdim=True)
-        inverse = square.add_(square == 0).rsqrt_()
-        both = split.new_empty((*split.shape[:3], split.shape[3] + 1, split.shape[4]))
-        both[:, :, :, :1] = 1.0
-        torch.mul(split, inverse, out=both[:, :, :, 1:])
-    if padding is not None:
-        both[:, 0].masked_fill_(_per_token(padding), 0.0)
-    return Features(*both.unbind(1), split, inverse)
+def _keys(plan: Plan, logits: Tensor, padding: Tensor | None, gradients: bool) -> tuple[Tensor, Tensor]:
+    """phi(k) [B, H R, N], with room for dZ behind it if that is wanted, and s of the tokens here."""
+    statistics = _statistics(plan, logits, padding) if plan.shards and plan.form.feature == "softmax" else None
+    return plan.passes.memory_keys(logits, *_of_phi(plan, padding), statistics, gradients)
 
 
-def _softmax_over_tokens(plan: Plan, key: Tensor, padding: Tensor | None) -> Tensor:
-    """Of key [B, H, d, N] over N, over the tokens of all members of a process group; 0 where there is no token."""
-    if padding is None and not plan.shards:
-        return key.softmax(3)
-    shown = key if padding is None else key.masked_fill(_per_token(padding), -torch.inf)
-    maximum = shown.amax(3, keepdim=True)
-    if plan.shards:
-        maximum = gather(maximum, plan.shards).amax(0)
-    weight = (shown - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp_()
-    total = _sum_of_members(weight.sum(3, keepdim=True), plan.shards)
-    return weight.div_(total.add_(total == 0))
+def _statistics(plan: Plan, logits: Tensor, padding: Tensor | None) -> Tensor:
+    """The maximum of each column of keys and its sum of exp(logit - maximum), [B, 2, H d], over the tokens of all
+    members of a process group."""
+    key = logits[:, : logits.shape[1] // 2].to(accumulate_dtype(logits.dtype))
+    shown = key if padding is None else key.masked_fill(padding.unsqueeze(1), -torch.inf)
+    maximum = gather(shown.amax(2), plan.shards).amax(0)
+    origin = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    total = _sum_of_members(plan, (shown - origin.unsqueeze(2)).exp_().sum(2))
+    return torch.stack((maximum, total), 1)
 
 
-def _with_total(key: Tensor, tokens: Tensor) -> Tensor:
-    """(T, s) [B, H R, C + 1] of phi(k) [B, H, R, N] and X [B, C, N]."""
-    rows = key.flatten(1, 2)
-    return torch.cat((_over_tokens(rows, tokens), rows.sum(2, keepdim=True)), 2)
+def _reduced(plan: Plan, rows: Tensor, reached: Tensor, grad_s: Tensor) -> Tensor | None:
+    """Of a softmax over the tokens of all members of a process group, the sum of phi(k) times its gradient [B, H d]."""
+    if not (plan.shards and plan.form.feature == "softmax"):
+        return None
+    key = rows[:, : reached.shape[1]]
+    return _sum_of_members(plan, (key * (reached.to(key.dtype) + grad_s.unsqueeze(2))).sum(2))
+
+
+def _sums(plan: Plan, rows: Tensor, tokens: Tensor, s: Tensor) -> Sums:
+    """(T, s) of phi(k) [B, H R, N], X [B, C, N] and the s of the tokens here."""
+    return _sums_of_members(plan, Sums(_over_tokens(rows, tokens), s))
 
 
 def _over_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
@@ -213,9 +206,14 @@ def _over_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
     """
     dtype = accumulate_dtype(tokens.dtype)
     factor = dtype if tokens.dtype == torch.float16 else tokens.dtype
+    if tokens.shape[2] <= CHUNK:
+        return _as(torch.bmm(_as(rows, factor), _as(tokens, factor).mT), dtype)
     pairs = zip(rows.split(CHUNK, 2), tokens.split(CHUNK, 2), strict=True)
-    products = [torch.bmm(a.to(factor), b.to(factor).mT).to(dtype) for a, b in pairs]
-    return products[0] if len(products) == 1 else torch.stack(products).sum(0)
+    return torch.stack([torch.bmm(_as(a, factor), _as(b, factor).mT).to(dtype) for a, b in pairs]).sum(0)
+
+
+def _over_samples(t: Tensor) -> Tensor:
+    return t.squeeze(0) if t.shape[0] == 1 else t.sum(0)
 
 
 def _of_heads(t: Tensor, heads: int) -> Tensor:
@@ -232,99 +230,47 @@ def _of_samples(t: Tensor, samples: int) -> Tensor:
     return t.unflatten(1, (samples, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _memory(plan: Plan, sums: Tensor, weights: Weights, tokens: int) -> tuple[Tensor, Tensor]:
-    """U [H, B R, v] and M [B, H R, C], scaled by 1 / N where a division follows."""
-    by_head = _of_heads(sums, plan.form.heads)
-    t, s = by_head[..., :-1], by_head[..., -1:]
-    value = weights.value.to(t.dtype).mT
-    if weights.value_bias is None:
-        u = torch.bmm(t, value)
+def _share(plan: Plan, tokens: int) -> float:
+    """What M is scaled by."""
+    return 1.0 if plan.form.feature == "softmax" else 1 / tokens
+
+
+def _memory(plan: Plan, sums: Sums, weights: Weights, tokens: int) -> tuple[Tensor | None, Tensor]:
+    """U [H, B R, v], None without an output projection, and M [B, H R, C], scaled by 1 / N where a division follows."""
+    t, share = _of_heads(sums.t, plan.form.heads), _share(plan, tokens)
+    added = {"beta": share, "alpha": share} if weights.output is None else {}
+    value = _as(weights.value.mT, t.dtype)
+    if weights.value_bias is not None:
+        s = _of_heads(sums.s.unsqueeze(2), plan.form.heads)
+        u = torch.baddbmm(s * _as(weights.value_bias, t.dtype).unsqueeze(1), t, value, **added)
     else:
-        u = torch.baddbmm(s * weights.value_bias.to(t.dtype).unsqueeze(1), t, value)
-    memory = u if weights.output is None else torch.bmm(u, weights.output.to(t.dtype).mT)
+        u = torch.bmm(t, value)
+        u = u.mul_(share) if weights.output is None and share != 1.0 else u
+    if weights.output is None:
+        return None, _of_samples(u, sums.t.shape[0])
+    memory = torch.bmm(u, _as(weights.output.mT, t.dtype))
     if weights.output_bias is not None:
-        memory = memory + weights.output_bias.to(t.dtype) / plan.form.heads
-    memory = _of_samples(memory, sums.shape[0])
-    return u, memory if plan.form.feature == "softmax" else memory / tokens
-
-
-def _inverse_mass(plan: Plan, query: Tensor, sums: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """r N [B, H, 1, N], 0 at padding, and (s + eps) / N [B, H, R, 1]."""
-    s = sums[..., -1].unflatten(1, (plan.form.heads, -1))
-    s = (s / query.shape[3]).unsqueeze(3)
-    s[:, :, plan.form.feature == "l2" :] += plan.form.eps / query.shape[3]  # not to the constant 1
-    mass = torch.matmul(s.mT, query)
-    inverse = mass.add_(mass == 0).reciprocal_()
-    return inverse if padding is None else inverse.masked_fill(_per_token(padding), 0.0), s
-
-
-def _through_query(
-    plan: Plan, features: Features, reached: Tensor, sums: Tensor, weights: Weights, padding: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """phi(q)', dphi(q) [B, H, R, N], the part of ds [B, H R] that comes through the divisor, and dgamma [1], of P."""
-    query = features.query
-    gamma = query.new_ones(1) if weights.gamma is None else weights.gamma.to(query.dtype)
-    if plan.form.feature == "softmax":
-        if padding is not None:
-            query = query.masked_fill(_per_token(padding), 0.0)
-        if weights.gamma is None:
-            return query, reached, None, gamma
-        return query * gamma, reached * gamma, None, (query * reached).sum().view(1)
-    inverse, s = _inverse_mass(plan, query, sums, padding)
-    ratio = (query * reached).sum(2, keepdim=True).mul_(inverse)
-    factor = inverse * gamma
-    grad_mass = (ratio * factor).neg_()
-    grad_total = torch.matmul(query, grad_mass.mT).flatten(1) / query.shape[3]
-    return query * factor, torch.addcmul(reached * factor, s, grad_mass), grad_total, ratio.sum().view(1)
+        memory = memory.add_(weights.output_bias.to(t.dtype), alpha=1 / plan.form.heads)
+    return u, _of_samples(memory if share == 1.0 else memory.mul_(share), sums.t.shape[0])
 
 
 def _through_memory(
-    plan: Plan, grad: Tensor, sums: Tensor, u: Tensor, weights: Weights, tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    plan: Plan, grad: Tensor, sums: Sums, u: Tensor | None, weights: Weights, tokens: int
+) -> tuple[Sums, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of (T, s), of the value, its bias, the output projection and its bias, for that of M."""
-    heads, samples = plan.form.heads, sums.shape[0]
-    if plan.form.feature != "softmax":
-        grad = grad / tokens
-    grad_m, by_head = _of_heads(grad, heads), _of_heads(sums, heads)
-    t, s = by_head[..., :-1], by_head[..., -1:]
-    grad_output, grad_u = None, grad_m
-    if weights.output is not None:
+    heads, samples, share = plan.form.heads, sums.t.shape[0], _share(plan, tokens)
+    grad_m, t = _of_heads(grad if share == 1.0 else grad * share, heads), _of_heads(sums.t, heads)
+    value, grad_output, grad_u = _as(weights.value, t.dtype), None, grad_m
+    if weights.output is not None and u is not None:
         grad_output = torch.bmm(grad_m.mT, u)
-        grad_u = torch.bmm(grad_m, weights.output.to(t.dtype))
-    value = weights.value.to(t.dtype)
-    bias = value.new_zeros(value.shape[:2]) if weights.value_bias is None else weights.value_bias.to(t.dtype)
-    grad_sums = torch.cat((torch.bmm(grad_u, value), torch.bmm(grad_u, bias.unsqueeze(2))), 2)
-    grad_value, grad_bias = torch.bmm(grad_u.mT, t), torch.bmm(grad_u.mT, s).squeeze(2)
-    grad_output_bias = grad_m.sum((0, 1)) / heads
-    return _of_samples(grad_sums, samples), grad_value, grad_bias, grad_output, grad_output_bias
-
-
-def _through_features(
-    plan: Plan, features: Features, grad_key: Tensor, grad_query: Tensor, padding: Tensor | None
-) -> Tensor:
-    """dZ [B, 2 H d, N] of dphi(k) and dphi(q)."""
-    key, query, logits, inverse = features
-    if plan.form.feature == "softmax":
-        softmax_backward = torch.ops.aten._softmax_backward_data.default
-        if plan.shards:
-            reduced = _sum_of_members((key * grad_key).sum(3, keepdim=True), plan.shards)
-            grad_key = (grad_key - reduced) * key
-        else:
-            grad_key = softmax_backward(grad_key, key, 3, key.dtype)
-        grad = torch.stack((grad_key, softmax_backward(grad_query, query, 2, query.dtype)), 1)
-    elif plan.form.feature == "softplus":
-        grad = torch.stack((grad_key, grad_query), 1)
-        grad = torch.ops.aten.softplus_backward.default(grad, logits, 1.0, 20.0)
-    else:
-        grad = torch.empty_like(logits)
-        for i, pair in enumerate(((key, grad_key), (query, grad_query))):
-            hat, of_hat = (t[:, :, 1:] for t in pair)
-            along = (hat * of_hat).sum(2, keepdim=True)
-            torch.addcmul(of_hat, hat, along, value=-1.0, out=grad[:, i])
-        grad.mul_(inverse)
-    if padding is not None:
-        grad = grad.masked_fill(_per_token(padding).unsqueeze(1), 0.0)
-    return grad.flatten(1, 3)
+        grad_u = torch.bmm(grad_m, _as(weights.output, t.dtype))
+    grad_t, grad_s, grad_bias = _of_samples(torch.bmm(grad_u, value), samples), torch.zeros_like(sums.s), None
+    if weights.value_bias is not None:
+        s = _of_heads(sums.s.unsqueeze(2), heads)
+        grad_s = _of_samples(torch.bmm(grad_u, _as(weights.value_bias, t.dtype).unsqueeze(2)), samples).squeeze(2)
+        grad_bias = torch.bmm(grad_u.mT, s).squeeze(2)
+    grad_output_bias = None if weights.output_bias is None else grad_m.sum((0, 1)) / heads
+    return Sums(grad_t, grad_s), torch.bmm(grad_u.mT, t), grad_bias, grad_output, grad_output_bias
 
 
 def _product(x: Tensor, factors: Tensor, rows: Tensor, added: bool) -> Tensor:
@@ -335,9 +281,17 @@ def _product(x: Tensor, factors: Tensor, rows: Tensor, added: bool) -> Tensor:
     return stored_as((torch.baddbmm(x.mT, factors, rows) if added else torch.bmm(factors, rows)).mT, x)
 
 
-def _sum_of_members(part: Tensor, name: str) -> Tensor:
+def _sum_of_members(plan: Plan, part: Tensor) -> Tensor:
     """The sum over the members of a process group, in the order of their ranks; the part itself without a group."""
-    return gather(part, name).sum(0) if name else part
+    return gather(part, plan.shards).sum(0) if plan.shards else part
+
+
+def _sums_of_members(plan: Plan, sums: Sums) -> Sums:
+    """The same of both, in one exchange."""
+    if not plan.shards:
+        return sums
+    both = _sum_of_members(plan, torch.cat((sums.t, sums.s.unsqueeze(2)), 2))
+    return Sums(both[..., :-1].contiguous(), both[..., -1].contiguous())
 
 
 def formula(plan: Plan, padding: Tensor | None) -> Callable[..., Tensor]:
@@ -356,17 +310,19 @@ class LinearAttentionFunction(torch.autograd.Function):
         y, logits, sums = forward(plan, x, Weights(*tensors), padding)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        save(ctx, x, *tensors, padding, logits if plan.keeps_logits else None, sums if plan.keeps_sums else None)
+        kept = sums if plan.keeps_sums else (None, None)
+        save(ctx, x, *tensors, padding, logits if plan.keeps_logits else None, *kept)
         return unviewed(y)
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 10
-        x, *tensors, padding, logits, sums = saved(ctx)
+        x, *tensors, padding, logits, t, s = saved(ctx)
         plan, needs = ctx.plan, ctx.needs_input_grad[:8]
         if backward_is_followed():
             return *gradients(formula(plan, padding), (x, *tensors), needs, grad), None, None
+        sums = None if t is None else Sums(t, s)
         grads = backward(plan, stored_as(grad, x), x, Weights(*tensors), logits, sums, padding, needs[0])
         return *typed(grads, (x, *tensors)), None, None
 
@@ -374,4 +330,4 @@ class LinearAttentionFunction(torch.autograd.Function):
 def typed(grads: Any, inputs: Any) -> list[Tensor | None]:
     """Gradients in the shapes and types of what they are of; None for what is absent or not wanted."""
     pairs = zip(grads, inputs, strict=True)
-    return [None if g is None or p is None else g.view(p.shape).to(p.dtype) for g, p in pairs]
+    return [None if g is None or p is None else _as(g, p.dtype).view(p.shape) for g, p in pairs]

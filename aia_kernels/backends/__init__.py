@@ -37,7 +37,7 @@ import torch
 from .. import schemas
 from ..algorithms.external_attention_passes import FUSED_PASSES
 from ..common.dtypes import DTYPES
-from . import choices, extension
+from . import choices, extension, memory_passes
 from .matmul_passes import MatmulPasses
 
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -46,7 +46,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 FAMILIES = {
     "attention_in_attention": schemas.PASSES,
     "external_attention": schemas.DOUBLE_NORM_PASSES + schemas.RESIDUAL_PASSES,
-    "linear_attention": (),  # products of PyTorch and few operations on what is small beside x
+    "linear_attention": (),  # products of PyTorch; where there are no schemas.MEMORY_PASSES, memory_passes has them
     "temporal_shift": schemas.SHIFT_PASSES,
     "cbam": schemas.CBAM_PASSES,
 }
@@ -341,9 +341,14 @@ def passes(name: str, family: str) -> Any:
 
     Returns:
         An object with the passes as attributes, by the names of schemas.PASSES or of schemas.SHIFT_PASSES, or, for
-        external attention, algorithms.external_attention_passes.Passes. Those of Attention in Attention have map_order
+        external attention, algorithms.external_attention_passes.Passes; for linear attention, by those of
+        schemas.MEMORY_PASSES. Those of Attention in Attention have map_order
         beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES.
     """
+    if family == "linear_attention":
+        if name != "cpu" or extension.load() is not None:
+            return memory_passes
+        return SimpleNamespace(**{p: schemas.callable_pass(p) for p in schemas.MEMORY_PASSES})
     if name == "triton":
         return importlib.import_module("..triton", __package__)
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})

@@ -84,7 +84,7 @@ def as_tokens(x: Tensor) -> Tensor:
 
 def as_maps(tokens: Tensor, x: Tensor) -> Tensor:
     """The inverse of as_tokens: the view of tokens [B, N, C] with the shape of x [B, C, H, W]."""
-    return tokens.mT.unflatten(2, x.shape[2:])
+    return tokens.mT.view(x.shape)  # unflatten is written in Python
 
 
 def with_dense_maps(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The paths are those of external attention (external_attention.py): the registered operator where the call is recorded;
 the reference under a functorch transform, forward-mode differentiation or torch.jit.trace, or where it is the backend;
 else the autograd Function of algorithms/linear_attention.py, or, where no gradient is wanted, its forward alone. The
-algorithm is products of PyTorch on every backend. A DTensor is taken shard by shard (sharded.py).
+products are PyTorch's on every backend. A DTensor is taken shard by shard (sharded.py).
 """
 
 from __future__ import annotations
@@ -192,6 +192,29 @@ def channel_linear_attention(x: Tensor, gamma: Tensor | None = None, *, eps: flo
     return as_maps(y, x) if x.ndim > 3 else y
 
 
+def attention_of_maps(x: Tensor, projections: Sequence[Tensor | None], gamma: Tensor | None, form: Form) -> Tensor:
+    """y of maps x [B, C, H, W] by parameters that nothing is to be asked about any more: an ordinary call of a module
+    (modules.submodules.read_at_once) whose sizes fit.
+
+    Args:
+        x: Not empty.
+        projections: The weight and the bias of the convolutions that make queries, keys and values and, for the feature
+            "softmax", of the reprojection.
+        gamma: [1] or None.
+        form: The feature map, the heads and eps.
+    """
+    query, query_bias, key, key_bias, value, value_bias, *last = projections
+    query, key, value = (w.flatten(1) for w in (query, key, value) if w is not None)
+    output, output_bias = (None, None) if not last else (last[0].flatten(1), last[1])
+    if form.feature == "softmax" and key_bias is not None:
+        key, key_bias = without_effect(key, key_bias), None
+    weights = _weights(x, query, key, query_bias, key_bias, value, value_bias, output, output_bias, gamma, form.heads)
+    backend = backends.select(x.device, x.dtype, FAMILY)
+    if backend == "reference":
+        return as_maps(reference.linear_attention(as_tokens(x), weights, form), x)
+    return as_maps(_by_algorithm(dense_tokens(as_tokens(x)), contiguous(*weights), form, None, "", backend), x)
+
+
 def _of_shards(
     function: Any, x: Any, tensors: dict[str, Any], padding_mask: Any, process_group: Any, settings: dict[str, Any]
 ) -> Tensor | None:
@@ -232,14 +255,19 @@ def _weights(
     weights = Weights(
         torch.cat((key, query)),
         bias,
-        value.unflatten(0, (heads, -1)),
-        None if value_bias is None else value_bias.unflatten(0, (heads, -1)),
+        _by_head(value, heads),
+        None if value_bias is None else _by_head(value_bias, heads),
         None if output is None else output.unflatten(1, (heads, -1)).transpose(0, 1),
         output_bias,
         None if gamma is None else gamma.view(1),
     )
     dtype = _product_dtype(x, gamma)
-    return Weights(*(None if t is None else t.to(dtype) for t in weights))
+    return Weights(*(t if t is None or t.dtype is dtype else t.to(dtype) for t in weights))
+
+
+def _by_head(p: Tensor, heads: int) -> Tensor:
+    """The rows of each head of p."""
+    return p.unsqueeze(0) if heads == 1 else p.unflatten(0, (heads, -1))  # the latter is written in Python
 
 
 def _attend(x: Tensor, weights: Weights, form: Form, padding_mask: Tensor | None, process_group: Any) -> Tensor:
@@ -257,20 +285,29 @@ def _attend(x: Tensor, weights: Weights, form: Form, padding_mask: Tensor | None
 
 
 def _by_path(x: Tensor, weights: Weights, form: Form, padding: Tensor | None, process_group: Any) -> Tensor:
-    if backends.select(x.device, x.dtype, FAMILY) == "reference" or needs_reference():
+    backend = backends.select(x.device, x.dtype, FAMILY)
+    if backend == "reference" or needs_reference():
         return reference.linear_attention(x, weights, form, padding, process_group)
-    x, tensors = dense_tokens(x), contiguous(*weights)
+    name = "" if process_group is None else process_group.group_name
+    return _by_algorithm(dense_tokens(x), contiguous(*weights), form, padding, name, backend)
+
+
+def _by_algorithm(
+    x: Tensor, tensors: list[Tensor | None], form: Form, padding: Tensor | None, name: str, backend: str
+) -> Tensor:
+    """y of dense tokens and contiguous Weights by the algorithm, on a backend with passes; name: of a process group."""
     _, n, c = x.shape
+    weights = Weights(*tensors)
     keys = weights.projection.shape[0] // 2
     rows = keys + (form.heads if form.feature == "l2" else 0)
-    name = "" if process_group is None else process_group.group_name
-    plan = Plan(form, name, *algorithm.keeps(c, keys, rows, None if is_symbolic() else n))
+    kept = algorithm.keeps(c, keys, rows, None if is_symbolic() else n)
     if is_traced():
-        settings = *form, name, plan.keeps_logits, plan.keeps_sums
+        settings = *form, name, *kept, backend
         return operators.linear_attention_forward(x, *tensors, padding, *settings)[0]
+    plan = Plan(backends.passes(backend, FAMILY), form, name, *kept)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return algorithm.LinearAttentionFunction.apply(x, *tensors, plan, padding)
-    return algorithm.forward(plan, x, Weights(*tensors), padding)[0]
+    return algorithm.forward(plan, x, weights, padding)[0]
 
 
 def _nothing(x: Tensor, *inputs: Tensor | None) -> Tensor:

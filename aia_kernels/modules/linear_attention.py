@@ -17,9 +17,17 @@ from .. import backends
 from ..algorithms.linear_attention import keeps
 from ..functional import plain
 from ..functional.checks import check_at_least_one
-from ..functional.linear_attention import MAPS, channel_linear_attention, efficient_attention, linear_attention
+from ..functional.external_attention_checks import check_eps
+from ..functional.linear_attention import (
+    MAPS,
+    attention_of_maps,
+    channel_linear_attention,
+    efficient_attention,
+    linear_attention,
+)
 from ..functional.sharded import is_distributed
-from .submodules import held, is_pointwise, must_be_called
+from ..reference import Form
+from .submodules import held, is_pointwise, must_be_called, read_at_once
 
 
 class _OnMaps(nn.Module):
@@ -73,6 +81,13 @@ class PositionLinearAttention(_OnMaps):
         return f"eps={self.eps}, feature={self.feature!r}"
 
     def _attend(self, x: Tensor) -> Tensor:
+        convolutions = [held(self, name) for name in ("query_conv", "key_conv", "value_conv")]
+        gamma = held(self, "gamma")
+        if (found := _read_at_once(x, convolutions, gamma)) is not None and self.feature in MAPS:
+            if x.dtype in plain.WIDE and self._published_is_faster(x):
+                return self._through_submodules(x)
+            check_eps(self.eps)
+            return attention_of_maps(x, found, gamma, Form(self.feature, eps=self.eps))
         if _is_ordinary(x, self.key_conv) and self._published_is_faster(x):
             return self._through_submodules(x)
         if not all(map(_can_be_read, (self.query_conv, self.key_conv, self.value_conv))):
@@ -212,6 +227,10 @@ class EfficientAttention(_OnMaps):
     def _attend(self, x: Tensor) -> Tensor:
         convolutions = [held(self, name) for name in ("queries", "keys", "values", "reprojection")]
         _, keys, values, _ = convolutions
+        if (found := _read_at_once(x, convolutions)) is not None and _divide(self.head_count, found):
+            if x.dtype in plain.WIDE and self._published_is_faster(x):
+                return self._through_submodules(x)
+            return attention_of_maps(x, found, None, Form("softmax", self.head_count))
         if _is_ordinary(x, keys) and isinstance(values, nn.Conv2d) and self._published_is_faster(x):
             return self._through_submodules(x)
         if not all(map(_can_be_read, convolutions)):
@@ -240,6 +259,28 @@ def _is_ordinary(x: Any, conv: Any) -> bool:
         return False
     weight = conv._parameters.get("weight")  # a parametrized weight must not be read twice: spectral_norm moves it
     return weight is not None and plain.serves(x, weight)
+
+
+def _read_at_once(x: Tensor, convolutions: list[Any], gamma: Any = None) -> list[Any] | None:
+    """The weight and the bias of each convolution of an ordinary call whose sizes fit; None where it is no such call,
+    or where that cannot be told at once."""
+    found = read_at_once(x, convolutions)
+    if found is None or x.ndim != 4 or x.numel() == 0:
+        return None
+    if gamma is not None and (type(gamma) is not nn.Parameter or gamma.dtype is not x.dtype or gamma.shape != (1,)):
+        return None
+    query, key, value, *last = found[::2]
+    c = x.shape[1]
+    fits = query.shape == key.shape and key.ndim == value.ndim == 4 and key.shape[1] == value.shape[1] == c
+    if last:
+        return found if fits and last[0].shape[:2] == (c, value.shape[0]) else None
+    return found if fits and value.shape[0] == c else None
+
+
+def _divide(heads: Any, projections: list[Any]) -> bool:
+    """Whether heads divide the features of keys and values."""
+    _, _, key, _, value, *_ = projections
+    return type(heads) is int and heads > 0 and key.shape[0] % heads == 0 == value.shape[0] % heads
 
 
 def _can_be_read(conv: Any) -> bool:

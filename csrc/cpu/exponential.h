@@ -1,5 +1,7 @@
-// exp of every lane, to two units in the last place: 0 where the result is no normal number, infinity beyond the
-// largest one, NaN for NaN.
+// exp of every lane, and what is made of it: softplus and sigmoid.
+//
+// exp is exact to two units in the last place: 0 where the result is no normal number, infinity beyond the largest one,
+// NaN for NaN.
 //
 // exp(x) = 2^n * exp(r), n = round(x / ln2), |r| <= ln2 / 2, and exp(r) = 1 + r + r^2 * q(r) with q the Chebyshev
 // interpolant of (exp(r) - 1 - r) / r^2: relative errors of 1e-8 (float) and 2e-17 (double) before rounding. Adding
@@ -46,6 +48,29 @@ AIA_INLINE Vec<A> exponential(Vec<A> x) {
   for (size_t i = 1; i < sizeof E::q / sizeof E::q[0]; ++i) p = p * r + E::q[i];
   p = p * (r * r) + (r + A(1));
   return p * detail::bit_cast<Vec<A>>(detail::bit_cast<IVec<A>>(shifted) << E::mantissa);
+}
+
+template <class A>
+AIA_INLINE Vec<A> magnitude(Vec<A> x) {
+  return x < Vec<A>{} ? -x : x;
+}
+
+// log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|), and log(1 + u) = 2 atanh(w) with w = u / (2 + u) <= 1/3:
+// the series in w^2 to relative errors of 2e-9 (float) and 2e-18 (double).
+template <class A>
+AIA_INLINE Vec<A> softplus(Vec<A> x) {
+  constexpr int kTerms = sizeof(A) == 4 ? 8 : 17;
+  const Vec<A> u = exponential<A>(-magnitude<A>(x)), w = u / (u + A(2)), square = w * w;
+  Vec<A> series = splat(A(1) / (2 * kTerms - 1));
+  for (int k = kTerms - 2; k >= 0; --k) series = series * square + A(1) / (2 * k + 1);
+  return (x > Vec<A>{} ? x : Vec<A>{}) + (w + w) * series;
+}
+
+// 1 / (1 + exp(-x)), its derivative.
+template <class A>
+AIA_INLINE Vec<A> sigmoid(Vec<A> x) {
+  const Vec<A> u = exponential<A>(-magnitude<A>(x));
+  return (x < Vec<A>{} ? u : splat(A(1))) / (u + A(1));
 }
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

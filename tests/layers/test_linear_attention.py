@@ -10,7 +10,7 @@ import torch
 from agreement import EXACT
 from torch import Tensor
 
-from aia_kernels import functional
+from aia_kernels import backends, functional
 
 FEATURES = ("l2", "softplus", "softmax")
 B, N, C, K, V, HEADS = 2, 7, 6, 4, 8, 2
@@ -156,6 +156,21 @@ def test_what_is_made_again_is_the_same(feature, kept, monkeypatch, linear_compi
     monkeypatch.setattr("aia_kernels.algorithms.linear_attention.keeps", lambda *_: (kept == "logits", kept == "sums"))
     expected = by_the_map(feature, x, p)
     assert_all_close(grads(call(feature, x, p), x, *p.values()), grads(expected, x, *p.values()))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_passes_in_pytorch(feature, masked, monkeypatch):
+    """What backends without passes of their own take gives the same."""
+    x, p = tokens(), parameters(feature)
+    padding = torch.arange(N).expand(B, N) == 2 if masked else None
+    with backends.use_backend("reference"):
+        expected = call(feature, x, p, HEADS, padding_mask=padding)
+    monkeypatch.setattr(backends, "passes", lambda name, family: backends.memory_passes)
+    with backends.use_backend("cpu"):
+        found = call(feature, x, p, HEADS, padding_mask=padding)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert_all_close(grads(found, x, *p.values()), grads(expected, x, *p.values()))
 
 
 class TestPadding:

@@ -46,7 +46,7 @@ from aia_kernels.backends import extension
 from aia_kernels.common import maps
 
 #: What the CPU alone has.
-ON_CPU = schemas.CONVOLVE_PASSES
+ON_CPU = schemas.CONVOLVE_PASSES + schemas.MEMORY_PASSES
 #: Of Triton the framework's own operators, or part of a product (values, signed).
 NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *ON_CPU)
 REFUSED = (RuntimeError, ValueError)
@@ -309,6 +309,33 @@ BAD = {
         lambda g: g.repeat(1, 2, 1, 1),
         r"grad_z must be contiguous float32 \[2, 1, 5, 6\]",
     ),
+    # Attention by a memory per sample.
+    "memory: rank": ("memory_queries", 0, lambda z: z[0], r"logits must be \[B, 2 H d, N\] and not empty"),
+    "memory: empty": ("memory_queries", 0, lambda z: z[:0], "logits must be .* not empty"),
+    "memory: turned": ("memory_keys", 0, lambda z: z.mT.contiguous().mT, "logits must be contiguous"),
+    "memory: integers": ("memory_queries", 0, to(torch.int32), "logits must be float16, bfloat16"),
+    "memory: feature": ("memory_queries", 1, put(3), "feature must be 0 .*, got 3"),
+    "memory: another feature": ("memory_queries", 1, put(1), r"sums must be contiguous float32 \[2, 6\]"),
+    "memory: heads": ("memory_keys", 2, put(4), "heads must divide half of the 12 rows of logits, got 4"),
+    "memory: no head": ("memory_keys_backward_", 3, put(0), "heads must divide"),
+    "memory: padding's shape": ("memory_queries", 3, lambda p: p[:, 1:].contiguous(), "padding must be contiguous"),
+    "memory: padding's type": ("memory_keys", 3, to(torch.uint8), r"padding must be contiguous bool \[2, 6\]"),
+    "memory: rows' type": ("memory_queries_backward_", 0, to(torch.float64), "rows must be contiguous float32"),
+    "memory: rows without gradients": (
+        "memory_queries_backward_",
+        0,
+        lambda r: r[:, :8].contiguous(),
+        r"rows must be contiguous float32 \[2, 20, 6\], got float32 \[2, 8, 6\]",
+    ),
+    "memory: rows apart": ("memory_keys_backward_", 0, wide(1), "rows must be contiguous"),
+    "memory: statistics of no softmax": ("memory_keys", 4, put(torch.ones(2, 2, 6)), "statistics must be None but"),
+    "memory: reduced of no softmax": ("memory_keys_backward_", 7, put(torch.ones(2, 6)), "reduced must be None but"),
+    "memory: sums' type": ("memory_queries", 4, to(torch.float64), r"sums must be contiguous float32 \[2, 8\]"),
+    "memory: gamma's shape": ("memory_queries", 5, lambda g: g.repeat(2), r"gamma must be contiguous float32 \[1\]"),
+    "memory: eps": ("memory_queries_backward_", 7, put(-1.0), "eps must not be negative"),
+    "memory: reached": ("memory_queries_backward_", 8, lambda p: p[:, :6], r"reached must be .*\[2, 8, 6\]"),
+    "memory: reached of keys": ("memory_keys_backward_", 5, to(torch.float16), "reached must be contiguous float32"),
+    "memory: grad_sums": ("memory_keys_backward_", 6, lambda s: s[:1], "grad_sums must be contiguous"),
     # The temporal shift.
     "fold: more than half": ("temporal_shift", 1, put(3), "fold must be between 0 and half of the 4 channels, got 3"),
     "fold: negative": ("temporal_shift", 1, put(-1), "fold must be between"),
@@ -352,6 +379,24 @@ def test_parts_that_overlap(call):
             "move_statistics_",
             [[running[:5], running[4:]], [torch.rand(5), torch.rand(5)], [], [torch.rand(5, 3)] * 2, 0.1],
         )
+
+
+@pytest.mark.parametrize(
+    "name, place, shared",
+    [
+        ("memory_queries_backward_", 5, "sums"),
+        ("memory_queries_backward_", 6, "gamma"),
+        ("memory_queries_backward_", 8, "reached"),
+        ("memory_keys_backward_", 5, "reached"),
+        ("memory_keys_backward_", 6, "grad_sums"),
+    ],
+)
+def test_rows_overlap_nothing(name, place, shared):
+    """An operand that lies inside the rows that are written."""
+    arguments = good()[name]
+    inside = arguments[0].flatten()[-arguments[place].numel() :].view(arguments[place].shape)
+    with pytest.raises(RuntimeError, match=f"rows is written, and must share no memory with {shared}"):
+        cpu(name, changed(arguments, place, put(inside)))
 
 
 def test_a_tensor_that_is_copied_when_written_is_apart():
