@@ -2,8 +2,8 @@
 
 The passes are compiled for sm_90 and linked with a CUDA runtime that runs nothing (launches.py), so that their own host
 code chooses kernels, grids and parameters. The machine code of three blocks of each launch, the first, the middle and
-the last, is then run warp by warp, of long ones four warps (warp.py): every loop takes the turns that it takes on that
-shape. The model:
+the last, or where a pass goes frame by frame that of the first frame's blocks, is then run warp by warp, of long ones
+four warps (warp.py): every loop takes the turns that it takes on that shape. The model:
 
     issue     instructions that all warps issue / (132 multiprocessors x 4 a cycle x 1.7 GHz)
     memory    bytes of x-sized tensors / 4.3 TB/s
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 import shutil
 import subprocess
 import sys
@@ -44,8 +45,9 @@ MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.7e9, 4.3e12
 STAGES = {56: 256, 28: 512, 14: 1024, 7: 2048}
 #: By unit, the contexts of the outer and of the inner gate.
 UNITS = {"CinST": (launches.SPACETIME, launches.CHANNEL), "STinC": (launches.CHANNEL, launches.SPACETIME)}
-#: By pass, how often it reads and writes x-sized tensors.
+#: By pass, how often it reads and writes x-sized tensors. "inner pool" is pool of x itself, for the inner gate.
 TRAFFIC = {
+    "inner pool": (1, 0),
     "pool": (1, 0),
     "pool by strips": (1, 0),
     "unpool_reduce by strips": (1, 0),
@@ -57,10 +59,15 @@ TRAFFIC = {
 }
 #: Passes that serve some units and layouts alone.
 ONLY = {
+    "inner pool": (("CinST",), ("TCHW",)),
+    "recalibrate": (("CinST",), ("TCHW",)),
+    "unpool_reduce": (("CinST",), ("TCHW",)),
     "pool by strips": (("CinST",), ("TCHW",)),
     "unpool_reduce by strips": (("STinC",), ("TCHW",)),
     "recalibrate_reduce by strips": (("CinST",), ("TCHW",)),
 }
+#: In the layouts of ONLY.
+BY_FRAME = ("inner pool", "unpool_reduce")
 #: Instructions of a warp.
 LONG = 20_000
 COLUMNS = [
@@ -91,10 +98,15 @@ class Library:
     def program(self, name: str) -> warp.Program:
         return self._programs.setdefault(name, warp.Program(self.kernels[name]))
 
-    def count(self, launch: launches.Launch) -> Count:
+    def count(self, launch: launches.Launch, frames: int = 1) -> Count:
+        """Of a launch whose blocks are as many for each of some frames, or else alike but for the last."""
         program = self.program(launch.kernel)
         bank = program.bank(launch.parameters, launch.blocks, launch.threads)
-        totals = {block: _of_block(program, bank, block, launch.threads) for block in _sample(launch.blocks)}
+        by_frame = range(launch.blocks // frames) if frames > 1 else None
+        totals = {b: _of_block(program, bank, b, launch.threads) for b in by_frame or _sample(launch.blocks)}
+        if by_frame:
+            sums = [frames * sum(total[k] for total in totals.values()) for k in range(4)]
+            return Count(*sums, in_flight=max(total[4] for total in totals.values()))
         last = launch.blocks - 1
         others = [total for block, total in totals.items() if block != last or last == 0]
         sums = [
@@ -126,13 +138,17 @@ def _of_block(program: warp.Program, bank: bytes, block: int, threads: int) -> t
     return *sums[:4], max(numbers[4] for numbers in found)
 
 
-def row(library: Library, name: str, unit: str, side: int, layout: str, dtype: str) -> dict:
-    """Of eight clips of eight frames."""
-    shape = (8, 8, STAGES[side], side, side)
+def row(library: Library, name: str, unit: str, side: int, layout: str, dtype: str, channels: int = 0) -> dict:
+    """Of eight clips of eight frames, with the channels of STAGES unless others are given."""
+    shape = (8, 8, channels or STAGES[side], side, side)
     outer, inner = UNITS[unit]
-    found = library.recorder.launches(name, shape, layout, dtype, outer, inner)
-    counts = [library.count(launch) for launch in found]
-    elements, size = 64 * STAGES[side] * side * side, launches.SIZES[dtype]
+    if name == "inner pool":
+        found = library.recorder.launches("pool", shape, layout, dtype, inner)
+    else:
+        found = library.recorder.launches(name, shape, layout, dtype, outer, inner)
+    frames = shape[0] * shape[1] if name in BY_FRAME else 1
+    counts = [library.count(launch, frames) for launch in found]
+    elements, size = math.prod(shape), launches.SIZES[dtype]
     moved = sum(count.read + count.written for count in counts)
     expected = sum(TRAFFIC[name]) * elements * size
     if abs(moved / expected - 1) > 0.05:  # elements of 16 bits are copied in words; warps share those at their ends

@@ -2,9 +2,10 @@
 python -m benchmarks.offline.issued_gates
 
 An element meets 54 multiply-adds forward, 27 taps of two features, and 108 backward. The maps are those over T, over H
-and over W, in fp32; the one over C has a fortieth of their elements, or less. Their bytes are those that a pass reads
-and writes once. Blocks of one launch work on different maps: the first block of each map is run, and counted for the
-items that the map has. The slowest block is told over the mean.
+and over W, in fp32; then the one over C, which is alike in every layout and has a fortieth of their elements, or less:
+there what a block does once counts for more than an element. Their bytes are those that a pass reads and writes once.
+Blocks of one launch work on different maps: the first block of each map is run, and counted for the items that the map
+has. The slowest block is told over the mean.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from .lanes import LANES
 
 FILE = records.RESULTS / "issued_gates.csv"
 SOURCES = ("gate", "gate_backward")
+FOLDER = BUILD.with_name("issued_gates")
 CLIPS, FRAMES = 8, 8
 #: By pass, the multiply-adds of an element, and how many maps are read and written.
 PASSES = {"gate": (54, 5), "gate_again": (54, 4), "gate_backward": (108, 8)}
+#: Maps and layouts that are counted.
+MAPS = {maps.SPACETIME: ("TCHW", "THWC"), maps.CHANNEL: ("TCHW",)}
+NAMES = {maps.SPACETIME: "T, H, W", maps.CHANNEL: "C"}
 COLUMNS = [
-    *("pass", "stage", "layout", "registers", "local_bytes", "blocks", "blocks_per_sm", "per_element"),
+    *("pass", "maps", "stage", "layout", "registers", "local_bytes", "blocks", "blocks_per_sm", "per_element"),
     *("per_multiply_add", "slowest_block", "issue_us", "memory_us", "l1_us", "issue_per_memory"),
 ]
 
@@ -63,10 +68,10 @@ def _of_block(program: warp.Program, bank: bytes, block: int, threads: int) -> t
     return tuple(head * (warps - 2) + sum(rest) for head, *rest in zip(first, *others, strict=True))
 
 
-def row(library: Library, name: str, side: int, layout: str) -> dict:
-    """Of eight clips of eight frames."""
-    shape = (CLIPS, FRAMES, STAGES[side], side, side)
-    of_maps = maps.map_dims(shape, maps.SPACETIME, layout)
+def row(library: Library, name: str, context: int, side: int, layout: str, channels: int = 0) -> dict:
+    """Of eight clips of eight frames, with the channels of STAGES unless others are given."""
+    shape = (CLIPS, FRAMES, channels or STAGES[side], side, side)
+    of_maps = maps.map_dims(shape, context, layout)
     (launch,) = library.recorder.gate_launches(name, CLIPS, [length for of_map in of_maps for length in of_map])
     kernel = library.kernels[launch.kernel]
     program = library.program(launch.kernel)
@@ -80,7 +85,7 @@ def row(library: Library, name: str, side: int, layout: str) -> dict:
         slowest = max(slowest, found[0])
         totals.append([share["blocks"] * number * items / math.ceil(items) for number in found])
     instructions, lines = (sum(numbers) for numbers in zip(*totals, strict=True))
-    elements = CLIPS * maps.packed_size(shape, maps.SPACETIME)
+    elements = CLIPS * maps.packed_size(shape, context)
     multiply_adds, moved = PASSES[name]
     issue = instructions / (MULTIPROCESSORS * 4 * CLOCK)
     memory = 4 * moved * elements / BANDWIDTH
@@ -88,6 +93,7 @@ def row(library: Library, name: str, side: int, layout: str) -> dict:
     per_element = instructions * LANES / elements
     return {
         "pass": name,
+        "maps": NAMES[context],
         "stage": side,
         "layout": layout,
         "registers": kernel.registers,
@@ -105,12 +111,13 @@ def row(library: Library, name: str, side: int, layout: str) -> dict:
 
 
 def rows(library: Library, sides: list[int]) -> Iterator[dict]:
-    for name, side, layout in itertools.product(PASSES, sides, ("TCHW", "THWC")):
-        yield row(library, name, side, layout)
+    for name, (context, layouts), side in itertools.product(PASSES, MAPS.items(), sides):
+        for layout in layouts:
+            yield row(library, name, context, side, layout)
 
 
 def markdown(found: list[dict]) -> list[str]:
-    """A line for each pass, context and layout, by stage."""
+    """A line for each pass, maps and layout, by stage."""
     sides = sorted({int(one["stage"]) for one in found}, reverse=True)
     columns = {
         "instructions per element": "per_element",
@@ -118,9 +125,9 @@ def markdown(found: list[dict]) -> list[str]:
         "issue / memory": "issue_per_memory",
         "slowest block": "slowest_block",
     }
-    made = [["pass", "layout", *columns], ["---"] * (2 + len(columns))]
-    for key in dict.fromkeys((one["pass"], one["layout"]) for one in found):
-        of = {int(one["stage"]): one for one in found if (one["pass"], one["layout"]) == key}
+    made = [["pass", "maps over", "layout", *columns], ["---"] * (3 + len(columns))]
+    for key in dict.fromkeys((one["pass"], one["maps"], one["layout"]) for one in found):
+        of = {int(one["stage"]): one for one in found if (one["pass"], one["maps"], one["layout"]) == key}
         made.append([*key, *("; ".join(of[side][column] for side in sides) for column in columns.values())])
     return [f"| {' | '.join(line)} |" for line in made]
 
@@ -139,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     if nvcc is None or tool is None:
         print(machine_code.NO_DISASSEMBLER if nvcc else "nvcc is not here", file=sys.stderr)
         return 2
-    library = Library(build(nvcc, BUILD.with_name("issued_gates"), sources=SOURCES), tool)
+    library = Library(build(nvcc, FOLDER, sources=SOURCES), tool)
     with options.output.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, COLUMNS)
         writer.writeheader()
