@@ -28,6 +28,7 @@ class PlainDoubleNorm:
             log_p = log_p.masked_fill(padding[:, :, None, None], -torch.inf)
         mass = log_p.exp().sum(-1) + eps
         largest = log_p.amax(-1, keepdim=True)
+        largest = largest.masked_fill(largest == -torch.inf, 0.0)
         scaled = (log_p - largest).exp()
         attention = scaled / (scaled.sum(-1, keepdim=True) + (eps * (-largest).exp() if eps else 0.0))
         if padding is not None:

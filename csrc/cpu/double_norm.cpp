@@ -231,6 +231,7 @@ __attribute__((noinline)) A normalize_from_maximum(const T* logits, const A* lse
               [&](int64_t c, auto lanes) { store(attention + c, load(logits + c, lanes) - load(lse + c, lanes)); });
   A maximum = -kInfinity<A>, sum = 0;
   for (int64_t i = 0; i < group; ++i) maximum = std::max(maximum, attention[i]);
+  if (maximum == -kInfinity<A>) maximum = 0;  // logits that hide a token: A is 0 / eps
   for (int64_t i = 0; i < group; ++i) sum += attention[i] = std::exp(attention[i] - maximum);
   const A scaled_mass = eps > 0 ? sum + eps * std::exp(-maximum) : sum;
   for (int64_t i = 0; i < group; ++i) attention[i] /= scaled_mass;

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       held = values;
     });
   }
-  largest = team_maximum(largest, rows.lanes());
+  largest = Statistics<A>::origin(team_maximum(largest, rows.lanes()));  // without eps A is 0 / 0 where all are -inf
   A sum = 0;
   if (!hidden) {
     for_lane<V, kHeld>(rows, team, [&](int c) {
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     });
   }
   sum = team_sum(sum, rows.lanes());
-  // Relative to the maximum nothing overflows, and the sum is at least 1.
+  // Relative to the maximum nothing overflows, and the sum is at least 1, or 0 where logits of -inf hide the token.
   const A factor = A(1) / (eps > 0 ? sum + eps * std::exp(-largest) : sum);
   for_lane<V, kHeld>(rows, team, [&](int c) {
     const auto values = kHeld || hidden ? held : log_p(c);

@@ -501,6 +501,26 @@ def test_what_is_not_finite_spreads_as_published(value, external_on):
         torch.testing.assert_close(found, expected, equal_nan=True, **EXACT)
 
 
+@pytest.mark.parametrize("value", [float("-inf"), -1e9], ids=str)
+@pytest.mark.parametrize("slots", [5, 64])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_logits_that_hide_a_token(how, slots, value, external_on):
+    """All of its logits are -inf, or a number as low: with eps A is 0 there, as published, and so is the gradient."""
+    logits = torch.randn(2, 9, slots, dtype=torch.float64, device=external_on[1])
+    logits[0, 4], logits[:, 7] = value, value
+    weight, grads = torch.randn_like(logits), []
+    normalize = functional.double_normalize
+    if how == "compiled":
+        normalize = torch.compile(normalize, backend="aot_eager", fullgraph=True)
+    for function in (lambda a: normalize(a, eps=1e-9), lambda a: published(a, slots, 1e-9)):
+        leaf = logits.clone().requires_grad_()
+        a = function(leaf)
+        grads.append((a.detach(), *torch.autograd.grad((a * weight).sum(), leaf)))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+    assert (grads[0][0][0, 4] == 0).all() and (grads[0][1][0, 4] == 0).all()
+
+
 def test_float16_at_full_range(external_on):
     """eps 1e-9 is 0 in float16, and P below 6e-8 too: both live in float32."""
     device = external_on[1]

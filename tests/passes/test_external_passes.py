@@ -128,6 +128,7 @@ def test_not_finite(passes, group):
     logits[0, 9, group + 1] = math.inf
     logits[1, :, 5] = -math.inf
     logits[1, 11, group + 2] = -math.inf
+    logits[1, 13, group:] = -math.inf
     want_attention, attention = logits.double(), logits.to(pass_cases.DEVICE)
     want = plain.column_statistics(want_attention, None)
     statistics = passes.column_statistics(attention, None)
@@ -138,6 +139,7 @@ def test_not_finite(passes, group):
     for got, of in ((statistics[:, 1], want[:, 1]), (attention, want_attention), (mass, want_mass)):
         assert torch.equal(got.isnan().cpu(), of.isnan())
     assert attention[1, 11, group + 2] == 0
+    assert (attention[1, 13, group:] == 0).all() and mass[1, 13, 1] == torch.tensor(1e-9)
 
 
 @on(*BACKENDS)
