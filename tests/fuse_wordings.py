@@ -212,6 +212,30 @@ class GuardedSum(Memories):
         return self.mv(attn / total.masked_fill(total == 0, 1.0))
 
 
+class SoftmaxMadeThere(Memories):
+    """A module of no parameters is made as the forward runs."""
+
+    def forward(self, x):
+        attn = nn.Softmax(dim=1)(self.mk(x))
+        return nn.ReLU()(self.mv(attn / (1e-9 + attn.sum(dim=2, keepdim=True))) + x)
+
+
+class ALoopOverPieces(Memories):
+    """As many heads as split makes pieces."""
+
+    def __init__(self, c=6, heads=2, slots=5):
+        super().__init__(c // heads, slots)
+        self.width = c // heads
+
+    def forward(self, x):
+        return torch.cat([self.mv(normalize(self.mk(piece))) for piece in x.split(self.width, dim=-1)], dim=-1)
+
+
+class ALoopOverSamples(Memories):
+    def forward(self, x):
+        return torch.stack([self.mv(normalize(self.mk(sample), 0, 1)) for sample in x.unbind(0)])
+
+
 #: As fuse_cases.KINDS.
 WORDINGS = {
     SquareMaps: (ATTEND, (2, 25, 6)),
@@ -235,4 +259,7 @@ WORDINGS = {
     GroupsOfConvolutions: (NORMALIZE, MAPS),
     Windows: (ATTEND, (2, 4, 5, 6)),
     GuardedSum: (ATTEND, TOKENS),
+    SoftmaxMadeThere: (ATTEND, TOKENS),
+    ALoopOverPieces: (ATTEND, TOKENS),
+    ALoopOverSamples: (ATTEND, TOKENS),
 }

@@ -18,6 +18,8 @@ from .spellings import Reader, spelling
 #: Operations that some networks have in the place of the softmax over tokens.
 _OTHER_MAPS = ("sigmoid", "relu", "exp", "softplus", "tanh")
 
+#: The least sum that a published form may divide by and count as one that divides by any: that of F.normalize.
+_LEAST_SUM = 1e-12
 
 #: What torch.finfo knows of a type that serves as an eps.
 TYPE_INFORMATION = ("eps", "tiny", "smallest_normal", "resolution")
@@ -87,6 +89,8 @@ def division(reader: Reader, node: Node) -> tuple[Node, Node, int, float | str, 
     if operation == "normalize":
         if reader.argument(node, 1, "p", default=2.0) != 1 or not isinstance(operand, Node):
             return None
+        if reader.argument(node, 3, "eps", default=_LEAST_SUM) > _LEAST_SUM:
+            return None
         return operand, node, reader.argument(node, 2, "dim", default=1), 0.0, set()
     divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
     between: set[Node] = set()
@@ -145,9 +149,9 @@ def _sum(reader: Reader, node: Node, between: set[Node]) -> tuple[Node, int, flo
             else:
                 eps += number
         elif operation == "clamp":
-            # Against 0 / 0, which the fused normalization does not have.
+            # Against 0 / 0, which the fused normalization does not have. A larger one makes A of small sums smaller.
             least = _number(reader, reader.argument(node, 1, "min"))
-            large = least is None or (not isinstance(least, str) and least > 1e-6)
+            large = least is None or (not isinstance(least, str) and least > _LEAST_SUM)
             if large or reader.argument(node, 2, "max") is not None:
                 return None
         elif operation in ("masked_fill", "where"):

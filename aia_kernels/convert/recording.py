@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import threading
 import types
@@ -174,6 +175,11 @@ class _Tracer(Tracer):
         self.is_called, self.inputs = is_called, iter(inputs)
         self.values: dict[Node, Any] = {}
         self.computing = False
+        self._held: set[nn.Module] = set()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        self._held = set(root.modules())
+        return super().trace(root, concrete_args)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return self.is_called(name) or super().is_leaf_module(module, name)
@@ -207,7 +213,12 @@ class _Tracer(Tracer):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
+        within = self.computing or self._is_a_setting(m)
+        return forward(*args, **kwargs) if within else super().call_module(m, forward, args, kwargs)
+
+    def _is_a_setting(self, m: nn.Module) -> bool:
+        """Whether m is a module that a forward makes as it runs, and has nothing of its own: nn.Softmax(1)(x)."""
+        return next(itertools.chain(m.parameters(), m.buffers()), None) is None and m not in self._held
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -221,9 +232,14 @@ class _Tracer(Tracer):
         return bool(found)
 
     def iter(self, obj: Proxy) -> Iterator:
+        """Pieces of a tensor are as many as they are now: the recording holds where they are that many again."""
         found = self.values.get(obj.node)
-        fixed = isinstance(found, torch.Size) or spelling(obj.node) == "chunk"
-        return (obj[i] for i in range(len(found))) if fixed and isinstance(found, tuple) else super().iter(obj)
+        if not isinstance(found, (tuple, list)):
+            return super().iter(obj)
+        if not isinstance(found, torch.Size) and spelling(obj.node) != "chunk":
+            count = self.create_node("call_function", len, (obj.node,), {})
+            self.create_node("call_function", calls.expect_number, (count, len(found)), {})
+        return (obj[i] for i in range(len(found)))
 
 
 def record(

@@ -352,7 +352,8 @@ UNRELATED = {
     "of another": lambda x: x.softmax(1) / x.sum(2, keepdim=True),
     "two axes": lambda x: (a := x.softmax(1)) / a.sum((1, 2), keepdim=True),
     "mean": lambda x: (a := x.softmax(1)) / a.mean(2, keepdim=True),
-    "large clamp": lambda x: (a := x.softmax(1)) / a.sum(2, keepdim=True).clamp(min=0.5),
+    "large clamp": lambda x: (a := x.softmax(1)) / a.sum(2, keepdim=True).clamp(min=1e-9),
+    "large eps of normalize": lambda x: F.normalize(x.softmax(1), 1.0, 2, eps=1e-9),
     "scaled": lambda x: (a := x.softmax(1)) / (2 * a.sum(2, keepdim=True)),
     "other place": lambda x: (a := x.softmax(1)) / a.sum(2).unsqueeze(1),
     "floor": lambda x: torch.div((a := x.softmax(1)), a.sum(2, keepdim=True), rounding_mode="floor"),
@@ -390,7 +391,8 @@ class WithoutSoftmax(LookAlike):
 BETWEEN = {
     "scaled sum": (lambda a: a / (2 * a.sum(2, keepdim=True)), "softmax over axis 1, sum over axis 2, mul, div"),
     "mean": (lambda a: a / a.mean(2, keepdim=True), "softmax over axis 1, mean over axis 2, div"),
-    "large clamp": (lambda a: a / a.sum(2, keepdim=True).clamp(min=0.1), "sum over axis 2, clamp, div"),
+    "large clamp": (lambda a: a / a.sum(2, keepdim=True).clamp(min=1e-9), "sum over axis 2, clamp, div"),
+    "large eps of normalize": (lambda a: F.normalize(a, 1.0, 2, 1e-9), "normalize"),
     "masked": (
         lambda a: (a := a.masked_fill(a > 0.5, 0)) / a.sum(2, keepdim=True),
         "masked_fill, sum over axis 2, div",
