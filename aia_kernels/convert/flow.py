@@ -145,10 +145,8 @@ _VAGUE = ("its forward fails", "its forward sets autocast", "its y ")
 def _likeliest(as_published: str | None, told: Missed | str | None) -> str | None:
     """The reason that helps: what comes close to external attention; why it is not the published layer of which it has
     the submodules, if that names something and not only how far results are apart; or why its flow is unknown."""
-    vague = as_published is None or as_published.startswith(
-        ("its forward fails", "its forward sets autocast", "its y ")
-    )
-    if isinstance(told, Missed) and (vague or not told.of_unit):
+    vague = as_published is None or as_published.startswith(_VAGUE)
+    if isinstance(told, Missed) and (vague or not (told.of_unit or told.faint)):
         return None if told.faint and as_published is None else told.reason
     if isinstance(told, Missed):
         return as_published

@@ -31,11 +31,60 @@ _OTHERS = (
     "lt",
 )
 _SELECTIONS = ("masked_fill", "where")
+_OF_TWO = ("matmul", "mm", "bmm", "baddbmm", "einsum")
 #: What is not told, as it changes nothing.
 _SILENT = (*LAYOUT, "dropout", "expand", "expand_as", "getitem", "zeros_like", "type_as", "to", "float")
 
 
 def look_alikes(reader: Reader) -> Iterator[Missed]:
+    """The pairs of linear maps with something like the normalization of an attention map between them; and attention
+    of tokens to tokens, which has no memory."""
+    yield from _between_linear_maps(reader)
+    for node in reader.graph.nodes:
+        if reader.operation(node) == "softmax" and (told := _of_pairs(reader, node)):
+            yield told
+
+
+def _of_pairs(reader: Reader, softmax: Node) -> Missed | None:
+    """A softmax of products of queries with keys whose map meets values; faint, as most transformers have one."""
+    logits = _nearest_products(reader, softmax, back=True)
+    values = _nearest_products(reader, softmax, back=False)
+    if not logits or not values:
+        return None
+    told = (
+        f"{softmax.name} is one softmax over pairs of tokens: its logits are products of queries and keys that are "
+        f"both made of the input ({', '.join(node.name for node in logits)}); external attention has memories in the "
+        "place of keys, and linear attention makes no map of pairs"
+    )
+    if len(logits) == len(values) == 1:
+        call = "torch.nn.functional.scaled_dot_product_attention"
+        serves = f"{call}, with the scale of these logits, computes it without keeping the map"
+    else:
+        serves = "no call of this package or of torch takes several products in one softmax"
+    return Missed(softmax, f"{told}; {serves}", faint=True)
+
+
+def _nearest_products(reader: Reader, start: Node, back: bool) -> list[Node]:
+    """The products of two tensors of the input that a node is made of, or that are made of it, with no product of a
+    parameter between."""
+    found: dict[Node, None] = {}
+    seen, ahead = {start}, [start]
+    while ahead:
+        node = ahead.pop()
+        for other in node.all_input_nodes if back else node.users:
+            if other in seen:
+                continue
+            seen.add(other)
+            if product_of(reader, other) is not None:
+                continue
+            if reader.operation(other) in _OF_TWO:
+                found[other] = None
+            else:
+                ahead.append(other)
+    return sorted(found, key=[*reader.graph.nodes].index)
+
+
+def _between_linear_maps(reader: Reader) -> Iterator[Missed]:
     """The pairs of linear maps with something like the normalization of an attention map between them."""
     for key in reader.graph.nodes:
         if product_of(reader, key) is None:

@@ -150,6 +150,34 @@ def traced():
     return torch.jit.trace(external.ExternalAttention(6, 4), torch.randn(2, 5, 6))
 
 
+class OverPositions(nn.Module):
+    """Attention of each position to all others, with the submodules of linear attention."""
+
+    def __init__(self, c: int, d: int):
+        super().__init__()
+        self.query_conv, self.key_conv, self.value_conv = (nn.Conv2d(c, k, 1) for k in (d, d, c))
+        self.gamma = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        q, k, v = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        return x + self.gamma * self.attend(q, k, v, x.shape).view_as(x)
+
+    def attend(self, q, k, v, sizes):
+        pairs = (q.mT @ k / 3).softmax(-1)
+        return torch.einsum("bcm,bnm->bcn", v, pairs)
+
+
+class OverRowsAndColumns(OverPositions):
+    """Each position to those of its row and of its column, in one softmax."""
+
+    def attend(self, q, k, v, sizes):
+        q, k, v = (t.unflatten(2, sizes[2:]) for t in (q, k, v))
+        of_column = torch.einsum("bdhw,bdiw->bhwi", q, k)
+        both = torch.cat((of_column, torch.einsum("bdhw,bdhj->bhwj", q, k)), 3)
+        column, row = both.softmax(3).split(sizes[2:], 3)
+        return torch.einsum("bhwi,bciw->bchw", column, v) + torch.einsum("bhwj,bchj->bchw", row, v)
+
+
 FRAMES = (4, 3, 5, 6)
 
 #: Look-alikes, and what the report says of each.
@@ -180,6 +208,14 @@ LEFT_ALONE = {
     ),
     "container": (Container, "it has no forward"),
     "other norm over slots": (L2, "normalize divides a softmax by its L2 norm"),
+    "all pairs of positions": (
+        lambda: OverPositions(6, 3),
+        r"softmax is one softmax over pairs of tokens: .*\(matmul\).*scaled_dot_product_attention, with the scale",
+    ),
+    "pairs in rows and columns": (
+        lambda: OverRowsAndColumns(6, 3),
+        r"softmax is one softmax over pairs of tokens: .*\(einsum, einsum_1\).*no call of this package",
+    ),
     "other heads": (
         with_attributes(lambda: external.MultiHeadExternalAttention(6, 2), num_heads=4),
         "num_heads: got 4",
