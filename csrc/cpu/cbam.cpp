@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "lanes.h"
+#include "lane_memory.h"
 #include "untyped.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {

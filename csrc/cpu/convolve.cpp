@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "lanes.h"
+#include "lane_memory.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 

@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "lanes.h"
+#include "lane_memory.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 

@@ -7,7 +7,7 @@
 //
 // Each pass does the units [begin, end). Units are independent, and their number does not depend on the number of
 // threads, so results do not either. x, y and their gradients are stored as Volume says; packed maps have the type in
-// which x accumulates (Accumulate in lanes.h).
+// which x accumulates (Accumulate in lane_memory.h).
 #pragma once
 
 #include <algorithm>

@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "lanes.h"
+#include "lane_memory.h"
 #include "passes.h"
 
 namespace aia::cpu::AIA_CPU_LEVEL {
