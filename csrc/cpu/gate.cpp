@@ -277,9 +277,8 @@ struct Norm {
     return A(1) / (A(1) + exponential<A>(-(normalized * weight + bias)));
   }
   // du: the gradient of the sigmoid's argument from that of the gate.
-  AIA_INLINE Vec<A> through_gate(Vec<A> grad_gate, Vec<A> normalized) const {
-    const Vec<A> g = gate(normalized);
-    return grad_gate * g * (A(1) - g);
+  static AIA_INLINE Vec<A> through_gate(Vec<A> grad_gate, Vec<A> gate) {
+    return rounded<A>(grad_gate * gate * (A(1) - gate));  // the same bits whether it is stored between or not
   }
 };
 
@@ -454,20 +453,33 @@ void activate(const PackedDims& maps, const A* z, const A* norm, A* gate, int64_
 }
 
 template <class A>
-void backward_reduce(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, double* partial,
-                     int64_t begin, int64_t end) {
+void backward_reduce(const PackedDims& maps, const A* grad_gate, const A* z, const A* gate, const A* norm, A* grad,
+                     double* partial, int64_t begin, int64_t end) {
   for_each_box(maps, begin, end, [&](const Box& at) {
-    const A *clip_z = z + at.b * maps.packed(), *clip_grad = grad_gate + at.b * maps.packed();
+    const int64_t clip = at.b * maps.packed();
     const Norm<A> bn(norm + at.map * 4);
     Vec<A> sum{}, sum_normalized{};
-    for_pieces(at, [&](int64_t start, int64_t size) {
-      for_vectors(size, [&](int64_t i, auto n) {
-        const Vec<A> normalized = bn.normalized(load(clip_z + start + i, n));
-        const Vec<A> du = keep<A>(bn.through_gate(load(clip_grad + start + i, n), normalized), n);
-        sum += du;
-        sum_normalized += du * normalized;
+    // du_at(place in the packed maps, lanes, normalized).
+    const auto add = [&](auto&& du_at) {
+      for_pieces(at, [&](int64_t start, int64_t size) {
+        for_vectors(size, [&](int64_t i, auto n) {
+          const int64_t place = clip + start + i;
+          const Vec<A> normalized = bn.normalized(load(z + place, n)), du = keep<A>(du_at(place, n, normalized), n);
+          sum += du;
+          sum_normalized += du * normalized;
+        });
       });
-    });
+    };
+    if (gate)
+      add([&](int64_t i, auto n, Vec<A>) {
+        const Vec<A> du = bn.through_gate(load(grad_gate + i, n), load(gate + i, n));
+        store(grad + i, du, n);
+        return du;
+      });
+    else
+      add([&](int64_t i, auto n, Vec<A> normalized) {
+        return bn.through_gate(load(grad_gate + i, n), bn.gate(normalized));
+      });
     double* sums = partial + at.index * kNormPartials;
     sums[0] = sum_lanes<A>(sum), sums[1] = sum_lanes<A>(sum_normalized);
   });
@@ -506,7 +518,7 @@ class GradientOfZ {
 };
 
 template <class A>
-void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* norm, const A* correction,
+void backward(const PackedDims& maps, const A* grad, bool of_gate, const A* z, const A* norm, const A* correction,
               const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin, int64_t end) {
   const int64_t packed = maps.packed();
   const std::vector<Neighbours<A>> near = neighbours_of<A>(maps);
@@ -516,12 +528,15 @@ void backward(const PackedDims& maps, const A* grad_gate, const A* z, const A* n
     const A scale = bn.weight * bn.rstd;
     const A mean_du = correction[at.map * 2], mean_du_normalized = correction[at.map * 2 + 1];
     const bool corrected = mean_du_normalized != A(0);  // else an infinite z would make a NaN of the zero
-    const A *clip_z = z + at.b * packed, *clip_grad = grad_gate + at.b * packed;
-    dz.fill(at, [&](int64_t i, auto n) {
-      const Vec<A> normalized = bn.normalized(load(clip_z + i, n));
-      const Vec<A> du = bn.through_gate(load(clip_grad + i, n), normalized);
-      return (du - mean_du - (corrected ? normalized * mean_du_normalized : Vec<A>{})) * scale;
-    });
+    const A *clip_z = z + at.b * packed, *clip_grad = grad + at.b * packed;
+    const auto fill = [&](auto through) {
+      dz.fill(at, [&](int64_t i, auto n) {
+        const Vec<A> normalized = bn.normalized(load(clip_z + i, n)), given = load(clip_grad + i, n);
+        const Vec<A> du = through ? bn.through_gate(given, bn.gate(normalized)) : given;
+        return (du - mean_du - (corrected ? normalized * mean_du_normalized : Vec<A>{})) * scale;
+      });
+    };
+    of_gate ? fill(std::true_type{}) : fill(std::false_type{});
     for (int i = 0; i < 2; ++i) {
       A mirrored[27];
       for (int k = 0; k < 27; ++k) mirrored[k] = weight[at.map * 54 + i * 27 + 26 - k];

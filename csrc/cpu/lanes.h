@@ -136,23 +136,40 @@ AIA_INLINE Vec<A> keep_lanes(LaneSet<A> set, Vec<A> v) {
   if constexpr (sizeof(LaneSet<A>) == sizeof(Vec<A>)) return keep_where<A>(set, v);
 }
 
+namespace detail {
+
+// v, of which a compiler knows nothing but that it lies in a register.
+AIA_INLINE Vec<float> settled(Vec<float> v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+AIA_INLINE Vec<double> settled(Vec<double> v) {
+  struct Registers {
+    Vec<float> low, high;
+  };
+  auto [low, high] = bit_cast<Registers>(v);
+  return bit_cast<Vec<double>>(Registers{settled(low), settled(high)});
+}
+
+}  // namespace detail
+
 // The value, loaded once: GCC would rather load it again for every product that takes it.
 template <class A>
 AIA_INLINE Vec<A> in_register(Vec<A> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {
-    __m512 wide = detail::bit_cast<__m512>(v);
-    asm("" : "+v"(wide));
-    return detail::bit_cast<Vec<A>>(wide);
-  }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) {
-    __m256 wide = detail::bit_cast<__m256>(v);
-    asm("" : "+x"(wide));
-    return detail::bit_cast<Vec<A>>(wide);
-  }
+#if defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return detail::settled(v);
 #endif
   return v;
+}
+
+// A product, rounded: a compiler would make one multiply-add of it and of a sum that takes it.
+template <class A>
+AIA_INLINE Vec<A> rounded(Vec<A> product) {
+  return detail::settled(product);
 }
 
 // a > b ? a : b and a < b ? a : b, so b where one is NaN: one instruction, of which GCC makes two.

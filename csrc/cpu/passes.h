@@ -134,7 +134,7 @@ struct PoolPasses {
   int lanes;
   void (*pool)(const Volume&, const void* x, const Gate&, int context,
                void* pooled,  // [B, 2, M]: maximum, mean
-               void* argmax,  // [B, M], of index_bytes each
+               void* argmax,  // [B, M], of index_bytes each; of 0, where nobody will read it, it is not written
                int index_bytes, int64_t begin, int64_t end);
   void (*unpool)(const Volume&, const void* grad_y, const Gate&, const Unpooled&, const Gate& inner_gate,
                  const Unpooled& inner, void* grad_x, int64_t begin, int64_t end);
@@ -166,9 +166,12 @@ struct GatePasses {
   void (*activate)(const PackedDims&, const A* z, const A* norm, A* gate, int64_t begin, int64_t end);
   void (*conv_activate)(const PackedDims&, const A* pooled, const A* weight, const A* norm, A* z, A* gate,
                         int64_t begin, int64_t end);
-  void (*backward_reduce)(const PackedDims&, const A* grad_gate, const A* z, const A* norm, double* partial,
-                          int64_t begin, int64_t end);
-  void (*backward)(const PackedDims&, const A* grad_gate, const A* z, const A* norm, const A* correction,
+  // The gates may be known (null: not). Then the gradient of the sigmoids' arguments is stored too, in grad, which may
+  // be grad_gate.
+  void (*backward_reduce)(const PackedDims&, const A* grad_gate, const A* z, const A* gate, const A* norm, A* grad,
+                          double* partial, int64_t begin, int64_t end);
+  // grad: of the gates (of_gate), or of the sigmoids' arguments.
+  void (*backward)(const PackedDims&, const A* grad, bool of_gate, const A* z, const A* norm, const A* correction,
                    const A* pooled, const A* weight, A* grad_pooled, double* partial, int64_t begin, int64_t end);
 };
 

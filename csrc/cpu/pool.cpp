@@ -27,14 +27,19 @@ struct PooledMaps {
     A* maximum = pooled + clip * 2 * packed + offset;
     store(maximum, total.max, lanes);
     store(maximum + packed, total.sum * share, lanes);
+    if constexpr (Total::Of::kKnown) store_index(total, clip, offset, lanes);
+  }
+
+ private:
+  template <class Total>
+  AIA_INLINE void store_index(const Total& total, int64_t clip, int64_t offset, int lanes) const {
+    if (!index_bytes) return;
     const int64_t place = clip * packed + offset;
     if (index_bytes == 1)
       Total::Of::store(static_cast<uint8_t*>(argmax) + place, total.argmax, lanes);
     else
       store_wide<typename Total::Of>(total.argmax, place, lanes);
   }
-
- private:
   template <class Of>
   __attribute__((noinline)) void store_wide(typename Of::I index, int64_t place, int lanes) const {
     if (index_bytes == 2)
@@ -95,8 +100,11 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
       });
     };
     if constexpr (kOften<T>)
-      if (index_bytes == 1 && gate.context != kSpacetime)
-        return to_maps(std::integral_constant<int, kAtMostChannel>{}, IndexBytes<1>{});
+      if (gate.context != kSpacetime) {
+        constexpr std::integral_constant<int, kAtMostChannel> of_gate;
+        if (index_bytes == 1) return to_maps(of_gate, IndexBytes<1>{});
+        if (!index_bytes) return to_maps(of_gate, NoIndices{});
+      }
     to_maps(std::integral_constant<int, kAnyContext>{}, AnyBytes{});
   });
 }

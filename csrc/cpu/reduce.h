@@ -50,7 +50,7 @@ struct SumAndMax {
   using I = typename Of::I;
   static constexpr bool kCompares = true;
   Vec<A> sum{}, max = splat(-std::numeric_limits<A>::infinity());
-  I argmax{};
+  [[no_unique_address]] I argmax{};
 
   // Numbers: whether v has no NaN.
   template <class Numbers = std::false_type>

@@ -86,6 +86,17 @@ AIA_INLINE bool context_is(int is, int given) {
   return (kContext < 0 ? given : kContext) == is;
 }
 
+// Rows of a map of a field of the context kContext: channels share those of channel maps.
+template <int kContext>
+constexpr bool kShared = kContext == kChannel || kContext == kAtMostChannel;
+template <class Kind, int kContext, class A, class Lanes>
+AIA_INLINE Vec<A> load_map_row(const A* p, int64_t second, Lanes n) {
+  if constexpr (kShared<kContext>)
+    return load_shared_row<Kind>(p, n);
+  else
+    return load_row<Kind>(p, second, n);
+}
+
 template <class A, class Kind, int kContext>
 class GateRows {
  public:
@@ -100,7 +111,7 @@ class GateRows {
 
     template <class Lanes>
     AIA_INLINE Vec<A> operator()(int64_t i, int64_t column, Lanes n) const {
-      const Vec<A> g = load_row<Kind>(map + i, second, n);
+      const Vec<A> g = load_map_row<Kind, kContext>(map + i, second, n);
       return context_is<kContext>(kSpacetime, context) ? (g + (*of_h)(column)) * A(1.0 / 3) + of_w : g;
     }
     // value * G, or the value alone where there is no gate.
@@ -170,11 +181,14 @@ class UnpooledRows {
 
     template <class Lanes>
     AIA_INLINE Vec<A> operator()(int64_t i, int64_t column, Lanes n) const {
-      const Vec<A> means = load_row<Kind>(mean + i, second, n) * share;
-      const Vec<A> peaks = load_row<Kind>(peak + i, second, n);
+      const Vec<A> means = load_map_row<Kind, kContext>(mean + i, second, n) * share;
+      const Vec<A> peaks = load_map_row<Kind, kContext>(peak + i, second, n);
       const char* indices = argmax + i * bytes;
-      if (!context_is<kContext>(kSpacetime, context))
-        return Of::add_where_equal(load_indices<A, Stored, Kind>(indices, second, bytes, n), channel, means, peaks);
+      if (!context_is<kContext>(kSpacetime, context)) {
+        I where = Of::load(indices, bytes, n);
+        if (Kind::kPair) where = Of::halves(where, where);
+        return Of::add_where_equal(where, channel, means, peaks);
+      }
       Vec<A> u = means + (of_h->mean(column) * share_h + mean_w);
       u = Of::add_where_equal(load_indices<A, Stored, Kind>(indices, second, bytes, n), t, u, peaks);
       u = Of::add_where_equal(of_h->argmax(column, bytes), h, u, of_h->peak(column));

@@ -26,7 +26,7 @@ struct RowMasks {
 template <class A, class Stored>
 __attribute__((noinline)) MaxFirst<A> first_maximum(const SumAndMax<A, Stored>& row, int first, int count) {
   A values[kLanes];
-  int32_t indices[kLanes];
+  int32_t indices[kLanes] = {};
   store(values, row.max);
   Indices<A, Stored>::store(indices, row.argmax, kLanes);
   MaxFirst<A> best{values[first], indices[first]};
@@ -34,24 +34,19 @@ __attribute__((noinline)) MaxFirst<A> first_maximum(const SumAndMax<A, Stored>& 
   return best;
 }
 
-// Over W: lane i of the result is of the i-th row (of a pair, lane kSide + i of the second plane's).
-template <class Numbers, class Kind, class A>
-AIA_INLINE Sum<A> reduce_rows_over_w(Sum<A>* rows, int64_t) {
-  Vec<A> sums[Kind::kSide];
-  for (int i = 0; i < Kind::kSide; ++i) sums[i] = rows[i].sum;
-  return {join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; })};
-}
+// Where in its row each maximum is. Rows that may hold a NaN are met in order, and tell the maxima too.
 template <class Numbers, class Kind, class A, class Stored>
-AIA_INLINE SumAndMax<A, Stored> reduce_rows_over_w(SumAndMax<A, Stored>* rows, int64_t count) {
+AIA_INLINE void find_maxima(const SumAndMax<A, Stored>* rows, int64_t count, SumAndMax<A, Stored>& total) {
+  using Of = Indices<A, Stored>;
   constexpr int side = Kind::kSide;
-  Vec<A> sums[side], maxima[side];
-  for (int i = 0; i < side; ++i) sums[i] = rows[i].sum, maxima[i] = rows[i].max;
-  SumAndMax<A, Stored> total;
-  total.sum = join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
-  total.max = join_each<A>(maxima, [](Vec<A> a, Vec<A> b) { return larger<A>(a, b); });
   alignas(64) A top[kLanes];
-  alignas(64) IndexOf<A> where[kLanes] = {};
   store(top, total.max);
+  if constexpr (Numbers::value && Kind::kOne && Of::kOfMasks) {
+    total.argmax = Of::template lowest_of_masks<Kind::kPair>(
+        [&](int r) { return equal_lanes<A>(rows[r].max, spread<Kind>(top + r, side)); });
+    return;
+  }
+  alignas(64) IndexOf<A> where[kLanes] = {};
   for (int64_t r = 0; r < count; ++r) {
     if constexpr (!Numbers::value) {
       for (int half = 0; half < Kind::kChannels; ++half) {
@@ -69,7 +64,25 @@ AIA_INLINE SumAndMax<A, Stored> reduce_rows_over_w(SumAndMax<A, Stored>* rows, i
   if (!Numbers::value) total.max = load(top);
   IVec<A> index;
   __builtin_memcpy(&index, where, sizeof index);
-  total.argmax = Indices<A, Stored>::from(index);
+  total.argmax = Of::from(index);
+}
+
+// Over W: lane i of the result is of the i-th row (of a pair, lane kSide + i of the second plane's).
+template <class Numbers, class Kind, class A>
+AIA_INLINE Sum<A> reduce_rows_over_w(Sum<A>* rows, int64_t) {
+  Vec<A> sums[Kind::kSide];
+  for (int i = 0; i < Kind::kSide; ++i) sums[i] = rows[i].sum;
+  return {join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; })};
+}
+template <class Numbers, class Kind, class A, class Stored>
+AIA_INLINE SumAndMax<A, Stored> reduce_rows_over_w(SumAndMax<A, Stored>* rows, int64_t count) {
+  constexpr int side = Kind::kSide;
+  Vec<A> sums[side], maxima[side];
+  for (int i = 0; i < side; ++i) sums[i] = rows[i].sum, maxima[i] = rows[i].max;
+  SumAndMax<A, Stored> total;
+  total.sum = join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
+  total.max = join_each<A>(maxima, [](Vec<A> a, Vec<A> b) { return larger<A>(a, b); });
+  if constexpr (!Numbers::value || Indices<A, Stored>::kKnown) find_maxima<Numbers, Kind>(rows, count, total);
   return total;
 }
 

@@ -152,6 +152,14 @@ AIA_INLINE Vec<Accumulate<T>> load_row(const T* p, int64_t second, Lanes n) {
   else
     return load(p, n);
 }
+// A row of a map that the channels of a pair share.
+template <class Kind, class A, class Lanes>
+AIA_INLINE Vec<A> load_shared_row(const A* p, Lanes n) {
+  if constexpr (Kind::kPair)
+    return load_in_both(p, n);
+  else
+    return load(p, n);
+}
 template <class Kind, class T, class Lanes>
 AIA_INLINE void store_row(T* p, int64_t second, Vec<Accumulate<T>> v, Lanes n) {
   if constexpr (Kind::kPair)

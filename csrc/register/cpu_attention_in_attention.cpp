@@ -225,34 +225,38 @@ std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> 
   return {gate, z};
 }
 
-// Gradients of the shift and the scale of each gate, [n, 2].
-template <class A>
-void sum_over_batch(const PackedDims& d, const A* grad_gate, const A* z, const A* norm, A* sums) {
-  std::vector<double> partial(gate_units(d) * aia::cpu::kNormPartials);
-  parallel(gate_units(d), [&](int64_t begin, int64_t end) {
-    passes<GatePasses<A>>().backward_reduce(d, grad_gate, z, norm, partial.data(), begin, end);
-  });
-  double total[3][2] = {};
-  for_partials(d, partial, aia::cpu::kNormPartials,
-               [&](int map, const double* p) { total[map][0] += p[0], total[map][1] += p[1]; });
-  for (int i = 0; i < 2 * d.n; ++i) sums[i] = static_cast<A>(total[i / 2][i % 2]);
-}
-
-Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
+// Gradients of the shift and the scale of each gate, [n, 2]. Where the gates of z are known, the gradient of the
+// sigmoids' arguments is written to grad, which may be grad_gate.
+Tensor sums_of(const Tensor& grad_gate, const Tensor& z, const Tensor* gate, const Tensor& norm,
+               const std::vector<int64_t>& dims, Tensor* grad) {
   const PackedDims d = aia::dims_of_gradient(grad_gate, z, norm, dims);
   Tensor sums = torch::stable::new_empty(z, {d.n, 2});
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
-    sum_over_batch(d, data<A>(grad_gate), data<A>(z), data<A>(norm), mutable_data<A>(sums));
+    const A *given = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm);
+    const A* known = gate ? data<A>(*gate) : nullptr;
+    A *out = grad ? mutable_data<A>(*grad) : nullptr, *of_n = mutable_data<A>(sums);
+    std::vector<double> partial(gate_units(d) * aia::cpu::kNormPartials);
+    parallel(gate_units(d), [&](int64_t begin, int64_t end) {
+      passes<GatePasses<A>>().backward_reduce(d, given, in, known, bn, out, partial.data(), begin, end);
+    });
+    double total[3][2] = {};
+    for_partials(d, partial, aia::cpu::kNormPartials,
+                 [&](int map, const double* p) { total[map][0] += p[0], total[map][1] += p[1]; });
+    for (int i = 0; i < 2 * d.n; ++i) of_n[i] = static_cast<A>(total[i / 2][i % 2]);
   });
   return sums;
 }
 
-std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z,
-                                                              const Tensor& norm, std::optional<Tensor> sums,
-                                                              const Tensor& statistics, const Tensor& pooled,
-                                                              std::vector<Tensor> weight, std::vector<int64_t> dims) {
-  const PackedDims d = aia::dims_of_gradient(grad_gate, z, norm, sums, statistics, pooled, dims);
+Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tensor& norm, std::vector<int64_t> dims) {
+  return sums_of(grad_gate, z, nullptr, norm, dims, nullptr);
+}
+
+// gate_backward behind its sums, from the gradient of the gates (of_gate) or from that of the sigmoids' arguments.
+std::tuple<Tensor, std::vector<Tensor>, Tensor> back_through_convolution(
+    const Tensor& grad, bool of_gate, const Tensor& z, const Tensor& norm, const Tensor& sums, const Tensor& statistics,
+    const Tensor& pooled, const std::vector<Tensor>& weight, const std::vector<int64_t>& dims) {
+  const PackedDims d = aia::dims_of_gradient(grad, z, norm, sums, statistics, pooled, dims);
   const Gates gates = aia::weights_of(weight, d.n, z);
   Tensor grad_pooled = output_like(pooled);
   Tensor grad_affine = torch::stable::new_empty(weight[0], {d.n, 2});
@@ -262,21 +266,18 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
   const aia::Parameter affine = aia::parameter_of(grad_affine, z, "grad_affine");
   with_map_type(z, [&](auto type) {
     using A = decltype(type);
-    const A *grad = data<A>(grad_gate), *in = data<A>(z), *bn = data<A>(norm), *features = data<A>(pooled);
-    A total_sums[6], mean[6];
-    if (sums)
-      std::copy_n(data<A>(*sums), 2 * d.n, total_sums);
-    else
-      sum_over_batch(d, grad, in, bn, total_sums);
+    const A *given = data<A>(grad), *in = data<A>(z), *bn = data<A>(norm), *features = data<A>(pooled);
+    A mean[6];
     for (int i = 0; i < 2 * d.n; ++i) {
-      mean[i] = aia::mean_of(total_sums[i], data<A>(statistics)[i / 2 * 3 + 2]);
-      aia::write(affine, i, total_sums[i]);
+      mean[i] = aia::mean_of(data<A>(sums)[i], data<A>(statistics)[i / 2 * 3 + 2]);
+      aia::write(affine, i, data<A>(sums)[i]);
     }
     const std::vector<A> w = contiguous_weights<A>(gates, d.n);
     A* out = mutable_data<A>(grad_pooled);
     std::vector<double> partial(gate_units(d) * aia::cpu::kWeightPartials);
     parallel(gate_units(d), [&](int64_t begin, int64_t end) {
-      passes<GatePasses<A>>().backward(d, grad, in, bn, mean, features, w.data(), out, partial.data(), begin, end);
+      passes<GatePasses<A>>().backward(d, given, of_gate, in, bn, mean, features, w.data(), out, partial.data(), begin,
+                                       end);
     });
     double total[3][54] = {};
     for_partials(d, partial, aia::cpu::kWeightPartials, [&](int map, const double* p) {
@@ -288,6 +289,14 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
     }
   });
   return {grad_pooled, grad_weight, grad_affine};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad_gate, const Tensor& z,
+                                                              const Tensor& norm, std::optional<Tensor> sums,
+                                                              const Tensor& statistics, const Tensor& pooled,
+                                                              std::vector<Tensor> weight, std::vector<int64_t> dims) {
+  if (!sums) sums = sums_of(grad_gate, z, nullptr, norm, dims, nullptr);
+  return back_through_convolution(grad_gate, true, z, norm, *sums, statistics, pooled, weight, dims);
 }
 
 // Where the gates of a context of a unit begin in its lists: that over C comes first, where there is one.
@@ -343,8 +352,10 @@ std::vector<Tensor> propagate_back(const Tensor& grad_y, const Tensor& x, std::v
     const std::vector<Tensor> own = of_context(weight, context, other);
     const std::vector<int64_t> lengths = lengths_of(a, context);
     const auto [gates, z] = gate_again(of[0], own, of[2], lengths);
+    Tensor grad = gradient_of_gates();
+    const Tensor sums = sums_of(grad, z, &gates, of[2], lengths, &grad);
     auto [grad_pooled, grad_weight, grad_affine] =
-        gate_backward(gradient_of_gates(), z, of[2], std::nullopt, of[3], of[0], own, lengths);
+        back_through_convolution(grad, false, z, of[2], sums, of[3], of[0], own, lengths);
     const int64_t first = first_of(context, other);
     std::copy(grad_weight.begin(), grad_weight.end(), results.begin() + first);
     results[n + (first ? 1 : 0)] = grad_affine;

@@ -30,10 +30,9 @@ using torch::stable::Tensor;
 template <class A>
 class ContextGates {
  public:
-  ContextGates(const Activation& x, const Volume& clip, const Gates& gates, int context)
+  ContextGates(const Volume& clip, const Gates& gates, int context)
       : clip_(clip),
         context_(context),
-        index_bytes_(bytes_of(aia::index_type(x, context))),
         dims_(maps_of(clip, context)),
         weight_(aia::cpu::contiguous_weights<A>(gates, context)),
         norm_(4 * context) {
@@ -41,15 +40,15 @@ class ContextGates {
     for (int i = 0; i < context; ++i) aia::finish_norm(gates[i], 0, 0, 1, norm_.data() + 4 * i, statistics);
   }
 
-  // Elements of type A that the maps of a clip take: two features, the gates, and the indices, which nothing reads.
-  int64_t elements() const { return context_ ? packed() * 4 : 0; }
+  // Elements of type A that the maps of a clip take: two features and the gates.
+  int64_t elements() const { return context_ ? packed() * 3 : 0; }
 
   // split(units, body) calls body(begin, end) for all units.
   template <class Split>
   Gate operator()(const void* x, const Gate& guide, A* maps, const Split& split) const {
-    A *pooled = maps, *gate = maps + 2 * packed(), *argmax = maps + 3 * packed();
+    A *pooled = maps, *gate = maps + 2 * packed();
     split(aia::cpu::reduction_units(clip_, context_), [&](int64_t begin, int64_t end) {
-      passes<PoolPasses>(clip_.scalar).pool(clip_, x, guide, context_, pooled, argmax, index_bytes_, begin, end);
+      passes<PoolPasses>(clip_.scalar).pool(clip_, x, guide, context_, pooled, nullptr, 0, begin, end);
     });
     split(aia::cpu::gate_units(dims_), [&](int64_t begin, int64_t end) {
       passes<GatePasses<A>>().conv_activate(dims_, pooled, weight_.data(), norm_.data(), gate, gate, begin, end);
@@ -59,10 +58,9 @@ class ContextGates {
 
  private:
   int64_t packed() const { return clip_.packed(context_); }
-  static int bytes_of(ScalarType index) { return index == ScalarType::Byte ? 1 : index == ScalarType::Short ? 2 : 4; }
 
   const Volume& clip_;
-  const int context_, index_bytes_;
+  const int context_;
   const PackedDims dims_;
   const std::vector<A> weight_;
   std::vector<A> norm_;
@@ -75,7 +73,7 @@ void evaluate_clips(const Activation& a, const aia::UnitArguments& gates, int in
   const Volume x = aia::cpu::volume_of(a, passes<PoolPasses>(a.scalar).lanes);
   Volume clip = x;
   clip.B = 1;
-  const ContextGates<A> guide_of(a, clip, gates.inner, inner), gate_of(a, clip, gates.outer, outer);
+  const ContextGates<A> guide_of(clip, gates.inner, inner), gate_of(clip, gates.outer, outer);
   const auto run = [&](int64_t begin, int64_t end, const auto& split) {
     const int64_t elements = guide_of.elements() + gate_of.elements();
     const std::unique_ptr<A[]> maps(new A[elements]);

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pass_cases import CASES
+from pass_cases import CASES, TILES, special
 from torch.library import opcheck
 from torch.testing import assert_close
 
@@ -58,6 +58,17 @@ def test_as_one_by_one(unit, case, norm):
     for as_one, one_by_one in zip(found[:2], found[2:], strict=True):
         for got, want in zip(tensors(as_one), tensors(one_by_one), strict=True):
             assert_close(got, want, rtol=0, atol=0, check_stride=True)
+
+
+@pytest.mark.parametrize("kind", ["nan", "few nan", "nothing but -inf", "zeros of both signs"])
+@pytest.mark.parametrize("case", ["bf16 THWC", "fp16", "fp64", *TILES])
+@pytest.mark.parametrize("unit", UNITS_IN_ONE)
+def test_evaluate_as_one_by_one(unit, case, kind):
+    """It finds maxima without their indices."""
+    plan, _, _, gates = arguments(unit, "fp64" if "fp64" in case else "prime", "fixed")
+    x = dense_clips(special(TILES.get(case) or CASES[case], kind))
+    want = algorithm.forward(plan._replace(passes=ONE_BY_ONE), x, gates).y
+    assert_close(algorithm.evaluate(plan._replace(passes=PASSES), x, gates), want, rtol=0, atol=0, equal_nan=True)
 
 
 def tensors(found) -> list:
