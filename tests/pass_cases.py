@@ -81,6 +81,7 @@ VECTORS = {
     "vectors in rows": Case((2, 2, 8, 4, 8)),
     "vectors in rows CTHW": Case((2, 3, 2, 4, 8), "CTHW"),
     "vectors in rows bf16": Case((1, 2, 3, 3, 16), "TCHW", torch.bfloat16),
+    "half vectors in planes bf16": Case((1, 2, 40, 6, 6), "TCHW", torch.bfloat16),
     "half vectors in rows bf16": Case((1, 2, 3, 4, 12), "TCHW", torch.bfloat16),
     "vectors in rows, ragged maps": Case((2, 1, 3, 3, 4)),
     "vectors THWC": Case((2, 2, 40, 3, 5), "THWC"),

@@ -11,6 +11,7 @@
 //   op.aligned()            whether all maps begin at aligned addresses
 #pragma once
 
+#include "channel_steps.cuh"
 #include "volume.cuh"
 
 namespace aia::cuda {
@@ -72,17 +73,16 @@ template <class Source, int V>
 using Loaded = decltype(std::declval<Source>().template load<V>(0));
 
 template <int V, class A>
-__device__ __forceinline__ void multiply(Vector<A, V>&, const One<A>&, const Volume<A>&, int64_t, const Position&) {}
+struct ChannelSteps<V, A, One<A>> {
+  __device__ __forceinline__ ChannelSteps(const Volume<A>&, const One<A>&, int64_t, const Position&) {}
+  __device__ __forceinline__ void multiply(Vector<A, V>&, int) const {}
+};
 
 // Multiplies neighbours in memory, the first of which is at p, by a field.
 template <int V, class A, class Field>
 __device__ __forceinline__ void multiply(Vector<A, V>& values, const Field& field, const Volume<A>& v, int64_t clip,
-                                         Position p) {
-  for_groups<V>(v, p, [&](int first) {
-    const auto factors = spread<kGroupOf<V, A>>(field, v, clip, p);
-#pragma unroll
-    for (int k = 0; k < kGroupOf<V, A>; ++k) values.at[first + k] *= factors.at[k];
-  });
+                                         const Position& p) {
+  ChannelSteps<V, A, Field>(v, field, clip, p).multiply(values, 0);
 }
 
 // The sum over the axes of a context, divided by the number of its maps: the gradient of a gate.
@@ -155,11 +155,14 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_over_channels(Volume<A> v,
   for (int k = 0; k < kWide; ++k) partial[k] = Partial::starting_at(kInner ? slice * V : slice);
   if (mine < positions) {
     const int step = slices * (kInner ? V : 1), channels = v.channels();
-    const auto at = [&](int c) { return Position{t, kInner ? 0 : c, mine / v.W, mine % v.W, kInner ? c : 0}; };
-    const auto load = [&](int c) { return source.template load<V>(base + v.offset(at(c))); };
+    const Position first{t, 0, mine / v.W, mine % v.W, 0};
+    const ChannelSteps<V, A, decltype(op.field)> field(v, op.field, clip, first);
+    const int64_t at_first = base + v.offset(first);
+    const int stride = kInner ? 1 : v.plane_size() * (v.time_inside ? v.T : 1);
+    const auto load = [&](int c) { return source.template load<V>(at_first + c * stride); };
     const auto add = [&](int c, const Loaded<Source, V>& loaded) {
       auto values = Source::widen(loaded);
-      multiply(values, op.field, v, clip, at(c));
+      field.multiply(values, c);
 #pragma unroll
       for (int k = 0; k < V; ++k) partial[kInner ? 0 : k].add(values.at[k], kInner ? c + k : c);
     };
@@ -190,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_over_channels_of_run(Volum
   const int64_t clip = blockIdx.x / v.T, first = clip * v.size();
   const int t = blockIdx.x % v.T, frame = v.O * positions, thread = threadIdx.x;
   if (thread < threads) {
-    Position p = v.position(t * frame + thread * V);
+    const Position p = v.position(t * frame + thread * V);
+    const ChannelSteps<V, A, decltype(op.field)> field(v, op.field, clip, p);
     Partial partial[V];
     int ahead[V];  // channels between the first element of a vector and this one
 #pragma unroll
@@ -201,12 +205,13 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_over_channels_of_run(Volum
     }
     const int step = threads * V;
     const auto load = [&](int e) { return source.template load<V>(first + t * frame + e); };
+    int c = 0;  // channels from the first vector to the next
     const auto add = [&](const Loaded<Source, V>& loaded) {
       auto values = Source::widen(loaded);
-      multiply(values, op.field, v, clip, p);
+      field.multiply(values, c);
 #pragma unroll
-      for (int k = 0; k < V; ++k) partial[k].add(values.at[k], p.o + ahead[k]);
-      p.o += planes * V;
+      for (int k = 0; k < V; ++k) partial[k].add(values.at[k], p.o + c + ahead[k]);
+      c += planes * V;
     };
     int e = thread * V;
     for (; e + (kBatch - 1) * step < frame; e += kBatch * step) {
@@ -404,6 +409,26 @@ Tiling spacetime_tiling(const Volume<Accumulate<T>>& v, int64_t clips, int V) {
   return {tile, unit % V == 0 && whole % V == 0};
 }
 
+// Over C, of planes of neighbouring positions, in vectors of kWide elements at most; -1 where these do not fit. Vectors
+// of four may fit where longer ones do not: then a frame has several blocks, where as a run it has one.
+constexpr int kSlices = 8;
+template <int kWide, class Source, class Op>
+int reduce_over_planes(const Shape& shape, const Source& source, const Op& op, void* stream) {
+  using T = typename Source::Scalar;
+  constexpr int kFew = std::min(kWide, 4);
+  const Volume<Accumulate<T>> v = Volume<Accumulate<T>>(shape).with_vectors(op.aligned());
+  const int positions = v.H * v.W;
+  const auto run = [&](auto kernel, int V) {
+    const int64_t blocks = shape.B * v.T * ceil_div(positions, kThreads / kSlices * V);
+    return launch(kernel, blocks, kThreads, stream, v, source, op, kSlices);
+  };
+  if (positions % kWide == 0) return run(reduce_over_channels<Source, kWide, false, Op>, kWide);
+  if (positions % kFew == 0) return run(reduce_over_channels<Source, kFew, false, Op>, kFew);
+  if (!v.time_inside && positions <= kThreads && v.O * positions % kWide == 0)
+    return launch(reduce_over_channels_of_run<Source, kWide, Op>, shape.B * v.T, kThreads, stream, v, source, op);
+  return -1;
+}
+
 // Queues the reduction that the context asks for.
 template <class Source, class Op>
 int reduce(const Shape& shape, const Source& source, int context, const Op& op, void* stream) {
@@ -432,13 +457,8 @@ int reduce(const Shape& shape, const Source& source, int context, const Op& op, 
     return vectors ? run(reduce_over_channels<Source, kWide, true, Op>, wide, slices, 1)
                    : run(reduce_over_channels<Source, 1, true, Op>, v, slices, 1);
   }
-  constexpr int kSlices = 8;
-  const int positions = v.H * v.W;
-  if (aligned && positions % kWide == 0)
-    return run(reduce_over_channels<Source, kWide, false, Op>, wide, kSlices, kWide);
-  if (aligned && !v.time_inside && positions <= kThreads && v.O * positions % kWide == 0)
-    return launch(reduce_over_channels_of_run<Source, kWide, Op>, shape.B * v.T, kThreads, stream, wide, source, op);
-  return run(reduce_over_channels<Source, 1, false, Op>, v, kSlices, 1);
+  const int error = aligned ? reduce_over_planes<kWide>(shape, source, op, stream) : -1;
+  return error >= 0 ? error : run(reduce_over_channels<Source, 1, false, Op>, v, kSlices, 1);
 }
 
 }  // namespace aia::cuda
