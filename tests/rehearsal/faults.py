@@ -59,8 +59,8 @@ FAULTS = {
     ),
     "wait for the device": Fault(
         "cuda/launch.cuh",
-        "return cudaLaunchKernel(function, static_cast<unsigned>(blocks),",
-        "cudaDeviceSynchronize();\n  return cudaLaunchKernel(function, static_cast<unsigned>(blocks),",
+        "return queue_blocks(cudaLaunchKernel, kernel,",
+        "cudaDeviceSynchronize();\n  return queue_blocks(cudaLaunchKernel, kernel,",
         *(("recalibrate.cu",), "test_nothing_waits and CinST", "launches wait"),
     ),
     "more blocks than fit together": Fault(
