@@ -2,8 +2,8 @@
 
 Where there is too little to fuse, a call is what its operators and the Python around them take. So these are not the
 published sequences but shorter ones, of the same numbers. They check nothing, and are for plain tensors of one type in
-eager mode: they may look at sizes and values. The type is float32 or float64; for layers on tokens bfloat16 and float16
-too, which are normalized in float32.
+eager mode: they may look at sizes and values. The type is float32 or float64; in an ordinary call of a layer bfloat16
+and float16 too, which are normalized in float32.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .sharded import PLAIN
 FAMILY = "external_attention"
 
 #: torch takes softmaxes over few elements that lie side by side row by row, each as long as one over a vector of them.
-#: So with fewer slots than FEW_SLOTS two softmaxes are slow from so many rows on; and eight times as many, where a
-#: backward follows, as what takes their place has a longer one.
-_FEW_ROWS, _FEW_ROWS_FOLLOWED = 32, 256
+#: So with fewer slots than FEW_SLOTS two softmaxes are slow from so many rows on; eight times as many where a backward
+#: follows, as what takes their place has a longer one. Without one they are not slow up to so many elements either.
+_FEW_ROWS, _FEW_ROWS_FOLLOWED, _FEW_ELEMENTS = 32, 256, 400
 #: Elements of a map beyond which, where no backward follows, the fused passes cost less than operators of PyTorch.
 _SMALL_MAP = 32768
 #: Tokens of one slot from which a softmax over them is faster where they are the last axis.
@@ -60,7 +60,7 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
     at, and A made of logarithms if one is too small to divide by.
 
     Args:
-        logits: float32 or float64.
+        logits: Of any floating-point type; those of 16 bits are normalized in float32.
         eps: Added to the sum over slots.
         tokens: The axis of the tokens.
         slots: The axis of the slots.
@@ -68,9 +68,11 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
     Returns:
         A, in the shape and type of the logits.
     """
+    if logits.dtype not in WIDE:
+        return double_normalize(logits.float(), eps, tokens, slots).to(logits.dtype)
     followed = torch.is_grad_enabled() and logits.requires_grad
     count, last = logits.shape[slots], slots in (-1, logits.ndim - 1)
-    slow = last and count < FEW_SLOTS and logits.numel() > _few_rows(followed) * count
+    slow = last and count < FEW_SLOTS and not _are_few(logits.numel() // count, count, followed)
     if not (eps or slow) and (followed or logits.numel() <= safe_normalization.SMALL_MAP):
         return safe_normalization.by_two_softmaxes(logits, tokens, slots)
     if count == 1 and not eps:
@@ -78,8 +80,10 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
     return safe_normalization.by_sums(logits, tokens, slots, eps, kept=followed)[0]
 
 
-def _few_rows(followed: bool) -> int:
-    return _FEW_ROWS_FOLLOWED if followed else _FEW_ROWS
+def _are_few(rows: int, slots: int, followed: bool) -> bool:
+    if followed:
+        return rows <= _FEW_ROWS_FOLLOWED
+    return rows <= _FEW_ROWS or rows * slots <= _FEW_ELEMENTS
 
 
 def _of_one_slot(logits: Tensor, tokens: int, slots: int) -> Tensor:
@@ -97,8 +101,6 @@ def _normalized(logits: Tensor, eps: float) -> Tensor:
         passes, rows = backends.passes("cpu", FAMILY), logits.view(*logits.shape[:2], -1)
         passes.double_norm_(rows, log_sum_exp(passes.column_statistics(rows, None), ""), slots, eps, None)
         return logits
-    if logits.dtype not in WIDE:
-        return double_normalize(logits.float(), eps, tokens=1).to(logits.dtype)
     return double_normalize(logits, eps, tokens=1)
 
 
@@ -114,7 +116,7 @@ def external_attention(
         or value.requires_grad
         or (value_bias is not None and value_bias.requires_grad)
     )
-    if x.shape[0] * x.shape[1] <= _few_rows(followed):
+    if _are_few(x.shape[0] * x.shape[1], key.shape[0], followed):
         return F.linear(double_normalize(F.linear(x, key), eps), value, value_bias)
     if followed:
         return few_slots.FewSlotsFunction.apply(x, key, value, value_bias, eps)
@@ -143,11 +145,11 @@ def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> T
 def values_of_maps(x: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
     """A V^T as maps [B, v, ...] of maps x [B, C, ...], key [S, C] and value [v, S]."""
     b, channels, *sizes = x.shape
-    if b == 1 and x.is_contiguous():  # products of matrices, and no axis to expand and to sum over
+    if b == 1 and _is_dense(x):  # products of matrices, and no axis to expand and to sum over
         attention = double_normalize(key @ x.view(channels, -1), eps, tokens=1, slots=0)
-        return (value @ attention).view(1, -1, *sizes)
+        return _as_maps(_stored_as(x, value, attention), sizes)
     attention = double_normalize(torch.bmm(key.expand(b, -1, -1), x.flatten(2)), eps, tokens=2, slots=1)
-    return torch.bmm(value.expand(b, -1, -1), attention).view(b, -1, *sizes)
+    return _stored_as(x, value.expand(b, -1, -1), attention).unflatten(2, sizes)
 
 
 def values_unfolded(
@@ -157,16 +159,32 @@ def values_unfolded(
     biases to the logits, and one or two behind."""
     b, channels, *sizes = x.shape
     # A convolution costs more than a product of matrices; but a compiler knows how to make the best of it.
-    if b == 1 and x.is_contiguous() and not torch.compiler.is_compiling():
+    if b == 1 and not torch.compiler.is_compiling() and _is_dense(x):
         first, second, value, *last = (weight.view(weight.shape[0], -1) for weight in weights)
         logits = _with_bias(second, _with_bias(first, x.view(channels, -1), biases[0]), biases[1])
-        z = value @ double_normalize(logits, eps, tokens=1, slots=0)
-        return (last[0] @ z if last else z).view(1, -1, *sizes)
+        z = _stored_as(x, value, double_normalize(logits, eps, tokens=1, slots=0))
+        return _as_maps(_stored_as(x, last[0], z) if last else z, sizes)
     first, second, value, *last = weights
     logits = F.conv1d(F.conv2d(x, _of_rank(first, 4), biases[0]).flatten(2), _of_rank(second, 3), biases[1])
     z = F.conv1d(double_normalize(logits, eps, tokens=2, slots=1), _of_rank(value, 3))
     maps = z.reshape(*z.shape[:2], *sizes)
     return F.conv2d(maps, _of_rank(last[0], 4)) if last else maps
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _stored_as(x: Tensor, matrix: Tensor, t: Tensor) -> Tensor:
+    """matrix @ t, its columns side by side if x is in channels_last: what is added to x needs no other order then."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return matrix @ t
+    return (t.mT @ matrix.mT).mT
+
+
+def _as_maps(z: Tensor, sizes: Sequence[int]) -> Tensor:
+    """z [v, N] of one sample as maps [1, v, ...], with the strides that these have in either order."""
+    return z.view(1, -1, *sizes) if z.is_contiguous() else z.mT.view(1, *sizes, -1).movedim(-1, 1)
 
 
 def _with_bias(matrix: Tensor, t: Tensor, bias: Tensor | None) -> Tensor:

@@ -208,7 +208,7 @@ class ExternalAttention2d(nn.Module):
         last = [*conv2._modules.values()] if type(conv2) is nn.Sequential else ()
         if len(convolutions) != 3 or len(last) != 2 or type(last[1]) is not nn.BatchNorm2d or must_be_called(conv2):
             return None
-        found = read_at_once(x, (*convolutions, *last), plain.WIDE)
+        found = read_at_once(x, (*convolutions, *last))
         if found is None or found[5] is not None or found[7] is not None or x.ndim != 4:
             return None
         weights, sizes = found[:8:2], x.shape
@@ -525,4 +525,5 @@ def _linear(linear: nn.Module) -> tuple[Any, Any]:
 
 def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
     """What a dropout makes of x. A module is not called where it does nothing and nobody wants to see the call."""
-    return x if not dropout.training and can_be_read(dropout, nn.Dropout) else dropout(x)
+    nothing = can_be_read(dropout, nn.Dropout) and not (dropout.training and dropout.p)
+    return x if nothing else dropout(x)

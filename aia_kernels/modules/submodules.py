@@ -74,12 +74,10 @@ _CONVOLUTIONS = frozenset((nn.Conv1d, nn.Conv2d))
 _POINTWISE = frozenset(((1,) * n, (1,) * n, (0,) * n, 1) for n in (1, 2))
 
 
-def read_at_once(
-    x: Tensor, modules: Iterable[nn.Module], types: frozenset[torch.dtype] = plain.FLOATING
-) -> list[Any] | None:
+def read_at_once(x: Tensor, modules: Iterable[nn.Module]) -> list[Any] | None:
     """Weight and bias of each submodule of an ordinary call, one after the other: each submodule is torch's own and
-    nobody's hook stands on it, all is of one of these types, and no call is recorded, transformed or cast. None where
-    this cannot be told at once; that says nothing yet.
+    nobody's hook stands on it, all is of one floating-point type, and no call is recorded, transformed or cast. None
+    where this cannot be told at once; that says nothing yet.
 
     The checks of must_be_called and plain.serves in one room. They take little in a loop of their own, and four times
     that between operators, whose code has pushed theirs out of the caches: there it is the size of a check that costs.
@@ -88,7 +86,13 @@ def read_at_once(
         return None
     dtype = x.dtype
     found: list[Any] = []
-    if type(x) is not Tensor or dtype not in types or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+    if (
+        type(x) is not Tensor
+        or dtype not in plain.FLOATING
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.is_nested
+    ):
         return None
     for module in modules:
         kind, of = type(module), module.__dict__

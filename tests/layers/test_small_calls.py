@@ -18,10 +18,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import aia_kernels
+import aia_kernels.testing
 from aia_kernels import TokenExternalAttention, backends, functional, reference
 from aia_kernels.algorithms import few_slots, safe_normalization
 from aia_kernels.backends import choices
 from aia_kernels.functional import plain
+from benchmarks.published import external_attention as published
 
 if backends.select("cpu", torch.float32, "external_attention") == "reference":
     pytest.skip("auto has no fused passes to choose here", allow_module_level=True)
@@ -173,13 +175,13 @@ def test_low_precision_is_no_coarser_than_published(slots, tokens, dtype):
     nn.init.normal_(module.mk.weight, std=0.25), nn.init.normal_(module.mv.weight)
     grad_y, exact = torch.randn(2, tokens, 16).to(dtype), copy.deepcopy(module).double()
 
-    def published(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def as_published(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         p = module.mk(x).softmax(1)
         return module.mv(p / p.sum(2, keepdim=True))
 
     def errors(form) -> list[float]:
         found = []
-        for of, like in ((form, module), (published, exact)):
+        for of, like in ((form, module), (as_published, exact)):
             leaf = x.detach().to(like.mk.weight.dtype).requires_grad_()
             y = of(like, leaf)
             found.append([y.detach(), *torch.autograd.grad(y, [leaf, like.mv.weight], grad_y.to(y.dtype))])
@@ -188,8 +190,44 @@ def test_low_precision_is_no_coarser_than_published(slots, tokens, dtype):
         return [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(*found, strict=True)]
 
     # The gradient of x cancels: where A hardly differs from token to token it is rounding in either form.
-    for ours, theirs in zip(errors(lambda module, x: module(x)), errors(published), strict=True):
+    for ours, theirs in zip(errors(lambda module, x: module(x)), errors(as_published), strict=True):
         assert ours <= 1.5 * theirs + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("samples, channels, slots", [(1, 8, 4), (1, 4, 70), (3, 16, 4), (3, 4, 70)])
+def test_blocks_in_bfloat16_are_no_coarser_than_published(samples, channels, slots, training):
+    """Folded and not; the published flow rounds P, the sums and A, and, unfolded, two more tensors."""
+    torch.manual_seed(0)
+    module = published.ExternalAttention2d(channels, slots).train(training)
+    # Memories of order one, whose sums do not cancel, as those of a network after training.
+    for p in (module.linear_0.weight, module.linear_1.weight):
+        nn.init.normal_(p, std=0.5)
+    ours, dtype = aia_kernels.ExternalAttention2d(channels, slots).train(training), torch.bfloat16
+    ours.load_state_dict(module.state_dict())
+    x, grad_y = (torch.randn(samples, channels, 5, 7, dtype=torch.float64) for _ in range(2))
+    exact = step(module.double(), x.to(dtype).double(), grad_y.to(dtype).double())
+    found, theirs = (step(m.to(dtype), x.to(dtype), grad_y.to(dtype)) for m in (ours, module))
+    for key in ("y", "grad x", "grad conv2.0.weight"):
+        error, allowed = ((of[key].double() - exact[key]).norm() / exact[key].norm() for of in (found, theirs))
+        assert error <= 1.5 * allowed + torch.finfo(dtype).eps, key
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("samples, slots", [(1, 5), (1, 80), (3, 5), (3, 80)])
+def test_blocks_in_channels_last(samples, slots, training, passes):
+    """Folded and not, of one sample and of several: the numbers of the passes, stored as x."""
+    torch.manual_seed(0)
+    module = aia_kernels.testing.randomise(aia_kernels.ExternalAttention2d(6, slots)).double().train(training)
+    x, grad_y = (torch.randn(samples, 6, 5, 7, dtype=torch.float64) for _ in range(2))
+    x = x.to(memory_format=torch.channels_last)
+    found = step(copy.deepcopy(module), x, grad_y)
+    assert passes.calls == 0
+    expected = fused_step(module, x, grad_y)
+    assert found["y"].stride() == x.stride()
+    for key in UNSEEN:
+        found.pop(f"grad {key}", None), expected.pop(f"grad {key}", None)
+    assert_close(found, expected, **EXACT)
 
 
 LARGE = {
