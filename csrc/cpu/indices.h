@@ -107,9 +107,6 @@ struct Indices<float, IndexBytes<1>> {
   }
   static AIA_INLINE I from(IVec<float> index) { return {_mm512_cvtepi32_epi8(detail::bit_cast<__m512i>(index))}; }
   static AIA_INLINE I load(const char* p, int, Part n) { return {_mm_maskz_loadu_epi8(detail::first_lanes(n), p)}; }
-  static AIA_INLINE I load(const char* p, int, std::integral_constant<int, kLanes / 2>) {
-    return {_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))};
-  }
   static AIA_INLINE I load(const char* p, int, int n) {
     return {n < kLanes ? _mm_maskz_loadu_epi8(detail::first_lanes(n), p)
                        : _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))};
@@ -127,24 +124,20 @@ struct Indices<float, IndexBytes<1>> {
     const __m128i least = _mm_and_si128(_mm_min_epu8(found, _mm_srli_epi16(found, 8)), _mm_set1_epi16(255));
     return _mm_extract_epi16(_mm_minpos_epu16(least), 0);
   }
-  // Lane i: the lowest bit of mask(i) or, of a pair, that of the low byte of mask(i), and in lane 8 + i of the high
-  // one.
-  template <bool pair, class Mask>
+  // Lane i: the lowest bit in the low byte of mask(i), and lane 8 + i: that in the high one; 255 where it has none.
+  template <class Mask>
   static AIA_INLINE I lowest_of_masks(Mask&& mask) {
     const auto four = [&](int i) {
       const auto two = [&](int j) { return _mm512_kunpackw(mask(j + 1), mask(j)); };
       return static_cast<int64_t>(_mm512_kunpackd(two(i + 2), two(i)));
     };
-    const auto eight = [&](int i) { return lowest_of_bytes(_mm_set_epi64x(four(i + 4), four(i))); };
-    const __m128i low = eight(0);
-    if constexpr (pair)
-      return {_mm_shuffle_epi8(low, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15))};
-    const __m128i eights = _mm_set1_epi16(0x0800), high = eight(8);  // what the high byte of a mask adds
-    const auto of_words = [&](__m128i bytes) {
-      const __m128i found = _mm_adds_epu8(bytes, eights);
-      return _mm_and_si128(_mm_min_epu8(found, _mm_srli_epi16(found, 8)), _mm_set1_epi16(255));
-    };
-    return {_mm_packus_epi16(of_words(low), of_words(high))};
+    const __m128i bytes = _mm_set_epi64x(four(4), four(0)), nibble = _mm_set1_epi8(15);
+    const __m128i of_low = _mm_setr_epi8(-1, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0);
+    const __m128i of_high = _mm_setr_epi8(-1, 4, 5, 4, 6, 4, 5, 4, 7, 4, 5, 4, 6, 4, 5, 4);
+    const __m128i low = _mm_shuffle_epi8(of_low, _mm_and_si128(bytes, nibble));
+    const __m128i high = _mm_shuffle_epi8(of_high, _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble));
+    const __m128i halves = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return {_mm_shuffle_epi8(_mm_min_epu8(low, high), halves)};
   }
   template <bool numbers>
   static AIA_INLINE void max_first(Vec<float> v, I index, Vec<float>& best, I& best_index) {
@@ -167,15 +160,6 @@ struct Indices<float, IndexBytes<1>> {
   static AIA_INLINE void store(T* p, I index, int n) {
     store_index<float>(p, detail::bit_cast<IVec<float>>(_mm512_cvtepu8_epi32(index.bytes)), n);
   }
-
- private:
-  // The lowest bit of each byte; 255 where it has none.
-  static AIA_INLINE __m128i lowest_of_bytes(__m128i bytes) {
-    const __m128i of_low = _mm_setr_epi8(-1, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0);
-    const __m128i of_high = _mm_setr_epi8(-1, 4, 5, 4, 6, 4, 5, 4, 7, 4, 5, 4, 6, 4, 5, 4), nibble = _mm_set1_epi8(15);
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
-    return _mm_min_epu8(_mm_shuffle_epi8(of_low, _mm_and_si128(bytes, nibble)), _mm_shuffle_epi8(of_high, high));
-  }
 };
 
 // Only to be compared: where C > 256.
@@ -191,9 +175,6 @@ struct Indices<float, IndexBytes<2>> {
     return {_mm256_add_epi16(_mm256_cvtepu8_epi16(lane), _mm256_set1_epi16(static_cast<int16_t>(first)))};
   }
   static AIA_INLINE I load(const char* p, int, Part n) { return {_mm256_maskz_loadu_epi16(detail::first_lanes(n), p)}; }
-  static AIA_INLINE I load(const char* p, int, std::integral_constant<int, kLanes / 2>) {
-    return {_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-  }
   static AIA_INLINE I load(const char* p, int, int n) {
     return {n < kLanes ? _mm256_maskz_loadu_epi16(detail::first_lanes(n), p)
                        : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};

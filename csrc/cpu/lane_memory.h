@@ -224,23 +224,7 @@ constexpr bool kLoadsHalves = sizeof(A) == 4;
 #else
 constexpr bool kLoadsHalves = false;
 #endif
-// A half of a vector from each of two places.
-template <class T>
-AIA_INLINE Vec<Accumulate<T>> load_from_each(const T* first, const T* second, std::integral_constant<int, kLanes / 2>) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(first));
-    return detail::bit_cast<Vec<T>>(_mm512_insertf32x8(low, _mm256_loadu_ps(second), 1));
-  } else if constexpr (sizeof(T) == 2) {
-    const auto half = [](const T* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(half(first)), half(second), 1);
-    return detail::widened<T>(detail::bit_cast<detail::U16>(both));
-  }
-#endif
-  static_cast<void>(second);
-  return load(first, kLanes / 2);
-}
-// The first n lanes of each half; zero in the others.
+// A half of a vector from each of two places: the first n lanes of it; zero in the others.
 template <class T>
 AIA_INLINE Vec<Accumulate<T>> load_from_each(const T* first, const T* second, Part n) {
 #if defined(__AVX512F__)
@@ -370,36 +354,16 @@ AIA_INLINE void store_index(Index* p, IVec<A> index, int n) {
   detail::store_index_part<A>(p, index, n);
 }
 
-// The same place in both halves.
-template <class Lanes>
-AIA_INLINE Vec<float> load_in_both(const float* p, Lanes n) {
+// The first n lanes in both halves; zero in the others.
+AIA_INLINE Vec<float> load_in_both(const float* p, Part n) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Lanes, Part>)
-    return detail::bit_cast<Vec<float>>(_mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(detail::first_lanes(n), p)));
-  else
-    return detail::bit_cast<Vec<float>>(_mm512_broadcast_f32x8(_mm256_loadu_ps(p)));
+  return detail::bit_cast<Vec<float>>(_mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(detail::first_lanes(n), p)));
 #else
   return load(p, n);
 #endif
 }
 
-// The halves of a vector to two places.
-template <class T>
-AIA_INLINE void store_to_each(T* first, T* second, Vec<Accumulate<T>> v, std::integral_constant<int, kLanes / 2> n) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    const __m512 both = detail::bit_cast<__m512>(v);
-    _mm256_storeu_ps(first, _mm512_castps512_ps256(both));
-    return _mm256_storeu_ps(second, _mm512_extractf32x8_ps(both, 1));
-  } else if constexpr (sizeof(T) == 2) {
-    const __m256i both = detail::bit_cast<__m256i>(detail::narrowed<T>(v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(both));
-    return _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(both, 1));
-  }
-#endif
-  store(first, v, n), store(second, swap_halves(v), n);
-}
-// The same, n lanes of each.
+// The halves of a vector to two places: n lanes of each.
 template <class T>
 AIA_INLINE void store_to_each(T* first, T* second, Vec<Accumulate<T>> v, Part n) {
 #if defined(__AVX512F__)

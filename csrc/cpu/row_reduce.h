@@ -41,9 +41,8 @@ AIA_INLINE void find_maxima(const SumAndMax<A, Stored>* rows, int64_t count, Sum
   constexpr int side = Kind::kSide;
   alignas(64) A top[kLanes];
   store(top, total.max);
-  if constexpr (Numbers::value && Kind::kOne && Of::kOfMasks) {
-    total.argmax = Of::template lowest_of_masks<Kind::kPair>(
-        [&](int r) { return equal_lanes<A>(rows[r].max, spread<Kind>(top + r, side)); });
+  if constexpr (Numbers::value && Kind::kPair && Of::kOfMasks) {
+    total.argmax = Of::lowest_of_masks([&](int r) { return equal_lanes<A>(rows[r].max, spread<Kind>(top + r, side)); });
     return;
   }
   alignas(64) IndexOf<A> where[kLanes] = {};
