@@ -192,6 +192,18 @@ _PROPAGATE_SCHEMAS = {
     "-> Tensor[]",
 }
 
+# The algorithm of attention by a memory per sample as one, products and passes, so that a small call is not what its
+# calls cost; for one head and tokens that are no shards, none of which is padding. x [B, N, C] is float32 or float64,
+# stored densely; weights are those of reference.Weights. A backend may lack them. Traffic: see docs/how-it-works.md.
+_MEMORY_PROPAGATE_SCHEMAS = {
+    # y, Z, T and s.
+    "memory_propagate": "(Tensor x, Tensor?[] weights, int feature, float eps, bool residual) -> Tensor[]",
+    # kept: Z, T and s, each where it is there. The gradients of x and of the weights; empty for what is absent or not
+    # needed, but for gamma.
+    "memory_propagate_back": "(Tensor grad, Tensor x, Tensor?[] weights, Tensor?[] kept, int feature, float eps, "
+    "bool residual, bool needs_x) -> Tensor[]",
+}
+
 PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
@@ -199,10 +211,11 @@ SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 CBAM_PASSES = tuple(_CBAM_SCHEMAS)
 CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
 MEMORY_PASSES = tuple(_MEMORY_SCHEMAS)
+MEMORY_PROPAGATE_PASSES = tuple(_MEMORY_PROPAGATE_SCHEMAS)
 PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
-_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS
+_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS | _MEMORY_PROPAGATE_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -469,3 +482,17 @@ def _(rows, logits, feature, heads, padding, sums, gamma, eps, reached):
 @_fake("memory_keys_backward_")
 def _(rows, logits, feature, heads, padding, reached, grad_sums, reduced):
     return None
+
+
+@_fake("memory_propagate")
+def _(x, weights, feature, eps, residual):
+    b, n, c = x.shape
+    columns = weights[0].shape[0]
+    rows = columns // 2 + (feature == 0)
+    return [torch.empty_like(x), *(x.new_empty(shape) for shape in ((b, columns, n), (b, rows, c), (b, rows)))]
+
+
+@_fake("memory_propagate_back")
+def _(grad, x, weights, kept, feature, eps, residual, needs_x):
+    *others, _ = (x.new_empty(0) if w is None else torch.empty_like(w) for w in weights)
+    return [torch.empty_like(x) if needs_x else x.new_empty(0), *others, x.new_empty(1)]

@@ -49,9 +49,9 @@ CHUNK = 2**15
 class Plan(NamedTuple):
     """What is constant about a call.
 
-    passes: has those of schemas.MEMORY_PASSES as attributes. form: the feature map, the heads and eps. shards: the name
-    of the process group whose members hold the tokens, or "". keeps_logits, keeps_sums: whether Z and (T, s) are kept
-    for the backward.
+    passes: has those of schemas.MEMORY_PASSES as attributes, and may have schemas.MEMORY_PROPAGATE_PASSES. form: the
+    feature map, the heads and eps. shards: the name of the process group whose members hold the tokens, or "".
+    keeps_logits, keeps_sums: whether Z and (T, s) are kept for the backward.
     """
 
     passes: Any
@@ -96,6 +96,9 @@ def keeps(channels: int, keys: int, rows: int, tokens: int | None) -> tuple[bool
 @without_autocast
 def forward(plan: Plan, x: Tensor, weights: Weights, padding: Tensor | None) -> tuple[Tensor, Tensor, Sums]:
     """y, stored as x, Z [B, 2 H d, N] and (T, s), for a dense x [B, N, C]; see reference.Weights."""
+    if can_propagate(plan, x, padding):
+        y, logits, *sums = plan.passes.memory_propagate(x, [*weights], *_of_call(plan))
+        return y, logits, Sums(*sums)
     tokens = _shown(x, padding).mT
     logits = _logits(tokens, weights)
     phi, s = _keys(plan, logits, padding, False)
@@ -118,6 +121,11 @@ def backward(
     needs_x: bool = True,
 ) -> Gradients:
     """The gradients for that of y, stored as x. logits and sums as forward returns them, None to make them again."""
+    if can_propagate(plan, x, padding):
+        kept = [logits, *(sums or (None, None))]
+        found = plan.passes.memory_propagate_back(grad, x, [*weights], kept, *_of_call(plan), needs_x)
+        there = needs_x, *(w is not None for w in weights[:-1]), True
+        return Gradients(*(g if is_there else None for g, is_there in zip(found, there, strict=True)))
     passes, of_phi = plan.passes, _of_phi(plan, padding)
     tokens, g = _shown(x, padding).mT, _shown(grad, padding).mT
     logits = _logits(tokens, weights) if logits is None else logits
@@ -138,11 +146,22 @@ def backward(
     passes.memory_keys_backward_(rows, logits, *of_phi, reached, grad_sums.s, reduced)
     narrow, grad_x = _as(rows, x.dtype), None
     if needs_x:
-        factors = torch.cat((grad_t.mT, weights.projection.mT.expand(x.shape[0], -1, -1)), 2)
-        grad_x = _product(grad, factors, narrow, plan.form.residual)
+        factors = torch.cat((grad_t, weights.projection.expand(x.shape[0], -1, -1)), 1)
+        grad_x = _product(grad, factors.mT, narrow, plan.form.residual)
     of_projection = _over_samples(_over_tokens(narrow[:, phi_rows:], tokens))
     of_bias = None if weights.bias is None else rows[:, phi_rows:].sum((0, 2))
     return Gradients(grad_x, of_projection, of_bias, *of_parameters, grad_gamma)
+
+
+def can_propagate(plan: Plan, x: Tensor, padding: Tensor | None) -> bool:
+    """Whether the passes have all of a direction as one: then nothing is between a call and its products."""
+    if not hasattr(plan.passes, "memory_propagate") or plan.form.heads != 1 or plan.shards or padding is not None:
+        return False
+    return x.dtype in (torch.float32, torch.float64) and x.shape[1] <= CHUNK
+
+
+def _of_call(plan: Plan) -> tuple[int, float, bool]:
+    return FEATURES.index(plan.form.feature), plan.form.eps, plan.form.residual
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -304,18 +304,20 @@ def plain_is_faster(device: torch.device, rows: int, slots: int, products: int =
     return not choices.fusing_pays(rows, slots, products, calls)
 
 
-def published_flow_is_faster(device: torch.device, elements: int, products: int) -> bool:
+def published_flow_is_faster(device: torch.device, elements: int, products: int, calls: float = 1) -> bool:
     """Tell whether "auto" leaves a layer of attention by a memory per sample to its published flow on a CPU.
 
     Args:
         device: That of the tensors.
         elements: As of choices.folding_pays.
         products: As of choices.folding_pays.
+        calls: As of choices.folding_pays.
 
     Returns:
         Whether it does; never where a backend is named.
     """
-    return device.type == "cpu" and chosen_backend() == "auto" and not choices.folding_pays(elements, products)
+    pays = device.type != "cpu" or choices.folding_pays(elements, products, calls)
+    return not pays and chosen_backend() == "auto"
 
 
 # What torch.compiler.assume_constant_result does; that decorator would import all of torch's compiler, and Triton.
@@ -342,13 +344,14 @@ def passes(name: str, family: str) -> Any:
     Returns:
         An object with the passes as attributes, by the names of schemas.PASSES or of schemas.SHIFT_PASSES, or, for
         external attention, algorithms.external_attention_passes.Passes; for linear attention, by those of
-        schemas.MEMORY_PASSES. Those of Attention in Attention have map_order
-        beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES.
+        schemas.MEMORY_PASSES and, on some backends, of schemas.MEMORY_PROPAGATE_PASSES. Those of Attention in Attention
+        have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES.
     """
     if family == "linear_attention":
         if name != "cpu" or extension.load() is not None:
             return memory_passes
-        return SimpleNamespace(**{p: schemas.callable_pass(p) for p in schemas.MEMORY_PASSES})
+        more = schemas.MEMORY_PROPAGATE_PASSES
+        return SimpleNamespace(**{p: schemas.callable_pass(p) for p in (*schemas.MEMORY_PASSES, *more)})
     if name == "triton":
         return importlib.import_module("..triton", __package__)
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})

@@ -39,9 +39,9 @@ def measured_order(device_name: str, family: str, dtype: str) -> tuple[str, ...]
 CALL_COST, ELEMENT_GAIN = 8_000_000, 30
 #: What a few calls of submodules or small operators cost, as a part of CALL_COST: below it products are not counted.
 PLAIN_CALLS = 16
-#: Of attention by a memory per sample, in the same unit: what a call of its algorithm costs over the published flow,
-#: and what it saves for an element of that flow's tensors of all tokens.
-FOLDING_COST, TRAFFIC_GAIN = 12_000_000, 100
+#: Of attention by a memory per sample, in the same unit: what a call of its algorithm costs over efficient attention's
+#: flow of a dozen operators, and what it saves for an element of that flow's tensors of all tokens.
+FOLDING_COST, TRAFFIC_GAIN = 5_000_000, 100
 #: Fewer slots than these do not fill a vector at AVX-512, along which the lanes of the passes lie. PyTorch with the
 #: tokens side by side (algorithms/few_slots.py) is faster then, at any size; and a product of fewer columns is slower.
 FEW_SLOTS = 16
@@ -67,14 +67,15 @@ def gain(rows: int, slots: int) -> int:
     return ELEMENT_GAIN * rows * slots if slots >= FEW_SLOTS else 0
 
 
-def folding_pays(elements: int, products: int) -> bool:
+def folding_pays(elements: int, products: int, calls: float = 1) -> bool:
     """Tell whether the algorithm of attention by a memory per sample is faster than its published flow on a CPU.
 
     Args:
         elements: Of x, keys and values that the published flow reads and writes again and again.
         products: The multiplications that folding leaves out, less those that it costs, of a forward.
+        calls: What the call costs over those of the flow, in FOLDING_COST.
 
     Returns:
         Whether what is saved is worth the cost of the call.
     """
-    return TRAFFIC_GAIN * elements + products > FOLDING_COST
+    return TRAFFIC_GAIN * elements + products > calls * FOLDING_COST

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..algorithms import channel_linear_attention as over_channels
 from ..algorithms import linear_attention as algorithm
 from ..algorithms.linear_attention import Plan
 from ..common.autocast import autocast_dtype, no_autocast
+from ..common.dtypes import accumulate_dtype
 from ..common.layouts import as_maps, as_tokens, contiguous, dense_tokens
 from ..common.tracing import is_symbolic, is_traced, needs_reference
 from ..operators import linear_attention as operators
@@ -164,7 +166,7 @@ def channel_linear_attention(x: Tensor, gamma: Tensor | None = None, *, eps: flo
         M = x xh^T
         y[c, n] = x[c, n] + gamma * (sum_c' x[c', n] + (M xh)[c, n]) / (N + sum_n xh[c, n] (sum_c' xh[c', n] + eps))
 
-    In PyTorch's own operators on every backend, under its autograd.
+    In PyTorch's own operators on every backend.
 
     Args:
         x: As of linear_attention.
@@ -188,8 +190,22 @@ def channel_linear_attention(x: Tensor, gamma: Tensor | None = None, *, eps: flo
     with no_autocast(x):
         if tokens.numel() == 0:
             return _nothing(x.to(dtype) * 1.0, gamma)
-        y = reference.channel_linear_attention(tokens.mT, gamma, eps).mT
+        y = _over_channels(tokens, gamma, eps)
     return as_maps(y, x) if x.ndim > 3 else y
+
+
+def _over_channels(tokens: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
+    """channel_linear_attention of tokens [B, N, C] that are not empty, by one of the paths. A compiled call is one of
+    the reference's operators, of which a compiler makes fewer passes over x."""
+    is_followed = is_symbolic() or needs_reference()
+    if is_followed or backends.select(tokens.device, tokens.dtype, FAMILY) == "reference":
+        return reference.channel_linear_attention(tokens.mT, gamma, eps).mT
+    x = dense_tokens(tokens).mT
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma)):
+        return over_channels.ChannelLinearAttentionFunction.apply(x, gamma, eps).mT
+    dtype = accumulate_dtype(x.dtype)
+    y, _ = over_channels.forward(x.to(dtype), None if gamma is None else gamma.to(dtype), eps)
+    return y.to(x.dtype).mT
 
 
 def attention_of_maps(x: Tensor, projections: Sequence[Tensor | None], gamma: Tensor | None, form: Form) -> Tensor:
@@ -203,12 +219,11 @@ def attention_of_maps(x: Tensor, projections: Sequence[Tensor | None], gamma: Te
         gamma: [1] or None.
         form: The feature map, the heads and eps.
     """
-    query, query_bias, key, key_bias, value, value_bias, *last = projections
-    query, key, value = (w.flatten(1) for w in (query, key, value) if w is not None)
-    output, output_bias = (None, None) if not last else (last[0].flatten(1), last[1])
+    query, query_bias, key, key_bias, *others = projections
     if form.feature == "softmax" and key_bias is not None:
         key, key_bias = without_effect(key, key_bias), None
-    weights = _weights(x, query, key, query_bias, key_bias, value, value_bias, output, output_bias, gamma, form.heads)
+    others = others if len(others) == 4 else (*others, None, None)
+    weights = _weights(x, query, key, query_bias, key_bias, *others, gamma, form.heads)
     backend = backends.select(x.device, x.dtype, FAMILY)
     if backend == "reference":
         return as_maps(reference.linear_attention(as_tokens(x), weights, form), x)
@@ -236,38 +251,34 @@ def _product_dtype(x: Tensor, gamma: Tensor | None = None) -> torch.dtype:
 
 def _weights(
     x: Tensor,
-    query: Tensor,
-    key: Tensor,
+    query: Any,
+    key: Any,
     query_bias: Tensor | None,
     key_bias: Tensor | None,
-    value: Tensor,
+    value: Any,
     value_bias: Tensor | None,
     output: Tensor | None,
     output_bias: Tensor | None,
     gamma: Tensor | None,
     heads: int,
 ) -> Weights:
-    """The parameters as the algorithm takes them, in the type that it computes in."""
-    bias = None
+    """The parameters as the algorithm takes them, in the type that it computes in. Matrices may have axes of one behind
+    theirs, as those of convolutions do. A view costs less than what names the axes, and this is part of every call."""
+    bias, c = None, channels_of(x)
     if key_bias is not None or query_bias is not None:
         biases = (m.new_zeros(m.shape[0]) if b is None else b for m, b in ((key, key_bias), (query, query_bias)))
         bias = torch.cat([*biases])
     weights = Weights(
-        torch.cat((key, query)),
+        torch.cat((key, query)).view(-1, c),
         bias,
-        _by_head(value, heads),
-        None if value_bias is None else _by_head(value_bias, heads),
-        None if output is None else output.unflatten(1, (heads, -1)).transpose(0, 1),
+        value.view(heads, -1, c),
+        None if value_bias is None else value_bias.view(heads, -1),
+        None if output is None else output.view(1, c, -1) if heads == 1 else output.view(c, heads, -1).transpose(0, 1),
         output_bias,
         None if gamma is None else gamma.view(1),
     )
     dtype = _product_dtype(x, gamma)
     return Weights(*(t if t is None or t.dtype is dtype else t.to(dtype) for t in weights))
-
-
-def _by_head(p: Tensor, heads: int) -> Tensor:
-    """The rows of each head of p."""
-    return p.unsqueeze(0) if heads == 1 else p.unflatten(0, (heads, -1))  # the latter is written in Python
 
 
 def _attend(x: Tensor, weights: Weights, form: Form, padding_mask: Tensor | None, process_group: Any) -> Tensor:

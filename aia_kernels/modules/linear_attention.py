@@ -105,7 +105,8 @@ class PositionLinearAttention(_OnMaps):
         )
 
     def _published_is_faster(self, x: Tensor) -> bool:
-        return linear_flow_is_faster(x, self.key_conv.in_channels, self.key_conv.out_channels)
+        key = held(self, "key_conv")
+        return linear_flow_is_faster(x, key.in_channels, key.out_channels, PUBLISHED_CALLS)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         query, key, value = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
@@ -127,11 +128,16 @@ class KernelLinearAttention(PositionLinearAttention):
         super().__init__(in_places, scale, eps, feature="softplus")
 
 
-def linear_flow_is_faster(x: Tensor, channels: int, keys: int) -> bool:
-    """Whether "auto" leaves linear attention to its published flow, by counting: folding leaves out c^2 multiplications
-    per position, and costs d c^2 per sample."""
-    saved = channels * channels * (x.numel() // channels - x.shape[0] * keys)
-    return backends.published_flow_is_faster(x.device, 2 * x.numel(), saved)
+#: The published flow of linear attention has two dozen operators: the calls of ours cost next to nothing over them.
+PUBLISHED_CALLS = 0.01
+
+
+def linear_flow_is_faster(x: Tensor, channels: int, keys: int, calls: float = 1) -> bool:
+    """Whether "auto" leaves linear attention to another flow, by counting: folding leaves out c^2 multiplications per
+    position, and costs d c^2 per sample, in products that are small and half as fast. calls: of choices.folding_pays,
+    those of a flow that is as short as can be."""
+    saved = channels * channels * (x.numel() // channels - 2 * x.shape[0] * keys)
+    return backends.published_flow_is_faster(x.device, 2 * x.numel(), saved, calls)
 
 
 def efficient_flow_is_faster(x: Tensor, channels: int, keys: int, values: int, heads: int) -> bool:
@@ -144,7 +150,8 @@ def efficient_flow_is_faster(x: Tensor, channels: int, keys: int, values: int, h
     positions = x.numel() // channels
     per_sample = 4 * keys * channels * values // heads  # small products, at half the speed of large ones
     elements = 2 * (keys + values) * positions // 3  # measured: x itself is met less often than in linear attention
-    return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0])
+    calls = 1 if heads == 1 else 2  # all as one operator for one head (algorithms.linear_attention.can_propagate)
+    return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0], calls)
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, feature: str, eps: float) -> Tensor:

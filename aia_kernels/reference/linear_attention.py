@@ -161,7 +161,7 @@ def channel_linear_attention(x: Tensor, gamma: Tensor | None, eps: float = 1e-6)
     per_channel = unit @ (unit.sum(1, keepdim=True) + eps).mT + x.shape[2]
     factor = per_channel.reciprocal() if gamma is None else gamma.to(dtype) / per_channel
     memory = (wide @ unit.mT) * factor
-    base = wide + factor * wide.sum(1, keepdim=True)
+    base = torch.addcmul(wide, factor, wide.sum(1, keepdim=True))
     by_position = x.shape[1] > 1 and x.stride(1) == 1
     y = torch.baddbmm(base.mT, unit.mT, memory.mT).mT if by_position else torch.baddbmm(base, memory, unit)
     return y.to(x.dtype)

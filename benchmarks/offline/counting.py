@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from aia_kernels import backends
+from aia_kernels import backends, schemas
 
 #: Written whole without being read.
 OVERWRITING = ("copy_", "fill_", "zero_")
@@ -146,6 +146,8 @@ class Named:
         self._passes, self._counter = passes, counter
 
     def __getattr__(self, name: str) -> Any:
+        if name in schemas.MEMORY_PROPAGATE_PASSES:
+            raise AttributeError(f"{name}: its products and passes are counted one by one")
         found = getattr(self._passes, name)
 
         @functools.wraps(found)

@@ -1,12 +1,18 @@
 // The CPU implementations of the operators of attention by a memory per sample that aia_kernels/schemas.py defines:
 // checks, allocation, choice of the instruction level, and the split over threads. The work itself is in
-// cpu/memory.cpp.
+// cpu/memory.cpp. Behind the passes stands the algorithm as one operator for each direction: what
+// aia_kernels/algorithms/linear_attention.py calls one by one, with the products of PyTorch, in the same order.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../cpu/memory.h"
+#include "checks_external_attention.h"
 #include "checks_linear_attention.h"
 #include "cpu.h"
 
@@ -114,6 +120,268 @@ void keys_backward_(const Tensor& rows, const Tensor& logits, int64_t feature, i
   });
 }
 
+// The same elements with other sizes and strides, from so many elements on.
+Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+               int64_t first = 0) {
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
+                                                               sizes.begin(), strides.begin(), first, &view));
+  return Tensor(view);
+}
+
+// [B, q, p] of [B, p, q].
+Tensor turned(const Tensor& t) {
+  const aia::Layout at(t);
+  return view_of(t, {at.sizes[0], at.sizes[2], at.sizes[1]}, {at.strides[0], at.strides[2], at.strides[1]});
+}
+
+// Contiguous [B, p, q] as one matrix [1, B p, q], of which one product does what it does to all samples.
+Tensor as_one(const Tensor& t) {
+  const aia::Layout at(t);
+  const int64_t rows = at.sizes[0] * at.sizes[1], columns = at.sizes[2];
+  return view_of(t, {1, rows, columns}, {rows * columns, columns, 1});
+}
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
+}
+// beta times what is added, plus alpha times the product.
+void multiply_added(const Tensor& out, const Tensor& added, const Tensor& a, const Tensor& b, double beta = 1,
+                    double alpha = 1) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(out.get(), added.get(), a.get(), b.get(), beta, alpha));
+}
+
+// Calls body with a zero of the type of t, float or double.
+template <class Body>
+void with_type(const Tensor& t, Body&& body) {
+  if (t.scalar_type() == torch::headeronly::ScalarType::Double)
+    body(double{});
+  else
+    body(float{});
+}
+template <class A>
+const A* numbers(const Tensor& t) {
+  return static_cast<const A*>(t.const_data_ptr());
+}
+
+// Calls each(number, i) for the numbers of a contiguous tensor, which it may change.
+template <class Each>
+void for_numbers(const Tensor& t, Each&& each) {
+  with_type(t, [&](auto zero) {
+    auto* data = static_cast<decltype(zero)*>(t.mutable_data_ptr());
+    for (int64_t i = 0, n = t.numel(); i < n; ++i) each(data[i], i);
+  });
+}
+
+// Multiplied as PyTorch does it: the factor is rounded first.
+void scale(const Tensor& t, double factor) {
+  if (factor != 1)
+    for_numbers(t, [factor](auto& number, int64_t) { number *= static_cast<std::decay_t<decltype(number)>>(factor); });
+}
+
+// x [B, N, C] and the parameters of one head (reference.Weights), in one type that accumulates.
+struct OneHead {
+  int64_t B, N, C, d, R, v, feature;
+  bool maps;
+  Tensor projection, value;
+  std::optional<Tensor> bias, value_bias, output, output_bias, gamma;
+
+  OneHead(const Tensor& x, const std::vector<std::optional<Tensor>>& weights, int64_t feature) : feature(feature) {
+    const aia::Residual at = aia::residual_of(x, "x");
+    const auto type = x.scalar_type();
+    AIA_CHECK(type == aia::accumulate_type(x), "x must be float32 or float64, got ", aia::name_of(type));
+    AIA_CHECK(weights.size() == 7, "weights must hold the 7 tensors of Weights, got ", weights.size());
+    AIA_CHECK(weights[0] && weights[2], "projection and value must be tensors, got None");
+    AIA_CHECK(feature >= 0 && feature <= 2, "feature must be 0 (l2), 1 (softplus) or 2 (softmax), got ", feature);
+    B = at.B, N = at.N, C = at.C, maps = at.maps;
+    projection = *weights[0], value = *weights[2];
+    bias = weights[1], value_bias = weights[3], output = weights[4], output_bias = weights[5], gamma = weights[6];
+    const aia::Layout of_projection = aia::check_operand(projection, x, "projection");
+    const aia::Layout of_value = aia::check_operand(value, x, "value");
+    AIA_CHECK(of_projection.dim == 2 && of_projection.sizes[0] > 1 && of_projection.sizes[0] % 2 == 0,
+              "projection must be [2 d, C], got ", aia::described(projection));
+    AIA_CHECK(of_value.dim == 3 && of_value.sizes[1] > 0 && (output || of_value.sizes[1] == C),
+              "value must be [1, v, C], v = C without an output, got ", aia::described(value));
+    d = of_projection.sizes[0] / 2, R = d + (feature == 0 ? 1 : 0), v = of_value.sizes[1];
+    const auto check = [&](const std::optional<Tensor>& t, std::initializer_list<int64_t> sizes, const char* name) {
+      if (t) aia::check_contiguous(*t, sizes, type, x, name);
+    };
+    check(projection, {2 * d, C}, "projection");
+    check(value, {1, v, C}, "value");
+    check(bias, {2 * d}, "bias");
+    check(value_bias, {1, v}, "value_bias");
+    check(output, {1, C, v}, "output");
+    check(output_bias, {C}, "output_bias");
+    check(gamma, {1}, "gamma");
+    AIA_CHECK(output || !output_bias, "output_bias must be None without an output");
+  }
+  // X [B, C, N].
+  Tensor columns(const Tensor& x) const {
+    return maps ? view_of(x, {B, C, N}, {C * N, N, 1}) : view_of(x, {B, C, N}, {C * N, 1, C});
+  }
+  bool divides() const { return feature != 2; }
+  double share() const { return divides() ? 1.0 / static_cast<double>(N) : 1.0; }
+};
+
+// Z [B, 2 d, N] of X.
+Tensor logits_of(const OneHead& at, const Tensor& x) {
+  Tensor z = new_numbers(x, {at.B, 2 * at.d, at.N});
+  const Tensor projection = view_of(at.projection, {at.B, 2 * at.d, at.C}, {0, at.C, 1});
+  if (at.bias)
+    multiply_added(z, view_of(*at.bias, {2 * at.d, 1}, {1, 1}), projection, x);
+  else
+    multiply(z, projection, x);
+  return z;
+}
+
+// T [B, R, C] of phi(k) and X.
+Tensor over_tokens(const OneHead& at, const Tensor& phi, const Tensor& x) {
+  Tensor t = new_numbers(x, {at.B, at.R, at.C});
+  multiply(t, phi, turned(x));
+  return t;
+}
+
+// U [1, B R, v], undefined without an output projection, and M [B, R, C].
+std::pair<Tensor, Tensor> memory_matrix(const OneHead& at, const Tensor& t, const Tensor& s) {
+  const int64_t rows = at.B * at.R;
+  const double share = at.share(), first = at.output ? 1 : share, last = at.output ? share : 1;
+  Tensor u = new_numbers(t, {1, rows, at.v});
+  if (at.value_bias) {
+    Tensor added = new_numbers(t, {1, rows, at.v});
+    with_type(t, [&](auto zero) {
+      using A = decltype(zero);
+      const A *total = numbers<A>(s), *of_value = numbers<A>(*at.value_bias);
+      A* to = static_cast<A*>(added.mutable_data_ptr());
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < at.v; ++c) *to++ = total[r] * of_value[c];
+    });
+    multiply_added(u, added, as_one(t), turned(at.value), first, first);
+  } else {
+    multiply(u, as_one(t), turned(at.value));
+    scale(u, first);
+  }
+  if (!at.output) return {Tensor(), view_of(u, {at.B, at.R, at.C}, {at.R * at.C, at.C, 1})};
+  Tensor m = new_numbers(t, {at.B, at.R, at.C});
+  multiply(as_one(m), u, turned(*at.output));
+  if (at.output_bias)
+    with_type(t, [&](auto zero) {
+      const auto* added = numbers<decltype(zero)>(*at.output_bias);
+      for_numbers(m, [&](auto& number, int64_t i) { number += added[i % at.C]; });
+    });
+  scale(m, last);
+  return {u, m};
+}
+
+// The transpose of factors [B, p, C] times rows [B, p, N], stored as x, which is added or not.
+Tensor product_like(const OneHead& at, const Tensor& x, const Tensor& factors, const Tensor& rows, bool residual) {
+  const auto make = [&](std::initializer_list<int64_t> sizes, const Tensor& added, const Tensor& a, const Tensor& b) {
+    Tensor out = with_large_pages(new_numbers(x, sizes));
+    if (residual)
+      multiply_added(out, added, a, b);
+    else
+      multiply(out, a, b);
+    return out;
+  };
+  if (!at.maps) return make({at.B, at.N, at.C}, x, turned(rows), factors);
+  return turned(make({at.B, at.C, at.N}, at.columns(x), turned(factors), rows));
+}
+
+std::vector<Tensor> propagate(const Tensor& x, std::vector<std::optional<Tensor>> weights, int64_t feature, double eps,
+                              bool residual) {
+  const OneHead at(x, weights, feature);
+  const Tensor columns = at.columns(x), z = logits_of(at, columns);
+  const auto [phi, s] = keys(z, feature, 1, std::nullopt, std::nullopt, false);
+  const Tensor t = over_tokens(at, phi, columns), m = memory_matrix(at, t, s).second;
+  const Tensor query = queries(z, feature, 1, std::nullopt, s, at.gamma, eps);
+  return {product_like(at, x, m, query, residual), z, t, s};
+}
+
+// dX of dT [1, B R, C] and of rows, phi(k) and dZ.
+Tensor grad_of_x(const OneHead& at, const Tensor& grad, const Tensor& grad_t, const Tensor& rows, bool residual) {
+  Tensor factors = new_numbers(grad, {at.B, at.R + 2 * at.d, at.C});
+  const size_t size = grad.element_size() * at.C, of_t = at.R * size, of_z = 2 * at.d * size;
+  auto* to = static_cast<char*>(factors.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(grad_t.const_data_ptr());
+  for (int64_t b = 0; b < at.B; ++b, from += of_t, to += of_t + of_z) {
+    std::memcpy(to, from, of_t);
+    std::memcpy(to + of_t, at.projection.const_data_ptr(), of_z);
+  }
+  return product_like(at, grad, factors, rows, residual);
+}
+
+// The gradients of (T, s), [1, B R, C] and [1, B R, 1], for that of M, and into results those of the parameters that
+// made M of them.
+std::pair<Tensor, Tensor> through_memory(const OneHead& at, const Tensor& grad_m, const Tensor& t, const Tensor& s,
+                                         const Tensor& u, std::vector<std::optional<Tensor>>& results) {
+  const int64_t rows = at.B * at.R;
+  const Tensor grad = as_one(grad_m);
+  Tensor grad_u = grad;
+  if (at.output) {
+    results[5] = new_numbers(t, {1, at.C, at.v});
+    multiply(*results[5], turned(grad), u);
+    grad_u = new_numbers(t, {1, rows, at.v});
+    multiply(grad_u, grad, *at.output);
+  }
+  Tensor grad_t = new_numbers(t, {1, rows, at.C}), grad_s = new_numbers(t, {1, rows, 1});
+  multiply(grad_t, grad_u, at.value);
+  if (at.value_bias) {
+    multiply(grad_s, grad_u, view_of(*at.value_bias, {1, at.v, 1}, {at.v, 1, 1}));
+    Tensor grad_bias = new_numbers(t, {1, at.v, 1});
+    multiply(grad_bias, turned(grad_u), view_of(s, {1, rows, 1}, {rows, 1, 1}));
+    results[4] = view_of(grad_bias, {1, at.v}, {at.v, 1});
+  } else {
+    for_numbers(grad_s, [](auto& number, int64_t) { number = 0; });
+  }
+  results[3] = new_numbers(t, {1, at.v, at.C});
+  multiply(*results[3], turned(grad_u), as_one(t));
+  if (at.output_bias) results[6] = torch::stable::sum(grad, std::vector<int64_t>{0, 1});
+  return {grad_t, grad_s};
+}
+
+std::vector<Tensor> propagate_back(const Tensor& grad, const Tensor& x, std::vector<std::optional<Tensor>> weights,
+                                   std::vector<std::optional<Tensor>> kept, int64_t feature, double eps, bool residual,
+                                   bool needs_x) {
+  const OneHead at(x, weights, feature);
+  aia::check_same(grad, x, "grad", "x");
+  AIA_CHECK(kept.size() == 3 && kept[1].has_value() == kept[2].has_value(),
+            "kept must hold Z and, together, T and s, or None for them, got ", kept.size(), " entries");
+  const Tensor columns = at.columns(x), of_y = at.columns(grad), z = kept[0] ? *kept[0] : logits_of(at, columns);
+  aia::check_contiguous(z, {at.B, 2 * at.d, at.N}, x.scalar_type(), x, "logits");
+  const auto [rows, here] = keys(z, feature, 1, std::nullopt, std::nullopt, true);
+  const int64_t sample = (at.R + 2 * at.d) * at.N;
+  const Tensor t = kept[1] ? *kept[1] : over_tokens(at, view_of(rows, {at.B, at.R, at.N}, {sample, at.N, 1}), columns);
+  const Tensor s = kept[2] ? *kept[2] : here;
+  aia::check_contiguous(t, {at.B, at.R, at.C}, x.scalar_type(), x, "t");
+  aia::check_contiguous(s, {at.B, at.R}, x.scalar_type(), x, "s");
+  const auto [u, m] = memory_matrix(at, t, s);
+  Tensor reached = new_numbers(x, {at.B, at.R, at.N}), grad_m = new_numbers(x, {at.B, at.R, at.C});
+  multiply(reached, m, of_y);
+  std::vector<std::optional<Tensor>> found(8);
+  const auto [query, grad_total, grad_gamma] =
+      queries_backward_(rows, z, feature, 1, std::nullopt, s, at.gamma, eps, reached);
+  multiply(grad_m, query, turned(of_y));
+  scale(grad_m, at.share());
+  const auto [grad_t, grad_s] = through_memory(at, grad_m, t, s, u, found);
+  if (at.divides())
+    with_type(x, [&](auto zero) {
+      const auto* added = numbers<decltype(zero)>(grad_total);
+      for_numbers(grad_s, [&](auto& number, int64_t i) { number += added[i]; });
+    });
+  multiply(reached, view_of(grad_t, {at.B, at.R, at.C}, {at.R * at.C, at.C, 1}), columns);
+  keys_backward_(rows, z, feature, 1, std::nullopt, reached, view_of(grad_s, {at.B, at.R}, {at.R, 1}), std::nullopt);
+  if (needs_x) found[0] = grad_of_x(at, grad, grad_t, rows, residual);
+  const Tensor grad_z = view_of(rows, {at.B, 2 * at.d, at.N}, {sample, at.N, 1}, at.R * at.N);
+  Tensor of_projection = new_numbers(x, {at.B, 2 * at.d, at.C});
+  multiply(of_projection, grad_z, turned(columns));
+  found[1] = at.B == 1 ? view_of(of_projection, {2 * at.d, at.C}, {at.C, 1})
+                       : torch::stable::sum(of_projection, std::vector<int64_t>{0});
+  if (at.bias) found[2] = torch::stable::sum(grad_z, std::vector<int64_t>{0, 2});
+  found[7] = grad_gamma;
+  std::vector<Tensor> results;
+  for (const std::optional<Tensor>& of : found) results.push_back(of ? *of : new_numbers(x, {0}));
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
@@ -121,4 +389,6 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
   m.impl("memory_queries", TORCH_BOX(&queries));
   m.impl("memory_queries_backward_", TORCH_BOX(&queries_backward_));
   m.impl("memory_keys_backward_", TORCH_BOX(&keys_backward_));
+  m.impl("memory_propagate", TORCH_BOX(&propagate));
+  m.impl("memory_propagate_back", TORCH_BOX(&propagate_back));
 }

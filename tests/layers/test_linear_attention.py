@@ -10,6 +10,7 @@ import torch
 from agreement import EXACT
 from torch import Tensor
 
+import aia_kernels
 from aia_kernels import backends, functional
 
 FEATURES = ("l2", "softplus", "softmax")
@@ -147,6 +148,49 @@ def test_channels_by_the_map(linear_on):
     small = tokens(1, 3, 4, linear_on[1])
     assert torch.autograd.gradcheck(functional.channel_linear_attention, (small, gamma))
     assert torch.autograd.gradgradcheck(functional.channel_linear_attention, (small, gamma))
+
+
+@pytest.mark.parametrize("c, n", [(3, 20), (5, 4), (1, 6), (4, 1)], ids=str)
+@pytest.mark.parametrize("by_channel", [False, True], ids=["tokens", "maps"])
+def test_channels_backward(c, n, by_channel, linear_compiled_on):
+    """With S kept and made again, in both storage orders, with gamma and without: the derivatives of the reference."""
+    device = linear_compiled_on[1]
+    x = tokens(2, n, c, device).detach()
+    x = (x.mT.contiguous().mT if by_channel else x).requires_grad_()
+    gamma = torch.tensor([0.7], dtype=torch.float64, device=device, requires_grad=True)
+    for of in ((x, gamma), (x,)):
+        with aia_kernels.use_backend("reference"):
+            expected = functional.channel_linear_attention(*of, eps=1e-2)
+        found = functional.channel_linear_attention(*of, eps=1e-2)
+        torch.testing.assert_close(found, expected, **EXACT)
+        assert found.stride() == x.stride()
+        assert_all_close(grads(found, *of), grads(expected, *of))
+        (only,) = torch.autograd.grad(found.sum(), of[-1:])
+        torch.testing.assert_close(only, torch.autograd.grad(expected.sum(), of[-1:])[0], **EXACT)
+
+
+def test_channels_in_narrow_types(linear_compiled_on):
+    x = tokens(2, 40, 5, linear_compiled_on[1]).detach()
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow, wide = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+        found, expected = (functional.channel_linear_attention(t) for t in (narrow, wide))
+        ones = torch.ones_like(expected)
+        both = torch.autograd.grad(found, narrow, ones.to(dtype))[0], torch.autograd.grad(expected, wide, ones)[0]
+        # All is made in float32; the result is rounded once.
+        for one, other in ((found, expected), both):
+            unit = torch.finfo(dtype).eps
+            torch.testing.assert_close(one.double(), other, rtol=unit, atol=unit * 1e-3)
+
+
+def test_channels_keep_little():
+    """x, and S and p where they are small beside it."""
+    kept: list[Tensor] = []
+    for c, n, most in ((4, 400, 1.02), (16, 16, 1.0)):
+        x = torch.randn(1, n, c, requires_grad=True)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            functional.channel_linear_attention(x)
+        assert sum(t.nbytes for t in kept if t.is_floating_point()) <= most * x.nbytes
 
 
 @pytest.mark.parametrize("kept", ["nothing", "sums", "logits"])

@@ -287,7 +287,7 @@ def test_autocast_around_backward_alone(name):
     y = module(x)
     with torch.autocast("cpu", torch.bfloat16):
         y.backward(towards(y))
-    if name.startswith(("Token", "MultiHead", "ExternalAttention2d", "ChannelLinear", "CATT", "CaaM", "Halo")):
+    if name.startswith(("Token", "MultiHead", "ExternalAttention2d", "CATT", "CaaM", "Halo")):
         return  # torch's own products around the passes follow autocast there
     assert_same_bits(left_by(module, x, y), plain_step(name))
 

@@ -1,0 +1,143 @@
+"""Linear attention over channels, forward and backward; the mathematics: reference/linear_attention.py.
+
+With X [C, N], h = X / |X| over channels, S = X h^T [C, C], and sums over channels xi of X and sigma of h, [N] each:
+
+    p = N + h (sigma + eps)        f = gamma / p        M = f S, row by row        y = X + f xi^T + M h
+
+Backward, with G the gradient of y and K = G h^T:
+
+    df = G xi + the sums of the rows of S * K        dgamma = sum of df / p        dp = -df f / p
+    dh = M^T G + (f K)^T X + dp (sigma + eps)^T + 1 (dp^T h)
+    dX = G + f K h + 1 (f^T G) + (dh - h sum of h * dh) / |X|
+
+These are six products of C^2 N, as many as under autograd. But h and what else is as large as x is made again: kept are
+x and, where they are small beside it, S and p.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.autocast import without_autocast
+from ..common.dtypes import accumulate_dtype
+from ..common.layouts import save, saved, stored_as, unviewed
+from ..reference.linear_attention import channel_linear_attention as reference
+from .double_backward import backward_is_followed, gradients
+
+
+class Directions(NamedTuple):
+    """h and 1 / |X| of x [B, C, N], stored as x: [B, C, N] and [B, 1, N]; and sigma + eps [B, 1, N]."""
+
+    h: Tensor
+    inverse: Tensor
+    sums: Tensor
+
+
+class Memory(NamedTuple):
+    """S [B, C, C] and p [B, C, 1]."""
+
+    s: Tensor
+    p: Tensor
+
+
+def forward(x: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Memory]:
+    """y, stored as x [B, C, N], whose positions or channels are contiguous, in an accumulation type. Nothing is changed
+    in place: selective checkpointing may put results that it kept in the place of these."""
+    of = _directions(x, eps)
+    memory = _memory(x, of)
+    f = _factor(memory, gamma)
+    base = torch.addcmul(x, f, x.sum(1, keepdim=True))
+    m = memory.s * f
+    y = torch.baddbmm(base.mT, of.h.mT, m.mT).mT if _by_position(x) else torch.baddbmm(base, m, of.h)
+    return stored_as(y, x), memory
+
+
+@without_autocast
+def backward(grad: Tensor, x: Tensor, gamma: Tensor | None, eps: float, memory: Memory | None) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of gamma [1], for that of y, stored as x. memory: None to make it again."""
+    of = _directions(x, eps)
+    memory = _memory(x, of) if memory is None else memory
+    h, (s, p), f = of.h, memory, _factor(memory, gamma)
+    k = torch.bmm(grad, h.mT)
+    df = torch.bmm(grad, x.sum(1, keepdim=True).mT) + (s * k).sum(2, keepdim=True)
+    grad_gamma = (df / p).sum().view(1)
+    dp = (df * f / p).neg_()
+    scaled = f * k
+    # The two sums that are the same for all rows, and those for all positions, come as a product of two columns.
+    rows = torch.cat((dp, torch.ones_like(dp)), 2)
+    columns = torch.cat((of.sums, torch.bmm(dp.mT, h)), 1)
+    dh = _added(_added(_product(rows, columns, h), (s * f).mT, grad), scaled.mT, x)
+    along = (h * dh).sum(1, keepdim=True)
+    direct = torch.bmm(f.mT, grad)
+    dh = torch.addcmul(dh, h, along, value=-1.0).mul_(of.inverse)
+    return _added(dh.add_(grad).add_(direct), scaled, h), grad_gamma
+
+
+def _directions(x: Tensor, eps: float) -> Directions:
+    square = x.square().sum(1, keepdim=True)
+    inverse = (square + (square == 0)).rsqrt()
+    h = x * inverse
+    return Directions(h, inverse, h.sum(1, keepdim=True) + eps)
+
+
+def _memory(x: Tensor, of: Directions) -> Memory:
+    return Memory(torch.bmm(x, of.h.mT), torch.bmm(of.h, of.sums.mT) + x.shape[2])
+
+
+def _factor(memory: Memory, gamma: Tensor | None) -> Tensor:
+    """f [B, C, 1]."""
+    return memory.p.reciprocal() if gamma is None else gamma / memory.p
+
+
+def _by_position(x: Tensor) -> bool:
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
+def _product(matrix: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """matrix [B, C, K] times x [B, K, N], stored as like."""
+    return torch.bmm(x.mT, matrix.mT).mT if _by_position(like) else torch.bmm(matrix, x)
+
+
+def _added(base: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+    """base plus matrix [B, C, C] times x [B, C, N], into base, which is stored as x and nobody else's."""
+    if _by_position(base):
+        base.mT.baddbmm_(x.mT, matrix.mT)
+    else:
+        base.baddbmm_(matrix, x)
+    return base
+
+
+class ChannelLinearAttentionFunction(torch.autograd.Function):
+    """y = apply(x, gamma, eps) of maps seen as x [B, C, N], not empty and dense, with exact first and second
+    derivatives. gamma is of the type of x."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, eps):
+        dtype = accumulate_dtype(x.dtype)
+        y, memory = forward(x.to(dtype), None if gamma is None else gamma.to(dtype), eps)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        save(ctx, x, gamma, *(memory if keeps(x) else (None, None)))
+        return unviewed(y.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None, None, None
+        x, gamma, *kept = saved(ctx)
+        if backward_is_followed():
+            return *gradients(partial(reference, eps=ctx.eps), (x, gamma), ctx.needs_input_grad[:2], grad), None
+        dtype = accumulate_dtype(x.dtype)
+        wide = stored_as(grad, x).to(dtype), x.to(dtype), None if gamma is None else gamma.to(dtype)
+        memory = None if kept[0] is None else Memory(*kept)
+        grad_x, grad_gamma = backward(*wide, ctx.eps, memory)
+        return grad_x.to(x.dtype), None if gamma is None else grad_gamma.view(gamma.shape).to(gamma.dtype), None
+
+
+def keeps(x: Tensor) -> bool:
+    """Whether S and p are kept: they are small beside x."""
+    return 4 * x.shape[1] <= x.shape[2]
