@@ -8,6 +8,7 @@ nothing then.
 
 from __future__ import annotations
 
+import array
 import functools
 from typing import Any
 
@@ -132,8 +133,9 @@ def saved(ctx: Any) -> list[Tensor | None]:
 
 @functools.lru_cache(maxsize=1024)
 def _as_tensor(stride: tuple[int, ...]) -> Tensor:
+    """Made without an operator: selective checkpointing replays those of a forward, and a second one may find it here."""
     with torch.inference_mode(False):
-        return torch.tensor(stride, dtype=torch.int64, device="cpu")
+        return torch.frombuffer(array.array("q", stride), dtype=torch.int64)
 
 
 def _restored(t: Tensor, stride: tuple[int, ...]) -> Tensor:
