@@ -133,7 +133,7 @@ def saved(ctx: Any) -> list[Tensor | None]:
 
 @functools.lru_cache(maxsize=1024)
 def _as_tensor(stride: tuple[int, ...]) -> Tensor:
-    """Made without an operator: a checkpoint replays those of a first forward, and a second may find the tensor here."""
+    """Made without an operator: a checkpoint replays those of its first forward, and the second may find it made."""
     with torch.inference_mode(False):
         return torch.frombuffer(array.array("q", stride), dtype=torch.int64)
 
