@@ -84,8 +84,8 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 def as_maps(tokens: Tensor, x: Tensor) -> Tensor:
-    """The inverse of as_tokens: the view of tokens [B, N, C] with the shape of x [B, C, H, W]."""
-    return tokens.mT.view(x.shape)  # unflatten is written in Python
+    """The inverse of as_tokens: the view [B, v, H, W] of tokens [B, N, v], the positions being those of x."""
+    return tokens.mT.view(x.shape[0], -1, *x.shape[2:])  # unflatten is written in Python
 
 
 def with_dense_maps(x: Tensor) -> Tensor:

@@ -96,19 +96,21 @@ int launches_of(const char* pass, const int64_t* sizes, int order, int scalar, i
   const Gate gate{buffer(4), context}, inner_gate{gate_context ? buffer(5) : nullptr, gate_context};
   const Unpooled outer{buffer(6), buffer(7), index_bytes, context};
   const Unpooled inner{buffer(8), buffer(9), inner_bytes, gate_context};
-  if (name == "pool by strips")
+  if (name == "pool by strips" && cuda::pool_by_strips)
     return cuda::pool_by_strips(shape, buffer(1), inner_gate, buffer(6), buffer(7), index_bytes, nullptr);
-  if (name == "unpool_reduce by strips")
+  if (name == "unpool_reduce by strips" && cuda::unpool_reduce_by_strips)
     return cuda::unpool_reduce_by_strips(shape, buffer(1), outer, buffer(5), nullptr);
-  if (name == "recalibrate_reduce by strips")
+  if (name == "recalibrate_reduce by strips" && cuda::recalibrate_reduce_by_strips)
     return cuda::recalibrate_reduce_by_strips(shape, buffer(1), buffer(2), buffer(4), nullptr);
-  if (name == "pool")
+  if (name == "pool" && cuda::pool)
     return cuda::pool(shape, buffer(1), context, inner_gate, buffer(6), buffer(7), index_bytes, nullptr);
-  if (name == "recalibrate") return cuda::recalibrate(shape, buffer(1), gate, buffer(3), nullptr);
-  if (name == "recalibrate_reduce")
+  if (name == "recalibrate" && cuda::recalibrate) return cuda::recalibrate(shape, buffer(1), gate, buffer(3), nullptr);
+  if (name == "recalibrate_reduce" && cuda::recalibrate_reduce)
     return cuda::recalibrate_reduce(shape, buffer(1), buffer(2), context, buffer(4), nullptr);
-  if (name == "unpool_reduce") return cuda::unpool_reduce(shape, buffer(1), outer, gate_context, buffer(5), nullptr);
-  if (name == "unpool") return cuda::unpool(shape, buffer(1), gate, outer, inner_gate, inner, buffer(3), nullptr);
+  if (name == "unpool_reduce" && cuda::unpool_reduce)
+    return cuda::unpool_reduce(shape, buffer(1), outer, gate_context, buffer(5), nullptr);
+  if (name == "unpool" && cuda::unpool)
+    return cuda::unpool(shape, buffer(1), gate, outer, inner_gate, inner, buffer(3), nullptr);
   return -1;
 }
 
@@ -129,11 +131,11 @@ int launches_of_gate(const char* pass, int64_t batch, int n, const int64_t* dims
   }
   const Workspace workspace{static_cast<double*>(buffer(6)), 132};
   const Scalar scalar = Scalar::kFloat32;
-  if (name == "gate")
+  if (name == "gate" && cuda::gate)
     return cuda::gate(packed, scalar, gates, buffer(1), buffer(3), buffer(7), buffer(8), workspace, nullptr);
-  if (name == "gate_again")
+  if (name == "gate_again" && cuda::gate_again)
     return cuda::gate_again(packed, scalar, gates, buffer(1), buffer(7), buffer(4), buffer(3), nullptr);
-  if (name == "gate_backward")
+  if (name == "gate_backward" && cuda::gate_backward)
     return cuda::gate_backward(packed, scalar, gates, gates, {buffer(9), Scalar::kFloat32},
                                {buffer(1), buffer(4), buffer(7), buffer(8)}, buffer(2), nullptr, buffer(3), workspace,
                                nullptr);

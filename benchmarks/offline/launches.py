@@ -50,7 +50,7 @@ class Recorder:
             *(width[context], width[gate_context], callback),
         )
         if error:
-            raise ValueError(f"{name} gave the error {error}")
+            raise ValueError(f"{name} gave the error {error}; -1: the library has no such pass")
         return found
 
     def gate_launches(self, name: str, batch: int, dims: list[int]) -> list[Launch]:
@@ -60,7 +60,7 @@ class Recorder:
         callback = self._noting(found)
         error = self._library.launches_of_gate(name.encode(), ctypes.c_int64(batch), len(dims) // 3, sizes, callback)
         if error:
-            raise ValueError(f"{name} gave the error {error}")
+            raise ValueError(f"{name} gave the error {error}; -1: the library has no such pass")
         return found
 
     def _noting(self, found: list[Launch]):

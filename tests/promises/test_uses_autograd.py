@@ -328,14 +328,23 @@ def test_fork_after_use():
     """A child of a process that has computed, as a loader of data is, computes too: without gradients, as autograd's
     threads do not outlive a fork, and on one thread, as OpenMP's do not."""
     names = [name for name, of in LAYERS.items() if not of.draws]
-    expected = {name: plain_step(name)["y"] for name in names}
+
+    @torch.no_grad()
+    def computed() -> dict[str, Tensor]:
+        return {name: layer(name)(batch(name)) for name in names}
+
+    for name in names:
+        plain_step(name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = computed()
+    torch.set_num_threads(threads)
     child = os.fork()
     if child == 0:
         try:
             torch.set_num_threads(1)
-            with torch.no_grad():
-                right = all(torch.equal(layer(name)(batch(name)), expected[name]) for name in names)
-            os._exit(0 if right else 1)
+            found = computed()
+            os._exit(0 if all(torch.equal(found[name], expected[name]) for name in names) else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
