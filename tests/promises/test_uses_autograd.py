@@ -328,23 +328,16 @@ def test_fork_after_use():
     """A child of a process that has computed, as a loader of data is, computes too: without gradients, as autograd's
     threads do not outlive a fork, and on one thread, as OpenMP's do not."""
     names = [name for name, of in LAYERS.items() if not of.draws]
-
-    @torch.no_grad()
-    def computed() -> dict[str, Tensor]:
-        return {name: layer(name)(batch(name)) for name in names}
-
-    for name in names:
-        plain_step(name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    expected = computed()
-    torch.set_num_threads(threads)
+    expected = {name: plain_step(name)["y"] for name in names}
     child = os.fork()
     if child == 0:
         try:
             torch.set_num_threads(1)
-            found = computed()
-            os._exit(0 if all(torch.equal(found[name], expected[name]) for name in names) else 1)
+            with torch.no_grad():
+                # One thread, and a forward that keeps nothing, may add up in another order: some roundings.
+                close = functools.partial(torch.allclose, rtol=1e-5, atol=1e-5)
+                right = all(close(layer(name)(batch(name)), expected[name]) for name in names)
+            os._exit(0 if right else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
