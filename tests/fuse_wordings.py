@@ -55,6 +55,12 @@ class LeastOfTheType(Memories):
         return self.mv(attn / attn.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)) + x
 
 
+class LeastOfNormalize(Memories):
+    def forward(self, x):
+        attn = F.softmax(self.mk(x), dim=1)
+        return self.mv(F.normalize(attn, p=1, dim=-1, eps=torch.finfo(attn.dtype).tiny))
+
+
 class WrittenOut(Memories):
     """The softmax is written out, its maximum taken away first."""
 
@@ -242,6 +248,7 @@ WORDINGS = {
     ALoopOverParts: (ATTEND, TOKENS),
     EpsOfTheType: (ATTEND, TOKENS),
     LeastOfTheType: (ATTEND, TOKENS),
+    LeastOfNormalize: (ATTEND, TOKENS),
     WrittenOut: (ATTEND, TOKENS),
     WrittenOutAgain: (ATTEND, TOKENS),
     WithoutMaximum: (ATTEND, TOKENS),

@@ -89,7 +89,7 @@ def division(reader: Reader, node: Node) -> tuple[Node, Node, int, float | str, 
     if operation == "normalize":
         if reader.argument(node, 1, "p", default=2.0) != 1 or not isinstance(operand, Node):
             return None
-        if reader.argument(node, 3, "eps", default=_LEAST_SUM) > _LEAST_SUM:
+        if not _counts_as_none(reader, reader.argument(node, 3, "eps", default=_LEAST_SUM)):
             return None
         return operand, node, reader.argument(node, 2, "dim", default=1), 0.0, set()
     divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
@@ -129,6 +129,13 @@ def _reciprocal_of(reader: Reader, node: Any, between: set[Node]) -> Node | None
     return found
 
 
+def _counts_as_none(reader: Reader, least: Any) -> bool:
+    """Whether a least sum serves against 0 / 0 alone, which the fused normalization does not have. A larger one makes A
+    of small sums smaller."""
+    number = _number(reader, least)
+    return number is not None and (isinstance(number, str) or number <= _LEAST_SUM)
+
+
 def _sum(reader: Reader, node: Node, between: set[Node]) -> tuple[Node, int, float | str] | None:
     """The sum over one axis from which a divisor is made, the axis, and eps. The nodes on the way join between."""
     eps: float | str = 0.0
@@ -149,10 +156,8 @@ def _sum(reader: Reader, node: Node, between: set[Node]) -> tuple[Node, int, flo
             else:
                 eps += number
         elif operation == "clamp":
-            # Against 0 / 0, which the fused normalization does not have. A larger one makes A of small sums smaller.
-            least = _number(reader, reader.argument(node, 1, "min"))
-            large = least is None or (not isinstance(least, str) and least > _LEAST_SUM)
-            if large or reader.argument(node, 2, "max") is not None:
+            least = reader.argument(node, 1, "min")
+            if not _counts_as_none(reader, least) or reader.argument(node, 2, "max") is not None:
                 return None
         elif operation in ("masked_fill", "where"):
             # Likewise, in the place of a sum of zero.
