@@ -45,15 +45,18 @@ class Memory(NamedTuple):
 
 
 def forward(x: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Memory]:
-    """y, stored as x [B, C, N], whose positions or channels are contiguous, in an accumulation type. Nothing is changed
-    in place: selective checkpointing may put results that it kept in the place of these."""
-    of = _directions(x, eps)
-    memory = _memory(x, of)
-    f = _factor(memory, gamma)
-    base = torch.addcmul(x, f, x.sum(1, keepdim=True))
+    """y, of the type of x [B, C, N] and stored as it, whose positions or channels are contiguous, and the memory in
+    accumulate_dtype. Nothing is changed in place: selective checkpointing may put results that it kept in the place of
+    these."""
+    dtype = accumulate_dtype(x.dtype)
+    wide = x.to(dtype)
+    of = _directions(wide, eps)
+    memory = _memory(wide, of)
+    f = _factor(memory, None if gamma is None else gamma.to(dtype))
+    base = torch.addcmul(wide, f, wide.sum(1, keepdim=True))
     m = memory.s * f
     y = torch.baddbmm(base.mT, of.h.mT, m.mT).mT if _by_position(x) else torch.baddbmm(base, m, of.h)
-    return stored_as(y, x), memory
+    return stored_as(y, wide).to(x.dtype), memory
 
 
 @without_autocast
@@ -117,12 +120,11 @@ class ChannelLinearAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gamma, eps):
-        dtype = accumulate_dtype(x.dtype)
-        y, memory = forward(x.to(dtype), None if gamma is None else gamma.to(dtype), eps)
+        y, memory = forward(x, gamma, eps)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         save(ctx, x, gamma, *(memory if keeps(x) else (None, None)))
-        return unviewed(y.to(x.dtype))
+        return unviewed(y)
 
     @staticmethod
     def backward(ctx, grad):

@@ -19,7 +19,6 @@ from ..algorithms import channel_linear_attention as over_channels
 from ..algorithms import linear_attention as algorithm
 from ..algorithms.linear_attention import Plan
 from ..common.autocast import autocast_dtype, no_autocast
-from ..common.dtypes import accumulate_dtype
 from ..common.layouts import as_maps, as_tokens, contiguous, dense_tokens
 from ..common.tracing import is_symbolic, is_traced, needs_reference
 from ..operators import linear_attention as operators
@@ -203,9 +202,7 @@ def _over_channels(tokens: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     x = dense_tokens(tokens).mT
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma)):
         return over_channels.ChannelLinearAttentionFunction.apply(x, gamma, eps).mT
-    dtype = accumulate_dtype(x.dtype)
-    y, _ = over_channels.forward(x.to(dtype), None if gamma is None else gamma.to(dtype), eps)
-    return y.to(x.dtype).mT
+    return over_channels.forward(x, gamma, eps)[0].mT
 
 
 def attention_of_maps(x: Tensor, projections: Sequence[Tensor | None], gamma: Tensor | None, form: Form) -> Tensor:
