@@ -175,11 +175,6 @@ class _Tracer(Tracer):
         self.is_called, self.inputs = is_called, iter(inputs)
         self.values: dict[Node, Any] = {}
         self.computing = False
-        self._held: set[nn.Module] = set()
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
-        self._held = set(root.modules())
-        return super().trace(root, concrete_args)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return self.is_called(name) or super().is_leaf_module(module, name)
@@ -218,7 +213,8 @@ class _Tracer(Tracer):
 
     def _is_a_setting(self, m: nn.Module) -> bool:
         """Whether m is a module that a forward makes as it runs, and has nothing of its own: nn.Softmax(1)(x)."""
-        return next(itertools.chain(m.parameters(), m.buffers()), None) is None and m not in self._held
+        nothing = next(itertools.chain(m.parameters(), m.buffers()), None) is None
+        return nothing and m not in (self.submodule_paths or {})
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
