@@ -114,16 +114,19 @@ class ComplementAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_tensor("x", x)
-        if x.ndim != 3 or x.shape[2] != self.proj.in_features:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, {self.proj.in_features}]")
-        check_beside("x", x, getattr(self.proj, "weight", None))
-        query, key, value = self.qkv(x).chunk(3, -1)
+        proj, heads = self.proj, self.num_heads
+        if x.ndim != 3 or x.shape[2] != proj.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, N, {proj.in_features}]")
+        check_beside("x", x, getattr(proj, "weight", None))
+        b, n, dim = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, heads, dim // heads).permute(2, 0, 3, 1, 4).unbind(0)
         if (dropout := _probability(self.attn_drop)) == 0:
-            q, k, v = (_apart(t, self.num_heads) for t in (query, key, value))
-            both = (_joined(o) for o in opposed_attentions(q, k, v, self.scale))
+            both = opposed_attentions(q, k, v, self.scale)
         else:
-            both = (_attend(q, key, value, self.num_heads, dropout, scale=self.scale) for q in (query, -query))
-        causal, complement = (self.proj_drop(self.proj(o)) for o in both)
+            both = _attention(q, k, v, dropout, None, self.scale), _attention(-q, k, v, dropout, None, self.scale)
+        proj_drop = self.proj_drop
+        results = (proj(o.transpose(1, 2).reshape(b, n, dim)) for o in both)
+        causal, complement = results if _probability(proj_drop) == 0 else map(proj_drop, results)
         return causal, complement
 
 
@@ -156,16 +159,20 @@ def _attend(
     """[B, N, dim] of query, key and value [B, N or L, dim]; shown [B, 1, 1, L], True where a key takes part. A dropout
     that is a module of another kind, or has hooks, is called on the map of attention, which is made for it."""
     q, k, v = (_apart(t, heads) for t in (query, key, value))
-    dropout = _probability(dropout)
-    if isinstance(dropout, nn.Module):
-        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        attention = (logits if shown is None else logits.masked_fill(~shown, -torch.inf)).softmax(-1)
-        if shown is not None:  # where nothing is shown, o is 0
-            attention = attention.masked_fill(~shown.any(-1, keepdim=True), 0.0)
-        o = dropout(attention) @ v
-    else:
-        o = dot_product_attention(q, k, v, shown, dropout, scale)
-    return _joined(o)
+    return _joined(_attention(q, k, v, _probability(dropout), shown, scale))
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: Any, shown: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The same of q, k and v [B, heads, N or L, d], and o so; dropout as of _probability."""
+    if not isinstance(dropout, nn.Module):
+        return dot_product_attention(q, k, v, shown, dropout, scale)
+    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    attention = (logits if shown is None else logits.masked_fill(~shown, -torch.inf)).softmax(-1)
+    if shown is not None:  # where nothing is shown, o is 0
+        attention = attention.masked_fill(~shown.any(-1, keepdim=True), 0.0)
+    return dropout(attention) @ v
 
 
 def _shown(mask: Tensor, context: Tensor) -> Tensor:

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..common.tracing import needs_reference
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
-from ..functional.dot_product import attention_of_made
+from ..functional.dot_product import attention_of_made, stay_in_cache
+from .submodules import is_pointwise, must_be_called
 
 
 class HaloAttention(nn.Module):
@@ -53,13 +54,14 @@ class HaloAttention(nn.Module):
         self.to_out = nn.Linear(dim_head * heads, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_maps(x, self.dim, self.block_size, self.rel_pos_emb.rel_height)
+        embedding: Any = self.rel_pos_emb
+        _check_maps(x, self.dim, self.block_size, embedding.rel_height)
         by_position = x.movedim(1, -1)
-        q = self.to_q(by_position) * self.scale
-        k, v = self.to_kv(by_position).chunk(2, -1)
-        q, k, v = (_heads_first(t, self.heads) for t in (q, k, v))
-        tables: Any = (self.rel_pos_emb.rel_height, self.rel_pos_emb.rel_width)
-        o = _attend(q, k, v, tables, self.block_size, self.halo_size, masked=True)
+        q, kv = self.to_q(by_position), self.to_kv(by_position)
+        # As published, all keys stand before all values.
+        kv = kv.unflatten(3, (2, self.heads, -1)).permute(0, 4, 1, 2, 3, 5).flatten(4)
+        plan = Plan(self.block_size, self.halo_size, kv.shape[-1] // 2, self.scale, self.scale, masked=True)
+        o = _attend(_heads_first(q, self.heads), kv, embedding.rel_height, embedding.rel_width, plan)
         return self.to_out(o).movedim(-1, 1)
 
 
@@ -113,16 +115,44 @@ class HaloAttn(nn.Module):
             nn.init.trunc_normal_(table, std=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_maps(x, self.dim, self.block_size, self.pos_embed.height_rel)
-        q = self.q(x).movedim(1, -1)
+        embedding: Any = self.pos_embed
+        _check_maps(x, self.dim, self.block_size, embedding.height_rel)
+        q, kv = _projected(x, (self.q, self.kv))
         # As published, each head has its keys and its values side by side.
-        kv = self.kv(x).movedim(1, -1).unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
-        k, v = kv.split((self.keys // self.num_heads, kv.shape[-1] - self.keys // self.num_heads), -1)
-        tables: Any = (self.pos_embed.height_rel, self.pos_embed.width_rel)
-        if not self.scale_pos_embed:
-            tables = tuple(t / self.scale for t in tables)
-        q = _heads_first(q * self.scale, self.num_heads)
-        return _attend(q, k, v, tables, self.block_size, self.halo_size, masked=False).movedim(-1, 1)
+        q, kv = _heads_first(q, self.num_heads), _heads_first(kv, self.num_heads)
+        of_terms = self.scale if self.scale_pos_embed else 1.0
+        plan = Plan(self.block_size, self.halo_size, self.keys // self.num_heads, self.scale, of_terms, masked=False)
+        return _attend(q, kv, embedding.height_rel, embedding.width_rel, plan).movedim(-1, 1)
+
+
+def _projected(x: Tensor, convolutions: tuple[Any, ...]) -> list[Tensor]:
+    """What 1x1 convolutions make of x, [B, H, W, features] each. As products that have positions for rows, nothing is
+    turned, neither what they give nor its gradient."""
+    if any(must_be_called(convolution) or not is_pointwise(convolution) for convolution in convolutions):
+        return [convolution(x).movedim(1, -1) for convolution in convolutions]
+    b, c, h, w = x.shape
+    tokens, results = x.flatten(2).mT, []
+    for convolution in convolutions:
+        weight, bias = convolution.weight, convolution.bias
+        matrix = weight.view(len(weight), c).mT.expand(b, -1, -1)
+        result = torch.bmm(tokens, matrix) if bias is None else torch.baddbmm(bias, tokens, matrix)
+        results.append(result.view(b, h, w, len(weight)))
+    return results
+
+
+class Plan(NamedTuple):
+    """What is constant about a call: b and the halo, the features of a key, the factors of the products with the keys
+    and of the terms of the positions, and whether positions beyond the map are left out."""
+
+    block: int
+    halo: int
+    keys: int
+    scale: float
+    of_terms: float
+    masked: bool
+
+
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class _Positions(nn.Module):
@@ -134,49 +164,61 @@ class _Positions(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.randn(2 * window - 1, features) * scale))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], block: int, halo: int, masked: bool) -> Tensor:
-    """o [B, H, W, heads * v] of q, k and v [B, heads, H, W, features], q scaled."""
+def _attend(q: Tensor, kv: Tensor, row_table: Tensor, column_table: Tensor, plan: Plan) -> Tensor:
+    """o [B, H, W, heads * v] of q [B, heads, H, W, d] and of keys and values side by side [B, heads, H, W, d + v]."""
     b, heads, h, w, _ = q.shape
-    in_blocks = functools.partial(_in_blocks, block=block, halo=halo, masked=masked)
-    if flex_attention_runs(q, v):
-        o = _by_flex_attention(*_as_samples(*in_blocks(q, k, v, *tables)))
+    block, tensors = plan.block, (q, kv, row_table, column_table)
+    if flex_attention_runs(q, kv[..., plan.keys :]):
+        o = _by_flex_attention(*_in_blocks(plan, *tensors), plan.scale)
+    elif stay_in_cache(*tensors):
+        o = _with_terms(*_in_blocks(plan, *tensors), plan.scale)
     else:  # windows overlap, so they are several times as large as what they are made of
-        o = attention_of_made(lambda *tensors: _with_places(*in_blocks(*tensors)), q, k, v, *tables)
-    o = o.view(b, heads, h // block, w // block, block, block, v.shape[-1])  # heads, rows, columns, b, b
-    return o.permute(0, 2, 4, 3, 5, 1, 6).reshape(b, h, w, heads * v.shape[-1])
+        o = attention_of_made(lambda *tensors: _with_places(*_in_blocks(plan, *tensors), plan.scale), *tensors)
+    o = o.view(b, heads, h // block, w // block, block, block, kv.shape[-1] - plan.keys)
+    return o.permute(0, 2, 4, 3, 5, 1, 6).reshape(b, h, w, heads * o.shape[-1])
 
 
-def _in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, column_table: Tensor, block: int, halo: int, masked: bool
-) -> tuple[Tensor, ...]:
-    """The queries of each block [B, heads, rows, columns, b, b, d], views of the keys and values of its window
-    [B, heads, rows, columns, window, window, features], and the terms of a query for each row and each column of the
-    window [B, heads, rows, columns, b, b, window]."""
-    h, w, window = q.shape[2], q.shape[3], block + 2 * halo
-    q = q.unflatten(3, (-1, block)).unflatten(2, (-1, block)).transpose(3, 4)  # [B, heads, rows, columns, b, b, d]
-    difference = torch.arange(window, device=q.device) - torch.arange(block, device=q.device).unsqueeze(1) + window - 1
-    by_row, by_column = (table[difference] for table in (row_table, column_table))  # [b, window, d]
-    rows, columns = q @ by_row.mT, (q.transpose(4, 5) @ by_column.mT).transpose(4, 5)
-    if masked:
-        lowest = torch.finfo(q.dtype).min / 4  # twice of it is still a number
-        rows = rows.masked_fill(_outside(h, block, halo, q.device).view(1, 1, -1, 1, 1, 1, window), lowest)
-        columns = columns.masked_fill(_outside(w, block, halo, q.device).view(1, 1, 1, -1, 1, 1, window), lowest)
-    return q, _windows(k, block, halo), _windows(v, block, halo), rows, columns
+def _in_blocks(plan: Plan, q: Tensor, kv: Tensor, row_table: Tensor, column_table: Tensor) -> Blocks:
+    """Of each block of each head: its queries [blocks, b^2, d], the keys and the values of its window [blocks,
+    window^2, features], and the terms of a query for each row and each column of the window [blocks, b^2, window]."""
+    (b, heads, h, w, d), (block, halo, *_) = q.shape, plan
+    rows, columns, places, window, entries = h // block, w // block, block**2, block + 2 * halo, len(row_table)
+    blocks = b * heads * rows * columns
+    q = q.view(b, heads, rows, block, columns, block, d).transpose(3, 4).reshape(blocks, places, d)
+    # Every query meets all entries of both tables in one product. Those of its window begin one earlier for each row,
+    # or each column, that it is further on: a stride from query to query that is one less.
+    tables, step = torch.cat((row_table, column_table)), 2 * entries
+    terms = q @ (tables if plan.of_terms == 1 else tables * plan.of_terms).mT
+    by_row = terms.view(blocks, places * step)[:, window - 1 :].unfold(1, (block - 1) * step + window, block * step - 1)
+    by_row = by_row.unfold(2, window, step).reshape(blocks, places, window)
+    by_column = terms.view(blocks, block, block * step)[..., entries + window - 1 :].unfold(2, window, step - 1)
+    by_column = by_column.reshape(blocks, places, window)
+    if plan.masked:
+        by_row = by_row.view(b * heads, rows, columns * places, window) + _beyond(by_row, h, block, halo)
+        by_column = by_column.view(b * heads * rows, columns, places, window) + _beyond(by_column, w, block, halo)
+        by_row, by_column = (t.view(blocks, places, window) for t in (by_row, by_column))
+    padded = nn.functional.pad(kv, (0, 0, halo, halo, halo, halo))
+    windows = padded.unfold(2, window, block).unfold(3, window, block).movedim(4, -1)
+    windows = windows.reshape(blocks, window**2, kv.shape[-1])
+    return q, windows[..., : plan.keys], windows[..., plan.keys :], by_row, by_column
 
 
-def _as_samples(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[blocks, 1, places, features] of each of _in_blocks: each block of each head is a sample, of four axes, which
-    PyTorch's kernels ask for."""
-    return tuple(t.flatten(4, 5).flatten(0, 3).unsqueeze(1) for t in tensors)
+def _with_terms(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """o [blocks, b^2, v] of _in_blocks, the terms added to the map of attention."""
+    terms = (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
+    return torch.baddbmm(terms, q, k.mT, alpha=scale).softmax(-1) @ v
 
 
-def _with_places(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values of a dot product for those of _in_blocks: the terms of a query are further features of
-    it, and a key has a 1 where its row and its column are."""
+def _with_places(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a dot product for those of _in_blocks, each block of each head a sample: the terms of
+    a query are further features of it, and a key has a 1 where its row and its column are."""
     window = rows.shape[-1]
     one_hot = torch.eye(window, dtype=k.dtype, device=k.device).expand(window, -1, -1)
-    places = torch.cat((one_hot.transpose(0, 1), one_hot), -1)
-    return _as_samples(torch.cat((q, rows, columns), -1), torch.cat((k, places.expand(*k.shape[:-1], -1)), -1), v)
+    places = torch.cat((one_hot.transpose(0, 1), one_hot), -1).flatten(0, 1)
+    q, k = torch.cat((q * scale, rows, columns), -1), torch.cat((k, places.expand(len(k), -1, -1)), -1)
+    return q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
 
 
 def flex_attention_runs(q: Tensor, v: Tensor) -> bool:
@@ -196,33 +238,29 @@ def _flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _by_flex_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """o [blocks, 1, b^2, v] of _as_samples, the terms added to each score where it is made."""
+def _by_flex_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """o [blocks, 1, b^2, v] of _in_blocks, the terms added to each score where it is made."""
     window = rows.shape[-1]
-    rows, columns = rows.squeeze(1), columns.squeeze(1)
 
     def with_terms(score: Tensor, block: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + rows[block, query, key // window] + columns[block, query, key % window]
 
-    return _flex_attention()(q, k, v, score_mod=with_terms, scale=1.0)
+    q, k, v = (t.unsqueeze(1) for t in (q, k.contiguous(), v.contiguous()))  # of four axes, which its kernels ask for
+    return _flex_attention()(q, k, v, score_mod=with_terms, scale=scale)
 
 
-def _windows(t: Tensor, block: int, halo: int) -> Tensor:
-    """A view [B, heads, rows, columns, window, window, d] of t [B, heads, H, W, d] with zeros around it."""
-    padded, window = nn.functional.pad(t, (0, 0, halo, halo, halo, halo)), block + 2 * halo
-    return padded.unfold(2, window, block).unfold(3, window, block).movedim(4, -1)
-
-
-def _outside(length: int, block: int, halo: int, device: torch.device) -> Tensor:
-    """Whether a place of the window of each block along an axis is beyond the map, [blocks, window]."""
-    starts = torch.arange(0, length, block, device=device).unsqueeze(1) - halo
-    places = starts + torch.arange(block + 2 * halo, device=device)
-    return (places < 0) | (places >= length)
+def _beyond(terms: Tensor, length: int, block: int, halo: int) -> Tensor:
+    """What leaves out the places of a block's window along an axis that are beyond the map, [blocks, 1, window]: the
+    lowest number there, and 0 elsewhere."""
+    lowest = torch.finfo(terms.dtype).min / 4  # twice of it is still a number
+    inside = terms.new_zeros(length)
+    return nn.functional.pad(inside, (halo, halo), value=lowest).unfold(0, block + 2 * halo, block).unsqueeze(1)
 
 
 def _heads_first(t: Tensor, heads: int) -> Tensor:
     """[B, heads, H, W, d] of t [B, H, W, heads * d]."""
-    return t.unflatten(-1, (heads, -1)).movedim(-2, 1)
+    b, h, w, features = t.shape
+    return t.view(b, h, w, heads, features // heads).permute(0, 3, 1, 2, 4)
 
 
 def _check_maps(x: Tensor, channels: int, block: int, parameter: Any) -> None:

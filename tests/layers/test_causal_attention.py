@@ -86,11 +86,26 @@ def test_the_dictionary_is_projected_once_for_the_batch():
     assert counted[1] - counted[0] < counted[0] - of_dictionary + 1
 
 
+#: Of CaaM's pair on a CPU: what decides how it is computed.
+WAYS = {
+    "both maps kept": {"_MAPS_IN_CACHE": 2**20},
+    "logits kept": {"_FEW_FEATURES": 0},
+    "logits kept, head by head": {"_FEW_FEATURES": 0, "_PIECE": 1},
+    "fused kernels": {},
+    "too many to be kept": {"_FEW_FEATURES": 0, "_MOST_KEPT": 0},
+}
+
+
+def takes(monkeypatch, way):
+    for name, number in WAYS[way].items():
+        monkeypatch.setattr(f"aia_kernels.functional.dot_product.{name}", number)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("maps_in_cache", [0, 2**20])
-def test_caam(bias, maps_in_cache, device, monkeypatch):
-    monkeypatch.setattr("aia_kernels.functional.dot_product._MAPS_IN_CACHE", maps_in_cache)
+@pytest.mark.parametrize("way", WAYS)
+def test_caam(bias, way, device, monkeypatch):
+    takes(monkeypatch, way)
     module = testing.randomise(ComplementAttention(DIM, HEADS, qkv_bias=bias)).double().to(device)
     (x,) = tensors(device, N)
     q, k, v = module.qkv(x).chunk(3, -1)
@@ -115,6 +130,15 @@ def test_both_of_caam_keep_the_same_queries():
     module, x = ComplementAttention(16, 2), torch.randn(2, 20, 16, requires_grad=True)
     few_numbers = 1024  # strides, and the state of random numbers of PyTorch's kernel
     assert kept_bytes(Sum(module), x) <= 4 * (6 * x.numel() + 2 * 2 * 2 * 20) + few_numbers
+
+
+def test_caam_keeps_one_map(monkeypatch):
+    """The logits, of which both maps are made again, beside x, one tensor of q, k and v, and what the layer behind
+    both results keeps of them."""
+    takes(monkeypatch, "logits kept")
+    module, x = ComplementAttention(16, 2), torch.randn(2, 20, 16, requires_grad=True)
+    strides = 64
+    assert kept_bytes(Sum(module), x) <= 4 * (6 * x.numel() + 2 * 2 * 20 * 20) + strides
 
 
 def test_dropout_in_training_alone():
@@ -199,10 +223,13 @@ def both(module):
     return call
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["CATT", "CaaM"])
-def test_first_and_second_derivatives_and_those_of_forward_mode(name, masked):
+@pytest.mark.parametrize(
+    "masked, name, way", [(False, "CATT", None), (True, "CATT", None), *((False, "CaaM", way) for way in WAYS)]
+)
+def test_first_and_second_derivatives_and_those_of_forward_mode(name, masked, way, monkeypatch):
     """PyTorch's fused kernel on a CPU has first derivatives of reverse mode alone."""
+    if way:
+        takes(monkeypatch, way)
     make = (lambda: CausalAttention(4, 2, 3)) if name == "CATT" else (lambda: ComplementAttention(4, 2))
     module = testing.randomise(make()).double()
     x = tensors("cpu", 3)[0][..., :4].detach().contiguous().requires_grad_()

@@ -65,9 +65,10 @@ def by_query(module, x):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("operands_in_cache", [0, 2**20])
-def test_is_the_formula(name, operands_in_cache, device, monkeypatch):
+@pytest.mark.parametrize("operands_in_cache, piece", [(0, 2**17), (0, 1), (2**20, 2**17)])
+def test_is_the_formula(name, operands_in_cache, piece, device, monkeypatch):
     monkeypatch.setattr("aia_kernels.functional.dot_product._OPERANDS_IN_CACHE", operands_in_cache)
+    monkeypatch.setattr("aia_kernels.functional.dot_product._PIECE", piece)
     module = testing.randomise(LAYERS[name]()).double().to(device)
     x = torch.randn(2, DIM, 6, 3, dtype=torch.float64, device=device, requires_grad=True)
     found, expected = module(x), by_query(module, x)
@@ -75,6 +76,31 @@ def test_is_the_formula(name, operands_in_cache, device, monkeypatch):
     grad = torch.randn_like(expected)
     inputs = x, *module.parameters()
     torch.testing.assert_close(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), **EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("operands_in_cache", [0, 2**20])
+def test_first_and_second_derivatives_and_those_of_forward_mode(name, operands_in_cache, monkeypatch):
+    monkeypatch.setattr("aia_kernels.functional.dot_product._OPERANDS_IN_CACHE", operands_in_cache)
+    make = {"halonet-pytorch": lambda: HaloAttention(dim=2, block_size=2, halo_size=1, dim_head=2, heads=1)}
+    module = testing.randomise(
+        make.get(name, lambda: HaloAttn(2, 2, 1, None, 2, 1, scale_pos_embed="scaled" in name))()
+    )
+    x = torch.randn(1, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module.double(), (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(module, (x,))
+
+
+def test_hooks_of_timms_convolutions_are_called():
+    module, x = testing.randomise(LAYERS["timm"]()), torch.randn(2, DIM, 6, 3)
+    expected, seen = module(x), []
+    for convolution in (module.q, module.kv):
+        convolution.register_forward_hook(lambda *_: seen.append(1))
+    # Sums of six and more terms in another order.
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 2
 
 
 def test_published_keys():
