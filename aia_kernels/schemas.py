@@ -204,6 +204,29 @@ _MEMORY_PROPAGATE_SCHEMAS = {
     "bool residual, bool needs_x) -> Tensor[]",
 }
 
+# A layer of external attention as one, products and passes, so that a small call is not what its operators cost:
+#
+#     h = W_1 x        L = K h for each of the heads, which share K [S, k] and V [v, S]        A: mass and A as above
+#     u = V A + b_V    z = W_2 u + b_2        and, where norm is not empty, y = relu(BN(z) + x), else y = z
+#
+# weights are W_1 [heads * k, C], K, V, b_V, W_2 [O, heads * v] and b_2; W_1, W_2 and biases may be absent, the former
+# two of one head alone. fold: K W_1 and W_2 V are made first, and h and u never. norm is empty, or scale, shift, mean
+# and variance [C]; the latter two serve where batch is not set, else the moments of z do. x is contiguous [B, N, C] or,
+# where norm is not empty, maps [B, C, H, W] in either order, float32 or float64, and not empty; all else is contiguous
+# and of its type. Weights may have axes of one behind, as those of pointwise convolutions. A backend may lack them.
+_EXTERNAL_PROPAGATE_SCHEMAS = {
+    # y, stored as x, A [B, N, heads * S] and mass; h [R, heads * k] of the R tokens of all samples, if there is W_1,
+    # and u [R * heads, v], if there is W_2, or folded K and V; of a block z and its statistics [C, 3]: mean, biased
+    # variance and share of one token, 0 where they are fixed. running: the running mean and variance that move by
+    # momentum toward those of the batch, and perhaps the number of batches, as move_statistics_ has them; or empty.
+    "external_propagate_": "(Tensor x, Tensor?[] weights, Tensor?[] norm, Tensor(a!)[] running, int heads, float eps, "
+    "bool fold, bool batch, float norm_eps, float momentum) -> Tensor[]",
+    # kept: what external_propagate_ returns behind y, which is given for a block. Returns the gradients that are
+    # needed, of weights, in their order, of scale, of shift and of x.
+    "external_propagate_back": "(Tensor grad, Tensor x, Tensor? y, Tensor?[] weights, Tensor?[] norm, Tensor[] kept, "
+    "int heads, bool fold, float norm_eps, bool[] needs) -> Tensor[]",
+}
+
 PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
@@ -213,9 +236,11 @@ CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
 MEMORY_PASSES = tuple(_MEMORY_SCHEMAS)
 MEMORY_PROPAGATE_PASSES = tuple(_MEMORY_PROPAGATE_SCHEMAS)
 PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
+EXTERNAL_PROPAGATE_PASSES = tuple(_EXTERNAL_PROPAGATE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
 _PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS | _MEMORY_PROPAGATE_SCHEMAS
+_PASS_SCHEMAS |= _EXTERNAL_PROPAGATE_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -496,3 +521,27 @@ def _(x, weights, feature, eps, residual):
 def _(grad, x, weights, kept, feature, eps, residual, needs_x):
     *others, _ = (x.new_empty(0) if w is None else torch.empty_like(w) for w in weights)
     return [torch.empty_like(x) if needs_x else x.new_empty(0), *others, x.new_empty(1)]
+
+
+@_fake("external_propagate_")
+def _(x, weights, norm, running, heads, eps, fold, batch, norm_eps, momentum):
+    first, key, value, _, last, _ = weights
+    c, (slots, k), v = x.shape[1 if norm else 2], key.shape[:2], value.shape[0]
+    b, n, outputs = x.shape[0], x.numel() // (x.shape[0] * c), (value if last is None else last).shape[0]
+    y = torch.empty_like(x) if norm else x.new_empty((b, n, outputs))
+    kept = [x.new_empty(shape) for shape in ((b, n, heads * slots), (b, n, heads))]
+    if fold:
+        kept += x.new_empty((slots, c)), x.new_empty((outputs, slots))
+    else:
+        kept += [] if first is None else [x.new_empty((b * n, heads * k))]
+        kept += [] if last is None else [x.new_empty((b * n * heads, v))]
+    kept += [torch.empty_like(x), x.new_empty((outputs, 3))] if norm else []
+    return [y, *kept]
+
+
+@_fake("external_propagate_back")
+def _(grad, x, y, weights, norm, kept, heads, fold, norm_eps, needs):
+    *of_weights, of_scale, of_shift, of_x = needs
+    found = [torch.empty_like(w) for w, needed in zip(weights, of_weights, strict=True) if needed]
+    found += [x.new_empty((x.shape[1],)) for _ in range(of_scale + of_shift)]
+    return found + ([torch.empty_like(x)] if of_x else [])

@@ -343,7 +343,8 @@ def passes(name: str, family: str) -> Any:
 
     Returns:
         An object with the passes as attributes, by the names of schemas.PASSES or of schemas.SHIFT_PASSES, or, for
-        external attention, algorithms.external_attention_passes.Passes; for linear attention, by those of
+        external attention, algorithms.external_attention_passes.Passes and, on some backends, those of
+        schemas.EXTERNAL_PROPAGATE_PASSES; for linear attention, by those of
         schemas.MEMORY_PASSES and, on some backends, of schemas.MEMORY_PROPAGATE_PASSES. Those of Attention in Attention
         have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES.
     """
@@ -356,7 +357,11 @@ def passes(name: str, family: str) -> Any:
         return importlib.import_module("..triton", __package__)
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})
     if family == "external_attention":
-        return MatmulPasses(found)
+        with_products = MatmulPasses(found)
+        if name == "cpu":
+            more = *schemas.EXTERNAL_PROPAGATE_PASSES, "move_statistics_"
+            vars(with_products).update((p, schemas.callable_pass(p)) for p in more)
+        return with_products
     if family == "cbam" and name == "cpu":
         more = *schemas.CONVOLVE_PASSES, "move_statistics_"
         vars(found).update((p, schemas.callable_pass(p)) for p in more)

@@ -27,7 +27,7 @@ from .. import backends
 from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.tracing import is_symbolic, is_traced
-from ..functional import plain
+from ..functional import plain, small_calls
 from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_at_least_one
 from ..functional.external_attention import (
@@ -184,7 +184,8 @@ class ExternalAttention2d(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         if (read_now := self._read_at_once(x)) is not None:
-            return self._by_torch(x, *read_now)
+            y = self._propagated(x, *read_now)
+            return self._by_torch(x, *read_now) if y is None else y
         convolutions, norm = self._parts()
         small = self._is_small(x, convolutions, norm)
         if not self._foldable(convolutions, norm):
@@ -217,6 +218,12 @@ class ExternalAttention2d(nn.Module):
         if not fits or not self._fusing_costs(x, weights[1].shape[0]):
             return None
         return weights, (found[1], found[3]), last[1], norm_of(last[1])
+
+    def _propagated(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Norm) -> Any:
+        """y of an ordinary call as one operator, None where there is none for it."""
+        if self.activation != "relu" or self.residual is not True:
+            return None
+        return small_calls.block(x, weights, biases, read, EPS, self._products_saved(x, weights) > 0)
 
     def _by_torch(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Any) -> Tensor:
         """y in operators of PyTorch."""
@@ -272,12 +279,17 @@ class ExternalAttention2d(nn.Module):
         return backends.plain_is_faster(x.device, positions, columns, 0, calls)
 
     @staticmethod
-    def _folding_pays(x: Tensor, weights: list[Tensor]) -> bool:
+    def _products_saved(x: Tensor, weights: list[Tensor]) -> int:
+        """The multiplications that folding saves, or, below 0, costs."""
+        k, c = weights[1].shape[:2]
+        return (len(weights) - 2) * c * c * (x.numel() // c - k)
+
+    @classmethod
+    def _folding_pays(cls, x: Tensor, weights: list[Tensor]) -> bool:
         """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs
         c^2 k each. One sample takes products of matrices either way. Of several, folding takes the fewer operators in
         evaluation, and the more in a backward."""
-        k, c = weights[1].shape[:2]
-        saved = (len(weights) - 2) * c * c * (x.numel() // c - k)
+        saved = cls._products_saved(x, weights)
         if x.shape[0] == 1:
             return saved > 0
         return saved * choices.PLAIN_CALLS > (choices.CALL_COST if torch.is_grad_enabled() else -choices.CALL_COST)
@@ -365,7 +377,8 @@ class MultiHeadExternalAttention(nn.Module):
         if saved is not None and not dropout and (at_once or plain.serves(x, *parameters)):
             work = _rows_to_fuse(x, self.num_heads), self.k, max(0, saved)
             if backends.plain_is_faster(x.device, *work):
-                return _dropped(proj_drop, plain.by_heads(x, self.num_heads, EPS, *parameters))
+                by_heads = small_calls.by_heads if at_once else plain.by_heads
+                return _dropped(proj_drop, by_heads(x, self.num_heads, EPS, *parameters))
         attend = self._folded if saved is None or saved >= 0 else self._by_heads
         return _dropped(proj_drop, attend(x, parameters, dropout))
 

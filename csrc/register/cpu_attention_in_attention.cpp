@@ -14,6 +14,8 @@
 #include "../common/moments.h"
 #include "cpu.h"
 #include "cpu_gates.h"
+#include "cpu_products.h"
+#include "cpu_running_statistics.h"
 
 // Makes a level of csrc/register/cpu.h the one in force, or without a name that of AIA_KERNELS_CPU_LEVEL, which may
 // have changed. Returns null, or why it cannot.
@@ -376,20 +378,6 @@ std::vector<Tensor> propagate_back(const Tensor& grad_y, const Tensor& x, std::v
   return results;
 }
 
-void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> tracked,
-                     std::vector<Tensor> statistics, double momentum) {
-  aia::check_running(mean, var, tracked, statistics, momentum);
-  for (Tensor& number : tracked) ++*static_cast<int64_t*>(number.mutable_data_ptr());
-  for (size_t i = 0; i < mean.size(); ++i)
-    with_map_type(statistics[i], [&](auto type) {
-      using A = decltype(type);
-      const aia::Parameter running_mean = aia::parameter_of(mean[i], mean[i], "mean", true),
-                           running_var = aia::parameter_of(var[i], var[i], "var", true);
-      for (int64_t c = 0; c < mean[i].numel(); ++c)
-        aia::move_statistics(data<A>(statistics[i]) + 3 * c, static_cast<A>(momentum), running_mean, running_var, c);
-    });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
@@ -404,5 +392,5 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
   m.impl("recalibrate_reduce", TORCH_BOX(&recalibrate_reduce));
   m.impl("propagate", TORCH_BOX(&propagate));
   m.impl("propagate_back", TORCH_BOX(&propagate_back));
-  m.impl("move_statistics_", TORCH_BOX(&move_statistics));
+  m.impl("move_statistics_", TORCH_BOX(&aia::cpu::move_statistics));
 }

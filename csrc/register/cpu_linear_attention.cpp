@@ -2,7 +2,6 @@
 // checks, allocation, choice of the instruction level, and the split over threads. The work itself is in
 // cpu/memory.cpp. Behind the passes stands the algorithm as one operator for each direction: what
 // aia_kernels/algorithms/linear_attention.py calls one by one, with the products of PyTorch, in the same order.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -15,6 +14,7 @@
 #include "checks_external_attention.h"
 #include "checks_linear_attention.h"
 #include "cpu.h"
+#include "cpu_products.h"
 
 namespace {
 
@@ -23,11 +23,17 @@ using aia::MemoryLogits;
 using aia::new_numbers;
 using aia::Span;
 using aia::cpu::Feature;
+using aia::cpu::for_numbers;
 using aia::cpu::Memory;
 using aia::cpu::MemoryPasses;
+using aia::cpu::multiply;
+using aia::cpu::multiply_added;
+using aia::cpu::numbers;
 using aia::cpu::parallel;
 using aia::cpu::passes;
+using aia::cpu::view_of;
 using aia::cpu::with_large_pages;
+using aia::cpu::with_type;
 using torch::stable::Tensor;
 
 Memory memory(const MemoryLogits& at) {
@@ -120,15 +126,6 @@ void keys_backward_(const Tensor& rows, const Tensor& logits, int64_t feature, i
   });
 }
 
-// The same elements with other sizes and strides, from so many elements on.
-Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-               int64_t first = 0) {
-  AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
-                                                               sizes.begin(), strides.begin(), first, &view));
-  return Tensor(view);
-}
-
 // [B, q, p] of [B, p, q].
 Tensor turned(const Tensor& t) {
   const aia::Layout at(t);
@@ -140,37 +137,6 @@ Tensor as_one(const Tensor& t) {
   const aia::Layout at(t);
   const int64_t rows = at.sizes[0] * at.sizes[1], columns = at.sizes[2];
   return view_of(t, {1, rows, columns}, {rows * columns, columns, 1});
-}
-
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
-}
-// beta times what is added, plus alpha times the product.
-void multiply_added(const Tensor& out, const Tensor& added, const Tensor& a, const Tensor& b, double beta = 1,
-                    double alpha = 1) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(out.get(), added.get(), a.get(), b.get(), beta, alpha));
-}
-
-// Calls body with a zero of the type of t, float or double.
-template <class Body>
-void with_type(const Tensor& t, Body&& body) {
-  if (t.scalar_type() == torch::headeronly::ScalarType::Double)
-    body(double{});
-  else
-    body(float{});
-}
-template <class A>
-const A* numbers(const Tensor& t) {
-  return static_cast<const A*>(t.const_data_ptr());
-}
-
-// Calls each(number, i) for the numbers of a contiguous tensor, which it may change.
-template <class Each>
-void for_numbers(const Tensor& t, Each&& each) {
-  with_type(t, [&](auto zero) {
-    auto* data = static_cast<decltype(zero)*>(t.mutable_data_ptr());
-    for (int64_t i = 0, n = t.numel(); i < n; ++i) each(data[i], i);
-  });
 }
 
 // Multiplied as PyTorch does it: the factor is rounded first.

@@ -1,0 +1,139 @@
+"""A small layer of external attention as one operator for each direction, schemas.EXTERNAL_PROPAGATE_PASSES.
+
+Of a small call its operators are what it costs: a dozen forward, twice as many backward, and a node of autograd for
+each of them. Here are two operators and one node. The mathematics is that of external_attention.py, with a projection
+before and behind A, but for the block's BN: where x is small, z and its moments are cheaper than those of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.layouts import as_maps, as_tokens, save, saved, stored_as
+from ..reference import Norm
+from ..reference import external_attention as reference
+from ..reference import external_attention_block as reference_block
+from .double_backward import backward_is_followed, gradients
+
+
+class Layer(NamedTuple):
+    """The tensors of a layer.
+
+    first: W_1 [heads * k, C], or None. key: K [S, k]. value: V [v, S]. value_bias: [v], or None. last: W_2
+    [O, heads * v], or None. last_bias: [O], or None. scale, shift: of the block's BN [C], or None. first_bias,
+    key_bias: those of W_1 and K, which have no effect and a gradient of zero. Weights may have axes of one behind.
+    """
+
+    first: Tensor | None
+    key: Tensor
+    value: Tensor
+    value_bias: Tensor | None = None
+    last: Tensor | None = None
+    last_bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    first_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+
+
+#: Of Layer, in front: what the operators take as weights, and those and the numbers of BN, whose gradients they give.
+_WEIGHTS, _GIVEN = 6, 8
+
+
+class Plan(NamedTuple):
+    """What is constant about a call.
+
+    passes: those of schemas.EXTERNAL_PROPAGATE_PASSES are its attributes. heads, eps: as of the schemas. fold: whether
+    the weights of one head are folded. block: whether BN, the residual and ReLU follow. batch: whether BN uses the
+    statistics of the batch. norm_eps: what it adds to the variance. momentum: by which the running statistics move.
+    """
+
+    passes: Any
+    heads: int
+    eps: float
+    fold: bool = False
+    block: bool = False
+    batch: bool = False
+    norm_eps: float = 0.0
+    momentum: float = 0.0
+
+
+class Buffers(NamedTuple):
+    """Of a block's BN: fixed, the mean and variance [C] that it takes where it does not use those of the batch, and
+    running, those that move, with the number of batches if there is one."""
+
+    fixed: tuple[Tensor | None, Tensor | None] = (None, None)
+    running: tuple[Tensor, ...] = ()
+
+
+def forward(plan: Plan, x: Tensor, layer: Sequence[Tensor | None], buffers: Buffers) -> list[Tensor]:
+    """y and what is kept, as external_propagate_ returns them."""
+    norm = [*layer[_WEIGHTS:_GIVEN], *buffers.fixed] if plan.block else []
+    settings = plan.heads, plan.eps, plan.fold, plan.batch, plan.norm_eps, plan.momentum
+    return plan.passes.external_propagate_(x, layer[:_WEIGHTS], norm, buffers.running, *settings)
+
+
+def formula(plan: Plan, statistics: Tensor | None) -> Callable[..., Tensor]:
+    """y of the reference as a function of x and of the tensors of Layer."""
+
+    def y_of(x, *tensors):
+        layer = Layer(*tensors)
+        first, key, value, last = (
+            w if w is None else w.flatten(1) for w in (layer.first, layer.key, layer.value, layer.last)
+        )
+        for bias in (layer.first_bias, layer.key_bias):
+            key = key if bias is None else key + bias[:0].sum()
+        if plan.block:
+            key, value = key if first is None else key @ first, value if last is None else last @ value
+            mean, var, _ = statistics.unbind(1)
+            norm = Norm(layer.scale, layer.shift, mean, var, training=plan.batch, eps=plan.norm_eps)
+            return as_maps(reference_block(as_tokens(x), key, value, norm, plan.eps)[0], x)
+        rows = x if first is None else x @ first.mT
+        bias = None if layer.value_bias is None else layer.value_bias.repeat(plan.heads)
+        o = reference(rows, key.unsqueeze(0), value.unsqueeze(0), bias, key.shape[0], plan.eps)
+        o = o if last is None else o @ last.mT
+        return o if layer.last_bias is None else o + layer.last_bias
+
+    return y_of
+
+
+class ExternalLayerFunction(torch.autograd.Function):
+    """y = apply(x, plan, buffers, *layer), as forward, with exact first and second derivatives, for a y shaped as x."""
+
+    @staticmethod
+    def forward(ctx, x, plan, buffers, *tensors):
+        y, *kept = forward(plan, x, tensors, buffers)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        save(ctx, x, *tensors, y if plan.block else None, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * (3 + len(Layer._fields))
+        x, *rest = saved(ctx)
+        plan, count = ctx.plan, len(Layer._fields)
+        tensors, y, kept = rest[:count], rest[count], rest[count + 1 :]
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        if backward_is_followed():
+            statistics = kept[-1] if plan.block else None
+            grad_x, *grads = gradients(formula(plan, statistics), (x, *tensors), (needs_x, *needs), grad)
+            return grad_x, None, None, *grads
+        norm = [*tensors[_WEIGHTS:_GIVEN], None, None] if plan.block else []
+        grad = stored_as(grad, x)
+        wanted = *needs[:_GIVEN], needs_x
+        found = iter(
+            plan.passes.external_propagate_back(
+                *(grad, x, y, tensors[:_WEIGHTS], norm, kept), plan.heads, plan.fold, plan.norm_eps, wanted
+            )
+        )
+        grads = [next(found) if needed else None for needed in needs[:_GIVEN]]
+        without_effect = [
+            torch.zeros_like(t) if needed else None for t, needed in zip(tensors[_GIVEN:], needs[_GIVEN:], strict=True)
+        ]
+        return next(found) if needs_x else None, None, None, *grads, *without_effect

@@ -1,0 +1,86 @@
+"""Small layers of external attention as one operator for each direction, where the CPU's passes have them.
+
+For ordinary calls alone, as modules/submodules.read_at_once finds them, which "auto" leaves to plain PyTorch
+(choices.fusing_pays): there the operators of a layer and the Python around each are what it costs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..algorithms.external_layer import Buffers, ExternalLayerFunction, Plan, forward
+from ..backends.choices import FEW_SLOTS
+from ..reference import Norm
+from . import plain
+
+#: Elements of x and of the map beyond which operators of PyTorch, which share the work among threads, cost as little;
+#: and slots as many as which fewer than FEW_SLOTS count.
+MOST_ELEMENTS, _AS_MANY = 32768, 64
+
+
+def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:
+    """EAMLP's layer on x [B, N, d] without dropouts, as plain.by_heads."""
+    first, first_bias, key, key_bias, value, value_bias, last, last_bias = parameters
+    rows = x.numel() // x.shape[2] * heads
+    passes = _passes(x, rows, key.shape[0], parameters) if x.is_contiguous() else None
+    if passes is None:
+        return plain.by_heads(x, heads, eps, *parameters)
+    layer = first, key, value, value_bias, last, last_bias, None, None, first_bias, key_bias
+    return _called(x, Plan(passes, heads, eps), layer, Buffers())
+
+
+def block(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norm: Norm, eps: float, fold: bool
+) -> Tensor | None:
+    """EANet's block on x [B, C, H, W], y = relu(BN(z) + x), None where there is no such operator for it.
+
+    weights: of the pointwise convolutions, in the order in which they are applied, the last of which may be absent.
+    biases: of the first two. norm: over more than one value in each channel. fold: whether the convolutions are folded
+    into the memories. The running statistics are moved.
+    """
+    scale, shift, mean, var, tracked, training, momentum, norm_eps, *_ = norm
+    if not plain.moves_at_once(norm) or (mean is not None and not mean.dtype is var.dtype is x.dtype):
+        return None
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    passes = _passes(x, x.numel() // x.shape[1], weights[1].shape[0], (*weights, scale, shift, mean, var))
+    if passes is None:
+        return None
+    first, key, value, last = weights if len(weights) == 4 else (*weights, None)
+    layer = first, key, value, None, last, None, scale, shift, *biases
+    if training:
+        buffers = Buffers(running=(mean, var) if tracked is None else (mean, var, tracked))
+    else:
+        buffers = Buffers((mean, var))
+    return _called(x, Plan(passes, 1, eps, fold, True, training, norm_eps, momentum or 0.0), layer, buffers)
+
+
+def _passes(x: Tensor, rows: int, slots: int, tensors: Sequence[Tensor | None]) -> Any:
+    """The passes of the CPU, where they have such operators and take a map of so many rows of slots, x and all tensors;
+    else None."""
+    # A vector is not filled by few slots, which cost as much as so many.
+    if max(rows * (slots if slots >= FEW_SLOTS else _AS_MANY), x.numel()) > MOST_ELEMENTS:
+        return None
+    for t in tensors:
+        if t is not None and not t.is_contiguous():
+            return None
+    return _passes_of(x.dtype)
+
+
+@functools.cache
+def _passes_of(dtype: torch.dtype) -> Any:
+    served = dtype in plain.WIDE and backends.why_not("cpu", "cpu", dtype, plain.FAMILY) is None
+    return backends.passes("cpu", plain.FAMILY) if served else None
+
+
+def _called(x: Tensor, plan: Plan, layer: Sequence[Tensor | None], buffers: Buffers) -> Tensor:
+    """y, by way of autograd where somebody wants gradients."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in layer)):
+        return ExternalLayerFunction.apply(x, plan, buffers, *layer)
+    return forward(plan, x, layer, buffers)[0]

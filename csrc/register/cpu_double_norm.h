@@ -1,0 +1,81 @@
+// The operators of the double normalization on the CPU: checks, allocation and the split over threads. The work itself
+// is in cpu/double_norm.cpp.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../cpu/double_norm.h"
+#include "checks_external_attention.h"
+#include "cpu.h"
+
+namespace aia::cpu {
+
+inline Tokens tokens_of(const aia::Logits& at) { return {at.B, at.N, at.M, at.group, at.scalar, at.padding}; }
+
+// A reduction over tokens: reduce writes [B, chunks, sizes..., M], and join, called with samples, [B, sizes..., M].
+template <class Reduce, class Join>
+Tensor reduce_tokens(const Tensor& of, const Tokens& at, const Split& split, const std::vector<int64_t>& sizes,
+                     Reduce&& reduce, Join&& join) {
+  std::vector<int64_t> shape{at.B};
+  shape.insert(shape.end(), sizes.begin(), sizes.end());
+  Tensor result = new_numbers(of, shape), partial = result;
+  if (split.chunks > 1) {
+    shape.insert(shape.begin() + 1, split.chunks);
+    partial = new_numbers(of, shape);
+  }
+  void *parts = partial.mutable_data_ptr(), *out = result.mutable_data_ptr();
+  parallel(split.units(at), [&](int64_t begin, int64_t end) { reduce(parts, begin, end); });
+  if (split.chunks > 1) parallel(at.B, [&](int64_t begin, int64_t end) { join(parts, out, begin, end); });
+  return result;
+}
+
+inline Tensor column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
+  const Tokens at = tokens_of(aia::logits_of(logits, 1, "logits", padding));
+  const void* data = logits.const_data_ptr();
+  return reduce_tokens(
+      logits, at, statistics_split(at), {2, at.M},
+      [&](void* parts, int64_t begin, int64_t end) {
+        passes<DoubleNormPasses>(at.scalar).column_statistics(at, data, parts, begin, end);
+      },
+      [&](void* parts, void* out, int64_t begin, int64_t end) {
+        passes<DoubleNormPasses>(at.scalar).join_statistics(at, parts, out, begin, end);
+      });
+}
+
+inline Tensor double_norm_(const Tensor& logits, const Tensor& lse, int64_t group, double eps,
+                           std::optional<Tensor> padding) {
+  const Tokens at = tokens_of(aia::check_double_norm(logits, lse, group, eps, padding));
+  Tensor mass = new_numbers(logits, {at.B, at.N, at.groups()});
+  void *data = logits.mutable_data_ptr(), *out = mass.mutable_data_ptr();
+  const void* origin = lse.const_data_ptr();
+  parallel(token_units(at), [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).double_norm(at, data, origin, eps, out, begin, end);
+  });
+  return mass;
+}
+
+inline Tensor double_norm_backward_reduce(const Tensor& grad, const Tensor& attention, int64_t group) {
+  const Tokens at = tokens_of(aia::check_double_norm_backward_reduce(grad, attention, group));
+  const void *g = grad.const_data_ptr(), *a = attention.const_data_ptr();
+  return reduce_tokens(
+      grad, at, sums_split(at), {at.M},
+      [&](void* parts, int64_t begin, int64_t end) {
+        passes<DoubleNormPasses>(at.scalar).backward_reduce(at, g, a, parts, begin, end);
+      },
+      [&](void* parts, void* out, int64_t begin, int64_t end) {
+        passes<DoubleNormPasses>(at.scalar).join_sums(at, parts, out, begin, end);
+      });
+}
+
+inline void double_norm_backward_(const Tensor& grad, const Tensor& attention, const Tensor& mass,
+                                  const Tensor& reduced, int64_t group) {
+  const Tokens at = tokens_of(aia::check_double_norm_backward(grad, attention, mass, reduced, group));
+  void* g = grad.mutable_data_ptr();
+  const void *a = attention.const_data_ptr(), *m = mass.const_data_ptr(), *d = reduced.const_data_ptr();
+  parallel(token_units(at), [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).backward(at, g, a, m, d, begin, end);
+  });
+}
+
+}  // namespace aia::cpu

@@ -1,0 +1,468 @@
+// A layer of external attention as one operator for each direction on the CPU (schemas.EXTERNAL_PROPAGATE_PASSES in
+// aia_kernels/schemas.py), for small calls: products of PyTorch, the passes of the double normalization, and those of
+// batch norm. Matrices are [p, q]; R are the B N tokens of all samples.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../cpu/batch_norm.h"
+#include "cpu.h"
+#include "cpu_double_norm.h"
+#include "cpu_products.h"
+#include "cpu_running_statistics.h"
+
+namespace {
+
+using aia::new_numbers;
+using aia::cpu::BatchNormPasses;
+using aia::cpu::column_statistics;
+using aia::cpu::double_norm_;
+using aia::cpu::double_norm_backward_;
+using aia::cpu::double_norm_backward_reduce;
+using aia::cpu::for_numbers;
+using aia::cpu::multiply;
+using aia::cpu::multiply_matrices;
+using aia::cpu::mutable_numbers;
+using aia::cpu::numbers;
+using aia::cpu::passes;
+using aia::cpu::Rows;
+using aia::cpu::view_of;
+using aia::cpu::with_type;
+using torch::stable::Tensor;
+
+using Sizes = std::initializer_list<int64_t>;
+using Optional = std::optional<Tensor>;
+
+Tensor product(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns) {
+  Tensor out = new_numbers(a, {rows, columns});
+  multiply_matrices(out, a, b);
+  return out;
+}
+
+// A contiguous tensor as a matrix [p, q], or its transpose [q, p].
+Tensor matrix(const Tensor& t, int64_t p, int64_t q) { return view_of(t, {p, q}, {q, 1}); }
+Tensor turned(const Tensor& t, int64_t p, int64_t q) { return view_of(t, {q, p}, {1, q}); }
+// A matrix for each of B samples, or its transpose.
+Tensor for_samples(const Tensor& t, int64_t B, int64_t p, int64_t q) { return view_of(t, {B, p, q}, {0, q, 1}); }
+Tensor turned_for_samples(const Tensor& t, int64_t B, int64_t p, int64_t q) { return view_of(t, {B, q, p}, {0, 1, q}); }
+
+// Tokens [B, N, p] of a layer: rows of a matrix [R, p], or maps as the samples lie.
+struct Side {
+  int64_t B, N, p;
+  bool maps;
+
+  int64_t R() const { return B * N; }
+  bool is_matrix() const { return !maps || B == 1; }
+  // As one matrix [R, p], or [B, N, p].
+  Tensor rows(const Tensor& t) const {
+    if (!maps) return view_of(t, {R(), p}, {p, 1});
+    return B == 1 ? view_of(t, {N, p}, {1, N}) : view_of(t, {B, N, p}, {p * N, 1, N});
+  }
+  // The transpose.
+  Tensor columns(const Tensor& t) const {
+    if (!maps) return view_of(t, {p, R()}, {1, p});
+    return B == 1 ? view_of(t, {p, N}, {N, 1}) : view_of(t, {B, p, N}, {p * N, N, 1});
+  }
+  // t times the transpose of a matrix [q, p], or times a matrix [p, q]: [R, q].
+  Tensor times(const Tensor& t, const Tensor& with, int64_t q, bool transposed) const {
+    Tensor out = new_numbers(t, {R(), q});
+    if (is_matrix())
+      multiply_matrices(out, rows(t), transposed ? turned(with, q, p) : matrix(with, p, q));
+    else
+      multiply(view_of(out, {B, N, q}, {N * q, q, 1}), rows(t),
+               transposed ? turned_for_samples(with, B, q, p) : for_samples(with, B, p, q));
+    return out;
+  }
+  // Into out, tokens of this side: rows [R, q] times a matrix [q, p], or times the transpose of one [p, q].
+  void multiply_into(const Tensor& out, const Tensor& from, const Tensor& with, int64_t q, bool transposed) const {
+    if (!maps)
+      multiply_matrices(rows(out), matrix(from, R(), q), transposed ? turned(with, p, q) : matrix(with, q, p));
+    else if (B == 1)
+      multiply_matrices(columns(out), transposed ? matrix(with, p, q) : turned(with, q, p), turned(from, N, q));
+    else
+      multiply(columns(out), transposed ? for_samples(with, B, p, q) : turned_for_samples(with, B, q, p),
+               view_of(from, {B, q, N}, {N * q, 1, q}));
+  }
+  // The sum over all tokens of t and rows [R, q]: [p, q], or, turned, [q, p].
+  Tensor over_tokens(const Tensor& t, const Tensor& with, int64_t q, bool turn) const {
+    const int64_t first = turn ? q : p, last = turn ? p : q;
+    if (is_matrix())
+      return turn ? product(turned(with, R(), q), rows(t), first, last)
+                  : product(columns(t), matrix(with, R(), q), first, last);
+    Tensor parts = new_numbers(t, {B, first, last}), sum = new_numbers(t, {first, last});
+    if (turn)
+      multiply(parts, view_of(with, {B, q, N}, {N * q, 1, q}), rows(t));
+    else
+      multiply(parts, columns(t), view_of(with, {B, N, q}, {N * q, q, 1}));
+    with_type(t, [&](auto zero) {
+      const auto* from = numbers<decltype(zero)>(parts);
+      for_numbers(sum, [&, size = first * last](auto& number, int64_t i) {
+        number = from[i];
+        for (int64_t b = 1; b < B; ++b) number += from[b * size + i];
+      });
+    });
+    return sum;
+  }
+};
+
+// A weight as a matrix: that of a pointwise convolution has axes of one behind.
+Optional weight_of(const Optional& weight, const Tensor& x, const char* name) {
+  if (!weight) return std::nullopt;
+  const aia::Layout at = aia::check_operand(*weight, x, name);
+  int64_t p = at.dim > 0 ? at.sizes[0] : 0, q = at.dim > 1 ? at.sizes[1] : 0;
+  AIA_CHECK(
+      p > 0 && at.numel == p * q && !at.differs(0, q) && !at.differs(1, 1) && weight->scalar_type() == x.scalar_type(),
+      name, " must be a contiguous matrix of the type of x, with or without axes of one behind, got ",
+      aia::described(*weight));
+  return matrix(*weight, p, q);
+}
+// The same elements with the sizes and strides of another tensor, or with another stride of its first axis.
+Tensor shaped_as(const Tensor& t, const Tensor& other, std::optional<int64_t> first_stride = std::nullopt) {
+  const aia::Layout at(other);
+  std::vector<int64_t> strides(at.strides, at.strides + at.dim);
+  if (first_stride) strides[0] = *first_stride;
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), at.dim, at.sizes, strides.data(), 0, &view));
+  return Tensor(view);
+}
+// New numbers, stored as x, which is dense. A single sample may have been cut from others with any stride.
+Tensor stored_as(const Tensor& x) {
+  const int64_t numel = x.numel();
+  return shaped_as(new_numbers(x, {numel}), x, numel / x.size(0));
+}
+
+// A layer's weights and sizes: x, W_1 (or none), K and V, which all heads share, W_2 (or none), biases. x is tokens
+// [B, N, C] or, of a block, maps [B, C, H, W].
+struct Layer {
+  Side x, y;
+  int64_t heads, S, k, v;  // slots, and the features of a head before K and behind V
+  bool block;
+  Tensor first, key, value, last;  // undefined where there is none
+  Optional value_bias, last_bias;
+
+  Layer(const Tensor& tokens, const std::vector<Optional>& weights, const std::vector<Optional>& norm, int64_t heads)
+      : heads(heads), block(!norm.empty()) {
+    const aia::Layout at = aia::check_operand(tokens, tokens, "x");
+    const auto type = tokens.scalar_type();
+    AIA_CHECK(type == aia::accumulate_type(tokens), "x must be float32 or float64, got ", aia::name_of(type));
+    AIA_CHECK(at.numel > 0 && at.dim == (block ? 4 : 3),
+              "x must be [B, N, C] or, of a block, [B, C, H, W], and not empty, got ", aia::described(tokens));
+    const int64_t B = at.sizes[0], N = block ? at.sizes[2] * at.sizes[3] : at.sizes[1], C = at.sizes[block ? 1 : 2];
+    const bool contiguous = tokens.is_contiguous();
+    const bool channels_last =
+        block && !at.differs(1, 1) && !at.differs(3, C) && !at.differs(2, at.sizes[3] * C) && !at.differs(0, N * C);
+    AIA_CHECK(contiguous || channels_last, "x must be contiguous or, of a block, channels_last, got ",
+              aia::described(tokens));
+    AIA_CHECK(weights.size() == 6 && weights[1] && weights[2], "weights must be W_1, K, V, a bias, W_2 and a bias, ",
+              "of which K and V are there, got ", weights.size(), " entries");
+    AIA_CHECK(heads == 1 || (heads > 1 && weights[0] && weights[4]), "several heads need W_1 and W_2");
+    const Optional of_first = weight_of(weights[0], tokens, "W_1"), of_last = weight_of(weights[4], tokens, "W_2");
+    key = *weight_of(weights[1], tokens, "K"), value = *weight_of(weights[2], tokens, "V");
+    if (of_first) first = *of_first;
+    if (of_last) last = *of_last;
+    value_bias = weights[3], last_bias = weights[5];
+    S = key.size(0), k = key.size(1), v = value.size(0);
+    const int64_t outputs = of_last ? last.size(0) : v;
+    x = {B, N, C, block && contiguous && !channels_last}, y = {B, N, outputs, x.maps};
+    const auto check = [&](const Optional& t, Sizes sizes, const char* name) {
+      if (t) aia::check_contiguous(*t, sizes, type, tokens, name);
+    };
+    check(of_first, {heads * k, C}, "W_1");
+    check(key, {S, of_first ? k : C}, "K");
+    check(value, {v, S}, "V");
+    check(value_bias, {v}, "the bias of V");
+    check(of_last, {outputs, heads * v}, "W_2");
+    check(last_bias, {outputs}, "the bias of W_2");
+    AIA_CHECK(of_last || !last_bias, "a bias of W_2 needs W_2");
+    if (!block) return;
+    AIA_CHECK(norm.size() == 4, "norm must be empty, or scale, shift, mean and variance, got ", norm.size(),
+              " entries");
+    AIA_CHECK(outputs == C && !value_bias && !last_bias, "a block must have as many channels as x, and no biases");
+    for (const Optional& t : norm) check(t, {C}, "scale, shift, mean and variance");
+  }
+
+  // Something stored as y.
+  Tensor made(const Tensor& like) const { return block ? stored_as(like) : new_numbers(like, {y.B, y.N, y.p}); }
+
+  int64_t R() const { return x.R(); }
+  // The same layer with K W_1 in the place of K, and W_2 V in that of V.
+  Layer folded() const {
+    AIA_CHECK(heads == 1 && first.defined() && !value_bias, "weights of one head fold, with W_1 and no bias of V");
+    const Tensor keys = product(matrix(key, S, k), matrix(first, k, x.p), S, x.p);
+    return last.defined() ? folded(keys, product(matrix(last, y.p, v), matrix(value, v, S), y.p, S))
+                          : folded(keys, value);
+  }
+  Layer folded(const Tensor& keys, const Tensor& values) const {
+    Layer layer = *this;
+    layer.first = layer.last = Tensor();
+    layer.key = keys, layer.value = values;
+    return layer;
+  }
+};
+
+Rows rows_of(const Side& side, aia::Scalar scalar) { return {side.B, side.N, side.p, side.maps, scalar}; }
+
+template <class Body>
+void with_batch_norm(const Tensor& t, Body&& body) {
+  with_type(t, [&](auto zero) { body(zero, passes<BatchNormPasses<decltype(zero)>>()); });
+}
+
+void add_bias(const Side& side, const Optional& bias, const Tensor& to) {
+  if (!bias) return;
+  with_batch_norm(to, [&](auto zero, const auto& pass) {
+    using A = decltype(zero);
+    pass.add(rows_of(side, aia::scalar_of(to, "x")), numbers<A>(*bias), mutable_numbers<A>(to));
+  });
+}
+Tensor sums_over_tokens(const Side& side, const Tensor& of) {
+  Tensor sums = new_numbers(of, {side.p});
+  with_batch_norm(of, [&](auto zero, const auto& pass) {
+    using A = decltype(zero);
+    pass.sums(rows_of(side, aia::scalar_of(of, "x")), numbers<A>(of), mutable_numbers<A>(sums));
+  });
+  return sums;
+}
+
+// lse [B, M] of column statistics [B, 2, M].
+Tensor log_sum_exp(const Tensor& statistics, int64_t B, int64_t M) {
+  Tensor lse = new_numbers(statistics, {B, M});
+  with_type(statistics, [&](auto zero) {
+    const auto* found = numbers<decltype(zero)>(statistics);
+    for_numbers(lse, [&](auto& number, int64_t i) {
+      const auto* at = found + i / M * 2 * M + i % M;
+      number = at[0] + std::log(at[M]);
+    });
+  });
+  return lse;
+}
+
+// Numbers of the block's batch norm [C], of its statistics [C, 3]: their third column is 0 where they are fixed.
+template <class A>
+struct Channels {
+  std::vector<A> mean, factor, rstd;
+
+  Channels(const Tensor& statistics, const Optional& scale, double eps) {
+    const A* at = numbers<A>(statistics);
+    for (int64_t c = 0; c < statistics.size(0); ++c) {
+      mean.push_back(at[3 * c]);
+      rstd.push_back(A(1) / std::sqrt(at[3 * c + 1] + static_cast<A>(eps)));
+      factor.push_back(scale ? rstd[c] * numbers<A>(*scale)[c] : rstd[c]);
+    }
+  }
+};
+
+// The statistics [C, 3] of z: mean, biased variance and share of the batch, or the running ones with a share of 0.
+Tensor statistics_of(const Side& side, const Tensor& z, const Optional& mean, const Optional& var, bool batch) {
+  Tensor statistics = new_numbers(z, {side.p, 3});
+  with_batch_norm(z, [&](auto zero, const auto& pass) {
+    using A = decltype(zero);
+    std::vector<A> means(side.p), variances(side.p);
+    if (batch)
+      pass.moments(rows_of(side, aia::scalar_of(z, "z")), numbers<A>(z), means.data(), variances.data());
+    else
+      std::copy_n(numbers<A>(*mean), side.p, means.data()), std::copy_n(numbers<A>(*var), side.p, variances.data());
+    A* to = mutable_numbers<A>(statistics);
+    for (int64_t c = 0; c < side.p; ++c, to += 3)
+      to[0] = means[c], to[1] = variances[c], to[2] = batch ? A(1) / static_cast<A>(side.R()) : A(0);
+  });
+  return statistics;
+}
+
+std::vector<Tensor> external_propagate_(const Tensor& x, std::vector<Optional> weights, std::vector<Optional> norm,
+                                        std::vector<Tensor> running, int64_t heads, double eps, bool fold, bool batch,
+                                        double norm_eps, double momentum) {
+  const Layer given(x, weights, norm, heads), at = fold ? given.folded() : given;
+  AIA_CHECK(running.empty() || (given.block && batch && running.size() > 1 && running.size() < 4),
+            "running must be empty or, of a batch, mean, variance and perhaps a number, got ", running.size(),
+            " entries");
+  AIA_CHECK(norm.empty() || batch || (norm[2] && norm[3]), "mean and variance must be given where they are fixed");
+  const int64_t R = at.R(), M = heads * at.S;
+  Tensor h, u;
+  if (at.first.defined()) h = at.x.times(x, at.first, heads * at.k, true);
+  Tensor logits = at.first.defined() ? product(matrix(h, R * heads, at.k), turned(at.key, at.S, at.k), R * heads, at.S)
+                                     : at.x.times(x, at.key, at.S, true);
+  const Tensor a = view_of(logits, {at.x.B, at.x.N, M}, {at.x.N * M, M, 1});
+  const Tensor mass =
+      double_norm_(a, log_sum_exp(column_statistics(a, std::nullopt), at.x.B, M), at.S, eps, std::nullopt);
+  const Tensor z = at.made(x);
+  if (at.last.defined()) {
+    u = product(matrix(a, R * heads, at.S), turned(at.value, at.v, at.S), R * heads, at.v);
+    add_bias({1, R * heads, at.v, false}, at.value_bias, u);
+    at.y.multiply_into(z, u, at.last, heads * at.v, true);
+    add_bias(at.y, at.last_bias, z);
+  } else {
+    at.y.multiply_into(z, a, at.value, at.S, true);
+    add_bias(at.y, at.value_bias, z);
+  }
+  std::vector<Tensor> results{z, a, mass};
+  for (const Tensor& kept : {h, u})
+    if (kept.defined()) results.push_back(kept);
+  if (fold) results.insert(results.end(), {at.key, at.value});
+  if (norm.empty()) return results;
+  const Tensor statistics = statistics_of(at.y, z, norm[2], norm[3], batch);
+  if (!running.empty())
+    aia::cpu::move_statistics({running[0]}, {running[1]}, {running.begin() + 2, running.end()}, {statistics}, momentum);
+  results[0] = at.made(x);
+  with_batch_norm(x, [&](auto zero, const auto& pass) {
+    using A = decltype(zero);
+    const Channels<A> of(statistics, norm[0], norm_eps);
+    const std::vector<A> none(at.y.p);
+    pass.apply(rows_of(at.y, aia::scalar_of(x, "x")), numbers<A>(z), numbers<A>(x), of.mean.data(), of.factor.data(),
+               norm[1] ? numbers<A>(*norm[1]) : none.data(), mutable_numbers<A>(results[0]));
+  });
+  results.insert(results.end(), {z, statistics});
+  return results;
+}
+
+// The gradients of W_1, K, V, the bias of V, W_2 and its bias, of scale and shift, and of x, in this order.
+enum Gradient { kFirst, kKey, kValue, kValueBias, kLast, kLastBias, kScale, kShift, kX, kGradients };
+using Found = std::array<Tensor, kGradients>;
+
+// What the forward kept, by name: h and u, or the folded memories; z and the statistics of a block.
+struct Kept {
+  Tensor a, mass, h, u, z, statistics;
+
+  Kept(const Layer& given, const Tensor& x, const std::vector<Tensor>& list, bool fold) {
+    const bool of_h = fold || given.first.defined(), of_u = fold || given.last.defined();
+    const size_t wanted = 2 + of_h + of_u + 2 * given.block;
+    AIA_CHECK(list.size() == wanted, "kept must hold ", wanted, " tensors, got ", list.size());
+    auto next = list.begin();
+    const auto take = [&](Tensor& to, Sizes sizes, const char* name) {
+      to = *next++;
+      aia::check_contiguous(to, sizes, x.scalar_type(), x, name);
+    };
+    const int64_t B = given.x.B, N = given.x.N, M = given.heads * given.S, R = given.R(), C = given.x.p;
+    take(a, {B, N, M}, "attention");
+    take(mass, {B, N, given.heads}, "mass");
+    if (fold) {
+      take(h, {given.S, C}, "K W_1"), take(u, {given.y.p, given.S}, "W_2 V");
+    } else {
+      if (of_h) take(h, {R, given.heads * given.k}, "h");
+      if (of_u) take(u, {R * given.heads, given.v}, "u");
+    }
+    if (!given.block) return;
+    aia::check_same(z = *next++, x, "z", "x");
+    take(statistics, {C, 3}, "statistics");
+  }
+};
+
+// Behind relu and batch norm: the gradients of z and of the residual, and of scale and shift.
+std::pair<Tensor, Tensor> through_norm(const Layer& at, const Tensor& grad, const Tensor& y, const Kept& kept,
+                                       const Optional& scale, double eps, Found& found) {
+  const Tensor g = at.made(grad), grad_z = at.made(grad);
+  found[kScale] = new_numbers(grad, {at.y.p}), found[kShift] = new_numbers(grad, {at.y.p});
+  with_batch_norm(grad, [&](auto zero, const auto& pass) {
+    using A = decltype(zero);
+    const Rows rows = rows_of(at.y, aia::scalar_of(grad, "grad"));
+    const Channels<A> of(kept.statistics, scale, eps);
+    const A *z = numbers<A>(kept.z), *statistics = numbers<A>(kept.statistics);
+    A *of_g = mutable_numbers<A>(g), *products = mutable_numbers<A>(found[kScale]);
+    A* sums = mutable_numbers<A>(found[kShift]);
+    pass.backward_reduce(rows, numbers<A>(grad), numbers<A>(y), z, of.mean.data(), of_g, sums, products);
+    std::vector<A> slope(at.y.p), constant(at.y.p);
+    for (int64_t c = 0; c < at.y.p; ++c) {
+      const A share = statistics[3 * c + 2];
+      products[c] *= of.rstd[c];
+      slope[c] = -of.factor[c] * of.rstd[c] * products[c] * share;
+      constant[c] = -of.factor[c] * sums[c] * share;
+    }
+    pass.backward(rows, of_g, z, of.mean.data(), of.factor.data(), slope.data(), constant.data(),
+                  mutable_numbers<A>(grad_z));
+  });
+  return {grad_z, g};
+}
+
+// The gradient of A, and those of what stands behind it.
+Tensor through_values(const Layer& at, const Tensor& grad_z, const Kept& kept, const std::vector<bool>& needs,
+                      Found& found) {
+  if (!at.last.defined()) {
+    if (needs[kValue] || needs[kLast]) found[kValue] = at.y.over_tokens(grad_z, kept.a, at.S, false);
+    if (needs[kValueBias]) found[kValueBias] = sums_over_tokens(at.y, grad_z);
+    return at.y.times(grad_z, at.value, at.S, false);
+  }
+  const int64_t rows = at.R() * at.heads, width = at.heads * at.v;
+  if (needs[kLast]) found[kLast] = at.y.over_tokens(grad_z, kept.u, width, false);
+  if (needs[kLastBias]) found[kLastBias] = sums_over_tokens(at.y, grad_z);
+  const Tensor grad_u = at.y.times(grad_z, at.last, width, false);
+  if (needs[kValue]) found[kValue] = product(turned(grad_u, rows, at.v), matrix(kept.a, rows, at.S), at.v, at.S);
+  if (needs[kValueBias]) found[kValueBias] = sums_over_tokens({1, rows, at.v, false}, grad_u);
+  return product(matrix(grad_u, rows, at.v), matrix(at.value, at.v, at.S), rows, at.S);
+}
+
+// The gradients of what stands before A, for that of the logits.
+void through_keys(const Layer& at, const Tensor& grad_logits, const Tensor& x, const Kept& kept,
+                  const std::vector<bool>& needs, Found& found) {
+  if (!at.first.defined()) {
+    if (needs[kKey] || needs[kFirst]) found[kKey] = at.x.over_tokens(x, grad_logits, at.S, true);
+    if (needs[kX]) at.x.multiply_into(found[kX] = stored_as(x), grad_logits, at.key, at.S, false);
+    return;
+  }
+  const int64_t rows = at.R() * at.heads, width = at.heads * at.k;
+  if (needs[kKey]) found[kKey] = product(turned(grad_logits, rows, at.S), matrix(kept.h, rows, at.k), at.S, at.k);
+  const Tensor grad_h = product(matrix(grad_logits, rows, at.S), matrix(at.key, at.S, at.k), rows, at.k);
+  if (needs[kFirst]) found[kFirst] = at.x.over_tokens(x, grad_h, width, true);
+  if (needs[kX]) at.x.multiply_into(found[kX] = stored_as(x), grad_h, at.first, width, false);
+}
+
+// The gradients of the weights of which folded ones were made, for those of these.
+void unfold(const Layer& given, Found& found) {
+  const int64_t S = given.S, k = given.k, v = given.v, C = given.x.p, outputs = given.y.p;
+  if (const Tensor grad = found[kKey]; grad.defined()) {
+    found[kFirst] = product(turned(given.key, S, k), grad, k, C);
+    found[kKey] = product(grad, turned(given.first, k, C), S, k);
+  }
+  if (const Tensor grad = found[kValue]; grad.defined() && given.last.defined()) {
+    found[kLast] = product(grad, turned(given.value, v, S), outputs, v);
+    found[kValue] = product(turned(given.last, outputs, v), grad, v, S);
+  }
+}
+
+std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x, Optional y,
+                                            std::vector<Optional> weights, std::vector<Optional> norm,
+                                            std::vector<Tensor> kept_list, int64_t heads, bool fold, double norm_eps,
+                                            std::vector<bool> needs) {
+  const Layer given(x, weights, norm, heads);
+  const bool block = given.block;
+  AIA_CHECK(needs.size() == kGradients, "needs must hold ", int{kGradients}, " entries, got ", needs.size());
+  for (int i = 0; i < kX; ++i)
+    AIA_CHECK(!needs[i] || (i < kScale ? weights[i].has_value() : block), "needs must be of weights that are there");
+  AIA_CHECK(block == y.has_value(), "y must be given for a block, and for nothing else");
+  if (block)
+    aia::check_same(grad, x, "grad", "x"), aia::check_same(*y, x, "y", "x");
+  else
+    aia::check_contiguous(grad, {given.y.B, given.y.N, given.y.p}, x.scalar_type(), x, "grad");
+  const Kept kept(given, x, kept_list, fold);
+  const Layer at = fold ? given.folded(kept.h, kept.u) : given;
+  Found found;
+  Tensor grad_z = grad, g;
+  if (block) std::tie(grad_z, g) = through_norm(at, grad, *y, kept, norm[0], norm_eps, found);
+  const Tensor grad_a = view_of(through_values(at, grad_z, kept, needs, found), {at.x.B, at.x.N, heads * at.S},
+                                {at.x.N * heads * at.S, heads * at.S, 1});
+  if (needs[kX] || needs[kKey] || needs[kFirst]) {
+    double_norm_backward_(grad_a, kept.a, kept.mass, double_norm_backward_reduce(grad_a, kept.a, at.S), at.S);
+    through_keys(at, grad_a, x, kept, needs, found);
+  }
+  if (fold) unfold(given, found);
+  if (block && needs[kX])
+    with_type(x, [&](auto zero) {
+      const auto* added = numbers<decltype(zero)>(g);
+      for_numbers(found[kX], [&](auto& number, int64_t i) { number += added[i]; });
+    });
+  std::vector<Tensor> results;
+  for (int i = 0; i < kGradients; ++i)
+    if (needs[i]) results.push_back(i < kScale ? shaped_as(found[i], *weights[i]) : found[i]);
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
+  m.impl("external_propagate_", TORCH_BOX(&external_propagate_));
+  m.impl("external_propagate_back", TORCH_BOX(&external_propagate_back));
+}

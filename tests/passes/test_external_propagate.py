@@ -1,0 +1,311 @@
+"""A small layer of external attention as one operator in each direction gives what operators of PyTorch give, is taken
+for ordinary small calls alone, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import aia_kernels
+from aia_kernels import backends, schemas, testing
+from aia_kernels.backends import choices, extension
+from aia_kernels.functional import small_calls
+
+if extension.load() is not None:
+    pytest.skip("only the C++ of the CPU has them", allow_module_level=True)
+
+PASSES = backends.passes("cpu", "external_attention")
+COST = choices.CALL_COST
+
+#: Float64 sums in another order, of at most some hundred terms of order one, through batch norms of little variance.
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+#: Float32, against float64: some roundings of numbers of order one, which a batch norm of some values multiplies.
+ROUNDED = {"rtol": 2e-4, "atol": 2e-4}
+
+#: Channels, slots, and samples with positions: folded or not, one sample, one position, more slots than positions.
+BLOCKS = {
+    "one sample, folded": (8, 8, (1, 3, 3)),
+    "one sample": (8, 64, (1, 2, 2)),
+    "folded": (6, 4, (2, 3, 5)),
+    "not folded": (5, 9, (3, 1, 2)),
+    "one channel": (1, 3, (2, 3, 3)),
+    "vectors": (32, 16, (2, 6, 6)),
+}
+#: Features, published heads, samples and tokens.
+HEADS = {"one": (8, 1, (1, 9)), "odd": (12, 3, (2, 5)), "one token": (6, 2, (3, 1)), "samples": (16, 2, (4, 8))}
+
+
+@pytest.fixture(autouse=True)
+def as_installed(monkeypatch, fused_at_any_size) -> None:
+    monkeypatch.setattr(choices, "CALL_COST", COST)
+
+
+def block(sizes: str, dtype=torch.float64, **settings) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    c, k, (b, h, w) = BLOCKS[sizes]
+    module = testing.randomise(aia_kernels.ExternalAttention2d(c, k, **settings))
+    return module.to(dtype), torch.randn(b, c, h, w, dtype=dtype)
+
+
+def multi_head(sizes: str, dtype=torch.float64) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    dim, heads, tokens = HEADS[sizes]
+    module = testing.randomise(aia_kernels.MultiHeadExternalAttention(dim, heads))
+    return module.to(dtype), torch.randn(*tokens, dim, dtype=dtype)
+
+
+def is_taken(y: torch.Tensor) -> bool:
+    return "ExternalLayer" in type(y.grad_fn).__name__
+
+
+def results(module: nn.Module, x: torch.Tensor, taken: bool, second: bool = False) -> dict[str, torch.Tensor]:
+    """y and gradients of a step, buffers behind it, and y of an evaluation; or second derivatives too."""
+    module, x = copy.deepcopy(module), x.detach().requires_grad_()
+    weight = torch.cos(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)
+    y = module(x)
+    assert is_taken(y) == taken
+    inputs = {"x": x} | {name: p for name, p in module.named_parameters() if p.requires_grad}
+    first = torch.autograd.grad((y.sin() * weight).sum(), [*inputs.values()], create_graph=second)
+    found = {"y": y.detach()} | {f"gradient of {name}": g.detach() for name, g in zip(inputs, first, strict=True)}
+    if second:
+        twice = torch.autograd.grad(sum((g * g).sum() for g in first), [*inputs.values()], allow_unused=True)
+        pairs = zip(inputs, twice, strict=True)
+        return found | {f"second of {name}": g for name, g in pairs if g is not None and "bias" not in name}
+    found |= {name: b.clone() for name, b in module.named_buffers()}
+    with torch.no_grad():
+        return found | {"evaluated": module.eval()(x)}
+
+
+def compare(monkeypatch, module: nn.Module, x: torch.Tensor, **settings) -> None:
+    found = results(module, x, True, **settings)
+    monkeypatch.setattr(small_calls, "MOST_ELEMENTS", 0)
+    expected = results(module, x, False, **settings)
+    assert found.keys() == expected.keys() or settings
+    for name, value in found.items():
+        if name in expected:
+            assert_close(value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+            assert settings or value.stride() == expected[name].stride()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("sizes", BLOCKS)
+def test_block(sizes, layout, training, monkeypatch):
+    module, x = block(sizes)
+    compare(monkeypatch, module.train(training), x.contiguous(memory_format=layout))
+
+
+@pytest.mark.parametrize("sizes", HEADS)
+def test_multi_head(sizes, monkeypatch):
+    compare(monkeypatch, *multi_head(sizes))
+
+
+@pytest.mark.parametrize("make, sizes", [(block, "folded"), (block, "not folded"), (multi_head, "odd")])
+def test_second_derivatives(make, sizes, monkeypatch):
+    compare(monkeypatch, *make(sizes), second=True)
+
+
+@pytest.mark.parametrize("make, sizes", [(block, "folded"), (block, "not folded"), (multi_head, "odd")])
+def test_float32(make, sizes):
+    """Rounded as often as the operators of PyTorch, and no oftener."""
+    module, x = make(sizes)
+    expected, found = results(module, x, True), results(module.float(), x.float(), True)
+    for name, value in found.items():
+        assert_close(value.double(), expected[name].double(), **ROUNDED, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("make, sizes", [(block, "folded"), (block, "one sample"), (multi_head, "odd")])
+def test_frozen_parameters(make, sizes):
+    """Each gradient by itself is that of all together."""
+    module, x = make(sizes)
+    x = x.requires_grad_()
+    parameters = dict(module.named_parameters())
+    module(x).square().sum().backward()
+    expected = {"x": x.grad, **{name: p.grad for name, p in parameters.items()}}
+    for wanted in expected:
+        for name, tensor in {"x": x, **parameters}.items():
+            tensor.grad = None
+            tensor.requires_grad_(name == wanted)
+        y = module(x)
+        assert is_taken(y)
+        y.square().sum().backward()
+        found = {name: t.grad for name, t in {"x": x, **parameters}.items() if t.grad is not None}
+        assert_close(found, {wanted: expected[wanted]}, **EXACT)
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.3}, {"momentum": None}, {"track_running_stats": False}])
+def test_running_statistics(settings, monkeypatch):
+    """As torch moves them, whoever does it."""
+    module, x = block("folded")
+    module.conv2[1] = nn.BatchNorm2d(6, **settings).double()
+    moves = settings.get("momentum") is not None
+    found = results(module, x, moves)
+    monkeypatch.setattr(small_calls, "MOST_ELEMENTS", 0)
+    assert_close(found, results(module, x, False), **EXACT)
+
+
+def test_a_buffer_that_moves_counts_as_changed():
+    module, x = block("folded")
+    mean = module.conv2[1].running_mean
+    before = mean._version
+    module(x)
+    assert mean._version > before
+    after = mean._version
+    module.eval()(x)
+    assert mean._version == after
+
+
+@pytest.mark.parametrize("make, sizes", [(block, "folded"), (multi_head, "odd")])
+def test_saved_tensors_with_other_strides(make, sizes):
+    """As offloading gives them back."""
+    module, x = make(sizes)
+    expected = results(module, x, True)
+
+    def turned(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(0, -1).contiguous().transpose(0, -1) if t.ndim else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), turned):
+        assert_close(results(module, x, True), expected, **EXACT)
+
+
+@pytest.mark.parametrize("make, sizes", [(block, "folded"), (multi_head, "odd")])
+def test_checkpointed(make, sizes):
+    module, x = make(sizes)
+    expected = results(module.eval(), x, True)["gradient of x"]
+    x = x.requires_grad_()
+    y = checkpoint(module, x, use_reentrant=False)
+    weight = torch.cos(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)
+    assert_close(torch.autograd.grad((y.sin() * weight).sum(), x)[0], expected, **EXACT)
+
+
+@pytest.mark.parametrize("make, sizes", [(block, "folded"), (multi_head, "odd")])
+def test_inference_mode(make, sizes):
+    module, x = make(sizes)
+    with torch.no_grad():
+        expected = module.eval()(x)
+    with torch.inference_mode():
+        found = module(x.clone())
+    assert found.is_inference()
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_y_may_be_changed_in_place():
+    module, x = multi_head("odd")
+    twice = 2 * module(x)
+    y = module(x)
+    expected = torch.autograd.grad(twice.sum(), module.proj.weight)
+    assert_close(torch.autograd.grad(y.mul_(2).sum(), module.proj.weight), expected, **EXACT)
+
+
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
+def test_what_is_no_number_shows(spoiled):
+    module, x = block("folded")
+    x[0, 0, 0, 0] = spoiled
+    with torch.no_grad():
+        assert module.eval()(x)[0].isnan().any() and module(x)[1].isfinite().all()
+        assert module.train()(x).isnan().any()
+
+
+def test_what_is_left_to_others():
+    module, x = block("folded")
+    x = x.requires_grad_()
+    assert is_taken(module(x))
+    for change in (
+        lambda m: setattr(m, "activation", "silu"),
+        lambda m: setattr(m, "residual", False),
+        lambda m: m.linear_0.register_forward_hook(lambda *_: None),
+        lambda m: setattr(m.conv2[1], "running_var", m.conv2[1].running_var.float()),
+        lambda m: m.linear_0.weight.set_(m.linear_0.weight.detach().transpose(0, 1).contiguous().transpose(0, 1)),
+    ):
+        other = copy.deepcopy(module)
+        with torch.no_grad():
+            change(other)
+        if other.conv2[1].running_var.dtype is torch.float64:
+            assert not is_taken(other(x))
+        else:
+            with torch.no_grad():
+                assert small_calls.block(x, *other._read_at_once(x)[:2], other._read_at_once(x)[3], 0.0, False) is None
+    assert not is_taken(module(x[..., ::2]))
+    assert not is_taken(module.bfloat16()(x.bfloat16()))
+    with aia_kernels.use_backend("reference"):
+        assert not is_taken(module.double()(x))
+    large, y = aia_kernels.ExternalAttention2d(4, 4), torch.randn(1, 4, 100, 100)
+    assert not is_taken(large(y))
+
+
+def raw(which: str) -> tuple[list, list]:
+    """Arguments of external_propagate_ and of external_propagate_back."""
+    if which == "heads":
+        x, weights = torch.randn(2, 5, 4), [torch.randn(*s) for s in ((6, 4), (7, 3), (2, 7), (2,), (4, 4), (4,))]
+        forward = [x, weights, [], [], 2, 1e-9, False, False, 0.0, 0.0]
+    else:
+        x, weights = torch.randn(2, 4, 3, 2), [torch.randn(*s) for s in ((4, 4, 1, 1), (7, 4, 1), (4, 7, 1))]
+        weights = [*weights, None, torch.randn(4, 4, 1, 1), None]
+        running = [torch.zeros(4), torch.ones(4), torch.tensor(0)]
+        norm = [torch.ones(4), torch.zeros(4), None, None]
+        forward = [x, weights, norm, running, 1, 1e-9, which == "folded", True, 1e-5, 0.1]
+    y, *kept = PASSES.external_propagate_(*forward)
+    needs = [*(w is not None for w in weights), *(which != "heads",) * 2, True]
+    y_of_block = None if which == "heads" else y
+    back = [torch.randn_like(y), x, y_of_block, weights, forward[2], kept, forward[4], which == "folded", 1e-5, needs]
+    return forward, back
+
+
+def put(place: int, entry: object):
+    return lambda values: [*values[:place], entry, *values[place + 1 :]]
+
+
+BAD = {
+    "x of a narrow type": (0, 0, lambda x: x.bfloat16(), "x must be float32 or float64, got bfloat16"),
+    "x with gaps": (0, 0, lambda x: x[:, :, ::2], "x must be contiguous"),
+    "empty": (0, 0, lambda x: x[:0], "x must be .* not empty"),
+    "x of three axes": (0, 0, lambda x: x[0], "x must be .* of a block"),
+    "negative eps": (0, 5, lambda _: -1.0, "eps must not be negative"),
+    "weights too few": (0, 1, lambda w: w[:5], "weights must be W_1, K, V"),
+    "no key": (0, 1, put(1, None), "weights must be W_1, K, V"),
+    "a key of other features": (0, 1, put(1, torch.ones(7, 3)), r"W_1 must be contiguous float32 \[3, 4\]"),
+    "a key that is no matrix": (0, 1, put(1, torch.ones(7, 4, 2)), "K must be a contiguous matrix"),
+    "a value of another type": (0, 1, put(2, torch.ones(4, 7).double()), "V must be a contiguous matrix"),
+    "a value of other slots": (0, 1, put(2, torch.ones(4, 6)), r"V must be contiguous float32 \[4, 7\]"),
+    "a value turned": (0, 1, put(2, torch.ones(7, 4).mT), "V must be a contiguous matrix"),
+    "other outputs": (0, 1, put(4, torch.ones(5, 4)), "a block must have as many channels as x"),
+    "a bias in a block": (0, 1, put(3, torch.ones(4)), "a block must have .* no biases"),
+    "heads without W_1": (0, 4, lambda _: 0, "several heads need W_1 and W_2"),
+    "norm too short": (0, 2, lambda norm: norm[:3], "norm must be empty, or scale, shift"),
+    "a scale of other channels": (0, 2, put(0, torch.ones(3)), "scale, shift, mean and variance must be contiguous"),
+    "nothing to normalize by": (0, 7, lambda _: False, "running must be empty or, of a batch"),
+    "running statistics alone": (0, 3, lambda running: running[:1], "running must be empty or, of a batch"),
+    "a gradient of another shape": (1, 0, lambda g: g[:1], "grad and x must agree"),
+    "no y": (1, 2, lambda _: None, "y must be given for a block"),
+    "kept too few": (1, 5, lambda kept: kept[:-1], "kept must hold 6 tensors, got 5"),
+    "another map": (1, 5, put(0, torch.ones(2, 6, 6)), r"attention must be contiguous float32 \[2, 6, 7\]"),
+    "another mass": (1, 5, put(1, torch.ones(2, 5, 1)), r"mass must be contiguous float32 \[2, 6, 1\]"),
+    "another h": (1, 5, put(2, torch.ones(12, 3)), r"h must be contiguous float32 \[12, 4\]"),
+    "another u": (1, 5, put(3, torch.ones(11, 4)), r"u must be contiguous float32 \[12, 4\]"),
+    "another z": (1, 5, put(4, torch.ones(2, 4, 3, 1)), "z and x must agree"),
+    "other statistics": (1, 5, put(5, torch.ones(4, 2)), r"statistics must be contiguous float32 \[4, 3\]"),
+    "needs too few": (1, 9, lambda needs: needs[:8], "needs must hold 9 entries, got 8"),
+    "needs of what is not there": (1, 9, put(3, True), "needs must be of weights that are there"),
+}
+
+
+@pytest.mark.parametrize("which, place, change, words", BAD.values(), ids=BAD)
+def test_bad_arguments_are_refused(which, place, change, words):
+    arguments = raw("block")[which]
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=words):
+        (PASSES.external_propagate_, PASSES.external_propagate_back)[which](*arguments)
+
+
+@pytest.mark.parametrize("kind", ["heads", "block", "folded"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_opcheck(which, kind):
+    name = schemas.EXTERNAL_PROPAGATE_PASSES[which]
+    arguments = tuple(raw(kind)[which])
+    opcheck(getattr(torch.ops.aia_kernels, name).default, arguments, test_utils=("test_schema", "test_faketensor"))
