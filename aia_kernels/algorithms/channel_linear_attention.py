@@ -12,6 +12,11 @@ Backward, with G the gradient of y and K = G h^T:
 
 These are six products of C^2 N, as many as under autograd. But h and what else is as large as x is made again: kept are
 x and, where they are small beside it, S and p.
+
+With fewer positions than channels S h = X R with R = h^T h [N, N] takes C N^2. Backward, with L = X^T (f G),
+
+    df = G xi + the sums of the rows of G * X R        dh = h (L + L^T) + dp (sigma + eps)^T + 1 (dp^T h)
+    dX = G + f G R + 1 (f^T G) + (dh - h sum of h * dh) / |X|
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ class Directions(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """S [B, C, C] and p [B, C, 1]."""
+    """S [B, C, C], or R [B, N, N] with fewer positions than channels, and p [B, C, 1]."""
 
     s: Tensor
     p: Tensor
@@ -54,8 +59,11 @@ def forward(x: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Memory
     memory = _memory(wide, of)
     f = _factor(memory, None if gamma is None else gamma.to(dtype))
     base = torch.addcmul(wide, f, wide.sum(1, keepdim=True))
-    m = memory.s * f
-    y = torch.baddbmm(base.mT, of.h.mT, m.mT).mT if _by_position(x) else torch.baddbmm(base, m, of.h)
+    if _has_few_positions(x):
+        y = torch.addcmul(base, f, _met(wide, memory.s))
+    else:
+        m = memory.s * f
+        y = torch.baddbmm(base.mT, of.h.mT, m.mT).mT if _by_position(x) else torch.baddbmm(base, m, of.h)
     return stored_as(y, wide).to(x.dtype), memory
 
 
@@ -64,20 +72,30 @@ def backward(grad: Tensor, x: Tensor, gamma: Tensor | None, eps: float, memory: 
     """The gradients of x and of gamma [1], for that of y, stored as x. memory: None to make it again."""
     of = _directions(x, eps)
     memory = _memory(x, of) if memory is None else memory
-    h, (s, p), f = of.h, memory, _factor(memory, gamma)
-    k = torch.bmm(grad, h.mT)
-    df = torch.bmm(grad, x.sum(1, keepdim=True).mT) + (s * k).sum(2, keepdim=True)
+    h, (s, p), f, few = of.h, memory, _factor(memory, gamma), _has_few_positions(x)
+    k = None if few else torch.bmm(grad, h.mT)
+    of_rows = (grad * _met(x, s) if k is None else s * k).sum(2, keepdim=True)
+    df = torch.bmm(grad, x.sum(1, keepdim=True).mT) + of_rows
     grad_gamma = (df / p).sum().view(1)
     dp = (df * f / p).neg_()
-    scaled = f * k
     # The two sums that are the same for all rows, and those for all positions, come as a product of two columns.
     rows = torch.cat((dp, torch.ones_like(dp)), 2)
     columns = torch.cat((of.sums, torch.bmm(dp.mT, h)), 1)
-    dh = _added(_added(_product(rows, columns, h), (s * f).mT, grad), scaled.mT, x)
+    dh = _product(rows, columns, h)
+    if k is None:
+        scaled = grad * f
+        pairs = torch.bmm(x.mT, scaled)
+        dh, direct = dh.add_(_met(h, pairs + pairs.mT)), _met(scaled, s)
+    else:
+        k = k * f
+        dh, direct = _added(_added(dh, (s * f).mT, grad), k.mT, x), _product(k, h, h)
     along = (h * dh).sum(1, keepdim=True)
-    direct = torch.bmm(f.mT, grad)
     dh = torch.addcmul(dh, h, along, value=-1.0).mul_(of.inverse)
-    return _added(dh.add_(grad).add_(direct), scaled, h), grad_gamma
+    return dh.add_(grad).add_(torch.bmm(f.mT, grad)).add_(direct), grad_gamma
+
+
+def _has_few_positions(x: Tensor) -> bool:
+    return x.shape[2] < x.shape[1]
 
 
 def _directions(x: Tensor, eps: float) -> Directions:
@@ -88,7 +106,8 @@ def _directions(x: Tensor, eps: float) -> Directions:
 
 
 def _memory(x: Tensor, of: Directions) -> Memory:
-    return Memory(torch.bmm(x, of.h.mT), torch.bmm(of.h, of.sums.mT) + x.shape[2])
+    products = torch.bmm(of.h.mT, of.h) if _has_few_positions(x) else torch.bmm(x, of.h.mT)
+    return Memory(products, torch.bmm(of.h, of.sums.mT) + x.shape[2])
 
 
 def _factor(memory: Memory, gamma: Tensor | None) -> Tensor:
@@ -103,6 +122,11 @@ def _by_position(x: Tensor) -> bool:
 def _product(matrix: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """matrix [B, C, K] times x [B, K, N], stored as like."""
     return torch.bmm(x.mT, matrix.mT).mT if _by_position(like) else torch.bmm(matrix, x)
+
+
+def _met(x: Tensor, pairs: Tensor) -> Tensor:
+    """x [B, C, N] times symmetric pairs [B, N, N], stored as x."""
+    return torch.bmm(pairs, x.mT).mT if _by_position(x) else torch.bmm(x, pairs)
 
 
 def _added(base: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
@@ -141,5 +165,5 @@ class ChannelLinearAttentionFunction(torch.autograd.Function):
 
 
 def keeps(x: Tensor) -> bool:
-    """Whether S and p are kept: they are small beside x."""
-    return 4 * x.shape[1] <= x.shape[2]
+    """Whether the memory is kept: it is small beside x."""
+    return 4 * min(x.shape[1:]) <= max(x.shape[1:])

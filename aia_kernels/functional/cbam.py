@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
@@ -77,6 +78,22 @@ def causal_cbam(
         return sharded.cbam(causal_cbam, x, mlp, gate, pool_types)
     causal, confounder = _cbam(x, mlp, gate, pool_types, confounder=True)
     return causal, confounder
+
+
+def channel_gate_of_few_operators(x: Tensor, mlp: Sequence[Tensor | None], pool_types: Sequence[str]) -> Tensor:
+    """x * g_c of a small call, in PyTorch's operators, of parameters that nothing is to be asked about any more: an
+    ordinary call of a module (modules.submodules.read_at_once) whose sizes fit. All pools go through the MLP as one.
+
+    Args:
+        x: [B, C, H, W], not empty, float32 or float64.
+        mlp: The fields of MLP.
+        pool_types: As of cbam.
+    """
+    weight_1, bias_1, weight_2, bias_2 = mlp
+    pooled = torch.stack([POOLS[name](x) for name in _checked_pools(pool_types)], 1)
+    of_pools = F.linear(F.linear(pooled, weight_1, bias_1).relu(), weight_2, bias_2)
+    b, c, _, _ = x.shape
+    return x * of_pools.sum(1).sigmoid().view(b, c, 1, 1)
 
 
 def _cbam(

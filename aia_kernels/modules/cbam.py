@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import functional
-from ..functional.cbam import POOL_TYPES
+from .. import backends, functional
+from ..functional import plain
+from ..functional.cbam import POOL_TYPES, channel_gate_of_few_operators
 from ..functional.checks import check_integer
 from ..reference import MLP, Gate
 from ..reference.cbam import POOLS
-from .submodules import can_be_read, must_be_called, norm_of
+from .submodules import can_be_read, held, must_be_called, norm_of, read_at_once
 
 
 class BasicConv(nn.Module):
@@ -36,6 +37,9 @@ class BasicConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
+
+
+_LAYERS = (nn.Flatten, nn.Linear, nn.ReLU, nn.Linear)
 
 
 class ChannelGate(nn.Module):
@@ -67,11 +71,33 @@ class ChannelGate(nn.Module):
     def extra_repr(self) -> str:
         return f"pool_types={tuple(self.pool_types)}"
 
+    def _of_a_small_call(self, x: Tensor) -> Tensor | None:
+        """y where "auto" counts that x is too small for passes, in as few operators as there can be; None where it is
+        not, or where the call is no ordinary one."""
+        if type(x) is not Tensor or not backends.published_flow_is_faster(x.device, x.numel(), 0):
+            return None
+        mlp: Any = held(self, "mlp")
+        layers = (*mlp._modules.values(),)
+        if (
+            type(mlp) is not nn.Sequential
+            or (*map(type, layers),) != _LAYERS
+            or any(map(_is_hooked, (mlp, *layers[::2])))
+        ):
+            return None
+        if x.dtype not in plain.WIDE or (found := read_at_once(x, layers[1::2])) is None:
+            return None
+        sizes, hidden = x.shape, len(found[0])
+        if len(sizes) != 4 or 0 in sizes or found[0].shape[1] != sizes[1] or found[2].shape != (sizes[1], hidden):
+            return None
+        return channel_gate_of_few_operators(x, found, self.pool_types)
+
     def _gate(self, x: Tensor) -> Tensor:
         """g_c [B, C, 1, 1], by calls of the submodules."""
         return sum(self.mlp(POOLS[name](x)) for name in self.pool_types).sigmoid()[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self._of_a_small_call(x)) is not None:
+            return y
         if (mlp := _read_mlp(self)) is None:
             return x * self._gate(_checked(x))
         return functional.cbam(x, mlp, None, self.pool_types)

@@ -85,7 +85,7 @@ class PositionLinearAttention(_OnMaps):
         gamma = held(self, "gamma")
         if (found := _read_at_once(x, convolutions, gamma)) is not None and self.feature in MAPS:
             if x.dtype in plain.WIDE and self._published_is_faster(x):
-                return self._through_submodules(x)
+                return self._as_published(x, gamma, *_projected(x, found))
             check_eps(self.eps)
             return attention_of_maps(x, found, gamma, Form(self.feature, eps=self.eps))
         if _is_ordinary(x, self.key_conv) and self._published_is_faster(x):
@@ -109,8 +109,11 @@ class PositionLinearAttention(_OnMaps):
         return linear_flow_is_faster(x, key.in_channels, key.out_channels, PUBLISHED_CALLS)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
-        query, key, value = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
-        return x + self.gamma * attended(query, key, value, self.feature, self.eps).unflatten(2, x.shape[2:])
+        made = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        return self._as_published(x, self.gamma, *made)
+
+    def _as_published(self, x: Tensor, gamma: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return x + gamma * attended(query, key, value, self.feature, self.eps).view(x.shape)
 
 
 class KernelLinearAttention(PositionLinearAttention):
@@ -236,7 +239,8 @@ class EfficientAttention(_OnMaps):
         _, keys, values, _ = convolutions
         if (found := _read_at_once(x, convolutions)) is not None and _divide(self.head_count, found):
             if x.dtype in plain.WIDE and self._published_is_faster(x):
-                return self._through_submodules(x)
+                o = self._as_published(*_projected(x, found[:6]))
+                return x + torch.conv2d(o.view(x.shape[0], -1, *x.shape[2:]), *found[6:])
             return attention_of_maps(x, found, None, Form("softmax", self.head_count))
         if _is_ordinary(x, keys) and isinstance(values, nn.Conv2d) and self._published_is_faster(x):
             return self._through_submodules(x)
@@ -252,11 +256,22 @@ class EfficientAttention(_OnMaps):
         return efficient_flow_is_faster(x, *sizes, self.head_count)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
-        key, query, value = [held(self, name)(x).flatten(2) for name in ("keys", "queries", "values")]
-        if (heads := self.head_count) > 1:  # views cost as much as small products
-            key, query, value = (t.unflatten(1, (heads, -1)) for t in (key, query, value))
-        o = value @ key.softmax(-1).mT @ query.softmax(-2)
+        o = self._as_published(*(held(self, name)(x).flatten(2) for name in ("queries", "keys", "values")))
         return x + held(self, "reprojection")(o.reshape(x.shape[0], -1, *x.shape[2:]))
+
+    def _as_published(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """o [B, values, N], before the reprojection."""
+        if (heads := self.head_count) == 1:  # views cost as much as small products
+            return value @ key.softmax(-1).mT @ query.softmax(-2)
+        key, query, value = (t.unflatten(1, (heads, -1)) for t in (key, query, value))
+        return (value @ key.softmax(-1).mT @ query.softmax(-2)).flatten(1, 2)
+
+
+def _projected(x: Tensor, parameters: list[Any]) -> list[Tensor]:
+    """What 1x1 convolutions make of x [B, C, H, W], [B, features, N] each, of the weight and the bias of each: a call
+    of a submodule costs as much as a small operator."""
+    pairs = zip(parameters[::2], parameters[1::2], strict=True)
+    return [torch.conv2d(x, weight, bias).flatten(2) for weight, bias in pairs]
 
 
 def _is_ordinary(x: Any, conv: Any) -> bool:

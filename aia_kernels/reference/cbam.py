@@ -39,7 +39,7 @@ class MLP(NamedTuple):
 
 
 def _mean(x: Tensor) -> Tensor:
-    return x.mean((2, 3))
+    return x.flatten(2).mean(2)
 
 
 def _maximum(x: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia_kernels
 from aia_kernels import CBAM, CausalCBAM, ChannelGate, SpatialGate, functional, testing
+from aia_kernels.backends import choices
 from aia_kernels.reference import MLP, Gate, Norm
 from benchmarks.published import cbam as published
 
 FAMILY = "cbam"
+COST = choices.FOLDING_COST
 
 
 LAYERS = {
@@ -435,6 +437,57 @@ def test_every_pass_runs_once():
         "cbam_unpool_reduce",
         "cbam_unpool",
     ]
+
+
+class TestSmallChannelGates:
+    """What "auto" makes of a few operators of PyTorch: no pass runs."""
+
+    @pytest.fixture(autouse=True)
+    def as_installed(self, monkeypatch, fused_at_any_size) -> None:
+        skip_unless_runnable("cpu", "cpu", FAMILY)
+        monkeypatch.setattr(choices, "FOLDING_COST", COST)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    @pytest.mark.parametrize("pools", [("avg", "max"), ("max",), ("mix", "avg", "mix"), ("lp", "lse")], ids=str)
+    def test_formula(self, pools, layout):
+        module = testing.randomise(ChannelGate(6, 2, pools)).double()
+        x = sample("ChannelGate").contiguous(memory_format=layout).requires_grad_()
+        with aia_kernels.use_backend("reference"):
+            want = module(x)
+        got = module(x)
+        torch.testing.assert_close(got, want, **EXACT)
+        assert got.stride() == x.stride()
+        inputs, grad = (x, *module.parameters()), torch.randn_like(x)
+        torch.testing.assert_close(*(torch.autograd.grad(y, inputs, grad) for y in (got, want)), **EXACT)
+        assert torch.autograd.gradgradcheck(module, (sample("ChannelGate", 1, 2, 3).requires_grad_(),))
+
+    @pytest.mark.parametrize("side, small", [(8, True), (64, False)])
+    def test_by_counting(self, side, small):
+        module, x = ChannelGate(64), torch.randn(1, 64, side, side)
+        assert (module._of_a_small_call(x) is not None) == small
+        with aia_kernels.use_backend("cpu"):
+            assert module._of_a_small_call(x) is None
+
+    @pytest.mark.parametrize("part", ["mlp", "mlp.0", "mlp.1", "mlp.2", "mlp.3"])
+    def test_hooks_are_called(self, part):
+        module, x, seen = layer("ChannelGate"), sample("ChannelGate"), []
+        want = module(x)
+        module.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(module(x), want, **EXACT)
+        assert seen
+
+    def test_errors_are_those_of_any_size(self):
+        module, x = layer("ChannelGate"), sample("ChannelGate")
+        for given, error, words in (
+            (x[:, :5], ValueError, "weight_1 of mlp: got shape"),
+            (x[0], ValueError, "x: got shape"),
+            (x.float(), TypeError, "weight_1 of mlp: got torch.float64, expected torch.float32"),
+        ):
+            with pytest.raises(error, match=words):
+                module(given)
+        module.pool_types = ["median"]
+        with pytest.raises(ValueError, match="pool_types: got"):
+            module(x)
 
 
 X = torch.randn(2, 6, 4, 5)

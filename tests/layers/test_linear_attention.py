@@ -150,10 +150,10 @@ def test_channels_by_the_map(linear_on):
     assert torch.autograd.gradgradcheck(functional.channel_linear_attention, (small, gamma))
 
 
-@pytest.mark.parametrize("c, n", [(3, 20), (5, 4), (1, 6), (4, 1)], ids=str)
+@pytest.mark.parametrize("c, n", [(3, 20), (5, 4), (20, 3), (1, 6), (4, 1)], ids=str)
 @pytest.mark.parametrize("by_channel", [False, True], ids=["tokens", "maps"])
 def test_channels_backward(c, n, by_channel, linear_compiled_on):
-    """With S kept and made again, in both storage orders, with gamma and without: the derivatives of the reference."""
+    """S or R kept and made again, both storage orders, with gamma and without: the derivatives of the reference."""
     device = linear_compiled_on[1]
     x = tokens(2, n, c, device).detach()
     x = (x.mT.contiguous().mT if by_channel else x).requires_grad_()
@@ -183,9 +183,9 @@ def test_channels_in_narrow_types(linear_compiled_on):
 
 
 def test_channels_keep_little():
-    """x, and S and p where they are small beside it."""
+    """x, and S and p, or with few positions R and p, where they are small beside it."""
     kept: list[Tensor] = []
-    for c, n, most in ((4, 400, 1.02), (16, 16, 1.0)):
+    for c, n, most in ((4, 400, 1.02), (400, 4, 1.3), (16, 16, 1.0), (16, 12, 1.0)):
         x = torch.randn(1, n, c, requires_grad=True)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -199,8 +199,15 @@ class TestWhatAutoLeavesToThePublishedFlow:
         x, grad_y = inputs(LAYERS[name].sizes)
         with aia_kernels.use_backend("cpu"):
             expected = step(copy.deepcopy(module), x, grad_y)
+        for form in (
+            torch.contiguous_format,
+            torch.channels_last,
+        ):  # parameters are read at once, and no submodule is called
+            found = step(copy.deepcopy(module), x.contiguous(memory_format=form), grad_y)
+            assert_same(found, expected)
+            assert found["y"].is_contiguous(memory_format=form)
         called = calls(module)
-        module.forward = type(module).forward.__get__(module)  # the copy above must not be counted
+        module.forward = type(module).forward.__get__(module)  # the copies above must not be counted
         found = step(module, x, grad_y)
         assert called
         assert_same(found, expected)
