@@ -215,15 +215,15 @@ _MEMORY_PROPAGATE_SCHEMAS = {
 # where norm is not empty, maps [B, C, H, W] in either order, float32 or float64, and not empty; all else is contiguous
 # and of its type. Weights may have axes of one behind, as those of pointwise convolutions. A backend may lack them.
 _EXTERNAL_PROPAGATE_SCHEMAS = {
-    # y, stored as x, A [B, N, heads * S] and mass; h [R, heads * k] of the R tokens of all samples, if there is W_1,
-    # and u [R * heads, v], if there is W_2, or folded K and V; of a block z and its statistics [C, 3]: mean, biased
-    # variance and share of one token, 0 where they are fixed. running: the running mean and variance that move by
-    # momentum toward those of the batch, and perhaps the number of batches, as move_statistics_ has them; or empty.
+    # y, stored as x, and all that is kept for a backward, in one tensor of parts whose lengths are multiples of 16; the
+    # last one of a block begins with its statistics [C, 3]: mean, biased variance and share of one token, 0 where they
+    # are fixed. running: the running mean and variance that move by momentum toward those of the batch, and perhaps the
+    # number of batches, as move_statistics_ has them; or empty.
     "external_propagate_": "(Tensor x, Tensor?[] weights, Tensor?[] norm, Tensor(a!)[] running, int heads, float eps, "
-    "bool fold, bool batch, float norm_eps, float momentum) -> Tensor[]",
-    # kept: what external_propagate_ returns behind y, which is given for a block. Returns the gradients that are
-    # needed, of weights, in their order, of scale, of shift and of x.
-    "external_propagate_back": "(Tensor grad, Tensor x, Tensor? y, Tensor?[] weights, Tensor?[] norm, Tensor[] kept, "
+    "bool fold, bool batch, float norm_eps, float momentum) -> (Tensor y, Tensor kept)",
+    # y is given for a block alone. Returns the gradients that are needed, of weights, in their order, of scale, of
+    # shift and of x.
+    "external_propagate_back": "(Tensor grad, Tensor x, Tensor? y, Tensor?[] weights, Tensor?[] norm, Tensor kept, "
     "int heads, bool fold, float norm_eps, bool[] needs) -> Tensor[]",
 }
 
@@ -527,16 +527,13 @@ def _(grad, x, weights, kept, feature, eps, residual, needs_x):
 def _(x, weights, norm, running, heads, eps, fold, batch, norm_eps, momentum):
     first, key, value, _, last, _ = weights
     c, (slots, k), v = x.shape[1 if norm else 2], key.shape[:2], value.shape[0]
-    b, n, outputs = x.shape[0], x.numel() // (x.shape[0] * c), (value if last is None else last).shape[0]
-    y = torch.empty_like(x) if norm else x.new_empty((b, n, outputs))
-    kept = [x.new_empty(shape) for shape in ((b, n, heads * slots), (b, n, heads))]
-    if fold:
-        kept += x.new_empty((slots, c)), x.new_empty((outputs, slots))
-    else:
-        kept += [] if first is None else [x.new_empty((b * n, heads * k))]
-        kept += [] if last is None else [x.new_empty((b * n * heads, v))]
-    kept += [torch.empty_like(x), x.new_empty((outputs, 3))] if norm else []
-    return [y, *kept]
+    b, rows, outputs = x.shape[0], x.numel() // c, (value if last is None else last).shape[0]
+    of_h = slots * c if fold else 0 if first is None else rows * heads * k
+    of_u = 0 if last is None else outputs * slots if fold else rows * heads * v
+    of_block = (rows * outputs, 3 * outputs) if norm else ()
+    parts = rows * heads * slots, rows * heads, of_h, of_u, *of_block
+    y = torch.empty_like(x) if norm else x.new_empty((b, rows // b, outputs))
+    return y, x.new_empty((sum((part + 15) // 16 * 16 for part in parts),))
 
 
 @_fake("external_propagate_back")

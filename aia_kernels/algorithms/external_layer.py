@@ -70,7 +70,7 @@ class Buffers(NamedTuple):
     running: tuple[Tensor, ...] = ()
 
 
-def forward(plan: Plan, x: Tensor, layer: Sequence[Tensor | None], buffers: Buffers) -> list[Tensor]:
+def forward(plan: Plan, x: Tensor, layer: Sequence[Tensor | None], buffers: Buffers) -> tuple[Tensor, Tensor]:
     """y and what is kept, as external_propagate_ returns them."""
     norm = [*layer[_WEIGHTS:_GIVEN], *buffers.fixed] if plan.block else []
     settings = plan.heads, plan.eps, plan.fold, plan.batch, plan.norm_eps, plan.momentum
@@ -101,28 +101,33 @@ def formula(plan: Plan, statistics: Tensor | None) -> Callable[..., Tensor]:
     return y_of
 
 
+def statistics_of(kept: Tensor, channels: int) -> Tensor:
+    """The statistics [C, 3] of a block, with which what is kept ends, up to a multiple of 16 numbers."""
+    count = 3 * channels
+    return kept.narrow(0, kept.numel() - (count + 15) // 16 * 16, count).view(channels, 3)
+
+
 class ExternalLayerFunction(torch.autograd.Function):
     """y = apply(x, plan, buffers, *layer), as forward, with exact first and second derivatives, for a y shaped as x."""
 
     @staticmethod
     def forward(ctx, x, plan, buffers, *tensors):
-        y, *kept = forward(plan, x, tensors, buffers)
+        y, kept = forward(plan, x, tensors, buffers)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        save(ctx, x, *tensors, y if plan.block else None, *kept)
+        save(ctx, x, *tensors, y if plan.block else None, kept)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return (None,) * (3 + len(Layer._fields))
-        x, *rest = saved(ctx)
-        plan, count = ctx.plan, len(Layer._fields)
-        tensors, y, kept = rest[:count], rest[count], rest[count + 1 :]
+        x, *tensors, y, kept = saved(ctx)
+        plan = ctx.plan
         needs_x, _, _, *needs = ctx.needs_input_grad
         if backward_is_followed():
-            statistics = kept[-1] if plan.block else None
-            grad_x, *grads = gradients(formula(plan, statistics), (x, *tensors), (needs_x, *needs), grad)
+            y_of = formula(plan, statistics_of(kept, x.shape[1]) if plan.block else None)
+            grad_x, *grads = gradients(y_of, (x, *tensors), (needs_x, *needs), grad)
             return grad_x, None, None, *grads
         norm = [*tensors[_WEIGHTS:_GIVEN], None, None] if plan.block else []
         grad = stored_as(grad, x)

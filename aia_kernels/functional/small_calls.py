@@ -21,7 +21,7 @@ from . import plain
 
 #: Elements of x and of the map beyond which operators of PyTorch, which share the work among threads, cost as little;
 #: and slots as many as which fewer than FEW_SLOTS count.
-MOST_ELEMENTS, _AS_MANY = 32768, 64
+MOST_ELEMENTS, _AS_MANY = 32768, 128
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:

@@ -43,15 +43,20 @@ inline Tensor column_statistics(const Tensor& logits, std::optional<Tensor> padd
       });
 }
 
-inline Tensor double_norm_(const Tensor& logits, const Tensor& lse, int64_t group, double eps,
-                           std::optional<Tensor> padding) {
-  const Tokens at = tokens_of(aia::check_double_norm(logits, lse, group, eps, padding));
-  Tensor mass = new_numbers(logits, {at.B, at.N, at.groups()});
+// double_norm_ with a mass [B, N, groups] that is there.
+inline void normalize(const Tokens& at, const Tensor& logits, const Tensor& lse, double eps, const Tensor& mass) {
   void *data = logits.mutable_data_ptr(), *out = mass.mutable_data_ptr();
   const void* origin = lse.const_data_ptr();
   parallel(token_units(at), [&](int64_t begin, int64_t end) {
     passes<DoubleNormPasses>(at.scalar).double_norm(at, data, origin, eps, out, begin, end);
   });
+}
+
+inline Tensor double_norm_(const Tensor& logits, const Tensor& lse, int64_t group, double eps,
+                           std::optional<Tensor> padding) {
+  const Tokens at = tokens_of(check_double_norm(logits, lse, group, eps, padding));
+  Tensor mass = new_numbers(logits, {at.B, at.N, at.groups()});
+  normalize(at, logits, lse, eps, mass);
   return mass;
 }
 

@@ -22,16 +22,17 @@ namespace {
 using aia::new_numbers;
 using aia::cpu::BatchNormPasses;
 using aia::cpu::column_statistics;
-using aia::cpu::double_norm_;
 using aia::cpu::double_norm_backward_;
 using aia::cpu::double_norm_backward_reduce;
 using aia::cpu::for_numbers;
 using aia::cpu::multiply;
 using aia::cpu::multiply_matrices;
 using aia::cpu::mutable_numbers;
+using aia::cpu::normalize;
 using aia::cpu::numbers;
 using aia::cpu::passes;
 using aia::cpu::Rows;
+using aia::cpu::Tokens;
 using aia::cpu::view_of;
 using aia::cpu::with_type;
 using torch::stable::Tensor;
@@ -69,14 +70,17 @@ struct Side {
     if (!maps) return view_of(t, {p, R()}, {1, p});
     return B == 1 ? view_of(t, {p, N}, {N, 1}) : view_of(t, {B, p, N}, {p * N, N, 1});
   }
-  // t times the transpose of a matrix [q, p], or times a matrix [p, q]: [R, q].
-  Tensor times(const Tensor& t, const Tensor& with, int64_t q, bool transposed) const {
-    Tensor out = new_numbers(t, {R(), q});
+  // Into out [R, q]: t times the transpose of a matrix [q, p], or times a matrix [p, q].
+  void times_into(const Tensor& out, const Tensor& t, const Tensor& with, int64_t q, bool transposed) const {
     if (is_matrix())
-      multiply_matrices(out, rows(t), transposed ? turned(with, q, p) : matrix(with, p, q));
+      multiply_matrices(matrix(out, R(), q), rows(t), transposed ? turned(with, q, p) : matrix(with, p, q));
     else
       multiply(view_of(out, {B, N, q}, {N * q, q, 1}), rows(t),
                transposed ? turned_for_samples(with, B, q, p) : for_samples(with, B, p, q));
+  }
+  Tensor times(const Tensor& t, const Tensor& with, int64_t q) const {
+    Tensor out = new_numbers(t, {R(), q});
+    times_into(out, t, with, q, false);
     return out;
   }
   // Into out, tokens of this side: rows [R, q] times a matrix [q, p], or times the transpose of one [p, q].
@@ -191,13 +195,7 @@ struct Layer {
   Tensor made(const Tensor& like) const { return block ? stored_as(like) : new_numbers(like, {y.B, y.N, y.p}); }
 
   int64_t R() const { return x.R(); }
-  // The same layer with K W_1 in the place of K, and W_2 V in that of V.
-  Layer folded() const {
-    AIA_CHECK(heads == 1 && first.defined() && !value_bias, "weights of one head fold, with W_1 and no bias of V");
-    const Tensor keys = product(matrix(key, S, k), matrix(first, k, x.p), S, x.p);
-    return last.defined() ? folded(keys, product(matrix(last, y.p, v), matrix(value, v, S), y.p, S))
-                          : folded(keys, value);
-  }
+  // The same layer with a folded K and V.
   Layer folded(const Tensor& keys, const Tensor& values) const {
     Layer layer = *this;
     layer.first = layer.last = Tensor();
@@ -205,6 +203,48 @@ struct Layer {
     return layer;
   }
 };
+
+// What is kept for a backward, all in one tensor: each more is a microsecond for whoever hands it on. A [B, N, M] and
+// mass [B, N, heads]; h [R, heads k] and u [R heads, v], or of a folded layer K W_1 [S, C] and W_2 V [O, S], as far as
+// the layer has W_1 and W_2; of a block z, in the order of x, and its statistics [C, 3].
+struct Kept {
+  Tensor all, a, mass, h, u, z, statistics;
+
+  Kept(const Layer& given, const Tensor& x, bool fold, const Optional& known = std::nullopt) {
+    AIA_CHECK(!fold || (given.heads == 1 && given.first.defined() && !given.value_bias),
+              "weights of one head fold, with W_1 and no bias of V");
+    const int64_t B = given.x.B, N = given.x.N, R = B * N, heads = given.heads, M = heads * given.S;
+    const int64_t of_h = fold ? given.S * given.x.p : given.first.defined() ? R * heads * given.k : 0;
+    const int64_t of_u = !given.last.defined() ? 0 : fold ? given.y.p * given.S : R * heads * given.v;
+    const int64_t of_z = given.block ? R * given.y.p : 0, of_statistics = given.block ? 3 * given.y.p : 0;
+    int64_t count = 0;
+    for (const int64_t part : {R * M, R * heads, of_h, of_u, of_z, of_statistics}) count += rounded(part);
+    if (known) aia::check_contiguous(*known, {count}, x.scalar_type(), x, "kept");
+    all = known ? *known : new_numbers(x, {count});
+    int64_t first = 0;
+    const auto take = [&](int64_t part) {
+      Tensor view = part ? view_of(all, {part}, {1}, first) : Tensor();
+      first += rounded(part);
+      return view;
+    };
+    a = view_of(take(R * M), {B, N, M}, {N * M, M, 1}),
+    mass = view_of(take(R * heads), {B, N, heads}, {N * heads, heads, 1});
+    h = take(of_h), u = take(of_u), z = take(of_z), statistics = take(of_statistics);
+  }
+
+ private:
+  // Parts begin where cache lines do.
+  static int64_t rounded(int64_t part) { return (part + 15) / 16 * 16; }
+};
+
+// The layer as tokens meet it, with K W_1 and W_2 V, which are made first if they are not there yet.
+Layer with_folded(const Layer& given, const Kept& kept, bool make) {
+  const int64_t S = given.S, k = given.k, v = given.v, C = given.x.p, outputs = given.y.p;
+  if (make) multiply_matrices(matrix(kept.h, S, C), matrix(given.key, S, k), matrix(given.first, k, C));
+  if (make && given.last.defined())
+    multiply_matrices(matrix(kept.u, outputs, S), matrix(given.last, outputs, v), matrix(given.value, v, S));
+  return given.folded(kept.h, given.last.defined() ? kept.u : given.value);
+}
 
 Rows rows_of(const Side& side, aia::Scalar scalar) { return {side.B, side.N, side.p, side.maps, scalar}; }
 
@@ -247,9 +287,9 @@ template <class A>
 struct Channels {
   std::vector<A> mean, factor, rstd;
 
-  Channels(const Tensor& statistics, const Optional& scale, double eps) {
+  Channels(const Tensor& statistics, int64_t channels, const Optional& scale, double eps) {
     const A* at = numbers<A>(statistics);
-    for (int64_t c = 0; c < statistics.size(0); ++c) {
+    for (int64_t c = 0; c < channels; ++c) {
       mean.push_back(at[3 * c]);
       rstd.push_back(A(1) / std::sqrt(at[3 * c + 1] + static_cast<A>(eps)));
       factor.push_back(scale ? rstd[c] * numbers<A>(*scale)[c] : rstd[c]);
@@ -257,9 +297,10 @@ struct Channels {
   }
 };
 
-// The statistics [C, 3] of z: mean, biased variance and share of the batch, or the running ones with a share of 0.
-Tensor statistics_of(const Side& side, const Tensor& z, const Optional& mean, const Optional& var, bool batch) {
-  Tensor statistics = new_numbers(z, {side.p, 3});
+// Writes the statistics [C, 3] of z: mean, biased variance and share of the batch, or the running ones and a share of
+// 0.
+void find_statistics(const Side& side, const Tensor& z, const Optional& mean, const Optional& var, bool batch,
+                     const Tensor& statistics) {
   with_batch_norm(z, [&](auto zero, const auto& pass) {
     using A = decltype(zero);
     std::vector<A> means(side.p), variances(side.p);
@@ -271,86 +312,57 @@ Tensor statistics_of(const Side& side, const Tensor& z, const Optional& mean, co
     for (int64_t c = 0; c < side.p; ++c, to += 3)
       to[0] = means[c], to[1] = variances[c], to[2] = batch ? A(1) / static_cast<A>(side.R()) : A(0);
   });
-  return statistics;
 }
 
-std::vector<Tensor> external_propagate_(const Tensor& x, std::vector<Optional> weights, std::vector<Optional> norm,
-                                        std::vector<Tensor> running, int64_t heads, double eps, bool fold, bool batch,
-                                        double norm_eps, double momentum) {
-  const Layer given(x, weights, norm, heads), at = fold ? given.folded() : given;
+std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, std::vector<Optional> weights,
+                                               std::vector<Optional> norm, std::vector<Tensor> running, int64_t heads,
+                                               double eps, bool fold, bool batch, double norm_eps, double momentum) {
+  const Layer given(x, weights, norm, heads);
   AIA_CHECK(running.empty() || (given.block && batch && running.size() > 1 && running.size() < 4),
             "running must be empty or, of a batch, mean, variance and perhaps a number, got ", running.size(),
             " entries");
   AIA_CHECK(norm.empty() || batch || (norm[2] && norm[3]), "mean and variance must be given where they are fixed");
-  const int64_t R = at.R(), M = heads * at.S;
-  Tensor h, u;
-  if (at.first.defined()) h = at.x.times(x, at.first, heads * at.k, true);
-  Tensor logits = at.first.defined() ? product(matrix(h, R * heads, at.k), turned(at.key, at.S, at.k), R * heads, at.S)
-                                     : at.x.times(x, at.key, at.S, true);
-  const Tensor a = view_of(logits, {at.x.B, at.x.N, M}, {at.x.N * M, M, 1});
-  const Tensor mass =
-      double_norm_(a, log_sum_exp(column_statistics(a, std::nullopt), at.x.B, M), at.S, eps, std::nullopt);
-  const Tensor z = at.made(x);
+  aia::check_eps(eps);
+  const Kept kept(given, x, fold);
+  const Layer at = fold ? with_folded(given, kept, true) : given;
+  const int64_t rows = at.R() * heads, M = heads * at.S;
+  if (at.first.defined()) {
+    at.x.times_into(kept.h, x, at.first, heads * at.k, true);
+    multiply_matrices(matrix(kept.a, rows, at.S), matrix(kept.h, rows, at.k), turned(at.key, at.S, at.k));
+  } else {
+    at.x.times_into(kept.a, x, at.key, at.S, true);
+  }
+  const Tokens tokens{at.x.B, at.x.N, M, at.S, aia::scalar_of(x, "x"), nullptr};
+  const Tensor lse = log_sum_exp(column_statistics(kept.a, std::nullopt), at.x.B, M);
+  normalize(tokens, kept.a, lse, eps, kept.mass);
+  const Tensor y = at.made(x), z = at.block ? kept.z : y;
   if (at.last.defined()) {
-    u = product(matrix(a, R * heads, at.S), turned(at.value, at.v, at.S), R * heads, at.v);
-    add_bias({1, R * heads, at.v, false}, at.value_bias, u);
-    at.y.multiply_into(z, u, at.last, heads * at.v, true);
+    multiply_matrices(matrix(kept.u, rows, at.v), matrix(kept.a, rows, at.S), turned(at.value, at.v, at.S));
+    add_bias({1, rows, at.v, false}, at.value_bias, kept.u);
+    at.y.multiply_into(z, kept.u, at.last, heads * at.v, true);
     add_bias(at.y, at.last_bias, z);
   } else {
-    at.y.multiply_into(z, a, at.value, at.S, true);
+    at.y.multiply_into(z, kept.a, at.value, at.S, true);
     add_bias(at.y, at.value_bias, z);
   }
-  std::vector<Tensor> results{z, a, mass};
-  for (const Tensor& kept : {h, u})
-    if (kept.defined()) results.push_back(kept);
-  if (fold) results.insert(results.end(), {at.key, at.value});
-  if (norm.empty()) return results;
-  const Tensor statistics = statistics_of(at.y, z, norm[2], norm[3], batch);
+  if (!at.block) return {y, kept.all};
+  find_statistics(at.y, z, norm[2], norm[3], batch, kept.statistics);
   if (!running.empty())
-    aia::cpu::move_statistics({running[0]}, {running[1]}, {running.begin() + 2, running.end()}, {statistics}, momentum);
-  results[0] = at.made(x);
+    aia::cpu::move_statistics({running[0]}, {running[1]}, {running.begin() + 2, running.end()},
+                              {matrix(kept.statistics, at.y.p, 3)}, momentum);
   with_batch_norm(x, [&](auto zero, const auto& pass) {
     using A = decltype(zero);
-    const Channels<A> of(statistics, norm[0], norm_eps);
+    const Channels<A> of(kept.statistics, at.y.p, norm[0], norm_eps);
     const std::vector<A> none(at.y.p);
-    pass.apply(rows_of(at.y, aia::scalar_of(x, "x")), numbers<A>(z), numbers<A>(x), of.mean.data(), of.factor.data(),
-               norm[1] ? numbers<A>(*norm[1]) : none.data(), mutable_numbers<A>(results[0]));
+    pass.apply(rows_of(at.y, tokens.scalar), numbers<A>(z), numbers<A>(x), of.mean.data(), of.factor.data(),
+               norm[1] ? numbers<A>(*norm[1]) : none.data(), mutable_numbers<A>(y));
   });
-  results.insert(results.end(), {z, statistics});
-  return results;
+  return {y, kept.all};
 }
 
 // The gradients of W_1, K, V, the bias of V, W_2 and its bias, of scale and shift, and of x, in this order.
 enum Gradient { kFirst, kKey, kValue, kValueBias, kLast, kLastBias, kScale, kShift, kX, kGradients };
 using Found = std::array<Tensor, kGradients>;
-
-// What the forward kept, by name: h and u, or the folded memories; z and the statistics of a block.
-struct Kept {
-  Tensor a, mass, h, u, z, statistics;
-
-  Kept(const Layer& given, const Tensor& x, const std::vector<Tensor>& list, bool fold) {
-    const bool of_h = fold || given.first.defined(), of_u = fold || given.last.defined();
-    const size_t wanted = 2 + of_h + of_u + 2 * given.block;
-    AIA_CHECK(list.size() == wanted, "kept must hold ", wanted, " tensors, got ", list.size());
-    auto next = list.begin();
-    const auto take = [&](Tensor& to, Sizes sizes, const char* name) {
-      to = *next++;
-      aia::check_contiguous(to, sizes, x.scalar_type(), x, name);
-    };
-    const int64_t B = given.x.B, N = given.x.N, M = given.heads * given.S, R = given.R(), C = given.x.p;
-    take(a, {B, N, M}, "attention");
-    take(mass, {B, N, given.heads}, "mass");
-    if (fold) {
-      take(h, {given.S, C}, "K W_1"), take(u, {given.y.p, given.S}, "W_2 V");
-    } else {
-      if (of_h) take(h, {R, given.heads * given.k}, "h");
-      if (of_u) take(u, {R * given.heads, given.v}, "u");
-    }
-    if (!given.block) return;
-    aia::check_same(z = *next++, x, "z", "x");
-    take(statistics, {C, 3}, "statistics");
-  }
-};
 
 // Behind relu and batch norm: the gradients of z and of the residual, and of scale and shift.
 std::pair<Tensor, Tensor> through_norm(const Layer& at, const Tensor& grad, const Tensor& y, const Kept& kept,
@@ -360,7 +372,7 @@ std::pair<Tensor, Tensor> through_norm(const Layer& at, const Tensor& grad, cons
   with_batch_norm(grad, [&](auto zero, const auto& pass) {
     using A = decltype(zero);
     const Rows rows = rows_of(at.y, aia::scalar_of(grad, "grad"));
-    const Channels<A> of(kept.statistics, scale, eps);
+    const Channels<A> of(kept.statistics, at.y.p, scale, eps);
     const A *z = numbers<A>(kept.z), *statistics = numbers<A>(kept.statistics);
     A *of_g = mutable_numbers<A>(g), *products = mutable_numbers<A>(found[kScale]);
     A* sums = mutable_numbers<A>(found[kShift]);
@@ -384,12 +396,12 @@ Tensor through_values(const Layer& at, const Tensor& grad_z, const Kept& kept, c
   if (!at.last.defined()) {
     if (needs[kValue] || needs[kLast]) found[kValue] = at.y.over_tokens(grad_z, kept.a, at.S, false);
     if (needs[kValueBias]) found[kValueBias] = sums_over_tokens(at.y, grad_z);
-    return at.y.times(grad_z, at.value, at.S, false);
+    return at.y.times(grad_z, at.value, at.S);
   }
   const int64_t rows = at.R() * at.heads, width = at.heads * at.v;
   if (needs[kLast]) found[kLast] = at.y.over_tokens(grad_z, kept.u, width, false);
   if (needs[kLastBias]) found[kLastBias] = sums_over_tokens(at.y, grad_z);
-  const Tensor grad_u = at.y.times(grad_z, at.last, width, false);
+  const Tensor grad_u = at.y.times(grad_z, at.last, width);
   if (needs[kValue]) found[kValue] = product(turned(grad_u, rows, at.v), matrix(kept.a, rows, at.S), at.v, at.S);
   if (needs[kValueBias]) found[kValueBias] = sums_over_tokens({1, rows, at.v, false}, grad_u);
   return product(matrix(grad_u, rows, at.v), matrix(at.value, at.v, at.S), rows, at.S);
@@ -425,7 +437,7 @@ void unfold(const Layer& given, Found& found) {
 
 std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x, Optional y,
                                             std::vector<Optional> weights, std::vector<Optional> norm,
-                                            std::vector<Tensor> kept_list, int64_t heads, bool fold, double norm_eps,
+                                            const Tensor& kept_before, int64_t heads, bool fold, double norm_eps,
                                             std::vector<bool> needs) {
   const Layer given(x, weights, norm, heads);
   const bool block = given.block;
@@ -437,8 +449,8 @@ std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x,
     aia::check_same(grad, x, "grad", "x"), aia::check_same(*y, x, "y", "x");
   else
     aia::check_contiguous(grad, {given.y.B, given.y.N, given.y.p}, x.scalar_type(), x, "grad");
-  const Kept kept(given, x, kept_list, fold);
-  const Layer at = fold ? given.folded(kept.h, kept.u) : given;
+  const Kept kept(given, x, fold, kept_before);
+  const Layer at = fold ? with_folded(given, kept, false) : given;
   Found found;
   Tensor grad_z = grad, g;
   if (block) std::tie(grad_z, g) = through_norm(at, grad, *y, kept, norm[0], norm_eps, found);
