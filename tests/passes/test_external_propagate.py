@@ -4,6 +4,7 @@ for ordinary small calls alone, and refuses what does not fit."""
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -104,6 +105,25 @@ def test_block(sizes, layout, training, monkeypatch):
 @pytest.mark.parametrize("sizes", HEADS)
 def test_multi_head(sizes, monkeypatch):
     compare(monkeypatch, *multi_head(sizes))
+
+
+ABSENT = {
+    "affine": lambda: block("folded", norm=partial(nn.BatchNorm2d, affine=False)),
+    "conv1.bias": lambda: block("not folded"),
+    "trans_dims.bias": lambda: multi_head("odd"),
+    "linear_0.bias": lambda: multi_head("odd"),
+    "linear_1.bias": lambda: multi_head("odd"),
+    "proj.bias": lambda: multi_head("odd"),
+}
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_what_may_be_absent(absent, monkeypatch):
+    module, x = ABSENT[absent]()
+    owner, _, name = absent.rpartition(".")
+    if owner:
+        setattr(getattr(module, owner), name, None)
+    compare(monkeypatch, module, x)
 
 
 @pytest.mark.parametrize("make, sizes", [(block, "folded"), (block, "not folded"), (multi_head, "odd")])
