@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, cbam
+from . import arguments, cbam, memory
 from .spoiled import readable, spoil
 
-OPERATORS = arguments.OPERATORS | cbam.OPERATORS
+OPERATORS = arguments.OPERATORS | cbam.OPERATORS | memory.OPERATORS
 
 
 class Set:
