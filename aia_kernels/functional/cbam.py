@@ -85,14 +85,16 @@ def channel_gate_of_few_operators(x: Tensor, mlp: Sequence[Tensor | None], pool_
     ordinary call of a module (modules.submodules.read_at_once) whose sizes fit. All pools go through the MLP as one.
 
     Args:
-        x: [B, C, H, W], not empty, float32 or float64.
+        x: [B, C, H, W], not empty; in a narrow type what comes of each operator is rounded, as in the reference.
         mlp: The fields of MLP.
         pool_types: As of cbam.
     """
     weight_1, bias_1, weight_2, bias_2 = mlp
-    pooled = torch.stack([POOLS[name](x) for name in _checked_pools(pool_types)], 1)
+    b, c, *plane = x.shape
+    of_plane = {"avg": F.avg_pool2d, "max": F.max_pool2d}  # shorter than reductions, and fast in both layouts
+    found = [of_plane[name](x, plane) if name in of_plane else POOLS[name](x) for name in _checked_pools(pool_types)]
+    pooled = torch.stack([t.view(b, c) for t in found], 1)
     of_pools = F.linear(F.linear(pooled, weight_1, bias_1).relu(), weight_2, bias_2)
-    b, c, _, _ = x.shape
     return x * of_pools.sum(1).sigmoid().view(b, c, 1, 1)
 
 

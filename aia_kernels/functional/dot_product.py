@@ -3,7 +3,7 @@ ones and those of forward mode; and attention of operands that are made again fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algorithms.double_backward import backward_is_followed, gradients
 from ..common.autocast import autocast_dtype, no_autocast
+from ..common.dtypes import DTYPES
 from ..common.layouts import save, saved, unviewed
 from ..common.tracing import is_symbolic, is_traced, needs_reference
 
@@ -118,10 +119,10 @@ def opposed_attentions(query: Tensor, key: Tensor, value: Tensor, scale: float) 
         Both, [B, heads, N, v] each.
     """
     numbers = query.shape[:3].numel() * key.shape[2]
+    if numbers <= _MAPS_IN_CACHE and _is_eager_on_cpu(query, key, value, types=DTYPES):
+        logits = (query * scale) @ key.mT
+        return logits.softmax(-1) @ value, logits.neg().softmax(-1) @ value
     if numbers <= _MOST_KEPT and _is_eager_on_cpu(query, key, value):
-        if numbers <= _MAPS_IN_CACHE:
-            logits = (query * scale) @ key.mT
-            return logits.softmax(-1) @ value, logits.neg().softmax(-1) @ value
         differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         if differentiates and query.shape[3] > _FEW_FEATURES:
             causal, complement = _Opposed.apply(query, key, value, scale)
@@ -154,15 +155,15 @@ def attention_of_made(make: Callable[..., tuple[Tensor, ...]], *tensors: Tensor)
 def stay_in_cache(*tensors: Tensor) -> bool:
     """Whether what is made of tensors, several times as large, stays in a cache of a CPU, so that an ordinary call is
     of as few operators as can be."""
-    return _is_eager_on_cpu(*tensors) and sum(t.numel() for t in tensors) <= _OPERANDS_IN_CACHE
+    return _is_eager_on_cpu(*tensors, types=DTYPES) and sum(t.numel() for t in tensors) <= _OPERANDS_IN_CACHE
 
 
-def _is_eager_on_cpu(*tensors: Tensor) -> bool:
+def _is_eager_on_cpu(*tensors: Tensor, types: Collection[torch.dtype] = (torch.float32, torch.float64)) -> bool:
     """Whether a call is an ordinary one on a CPU, which _OfMade may take: it writes into nothing, so that selective
     checkpointing may replay it."""
     if is_symbolic() or needs_reference() or autocast_dtype(tensors[0]) is not None:
         return False
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and t.numel() for t in tensors)
+    return all(t.device.type == "cpu" and t.dtype in types and t.numel() for t in tensors)
 
 
 def _pieces(query: Tensor, key: Tensor) -> Iterator[slice]:

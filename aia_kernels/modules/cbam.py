@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, functional
-from ..functional import plain
 from ..functional.cbam import POOL_TYPES, channel_gate_of_few_operators
 from ..functional.checks import check_integer
 from ..reference import MLP, Gate
@@ -74,7 +73,11 @@ class ChannelGate(nn.Module):
     def _of_a_small_call(self, x: Tensor) -> Tensor | None:
         """y where "auto" counts that x is too small for passes, in as few operators as there can be; None where it is
         not, or where the call is no ordinary one."""
-        if type(x) is not Tensor or not backends.published_flow_is_faster(x.device, x.numel(), 0):
+        if type(x) is not Tensor:
+            return None
+        # In evaluation PyTorch's pools along channels that lie side by side are as fast as passes up to this.
+        calls = 1 if torch.is_grad_enabled() or x.is_contiguous() else 6
+        if not backends.published_flow_is_faster(x.device, x.numel(), 0, calls):
             return None
         mlp: Any = held(self, "mlp")
         layers = (*mlp._modules.values(),)
@@ -84,7 +87,7 @@ class ChannelGate(nn.Module):
             or any(map(_is_hooked, (mlp, *layers[::2])))
         ):
             return None
-        if x.dtype not in plain.WIDE or (found := read_at_once(x, layers[1::2])) is None:
+        if (found := read_at_once(x, layers[1::2])) is None:
             return None
         sizes, hidden = x.shape, len(found[0])
         if len(sizes) != 4 or 0 in sizes or found[0].shape[1] != sizes[1] or found[2].shape != (sizes[1], hidden):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import EXACT, assert_forward_mode, assert_grad_and_vmap
+from agreement import EXACT, assert_forward_mode, assert_grad_and_vmap, assert_within_budget
 from conftest import COMPILED_ON, skip_unless_runnable
 from kept_memory import kept_bytes
 from torch import nn
@@ -460,6 +460,11 @@ class TestSmallChannelGates:
         inputs, grad = (x, *module.parameters()), torch.randn_like(x)
         torch.testing.assert_close(*(torch.autograd.grad(y, inputs, grad) for y in (got, want)), **EXACT)
         assert torch.autograd.gradgradcheck(module, (sample("ChannelGate", 1, 2, 3).requires_grad_(),))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_error_budget(self, dtype):
+        module, x = layer("ChannelGate", dtype), sample("ChannelGate", dtype=dtype)
+        assert_within_budget(testing.compare(module, x, sample("ChannelGate", seed=1, dtype=dtype), "auto"))
 
     @pytest.mark.parametrize("side, small", [(8, True), (64, False)])
     def test_by_counting(self, side, small):

@@ -122,8 +122,10 @@ def test_published_keys():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_leaves_padding_out(dtype):
+@pytest.mark.parametrize("operands_in_cache", [0, 2**20])
+def test_low_precision_leaves_padding_out(dtype, operands_in_cache, monkeypatch):
     """Its term is the lowest number: it must not become infinite, and its weight must be 0."""
+    monkeypatch.setattr("aia_kernels.functional.dot_product._OPERANDS_IN_CACHE", operands_in_cache)
     module = testing.randomise(LAYERS["halonet-pytorch"]())
     x = torch.randn(1, DIM, 3, 3)
     expected = module(x)
