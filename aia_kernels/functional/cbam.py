@@ -7,6 +7,7 @@ by shard (sharded.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ from ..reference import cbam as reference
 from ..reference.cbam import POOLS
 from . import sharded
 from .checks import check_tensor
+from .plain import WIDE
 from .running_statistics import update_running_statistics
 
 FAMILY = "cbam"
@@ -82,7 +84,7 @@ def causal_cbam(
 
 def channel_gate_of_few_operators(x: Tensor, mlp: Sequence[Tensor | None], pool_types: Sequence[str]) -> Tensor:
     """x * g_c of a small call, in PyTorch's operators, of parameters that nothing is to be asked about any more: an
-    ordinary call of a module (modules.submodules.read_at_once) whose sizes fit. All pools go through the MLP as one.
+    ordinary call of a module (modules.submodules.read_at_once) whose sizes fit.
 
     Args:
         x: [B, C, H, W], not empty; in a narrow type what comes of each operator is rounded, as in the reference.
@@ -93,9 +95,12 @@ def channel_gate_of_few_operators(x: Tensor, mlp: Sequence[Tensor | None], pool_
     b, c, *plane = x.shape
     of_plane = {"avg": F.avg_pool2d, "max": F.max_pool2d}  # shorter than reductions, and fast in both layouts
     found = [of_plane[name](x, plane) if name in of_plane else POOLS[name](x) for name in _checked_pools(pool_types)]
-    pooled = torch.stack([t.view(b, c) for t in found], 1)
-    of_pools = F.linear(F.linear(pooled, weight_1, bias_1).relu(), weight_2, bias_2)
-    return x * of_pools.sum(1).sigmoid().view(b, c, 1, 1)
+    pooled = [t.view(b, c) for t in found]
+    if x.dtype in WIDE:  # all as one product, which in narrow types takes longer than one for each
+        pooled = [torch.stack(pooled, 1)]
+    of_pools = [F.linear(F.linear(t, weight_1, bias_1).relu(), weight_2, bias_2) for t in pooled]
+    total = of_pools[0].sum(1) if x.dtype in WIDE else functools.reduce(torch.add, of_pools)
+    return x * total.sigmoid().view(b, c, 1, 1)
 
 
 def _cbam(

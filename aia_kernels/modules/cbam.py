@@ -7,6 +7,7 @@ are called where one is of another kind, has other settings (a stride, a dilatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,10 +74,10 @@ class ChannelGate(nn.Module):
     def _of_a_small_call(self, x: Tensor) -> Tensor | None:
         """y where "auto" counts that x is too small for passes, in as few operators as there can be; None where it is
         not, or where the call is no ordinary one."""
-        if type(x) is not Tensor:
+        if type(x) is not Tensor or torch.compiler.is_compiling():  # which would guard each later check
             return None
-        # In evaluation PyTorch's pools along channels that lie side by side are as fast as passes up to this.
-        calls = 1 if torch.is_grad_enabled() or x.is_contiguous() else 6
+        # PyTorch's pools of channels that lie side by side take less time than a pass, which finds indices too.
+        calls = 1 if torch.is_grad_enabled() or x.is_contiguous() else math.inf
         if not backends.published_flow_is_faster(x.device, x.numel(), 0, calls):
             return None
         mlp: Any = held(self, "mlp")
