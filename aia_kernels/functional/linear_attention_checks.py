@@ -53,3 +53,19 @@ def check_keys(
         check_parameter(name, matrix, x, ((columns, channels_of(x)),))
     for name, bias in (("key_bias", key_bias), ("query_bias", query_bias)):
         check_parameter(name, bias, x, ((columns,),))
+
+
+def fit_at_once(x: Tensor, matrices: Sequence[Tensor], gamma: Tensor | None, heads: Any) -> bool:
+    """Whether the sizes of an ordinary call of a module fit, which the checks above would name one by one: maps x
+    [B, C, H, W] that are not empty, the weights of 1x1 convolutions for queries, keys and values and perhaps behind
+    these, gamma [1] and a number of heads."""
+    if x.ndim != 4 or x.numel() == 0 or not (gamma is None or gamma.shape == (1,)):
+        return False
+    query, key, value, *last = matrices
+    c, values = x.shape[1], value.shape[0]
+    if not (query.shape == key.shape and key.ndim == value.ndim == 4 and key.shape[1] == value.shape[1] == c):
+        return False
+    if not last:
+        return values == c
+    divides = type(heads) is int and heads > 0 and key.shape[0] % heads == 0 == values % heads
+    return divides and last[0].shape[:2] == (c, values)

@@ -25,6 +25,7 @@ from ..functional.linear_attention import (
     efficient_attention,
     linear_attention,
 )
+from ..functional.linear_attention_checks import fit_at_once
 from ..functional.sharded import is_distributed
 from ..reference import Form
 from .submodules import held, is_pointwise, must_be_called, read_at_once
@@ -237,7 +238,7 @@ class EfficientAttention(_OnMaps):
     def _attend(self, x: Tensor) -> Tensor:
         convolutions = [held(self, name) for name in ("queries", "keys", "values", "reprojection")]
         _, keys, values, _ = convolutions
-        if (found := _read_at_once(x, convolutions)) is not None and _divide(self.head_count, found):
+        if (found := _read_at_once(x, convolutions, heads=self.head_count)) is not None:
             if x.dtype in plain.WIDE and self._published_is_faster(x):
                 o = self._as_published(*_projected(x, found[:6]))
                 return x + torch.conv2d(o.view(x.shape[0], -1, *x.shape[2:]), *found[6:])
@@ -283,26 +284,13 @@ def _is_ordinary(x: Any, conv: Any) -> bool:
     return weight is not None and plain.serves(x, weight)
 
 
-def _read_at_once(x: Tensor, convolutions: list[Any], gamma: Any = None) -> list[Any] | None:
+def _read_at_once(x: Tensor, convolutions: list[Any], gamma: Any = None, heads: Any = 1) -> list[Any] | None:
     """The weight and the bias of each convolution of an ordinary call whose sizes fit; None where it is no such call,
     or where that cannot be told at once."""
     found = read_at_once(x, convolutions)
-    if found is None or x.ndim != 4 or x.numel() == 0:
+    if found is None or (gamma is not None and (type(gamma) is not nn.Parameter or gamma.dtype is not x.dtype)):
         return None
-    if gamma is not None and (type(gamma) is not nn.Parameter or gamma.dtype is not x.dtype or gamma.shape != (1,)):
-        return None
-    query, key, value, *last = found[::2]
-    c = x.shape[1]
-    fits = query.shape == key.shape and key.ndim == value.ndim == 4 and key.shape[1] == value.shape[1] == c
-    if last:
-        return found if fits and last[0].shape[:2] == (c, value.shape[0]) else None
-    return found if fits and value.shape[0] == c else None
-
-
-def _divide(heads: Any, projections: list[Any]) -> bool:
-    """Whether heads divide the features of keys and values."""
-    _, _, key, _, value, *_ = projections
-    return type(heads) is int and heads > 0 and key.shape[0] % heads == 0 == value.shape[0] % heads
+    return found if fit_at_once(x, found[::2], gamma, heads) else None
 
 
 def _can_be_read(conv: Any) -> bool:
