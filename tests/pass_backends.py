@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,10 +65,11 @@ def on_threads(number: int) -> Iterator[None]:
 @contextlib.contextmanager
 def few_programs() -> Iterator[None]:
     """More tasks than programs for Triton's gates: lanes carry moments and weight gradients along."""
-    gate = importlib.import_module("aia_kernels.triton.gate")  # the package names its function so
+    from aia_kernels.triton import packed_maps
+
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"TAPPED": 16, "FLAT": 16, "PROGRAMS": 3}.items():
-            patch.setattr(gate, name, value)
+            patch.setattr(packed_maps, name, value)
         yield
 
 
