@@ -84,8 +84,9 @@ _SCHEMAS = {
 # are in accumulate_dtype. A column reduction is split over N in chunks that depend on the sizes alone.
 _DOUBLE_NORM_SCHEMAS = {
     # [B, 2, M]: of each column the maximum over tokens and the sum of exp(logit - maximum); -inf and 0 without a token.
-    "column_statistics": "(Tensor logits, Tensor? padding) -> Tensor",
-    # With P = exp(logits - lse), lse [B, M] = maximum + log(sum): overwrites the logits by A = P / mass and returns
+    # And lse [B, M] = maximum + log(sum).
+    "column_statistics": "(Tensor logits, Tensor? padding) -> (Tensor statistics, Tensor lse)",
+    # With P = exp(logits - lse): overwrites the logits by A = P / mass and returns
     # mass [B, N, M / group] = eps + the sum of P over a token's group. A comes from the maximum of a token's group, so
     # that it is exact where mass underflows; without eps A is then a softmax, with it 0.
     "double_norm_": "(Tensor(a!) logits, Tensor lse, int group, float eps, Tensor? padding) -> Tensor",
@@ -103,6 +104,26 @@ _RESIDUAL_SCHEMAS = {
     "residual_relu_": "(Tensor(a!) z, Tensor x, Tensor? shift) -> Tensor",
     # g = grad_y where the sign is set, 0 elsewhere, and its sums [C] over batch and tokens. Reads 1 |X|, writes 1 |X|.
     "residual_relu_backward": "(Tensor grad_y, Tensor signs) -> (Tensor grad, Tensor sums)",
+}
+
+# The batch norm of the block, folded into V [C, M] (algorithms/external_attention.py has the equations). Numbers are in
+# accumulate_dtype, weight, bias, mean and var [C] in any type. of_batch is empty under fixed statistics. A backend may
+# lack these; algorithms/folds.py has them in PyTorch's operators. No x-sized traffic.
+_FOLD_SCHEMAS = {
+    # of_batch: origin [M], and of A' = A - origin over `count` tokens the sum [M] and that of A'^T A' [M, M]; or fixed:
+    # mean and var [C]. Returns factor * V in the type of V; shift [C] = bias - mean * factor; statistics [C, 3]: mean
+    # and biased variance of z, and 1 / count, or 0; and off [M], the mean of A', or [0].
+    "fold": "(Tensor value, Tensor? weight, Tensor? bias, Tensor[] of_batch, float count, Tensor[] fixed, float eps) "
+    "-> (Tensor folded, Tensor shift, Tensor statistics, Tensor off)",
+    # Given product = g^T A' [C, M] and sums [C] of g: joint [2, C], those sums and the gradient of weight,
+    # rstd * (rowsum(V * product) - center * sums); and center [C], V off, or the mean where off is absent.
+    "fold_sums": "(Tensor value, Tensor product, Tensor sums, Tensor statistics, Tensor? off, float eps) -> "
+    "(Tensor joint, Tensor center)",
+    # of_batch: off, and the sum and second moment of the tokens at hand; joint is the sum over all processes that share
+    # the statistics. Returns the gradient of V, in its type or in accumulate_dtype, and factor * V in its type;
+    # inner [M, M] and constant [M] of the gradient of A, or [0, 0] and [0].
+    "fold_back": "(Tensor value, Tensor? weight, Tensor product, Tensor joint, Tensor center, Tensor statistics, "
+    "Tensor[] of_batch, float eps) -> (Tensor grad_value, Tensor folded, Tensor inner, Tensor constant)",
 }
 
 # The temporal shift (arXiv 1811.08383): in y the first ``fold`` channels of a frame are those of the next frame, the
@@ -179,6 +200,17 @@ _EVALUATE_SCHEMAS = {
     "float[] eps, int inner, int outer) -> Tensor",
 }
 
+# The inner gate of STinC2: maps over T, H and W, each averaged over C. sizes are the lengths of T, C, H and W. order is
+# the place in maps.ORDERS of the order of maps. A backend may lack these two; PyTorch's operators then take their
+# place. No x-sized traffic.
+_AVERAGE_SCHEMAS = {
+    # Of a gate [B, M], (mean g_T + mean g_H + mean g_W) / 3, each broadcast over the axis that it lacks:
+    # [B, T * H * W].
+    "average_gate": "(Tensor gate, int[] sizes, int order) -> Tensor",
+    # Its transpose, of a gradient [B, T * H * W]: [B, M].
+    "average_gate_back": "(Tensor grad, int[] sizes, int order) -> Tensor",
+}
+
 # All passes of a unit as one, forward and backward, so that a small call is not what its calls of passes cost. inner,
 # outer and the lists as of evaluate, batch as of gate. A backend may lack them.
 _PROPAGATE_SCHEMAS = {
@@ -230,6 +262,7 @@ _EXTERNAL_PROPAGATE_SCHEMAS = {
 PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
+FOLD_PASSES = tuple(_FOLD_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 CBAM_PASSES = tuple(_CBAM_SCHEMAS)
 CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
@@ -237,10 +270,11 @@ MEMORY_PASSES = tuple(_MEMORY_SCHEMAS)
 MEMORY_PROPAGATE_PASSES = tuple(_MEMORY_PROPAGATE_SCHEMAS)
 PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
 EXTERNAL_PROPAGATE_PASSES = tuple(_EXTERNAL_PROPAGATE_SCHEMAS)
+AVERAGE_PASSES = tuple(_AVERAGE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
 _PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS | _MEMORY_PROPAGATE_SCHEMAS
-_PASS_SCHEMAS |= _EXTERNAL_PROPAGATE_SCHEMAS
+_PASS_SCHEMAS |= _EXTERNAL_PROPAGATE_SCHEMAS | _AVERAGE_SCHEMAS | _FOLD_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -383,6 +417,16 @@ def _(x, weight, scale, shift, mean, var, eps, inner, outer):
     return torch.empty_like(x)
 
 
+@_fake("average_gate")
+def _(gate, sizes, order):
+    return gate.new_empty((gate.shape[0], maps.packed_size((0, *sizes), maps.CHANNEL)))
+
+
+@_fake("average_gate_back")
+def _(grad, sizes, order):
+    return grad.new_empty((grad.shape[0], maps.packed_size((0, *sizes), maps.SPACETIME)))
+
+
 @_fake("propagate")
 def _(x, weight, scale, shift, mean, var, eps, batch, inner, outer):
     kept = []
@@ -402,7 +446,8 @@ def _(grad_y, x, weight, kept, inner, outer, needs_x):
 @_fake("column_statistics")
 def _(logits, padding):
     b, _, m = logits.shape
-    return logits.new_empty((b, 2, m), dtype=accumulate_dtype(logits.dtype))
+    statistics = logits.new_empty((b, 2, m), dtype=accumulate_dtype(logits.dtype))
+    return statistics, statistics.new_empty((b, m))
 
 
 @_fake("double_norm_")
@@ -429,6 +474,24 @@ def _(z, x, shift):
 @_fake("residual_relu_backward")
 def _(grad_y, signs):
     return torch.empty_like(grad_y), grad_y.new_empty(grad_y.shape[2], dtype=accumulate_dtype(grad_y.dtype))
+
+
+@_fake("fold")
+def _(value, weight, bias, of_batch, count, fixed, eps):
+    c, m = value.shape
+    wide = value.new_empty((c, 3), dtype=accumulate_dtype(value.dtype))
+    return torch.empty_like(value), wide.new_empty(c), wide, wide.new_empty(m if of_batch else 0)
+
+
+@_fake("fold_sums")
+def _(value, product, sums, statistics, off, eps):
+    return product.new_empty((2, value.shape[0])), torch.empty_like(sums)
+
+
+@_fake("fold_back")
+def _(value, weight, product, joint, center, statistics, of_batch, eps):
+    m = value.shape[1] if of_batch else 0
+    return torch.empty_like(value), torch.empty_like(value), product.new_empty((m, m)), product.new_empty(m)
 
 
 @_fake("temporal_shift")

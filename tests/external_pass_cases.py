@@ -161,10 +161,6 @@ def small_integers(*shape: int) -> Tensor:
     return torch.randint(-8, 9, shape).double()
 
 
-def lse_of(statistics: Tensor) -> Tensor:
-    return statistics[:, 0] + statistics[:, 1].log()
-
-
 def within(got: Tensor, want: Tensor, error: Tensor) -> None:
     """Assert that a result is off by its error before it was stored, and by one rounding to its type."""
     assert got.shape == want.shape
@@ -174,11 +170,17 @@ def within(got: Tensor, want: Tensor, error: Tensor) -> None:
     assert excess <= 1, f"error up to {excess:.3g} times its bound"
 
 
-def statistics_within(statistics: Tensor, logits: Tensor, padding: Tensor | None) -> None:
-    """Assert that maxima over tokens are exact, and the bound of the sums."""
-    assert statistics.dtype == accumulate_dtype(logits.dtype)
-    statistics, logits, padding = statistics.cpu(), *double(logits, padding)
-    want = PlainDoubleNorm().column_statistics(logits, padding)
+def statistics_within(statistics: Tensor, lse: Tensor, logits: Tensor, padding: Tensor | None) -> None:
+    """Assert that maxima over tokens are exact, and the bounds of the sums and of lse as made of both."""
+    assert statistics.dtype == lse.dtype == accumulate_dtype(logits.dtype)
+    statistics, lse, logits, padding = statistics.cpu(), lse.cpu(), *double(logits, padding)
+    want, _ = PlainDoubleNorm().column_statistics(logits, padding)
+    maximum, logarithm = statistics[:, 0].double(), statistics[:, 1].double().log()
+    hidden = maximum == -torch.inf
+    assert torch.equal(lse == -torch.inf, hidden)
+    # Two units in the last place of the logarithm, and the rounding of the sum.
+    error = epsilon(lse.dtype) * (maximum.abs() + 4 * logarithm.abs())
+    assert ((lse.double() - maximum - logarithm).abs() <= error)[~hidden].all()
     assert torch.equal(statistics[:, 0].double(), want[:, 0])
     shift = want[:, 0].masked_fill(want[:, 0].isinf(), 0.0).unsqueeze(1)
     # exp(t) |t| is at most 1 / e for t <= 0: the roundings of t cost less than one rounding a term, absolutely.
@@ -196,7 +198,7 @@ def roundings(t: Tensor, group: int) -> Tensor:
 
 def normalized_within(passes, logits: Tensor, group: int, eps: float, padding: Tensor | None) -> Tensor:
     """Assert the bounds of A and of the mass, and return A."""
-    lse, attention = lse_of(passes.column_statistics(logits, padding)), logits.clone()
+    (_, lse), attention = passes.column_statistics(logits, padding), logits.clone()
     mass = passes.double_norm_(attention, lse, group, eps, padding)
     want, exact_lse, hidden = double(logits, lse, padding)
     t = want - exact_lse.unsqueeze(1)

@@ -14,13 +14,14 @@ from aia_kernels.common.dtypes import accumulate_dtype
 class PlainDoubleNorm:
     """The passes of DOUBLE_NORM_PASSES and RESIDUAL_PASSES, in any floating-point type."""
 
-    def column_statistics(self, logits: Tensor, padding: Tensor | None) -> Tensor:
+    def column_statistics(self, logits: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         shown = _wide(logits)
         if padding is not None:
             shown = shown.masked_fill(padding.unsqueeze(-1), -torch.inf)
         maximum = shown.amax(1)
         shift = maximum.masked_fill(maximum == -torch.inf, 0.0).unsqueeze(1)
-        return torch.stack((maximum, (shown - shift).exp().sum(1)), 1)
+        total = (shown - shift).exp().sum(1)
+        return torch.stack((maximum, total), 1), maximum + total.log()
 
     def double_norm_(self, logits: Tensor, lse: Tensor, group: int, eps: float, padding: Tensor | None) -> Tensor:
         log_p = (_wide(logits) - lse.unsqueeze(1)).unflatten(-1, (-1, group))

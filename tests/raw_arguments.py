@@ -18,6 +18,14 @@ CHANNEL, SPACETIME = (maps.packed_size((B, T, C, H, W), context) for context in 
 DIMS = [3, 5, 6]
 M = math.prod(DIMS)
 NO_DEVICE = "the first argument must be on a CUDA device"
+#: What a refusal raises.
+REFUSED = (RuntimeError, ValueError)
+
+
+def implementation(key: str, name: str, arguments: list) -> Any:
+    """The result of an operator's implementation for one type of device, whatever its arguments are."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return getattr(torch.ops.aia_kernels, name).default.redispatch(keys, *arguments)
 
 
 def good() -> dict[str, list]:

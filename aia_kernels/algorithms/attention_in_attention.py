@@ -11,8 +11,9 @@ Backward, with U the transpose of pool (the passes: schemas.py):
     dG_i = reduce(U(dP_o) * x)  dP_i = gate_backward(dG_i)        dx = dy * G_o + G_i * U(dP_o) + U(dP_i)
 
 U(dP_o), the gradient of x * G_i, is as large as x and is never stored. Kept for the backward: x, and of each context
-the pooled features, the index of the maximum and four numbers per gate. The convolutions' results are recomputed: they
-would cost half as much memory as the pooled features, which the convolutions' backward needs in any case.
+the pooled features, the index of the maximum and four numbers per gate; and an averaged gate, 1 / C of x. The
+convolutions' results are recomputed: they would cost half as much memory as the pooled features, which the
+convolutions' backward needs in any case.
 """
 
 from __future__ import annotations
@@ -71,11 +72,12 @@ class Kept(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Result of forward: y and what is kept of each context."""
+    """Result of forward: y, what is kept of each context, and of a unit that averages its inner gate the average."""
 
     y: Tensor
     inner: Kept | None
     outer: Kept
+    averaged: Tensor | None = None
 
 
 def forward(plan: Plan, x: Tensor, gates: Sequence[GateParameters]) -> Forward:
@@ -100,13 +102,13 @@ def forward(plan: Plan, x: Tensor, gates: Sequence[GateParameters]) -> Forward:
             g, _ = passes.gate_again(pooled, weight, norm, dims)
         return Kept(pooled, argmax, norm, statistics), g
 
-    inner = guide = None
+    inner = guide = averaged = None
     if unit.inner:
         inner, guide = gate(unit.inner, None, maps.NONE)
         if unit.averaged:
-            guide = average_over_channels(guide, x.shape, order)
+            guide = averaged = average_over_channels(passes, guide, x.shape, order)
     outer, recalibration = gate(unit.outer, guide, unit.inner_gate_context)
-    return Forward(passes.recalibrate(x, recalibration, unit.outer), inner, outer)
+    return Forward(passes.recalibrate(x, recalibration, unit.outer), inner, outer, averaged)
 
 
 def backward(
@@ -117,10 +119,12 @@ def backward(
     inner: Kept | None,
     outer: Kept,
     needs_x: bool = True,
+    averaged: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor], list[tuple[Tensor, Tensor]]]:
     """The gradients of x, of each weight and of each gate's scale and shift, for grad_y stored as x.
 
-    Arguments as for forward and as kept by it. The gradient of x is None where it is not needed.
+    Arguments as for forward and as kept by it; an average that was not kept is made again. The gradient of x is None
+    where it is not needed.
     """
     unit, passes = plan.unit, plan.passes
     order = passes.map_order(maps.storage_order(x))
@@ -158,8 +162,8 @@ def backward(
         in_order, guide, z = recompute(unit.inner, inner)
         grad_guide = passes.unpool_reduce(x, grad_outer, outer.argmax, unit.outer, unit.inner_gate_context)
         if unit.averaged:
-            guide = average_over_channels(guide, x.shape, order)
-            grad_guide = spread_over_channels(grad_guide, x.shape, order)
+            guide = average_over_channels(passes, guide, x.shape, order) if averaged is None else averaged
+            grad_guide = spread_over_channels(passes, grad_guide, x.shape, order)
         grad_inner, inner_argmax = through_gate(unit.inner, inner, in_order, grad_guide, z), inner.argmax
     grad_x = None
     if needs_x:
@@ -216,15 +220,19 @@ def statistics_of(unit: Unit, inner: Kept | None, outer: Kept) -> list[Tensor]:
     return by_gate(unit, rows)
 
 
-def average_over_channels(gate: Tensor, sizes: Sequence[int], order: str) -> Tensor:
+def average_over_channels(passes: Any, gate: Tensor, sizes: Sequence[int], order: str) -> Tensor:
     """STinC2's inner gate: a spacetime gate [B, M], averaged over C, as a channel-shaped one [B, T * H * W]."""
+    if hasattr(passes, "average_gate"):
+        return passes.average_gate(gate, sizes[1:], maps.ORDERS.index(order))
     g_t, g_h, g_w = maps.unpack(gate, sizes, maps.SPACETIME, order)  # [B, C, H, W], [B, T, C, W], [B, T, H, C]
     mean = (g_t.mean(1, keepdim=True) + g_h.mean(2, keepdim=True) + g_w.mean(3, keepdim=True)).div_(3)
     return maps.pack([mean], maps.CHANNEL, order)
 
 
-def spread_over_channels(grad: Tensor, sizes: Sequence[int], order: str) -> Tensor:
+def spread_over_channels(passes: Any, grad: Tensor, sizes: Sequence[int], order: str) -> Tensor:
     """The transpose of average_over_channels: [B, T * H * W] to [B, M]."""
+    if hasattr(passes, "average_gate_back"):
+        return passes.average_gate_back(grad, sizes[1:], maps.ORDERS.index(order))
     _, t, c, h, w = sizes
     (grad,) = maps.unpack(grad / (3 * c), sizes, maps.CHANNEL, order)
     spread = (
@@ -285,7 +293,7 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         inner, outer = result.inner, result.outer
         ctx.plan, ctx.num_segments = plan, num_segments
         ctx.set_materialize_grads(False)
-        save(ctx, x, *parameters, *(inner or ()), *outer)
+        save(ctx, x, *parameters, result.averaged, *(inner or ()), *outer)
         # A list is passed through as it is: statistics are no part of the graph.
         return y, statistics_of(plan.unit, inner, outer)
 
@@ -295,7 +303,7 @@ class AttentionInAttentionFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * (4 + n)
         x, *rest = saved(ctx)
-        parameters, kept = rest[:n], rest[n:]
+        parameters, averaged, kept = rest[:n], rest[n], rest[n + 1 :]
         inner, outer = Kept(*kept[:4]) if plan.unit.inner else None, Kept(*kept[-4:])
         if backward_is_followed():
             statistics = statistics_of(plan.unit, inner, outer)
@@ -307,7 +315,8 @@ class AttentionInAttentionFunction(torch.autograd.Function):
             grad_x, *grads = gradients(y_of, (x, *parameters), needs, grad_y)
             return grad_x, None, None, None, *grads
         clips, grad_clips = (as_clips(a, ctx.num_segments) for a in (x, stored_as(grad_y, x)))
-        grad_x, *grads = backward(plan, grad_clips, clips, parameters[::3], inner, outer, ctx.needs_input_grad[0])
+        needs_x = ctx.needs_input_grad[0]
+        grad_x, *grads = backward(plan, grad_clips, clips, parameters[::3], inner, outer, needs_x, averaged)
         grads = [g for weight, affine in zip(*grads, strict=True) for g in (weight, *affine)]
         grads = [
             None if p is None else g if g.dtype == p.dtype else g.to(p.dtype)

@@ -32,14 +32,13 @@ The fused passes that a backend has for this stand in external_attention_passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.autocast import without_autocast
-from ..common.dtypes import accumulate_dtype
 from ..common.layouts import as_maps, as_tokens, save, saved, stored_as, unviewed, with_rows
 from ..common.process_groups import gather, resolve
 from ..reference import Norm
@@ -79,13 +78,14 @@ class Plan(NamedTuple):
 class BatchNorm(NamedTuple):
     """What the block keeps of its batch; empty under fixed statistics.
 
-    mean [2, M]: the origin, and the mean of A' over the batch of the statistics. total [M] and centred [M, M]: the sum
-    of A' and T over the tokens of the local batch.
+    origin and off [M]: the origin, and the mean of A' over the batch of the statistics. total [M] and moment [M, M]:
+    the sums of A' and of A'^T A' over the tokens of the local batch.
     """
 
-    mean: Tensor
+    origin: Tensor
+    off: Tensor
     total: Tensor
-    centred: Tensor
+    moment: Tensor
 
 
 class BlockForward(NamedTuple):
@@ -99,21 +99,21 @@ class BlockForward(NamedTuple):
     statistics: Tensor
 
 
-def log_sum_exp(statistics: Tensor, shards: str) -> Tensor:
-    """lse [B, M] of column statistics [B, 2, M], over the members of a process group if one is named."""
-    maximum, total = statistics.unbind(1)
-    if shards:
-        maxima, totals = gather(statistics, shards).unbind(2)
-        maximum = maxima.amax(0)
-        # A member without a token has maximum -inf and must add nothing, not NaN.
-        total = torch.where(totals > 0, totals * (maxima - maximum).exp(), 0.0).sum(0)
+def log_sum_exp(statistics: Tensor, lse: Tensor, shards: str) -> Tensor:
+    """lse [B, M] over the members of a process group, if one is named, given what column_statistics returns."""
+    if not shards:
+        return lse
+    maxima, totals = gather(statistics, shards).unbind(2)
+    maximum = maxima.amax(0)
+    # A member without a token has maximum -inf and must add nothing, not NaN.
+    total = torch.where(totals > 0, totals * (maxima - maximum).exp(), 0.0).sum(0)
     return maximum + total.log()
 
 
 def attend(plan: Plan, x: Tensor, key: Tensor, norm: DoubleNorm) -> Attention:
     """The attention of x, in the form of the backend."""
-    logits, statistics = plan.passes.logits(x, key, padding=norm.padding)
-    return plan.passes.normalize(logits, log_sum_exp(statistics, plan.shards), norm=norm)
+    logits, *found = plan.passes.logits(x, key, padding=norm.padding)
+    return plan.passes.normalize(logits, log_sum_exp(*found, plan.shards), norm=norm)
 
 
 @without_autocast
@@ -131,7 +131,7 @@ def forward(
         x = x.masked_fill(padding.unsqueeze(-1), 0.0)
     norm = plan.norm(padding)
     attention = attend(plan, x, key, norm)
-    o, _ = plan.passes.values(attention, value, norm=norm, bias=_accumulated(bias), dropout=plan.dropout(keep))
+    o, _ = plan.passes.values(attention, value, norm=norm, bias=bias, dropout=plan.dropout(keep))
     if padding is not None and bias is not None:
         o.masked_fill_(padding.unsqueeze(-1), 0.0)
     return o, attention
@@ -150,7 +150,7 @@ def backward(
     needs_x: bool = True,
     needs_bias: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, key, value and bias for the gradient of o; those of the parameters in accumulate_dtype."""
+    """Gradients of x, key, value and bias for the gradient of o; those of the parameters in types as of the passes."""
     if padding is not None:
         x, grad = (a.masked_fill(padding.unsqueeze(-1), 0.0) for a in (x, grad))
     passes, norm, dropout = plan.passes, plan.norm(padding), plan.dropout(keep)
@@ -173,23 +173,28 @@ def block_forward(
     value: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    fixed: Tensor | None,
+    fixed: Sequence[Tensor],
 ) -> BlockForward:
-    """The block on x [B, N, C], key [M, C], value [C, M]; weight and bias [C] of the BN; fixed [2, C], running mean and
-    variance, where plan.batch is not set."""
-    dtype, norm = accumulate_dtype(x.dtype), plan.norm()
+    """The block on x [B, N, C], key [M, C], value [C, M]; weight and bias [C] of the BN; fixed: where plan.batch is not
+    set, its running mean and variance [C]."""
+    passes, norm = plan.passes, plan.norm()
     attention = attend(plan, x, key.unsqueeze(0), norm)
-    v = value.to(dtype)
-    if plan.batch:
-        batch, moments = _batch_moments(plan, x, attention, v)
+    settings = value, weight, bias
+    if not plan.batch:
+        folded, shift, statistics, empty = passes.fold(*settings, (), 0.0, fixed, plan.norm_eps)
+        batch = BatchNorm(*[empty] * len(BatchNorm._fields))
+    elif not plan.members:
+        count = x.shape[0] * x.shape[1]
+        origin, *sums = passes.moments(attention, norm=norm)
+        folded, shift, statistics, off = passes.fold(*settings, (origin, *sums), count, (), plan.norm_eps)
+        batch = BatchNorm(origin, off, *sums)
     else:
-        batch = BatchNorm(*(v.new_empty((0,)) for _ in BatchNorm._fields))
-        moments = torch.cat((fixed.to(dtype), v.new_zeros((1, v.shape[0]))))
-    factor, _ = _factor(plan, weight, moments[1])
-    shift = -moments[0] * factor if bias is None else bias.to(dtype) - moments[0] * factor
-    folded = (factor.unsqueeze(1) * v).to(x.dtype).unsqueeze(0)
-    y, signs = plan.passes.values(attention, folded, norm=norm, bias=shift, residual=x)
-    return BlockForward(y, attention, signs, batch, moments.mT.contiguous())
+        batch, moment, share = _moments_of_members(plan, x, attention)
+        of_batch = batch.origin, batch.off, moment
+        folded, shift, statistics, _ = passes.fold(*settings, of_batch, 1.0, (), plan.norm_eps)
+        statistics[:, 2] = share
+    y, signs = passes.values(attention, folded.unsqueeze(0), norm=norm, bias=shift, residual=x)
+    return BlockForward(y, attention, signs, batch, statistics)
 
 
 @without_autocast
@@ -206,29 +211,30 @@ def block_backward(
     statistics: Tensor,
     needs_x: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, key, value, weight and bias for grad_y stored as x; those of the parameters in
-    accumulate_dtype. Arguments as for block_forward and as kept by it. Where members share the statistics, the
-    gradients of the parameters are shares of the whole batch's: their sum over the members is exact."""
+    """Gradients of x, key, value, weight and bias for grad_y stored as x; those of key and value in types as of the
+    passes, of weight and bias in accumulate_dtype. Arguments as for block_forward and as kept by it. Where
+    members share the statistics, the gradients of the parameters are shares of the whole batch's: their sum over the
+    members is exact."""
     passes, norm = plan.passes, plan.norm()
-    v = value.to(statistics.dtype)
-    mean, var, share = statistics.unbind(1)
-    factor, rstd = _factor(plan, weight, var)
-    g, sums = passes.signed(grad_y, signs)
-    origin, off = batch.mean if plan.batch else (None, None)
-    product, _ = passes.value_gradient(g, attention, shape=(1, *v.shape), norm=norm, origin=origin, needs_sums=False)
-    product = product[0]
-    center = v @ off if plan.batch else mean
-    grad_weight = rstd * ((v * product).sum(1) - center * sums)
-    batch_term = None
-    if plan.batch:
-        joint = _sum_of_members(torch.stack((sums, grad_weight)), plan.members) * share
-        through_variance = rstd * joint[1]
-        product = product - torch.addmm(joint[0].outer(batch.total), v * through_variance.unsqueeze(1), batch.centred)
-        inner = (v * (-factor * through_variance).unsqueeze(1)).mT @ v
-        batch_term = BatchTerm(origin, inner, constant=-(factor * joint[0]) @ v - off @ inner)
-    grad_value = factor.unsqueeze(1) * product
-    folded = (factor.unsqueeze(1) * v).to(x.dtype).unsqueeze(0)
-    grad_attention, reduced = passes.attention_gradient(g, attention, value=folded, norm=norm, batch_term=batch_term)
+    origin, off, *sums = batch if plan.batch else (None, None)
+    g, of_g = passes.signed(grad_y, signs)
+    product, _ = passes.value_gradient(
+        g, attention, shape=(1, *value.shape), norm=norm, origin=origin, needs_sums=False
+    )
+    product = product[0].to(statistics.dtype)
+    joint, center = passes.fold_sums(value, product, of_g, statistics, off, plan.norm_eps)
+    grad_weight, joint = joint[1], _sum_of_members(joint, plan.members)
+    of_batch = (off, *sums) if plan.batch else ()
+    grad_value, folded, inner, constant = passes.fold_back(
+        value, weight, product, joint, center, statistics, of_batch, plan.norm_eps
+    )
+    grad_attention, reduced = passes.attention_gradient(
+        g,
+        attention,
+        value=folded.unsqueeze(0),
+        norm=norm,
+        batch_term=BatchTerm(origin, inner, constant) if plan.batch else None,
+    )
     grad_x, grad_key = passes.logits_gradient(
         grad_attention,
         attention,
@@ -239,11 +245,7 @@ def block_backward(
         residual_grad=g if needs_x else None,
         needs_x=needs_x,
     )
-    return grad_x, grad_key[0], grad_value, grad_weight, sums
-
-
-def _accumulated(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.to(accumulate_dtype(bias.dtype))
+    return grad_x, grad_key[0], grad_value, grad_weight, of_g
 
 
 def _sum_of_members(part: Tensor, name: str) -> Tensor:
@@ -251,37 +253,25 @@ def _sum_of_members(part: Tensor, name: str) -> Tensor:
     return gather(part, name).sum(0) if name else part
 
 
-def _factor(plan: Plan, weight: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor]:
-    """gamma * rstd and rstd of the block's BN."""
-    rstd = (var + plan.norm_eps).rsqrt()
-    return rstd if weight is None else rstd * weight.to(rstd.dtype), rstd
-
-
-def _batch_moments(plan: Plan, x: Tensor, attention: Attention, v: Tensor) -> tuple[BatchNorm, Tensor]:
-    """What is kept of the batch, and mean, variance and share [3, C] of z = A V^T."""
+def _moments_of_members(plan: Plan, x: Tensor, attention: Attention) -> tuple[BatchNorm, Tensor, Tensor]:
+    """What is kept of the batch, and of that which the members share the mean of A'^T A' [M, M] and one over its
+    tokens."""
     count = x.shape[0] * x.shape[1]
     origin, total, second = plan.passes.moments(attention, norm=plan.norm())
-    if plan.members:
-        part = torch.cat((origin, total, second.flatten(), origin.new_full((1,), count)))
-        *of_members, counts = gather(part, plan.members).split((*[origin.numel()] * 2, second.numel(), 1), 1)
-        origins, totals, seconds = of_members
-        share = counts.sum().reciprocal()
-        joint = (counts * share * origins).sum(0)
-        # About the joint origin: what a member's own origin is off moves its sums.
-        off = origins - joint
-        crossed = off.mT @ totals
-        joint_second = seconds.sum(0).view_as(second) + crossed + crossed.mT + off.mT @ (counts * off)
-        mean, joint_second = (totals + counts * off).sum(0) * share, joint_second * share
-        off, origin = origin - joint, joint
-        crossed = off.outer(total)
-        second = second + crossed + crossed.mT + count * off.outer(off)
-        total = total + count * off
-    else:
-        share = origin.new_full((), 1 / count)
-        mean, joint_second = total / count, second / count
-    var = ((v @ (joint_second - mean.outer(mean))) * v).sum(1).clamp_min(0)
-    batch = BatchNorm(torch.stack((origin, mean)), total, second - mean.outer(total))
-    return batch, torch.stack((v @ (origin + mean), var, share.expand_as(var)))
+    part = torch.cat((origin, total, second.flatten(), origin.new_full((1,), count)))
+    *of_members, counts = gather(part, plan.members).split((*[origin.numel()] * 2, second.numel(), 1), 1)
+    origins, totals, seconds = of_members
+    share = counts.sum().reciprocal()
+    joint = (counts * share * origins).sum(0)
+    # About the joint origin: what a member's own origin is off moves its sums.
+    off = origins - joint
+    crossed = off.mT @ totals
+    joint_second = seconds.sum(0).view_as(second) + crossed + crossed.mT + off.mT @ (counts * off)
+    mean = (totals + counts * off).sum(0) * share
+    off = origin - joint
+    crossed = off.outer(total)
+    second = second + crossed + crossed.mT + count * off.outer(off)
+    return BatchNorm(joint, mean, total + count * off, second), joint_second * share, share
 
 
 def double_normalize_forward(plan: Plan, logits: Tensor, padding: Tensor | None) -> Attention:
@@ -289,7 +279,7 @@ def double_normalize_forward(plan: Plan, logits: Tensor, padding: Tensor | None)
     attention = logits.new_empty(logits.shape).copy_(logits)
     if padding is not None:
         attention.masked_fill_(padding.unsqueeze(-1), 0.0)
-    lse = log_sum_exp(plan.passes.column_statistics(attention, padding), plan.shards)
+    lse = log_sum_exp(*plan.passes.column_statistics(attention, padding), plan.shards)
     return attention, plan.passes.double_norm_(attention, lse, plan.group, plan.eps, padding)
 
 

@@ -51,19 +51,25 @@ class Passes(Protocol):
     tokens) their tokens are. "Stored as x" means: in the order of torch.empty_like(x). Memories are contiguous.
 
     Types: x, key, value, o, grad and the gradients of x are in the type of the product. What is only as large as M, d
-    or M x M is in accumulate_dtype of it, gradients of the memories too. Tokens of padding hold zeros in x and grad.
+    or M x M is in accumulate_dtype of it, unless it says otherwise. Tokens of padding hold zeros in x and grad.
 
     The form of the attention, of the logits and of the gradient of A is the backend's own: they go from one of its
     passes to another. A pass overwrites only what it says, and never the attention.
     """
 
     # The raw passes over logits that are not fused with products (schemas.DOUBLE_NORM_PASSES).
-    column_statistics: Callable[..., Tensor]
+    column_statistics: Callable[..., tuple[Tensor, Tensor]]
     double_norm_: Callable[..., Tensor]
     double_norm_backward_reduce: Callable[..., Tensor]
     double_norm_backward_: Callable[..., None]
+    # Of schemas.PASSES.
+    move_statistics_: Callable[..., None]
+    # The batch norm of the block (schemas.FOLD_PASSES, or folds.py).
+    fold: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    fold_sums: Callable[..., tuple[Tensor, Tensor]]
+    fold_back: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
-    def logits(self, x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    def logits(self, x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """L = x key^T.
 
         Args:
@@ -72,7 +78,7 @@ class Passes(Protocol):
             padding: As in DoubleNorm.
 
         Returns:
-            The logits, and statistics [B, 2, M] of their columns as schemas.column_statistics.
+            The logits, and statistics [B, 2, M] and lse [B, M] of their columns as schemas.column_statistics.
         """
 
     def normalize(self, logits: Tensor, lse: Tensor, *, norm: DoubleNorm) -> Attention:
@@ -112,7 +118,7 @@ class Passes(Protocol):
             attention: As normalize() returns it.
             value: [H, v, M'].
             norm: That of normalize().
-            bias: [H * v] in accumulate_dtype, or None.
+            bias: [H * v] in accumulate_dtype or, without a residual, in the type of the product; or None.
             dropout: Of A, or None.
             residual: [B, N, v], or None.
 
@@ -155,8 +161,8 @@ class Passes(Protocol):
             needs_sums: Whether the sums of grad are wanted.
 
         Returns:
-            The gradient, of this shape in accumulate_dtype, and the sums [H * v] of grad over batch and tokens, or
-            None.
+            The gradient, of this shape in accumulate_dtype, or in the type of grad where a product in that type rounds
+            its sums once; and the sums [H * v] of grad over batch and tokens in accumulate_dtype, or None.
         """
 
     def attention_gradient(
@@ -208,7 +214,8 @@ class Passes(Protocol):
             needs_x: Whether the gradient of x is wanted.
 
         Returns:
-            The gradient of x, stored as x, or None; and that of the key, shaped as the key, in accumulate_dtype.
+            The gradient of x, stored as x, or None; and that of the key, shaped as the key, in a type as that of
+            value_gradient().
         """
 
     def empty_attention(self, x: Tensor, *, columns: int, group: int) -> Attention:

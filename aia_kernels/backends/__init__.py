@@ -346,7 +346,7 @@ def passes(name: str, family: str) -> Any:
         external attention, algorithms.external_attention_passes.Passes and, on some backends, those of
         schemas.EXTERNAL_PROPAGATE_PASSES; for linear attention, by those of
         schemas.MEMORY_PASSES and, on some backends, of schemas.MEMORY_PROPAGATE_PASSES. Those of Attention in Attention
-        have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES.
+        have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES or AVERAGE_PASSES.
     """
     if family == "linear_attention":
         if name != "cpu" or extension.load() is not None:
@@ -357,10 +357,12 @@ def passes(name: str, family: str) -> Any:
         return importlib.import_module("..triton", __package__)
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})
     if family == "external_attention":
+        found.move_statistics_ = schemas.callable_pass("move_statistics_")
+        more = {"cuda": schemas.FOLD_PASSES, "cpu": schemas.EXTERNAL_PROPAGATE_PASSES}[name]
+        vars(found).update((p, schemas.callable_pass(p)) for p in more)
         with_products = MatmulPasses(found)
         if name == "cpu":
-            more = *schemas.EXTERNAL_PROPAGATE_PASSES, "move_statistics_"
-            vars(with_products).update((p, schemas.callable_pass(p)) for p in more)
+            vars(with_products).update((p, getattr(found, p)) for p in more)
         return with_products
     if family == "cbam" and name == "cpu":
         more = *schemas.CONVOLVE_PASSES, "move_statistics_"
@@ -368,6 +370,8 @@ def passes(name: str, family: str) -> Any:
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order
     found.evaluate = schemas.callable_pass("evaluate")
+    if family == "attention_in_attention" and name == "cuda":
+        vars(found).update((p, schemas.callable_pass(p)) for p in schemas.AVERAGE_PASSES)
     if family == "attention_in_attention" and name == "cpu":
         vars(found).update((p, schemas.callable_pass(p)) for p in schemas.PROPAGATE_PASSES)
     return found

@@ -6,6 +6,9 @@ contiguous in the type of x, and the pair that is kept is A, written over the lo
 that give a parameter's gradient are accumulated in accumulate_dtype; x-sized tensors that lie feature by feature enter
 as transposed operands, without a copy.
 
+Where a call is a launch (_is_launched), the fewest operators are taken. On a CPU, where a call costs little, those are
+that its library is fast at.
+
 Passes overwrite their operands. Whoever sees the framework's operators, a mode or a tensor of another kind, may have
 kept what they returned; there products are written into tensors made here (out=), of which nobody expects that.
 """
@@ -19,28 +22,37 @@ import torch
 from torch import Tensor
 
 from .. import schemas
+from ..algorithms import folds
 from ..algorithms.external_attention_passes import Attention, BatchTerm, DoubleNorm, Dropout
 from ..common.dtypes import accumulate_dtype
+from ..common.running_statistics import move_statistics_
 from .choices import FEW_SLOTS
 
 
 class MatmulPasses:
     """The fused passes over the elementary ones that ``passes`` has as attributes, which stay reachable by name."""
 
-    column_statistics: Callable[..., Tensor]
+    column_statistics: Callable[..., tuple[Tensor, Tensor]]
     double_norm_: Callable[..., Tensor]
     double_norm_backward_reduce: Callable[..., Tensor]
     double_norm_backward_: Callable[..., None]
     residual_relu_: Callable[..., Tensor]
     residual_relu_backward: Callable[..., tuple[Tensor, Tensor]]
+    move_statistics_: Callable[..., None]
+    fold: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    fold_sums: Callable[..., tuple[Tensor, Tensor]]
+    fold_back: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
     def __init__(self, passes: Any):
         for name in (*schemas.DOUBLE_NORM_PASSES, *schemas.RESIDUAL_PASSES):
             setattr(self, name, getattr(passes, name))
+        self.move_statistics_ = getattr(passes, "move_statistics_", move_statistics_)
+        for name in schemas.FOLD_PASSES:
+            setattr(self, name, getattr(passes, name, getattr(folds, name)))
 
-    def logits(self, x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    def logits(self, x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         logits = _by_heads(x, key.mT)
-        return logits, self.column_statistics(logits, padding)
+        return logits, *self.column_statistics(logits, padding)
 
     def normalize(self, logits: Tensor, lse: Tensor, *, norm: DoubleNorm) -> Attention:
         return logits, self.double_norm_(logits, lse, *norm)
@@ -63,8 +75,7 @@ class MatmulPasses:
     ) -> tuple[Tensor, Tensor | None]:
         a = _dropped(attention[0], dropout)
         if residual is None:
-            o = _by_heads(a, value.mT)
-            return (o if bias is None else o.add_(bias)), None
+            return _by_heads(a, value.mT, bias), None
         z = _times(a, value[0].mT, by_feature=_by_feature(residual))
         return z, self.residual_relu_(z, residual, bias)
 
@@ -104,7 +115,7 @@ class MatmulPasses:
         else:
             # The two terms cancel in part: they are added in the type that they come in.
             origin, inner, constant = batch_term
-            term = _mm((a - origin).flatten(0, 1), inner).add_(constant).view_as(a)
+            term = _mm((a - origin).flatten(0, 1), inner, constant).view_as(a)
             grad_attention = _times(grad, value[0], added_to=term.to(a.dtype))
         return grad_attention, self.double_norm_backward_reduce(grad_attention, a, norm.group)
 
@@ -163,9 +174,15 @@ def _is_seen(t: Tensor) -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or type(t) is not Tensor)
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a [p, q] @ b [q, r], to be overwritten."""
-    return torch.mm(a, b, out=a.new_empty((a.shape[0], b.shape[1]))) if _is_seen(a) else torch.mm(a, b)
+def _is_launched(t: Tensor) -> bool:
+    """Whether an operator on t costs a launch, whatever it does."""
+    return t.device.type != "cpu"
+
+
+def _mm(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """a [p, q] @ b [q, r], and a row [r] added, to be overwritten."""
+    out = a.new_empty((a.shape[0], b.shape[1])) if _is_seen(a) else None
+    return torch.mm(a, b, out=out) if added is None else torch.addmm(added, a, b, out=out)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -180,7 +197,7 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
     added_to, if given, is overwritten by its sum with the product, and decides the storage.
     """
     b, n, _ = t.shape
-    if _by_feature(t) and not (by_feature if added_to is None else _by_feature(added_to)) and _wide(t):
+    if not _is_launched(t) and _turns_result(t, by_feature if added_to is None else _by_feature(added_to)):
         # With t as it lies, and its narrow result turned afterwards: twice as fast as with t as a transposed operand.
         product = _bmm(matrix.mT.contiguous().expand(b, -1, -1), t.mT).mT
         return product.contiguous() if added_to is None else added_to.add_(product)
@@ -190,7 +207,7 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
         return _bmm(matrix.mT.expand(b, -1, -1), t.mT).mT
     if added_to is None and _one_matrix(t):
         rows = t.flatten(0, 1)
-        if matrix.shape[1] < FEW_SLOTS <= matrix.shape[0]:
+        if matrix.shape[1] < FEW_SLOTS <= matrix.shape[0] and not _is_launched(t):
             # A library's product of few columns takes up to four times as long as one of few rows.
             product = rows.new_empty((b * n, matrix.shape[1]))  # who sees what operators return sees no overwritten one
             return product.copy_(_mm(matrix.mT, rows.mT).mT).view(b, n, -1)
@@ -204,22 +221,30 @@ def _times(t: Tensor, matrix: Tensor, by_feature: bool = False, added_to: Tensor
     return added_to
 
 
+def _turns_result(t: Tensor, by_feature: bool) -> bool:
+    return _by_feature(t) and not by_feature and _wide(t)
+
+
 def _rows(t: Tensor, p: int) -> Tensor:
     """t [B, N, H * p] as [B, N * H, p]: what one matrix does to every head it does to rows of one product."""
     return t if t.shape[2] == p else t.reshape(t.shape[0], -1, p)
 
 
-def _by_heads(t: Tensor, matrices: Tensor) -> Tensor:
+def _by_heads(t: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
     """Each head's features of t [B, N, H * p] times its matrix of [H, p, q], or that of all, [1, p, q]: [B, N, H * q],
-    contiguous."""
+    contiguous. With a bias [H * q] it is added."""
     heads, p, q = matrices.shape
-    b, n, _ = t.shape
+    b, n, d = t.shape
+    if heads == 1 and d == p and bias is not None and _is_launched(t) and _one_matrix(t):
+        return torch.addmm(bias.to(t.dtype), t.flatten(0, 1), matrices[0]).view(b, n, q)
     if heads == 1:
-        return _times(_rows(t, p), matrices[0]).view(b, n, -1)
-    rows, out = t.reshape(b * n, heads * p), t.new_empty((b * n, heads * q))
-    for h in range(heads):
-        torch.mm(rows[:, h * p : (h + 1) * p], matrices[h], out=out[:, h * q : (h + 1) * q])
-    return out.view(b, n, heads * q)
+        out = _times(_rows(t, p), matrices[0])
+    else:
+        rows, out = t.reshape(b * n, heads * p), t.new_empty((b * n, heads * q))
+        for h in range(heads):
+            torch.mm(rows[:, h * p : (h + 1) * p], matrices[h], out=out[:, h * q : (h + 1) * q])
+    out = out.view(b, n, -1)
+    return out if bias is None else out.add_(bias)
 
 
 def _over_tokens(s: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
@@ -229,6 +254,8 @@ def _over_tokens(s: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
     dtype = accumulate_dtype(s.dtype)
     if heads == 1:
         s, t = _rows(s, p), _rows(t, q)
+    if heads == 1 and _is_launched(s):
+        return _over_tokens_at_once(s, t)
     if heads == 1 and p > q and not _by_feature(s) and (q < FEW_SLOTS or torch.get_num_threads() == 1):
         # Rows of the longer side are contiguous: one core runs faster along them, by a fifteenth with 64 slots. But a
         # library divides the longer side among cores, and two of them are a tenth faster with its elements as rows.
@@ -255,3 +282,13 @@ def _over_tokens(s: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
         else:
             out.baddbmm_(one.mT, other)
     return out
+
+
+def _over_tokens_at_once(s: Tensor, t: Tensor) -> Tensor:
+    """_over_tokens of one head in the fewest launches. That of bfloat16 alone stays in this type."""
+    dtype = accumulate_dtype(s.dtype)
+    if not s.dtype == t.dtype == torch.bfloat16:
+        s, t = s.to(dtype), t.to(dtype)
+    if _one_matrix(s) and _one_matrix(t):
+        return _mm(s.flatten(0, 1).mT, t.flatten(0, 1)).unsqueeze(0)
+    return torch.bmm(s.mT, t).sum(0, keepdim=True)  # of bfloat16 too this adds in float32

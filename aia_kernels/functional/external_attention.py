@@ -251,13 +251,32 @@ def without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
     """A key memory, joined to biases that have no effect, so that these get a gradient of zero.
 
     Zero and not none, so that DistributedDataParallel finds every parameter used. The sum of an empty slice is 0 and
-    has no other gradient, whatever values the bias and the gradient of the key have.
+    has no other gradient, whatever values the bias and the gradient of the key have. On a GPU that would be four
+    launches.
     """
-    for bias in biases if torch.is_grad_enabled() else ():
-        if bias is not None and bias.requires_grad:
-            flat = bias if bias.ndim == 1 else bias.flatten()
-            key = key + flat.narrow(0, 0, 0).sum().to(key.dtype)
+    wanted = [b for b in biases if b is not None and b.requires_grad] if torch.is_grad_enabled() else []
+    if wanted and not key.is_cpu and not is_traced() and not needs_reference() and all(map(sharded.is_plain, wanted)):
+        return _WithoutEffect.apply(key, *wanted)
+    for bias in wanted:
+        flat = bias if bias.ndim == 1 else bias.flatten()
+        key = key + flat.narrow(0, 0, 0).sum().to(key.dtype)
     return key
+
+
+class _WithoutEffect(torch.autograd.Function):
+    """The key as it is, from apply(key, *biases): the biases get a gradient of zero, by one launch each."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, *biases: Tensor) -> Tensor:
+        ctx.biases = [(b.shape, b.dtype, b.device) for b in biases]
+        ctx.set_materialize_grads(False)
+        return key.view_as(key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, *(None for _ in ctx.biases)
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.biases)
 
 
 def _attend(x: Tensor, memories: Memories, making: Making) -> Tensor:
@@ -343,7 +362,7 @@ def external_attention_block(
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected a batch: BN shares its statistics with a group")
         empty = torch.empty_like(x) if channels == x.shape[1] else x.new_zeros((x.shape[0], channels, *x.shape[2:]))
         return _nothing(empty, x, key, value, value_bias, *(norm[:2] if isinstance(norm, Norm) else ()))
-    of_bn = norm if isinstance(norm, Norm) else None
+    of_bn, move = norm if isinstance(norm, Norm) else None, None
     if of_bn is not None and value_bias is not None:
         if of_bn.uses_batch:
             key = without_effect(key, value_bias)  # the batch norm takes it away again
@@ -352,22 +371,24 @@ def external_attention_block(
     if (norm is None or of_bn is not None) and activation == "relu" and residual is True:
         if norm is None:
             norm = Norm(None, value_bias, x.new_zeros(channels), x.new_ones(channels), eps=0.0)
-        y, statistics = _block(x, key, value, norm, eps)
+        backend = backends.select(x.device, x.dtype, FAMILY)
+        y, statistics = _block(x, key, value, norm, eps, backend)
+        if backend != "reference" and not is_traced():
+            move = backends.passes(backend, FAMILY).move_statistics_
     else:
         bias = None if of_bn is not None else value_bias
         y, statistics = block(double_normalize, x, key, value, bias, norm, eps, activation, residual)
     if of_bn is not None:
         if value_bias is not None:
             statistics = statistics + torch.nn.functional.pad(value_bias.detach().unsqueeze(1), (0, 2))
-        update_running_statistics([of_bn], [statistics])
+        update_running_statistics([of_bn], [statistics], move)
     return y
 
 
-def _block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
+def _block(x: Tensor, key: Tensor, value: Tensor, norm: Norm, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """relu(BN(A V^T) + x) and the statistics [C, 3], by any of the paths."""
-    backend, transformed = backends.select(x.device, x.dtype, FAMILY), needs_reference()
     with no_autocast(x):
-        if backend == "reference" or transformed:
+        if backend == "reference" or needs_reference():
             tokens, statistics = reference.external_attention_block(as_tokens(x), key, value, norm, eps)
             return as_maps(tokens, x), statistics
         return _block_through_passes(with_dense_maps(x), key, value, norm, eps, backend)
@@ -378,20 +399,18 @@ def _block_through_passes(
 ) -> tuple[Tensor, Tensor]:
     """y and the statistics [C, 3] by one of the paths 1, 3 and 4."""
     members = _group_name(norm.process_group if norm.training else None)
-    fixed = None if norm.uses_batch else torch.stack((norm.running_mean, norm.running_var))
-    key, value = contiguous(key, value)
+    parameters = contiguous(key, value, norm.weight, norm.bias)
     if is_traced():
+        fixed = None if norm.uses_batch else torch.stack((norm.running_mean, norm.running_var))
         settings = eps, norm.uses_batch, norm.eps, members, backend
-        tokens, *_, statistics = operators.external_attention_block_forward(
-            as_tokens(x), key, value, norm.weight, norm.bias, fixed, *settings
-        )
+        tokens, *_, statistics = operators.external_attention_block_forward(as_tokens(x), *parameters, fixed, *settings)
         return as_maps(tokens, x), statistics
+    of_norm = () if norm.uses_batch else contiguous(norm.running_mean.detach(), norm.running_var.detach())
     passes = backends.passes(backend, FAMILY)
     plan = Plan(passes, key.shape[0], eps, batch=norm.uses_batch, norm_eps=norm.eps, members=members)
-    parameters = key, value, norm.weight, norm.bias
     if _wants_gradients(x, *parameters):
-        return algorithm.ExternalAttentionBlockFunction.apply(x, *parameters, plan, fixed)
-    result = algorithm.block_forward(plan, as_tokens(x), *parameters, fixed)
+        return algorithm.ExternalAttentionBlockFunction.apply(x, *parameters, plan, of_norm)
+    result = algorithm.block_forward(plan, as_tokens(x), *parameters, of_norm)
     return as_maps(result.y, x), result.statistics
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .. import backends
 from ..algorithms import few_slots, safe_normalization
-from ..algorithms.external_attention import log_sum_exp
 from ..backends.choices import FEW_SLOTS
 from ..common.tracing import is_symbolic, needs_reference
 from ..reference import Norm
@@ -99,7 +98,8 @@ def _normalized(logits: Tensor, eps: float) -> Tensor:
     large = logits.numel() > _SMALL_MAP and slots >= FEW_SLOTS and not followed
     if large and backends.select(logits.device, logits.dtype, FAMILY) == "cpu":
         passes, rows = backends.passes("cpu", FAMILY), logits.view(*logits.shape[:2], -1)
-        passes.double_norm_(rows, log_sum_exp(passes.column_statistics(rows, None), ""), slots, eps, None)
+        _, lse = passes.column_statistics(rows, None)
+        passes.double_norm_(rows, lse, slots, eps, None)
         return logits
     return double_normalize(logits, eps, tokens=1)
 

@@ -404,8 +404,9 @@ class MultiHeadExternalAttention(nn.Module):
             back = proj.unflatten(1, (self.num_heads, -1))  # [dim, heads, dim / heads]
             value = (back @ shared_value).flatten(1)
             if value_bias is not None:
-                shared = back.sum(1) @ value_bias
-                bias = shared if bias is None else bias + shared
+                shared = back.sum(1)
+                of_bias = None if bias is None else bias.to(shared.dtype)
+                bias = shared @ value_bias if of_bias is None else torch.addmv(of_bias, shared, value_bias)
         return external_attention(x, key, value, value_bias=bias, eps=EPS, group=self.k, dropout=dropout)
 
     def _by_heads(self, x: Tensor, parameters: list[Any], dropout: float) -> Tensor:

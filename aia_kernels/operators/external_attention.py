@@ -34,9 +34,10 @@ _SCHEMAS = {
     "Tensor",
     "external_attention_block_forward": "(Tensor x, Tensor key, Tensor value, Tensor? weight, Tensor? bias, "
     "Tensor? fixed, float eps, bool batch, float norm_eps, str members, str backend) -> (Tensor y, Tensor attention, "
-    "Tensor second, Tensor signs, Tensor mean, Tensor total, Tensor centred, Tensor statistics)",
+    "Tensor second, Tensor signs, Tensor origin, Tensor off, Tensor total, Tensor moment, Tensor statistics)",
     "external_attention_block_backward": "(Tensor grad_y, Tensor x, Tensor key, Tensor value, Tensor? weight, "
-    "Tensor attention, Tensor second, Tensor signs, Tensor mean, Tensor total, Tensor centred, Tensor statistics, "
+    "Tensor attention, Tensor second, Tensor signs, Tensor origin, Tensor off, Tensor total, Tensor moment, "
+    "Tensor statistics, "
     "float eps, bool batch, float norm_eps, str members, str backend) -> "
     "(Tensor grad_x, Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
 }
@@ -49,6 +50,11 @@ def _passes(backend: str):
 def _typed(grads: Iterable[Tensor], inputs: Iterable[Tensor | None]) -> list[Tensor | None]:
     """Gradients of parameters, None for those that are absent, in their types."""
     return [None if p is None else g.to(p.dtype) for g, p in zip(grads, inputs, strict=True)]
+
+
+def _accumulated(grads: Iterable[Tensor], x: Tensor) -> list[Tensor]:
+    """Gradients of parameters in the one type that an operator promises; the passes choose between two."""
+    return [g.to(accumulate_dtype(x.dtype)) for g in grads]
 
 
 def _normalize_plan(group, eps, shards, backend) -> Plan:
@@ -105,7 +111,8 @@ def _attend(x, key, value, bias, padding, keep, *settings):
 def _attend_backward(grad, x, key, value, attention, second, padding, keep, *settings):
     key, value, attention, second, padding, keep = contiguous(key, value, attention, second, padding, keep)
     plan, kept = _attention_plan(*settings), (attention, second)
-    return algorithm.backward(plan, with_rows(grad), with_rows(x), key, value, kept, padding, keep)
+    grad_x, *grads = algorithm.backward(plan, with_rows(grad), with_rows(x), key, value, kept, padding, keep)
+    return grad_x, *_accumulated(grads, x)
 
 
 def fake_attend(x, key, value, bias, padding, keep, group, eps, shards, scale, backend):
@@ -164,26 +171,28 @@ def _block_plan(key, eps, batch, norm_eps, members, backend) -> Plan:
 
 
 def _block(x, key, value, weight, bias, fixed, *settings):
-    tensors = dense_tokens(x), *contiguous(key, value, weight, bias, fixed)
-    result = algorithm.block_forward(_block_plan(key, *settings), *tensors)
+    tensors = dense_tokens(x), *contiguous(key, value, weight, bias)
+    of_norm = () if fixed is None else fixed.contiguous().unbind()
+    result = algorithm.block_forward(_block_plan(key, *settings), *tensors, of_norm)
     return result.y, *result.attention, result.signs, *result.batch, result.statistics
 
 
-def _block_backward(
-    grad_y, x, key, value, weight, attention, second, signs, mean, total, centred, statistics, *settings
-):
-    x, kept = dense_tokens(x), contiguous(attention, second, signs, mean, total, centred, statistics)
+def _block_backward(grad_y, x, key, value, weight, attention, second, signs, *rest):
+    batch, statistics, settings = rest[:4], rest[4], rest[5:]
+    x, kept = dense_tokens(x), contiguous(attention, second, signs, *batch, statistics)
     attention, second, signs, *batch, statistics = kept
     parameters = contiguous(key, value, weight)
     kept = (attention, second), signs, BatchNorm(*batch), statistics
-    return algorithm.block_backward(_block_plan(key, *settings), stored_as(grad_y, x), x, *parameters, *kept)
+    plan = _block_plan(key, *settings)
+    grad_x, *grads = algorithm.block_backward(plan, stored_as(grad_y, x), x, *parameters, *kept)
+    return grad_x, *_accumulated(grads, x)
 
 
 def fake_block(x, key, value, weight, bias, fixed, eps, batch, norm_eps, members, backend):
     """What external_attention_block_forward returns, without values."""
     passes, (m, c) = _passes(backend), key.shape
     wide = x.new_empty((), dtype=accumulate_dtype(x.dtype))
-    kept = (wide.new_empty(shape) for shape in (((2, m), (m,), (m, m)) if batch else ((0,),) * 3))
+    kept = (wide.new_empty(shape) for shape in (((m,), (m,), (m,), (m, m)) if batch else ((0,),) * 4))
     attention, y = passes.empty_attention(x, columns=m, group=m), torch.empty_like(dense_tokens(x))
     return y, *attention, passes.empty_signs(y), *kept, wide.new_empty((c, 3))
 

@@ -5,6 +5,7 @@ the fused ones (aia_kernels.algorithms.external_attention_passes).
 Maps keep the storage order of x with the pooled letter struck out.
 """
 
+from ..algorithms.folds import fold, fold_back, fold_sums
 from .cbam import (
     cbam_pool_channels,
     cbam_pool_positions,
@@ -14,7 +15,8 @@ from .cbam import (
     cbam_unpool_reduce,
 )
 from .double_norm import column_statistics, double_norm_, double_norm_backward_, double_norm_backward_reduce
-from .gate import gate, gate_again, gate_backward, gate_backward_reduce
+from .gate import gate, gate_again
+from .gate_backward import gate_backward, gate_backward_reduce
 from .logits import attention_gradient, empty_attention, logits, normalize
 from .pool import pool, unpool, unpool_reduce
 from .recalibrate import recalibrate, recalibrate_reduce
@@ -38,6 +40,9 @@ __all__ = [
     "double_norm_backward_reduce",
     "empty_attention",
     "empty_signs",
+    "fold",
+    "fold_back",
+    "fold_sums",
     "gate",
     "gate_again",
     "gate_backward",

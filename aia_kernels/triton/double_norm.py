@@ -123,12 +123,13 @@ def column_statistics_kernel(
 def join_statistics_kernel(
     partial_ptr,  # [B, blocks, 2, M]
     statistics_ptr,  # [B, 2, M]
+    lse_ptr,  # [B, M]
     blocks,
     M: tl.constexpr,
     BP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Statistics [B, 2, M] from those of blocks of tokens, partial [B, blocks, 2, M]."""
+    """Statistics [B, 2, M], and lse, from those of blocks of tokens, partial [B, blocks, 2, M]."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     SPANS: tl.constexpr = tl.cdiv(M, BM)
     b = (tl.program_id(0) // SPANS).to(tl.int64)
@@ -147,6 +148,7 @@ def join_statistics_kernel(
     statistics_ptr += b * (2 * M) + m
     tl.store(statistics_ptr, maximum, mask=m < M)
     tl.store(statistics_ptr + M, total, mask=m < M)
+    tl.store(lse_ptr + b * M + m, maximum + tl.log(total), mask=m < M)
 
 
 @tiles.launched
@@ -271,8 +273,9 @@ def backward_kernel(
         tl.store(grad_ptr + (t[:, None] * M + m[None, :]), grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-def column_statistics(logits: Tensor, padding: Tensor | None) -> Tensor:
-    """[B, 2, M]: of each column of logits [B, N, M] the maximum over tokens and the sum of exp(logit - maximum)."""
+def column_statistics(logits: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, 2, M]: of each column of logits [B, N, M] the maximum over tokens and the sum of exp(logit - maximum); and
+    lse [B, M], the maximum plus the logarithm of the sum."""
     check_logits("logits", logits, 1, padding)
     _, n, m = logits.shape
     c = columns(1, m, 1)
@@ -333,17 +336,17 @@ def normalizer(logits: Tensor, rows: Tensor, c: Columns, norm: DoubleNorm) -> No
     launch(normalizer_kernel, logits, logits.shape[1], c, blocks, *arguments, EPS=norm.eps, BT=bt)
 
 
-def join_statistics(partial: Tensor) -> Tensor:
-    """Statistics [B, 2, M] from those of blocks of tokens [B, blocks, 2, M]."""
+def join_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics [B, 2, M], and lse [B, M], from those of blocks of tokens [B, blocks, 2, M]."""
     b, blocks, _, m = partial.shape
-    statistics = partial.new_empty((b, 2, m))
+    statistics, lse = partial.new_empty((b, 2, m)), partial.new_empty((b, m))
     # Few columns to a program: where blocks are many, samples are few.
     block = min(triton.next_power_of_2(m), 1024 if INTERPRETED else 16)
     rows = min(triton.next_power_of_2(max(blocks, 1)), ELEMENTS // 2 // block)
-    arguments = partial, statistics, blocks
+    arguments = partial, statistics, lse, blocks
     constants = {"M": m, "BP": rows, "BM": block, "num_warps": 4}
     tiles.launch(join_statistics_kernel, partial, (b * triton.cdiv(m, block),), *arguments, **constants)
-    return statistics
+    return statistics, lse
 
 
 def token_blocks(x: Tensor, n: int, c: Columns) -> tuple[int, int]:

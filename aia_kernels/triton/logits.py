@@ -178,8 +178,8 @@ def attention_gradient_kernel(
     tl.store(grad_attention_ptr + at, grad.to(TYPE), mask=inside[:, None] & exists[None, :])
 
 
-def logits(x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """L = x key^T [B, N, M] and its column statistics [B, 2, M]. Reads 1 |X|, writes M / d |X|."""
+def logits(x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """L = x key^T [B, N, M], its column statistics [B, 2, M] and lse [B, M]. Reads 1 |X|, writes M / d |X|."""
     check_tokens("x", x)
     check_memory("key", key, x)
     memories, width, k = key.shape
@@ -196,7 +196,7 @@ def logits(x: Tensor, key: Tensor, *, padding: Tensor | None) -> tuple[Tensor, T
     arguments = x, key.expand(heads, -1, -1).contiguous(), as_bytes(padding), out, partial, n, *x.stride()
     constants = {"C": c, "F": k, "BT": bt, "STEP": _step(x, k)}
     launch(logits_kernel, (out, x), b * blocks * heads * spans.fn(c), *arguments, **constants)
-    return out, join_statistics(partial)
+    return out, *join_statistics(partial)
 
 
 def normalize(logits: Tensor, lse: Tensor, *, norm: DoubleNorm) -> Attention:

@@ -121,7 +121,8 @@ def values(
     check_dropout(dropout, logits)
     b, n, _ = logits.shape
     if bias is not None:
-        check_sizes("bias", bias, (heads * v,), rows.dtype, logits)
+        as_x = residual is None and bias.dtype == logits.dtype
+        check_sizes("bias", bias, (heads * v,), bias.dtype if as_x else rows.dtype, logits)
         bias = bias.contiguous()
     if residual is not None:
         check_sizes("residual", residual, (b, n, heads * v), logits.dtype, logits)

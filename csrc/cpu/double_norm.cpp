@@ -131,6 +131,13 @@ void join_statistics(const Tokens& at, const A* partial, A* statistics, int64_t 
 }
 
 template <class A>
+void log_sum_exp(const Tokens& at, const A* statistics, A* lse, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t c = 0; c < at.M; ++c)
+      lse[b * at.M + c] = statistics[2 * b * at.M + c] + std::log(statistics[(2 * b + 1) * at.M + c]);
+}
+
+template <class A>
 void join_sums(const Tokens& at, const A* partial, A* sums, int64_t begin, int64_t end) {
   const int64_t chunks = sums_split(at).chunks;
   for (int64_t b = begin; b < end; ++b)
@@ -327,9 +334,10 @@ void double_norm_backward(const Tokens& at, T* grad, const T* attention, const A
 }
 
 template <class T>
-constexpr DoubleNormPasses kPasses = {untyped<column_statistics<T>>,     untyped<join_statistics<Accumulate<T>>>,
-                                      untyped<double_norm<T>>,           untyped<double_norm_backward_reduce<T>>,
-                                      untyped<join_sums<Accumulate<T>>>, untyped<double_norm_backward<T>>};
+constexpr DoubleNormPasses kPasses = {untyped<column_statistics<T>>,           untyped<join_statistics<Accumulate<T>>>,
+                                      untyped<log_sum_exp<Accumulate<T>>>,     untyped<double_norm<T>>,
+                                      untyped<double_norm_backward_reduce<T>>, untyped<join_sums<Accumulate<T>>>,
+                                      untyped<double_norm_backward<T>>};
 
 }  // namespace
 

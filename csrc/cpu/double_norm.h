@@ -43,12 +43,13 @@ inline int64_t token_units(const Tokens& at) { return (at.B * at.N + unit_tokens
 
 // All but logits, attention and grad have the type in which these accumulate. statistics [B, 2, M] holds maximum and
 // sum; sums, lse and reduced are [B, M], mass is [B, N, groups]. partial has an axis of chunks behind B; where there is
-// one chunk it is the result. The passes that join partial results have samples for units.
+// one chunk it is the result. The passes that join partial results, and log_sum_exp, have samples for units.
 struct DoubleNormPasses {
   static const DoubleNormPasses base[kScalars], v3[kScalars], v4[kScalars];
 
   void (*column_statistics)(const Tokens&, const void* logits, void* partial, int64_t begin, int64_t end);
   void (*join_statistics)(const Tokens&, const void* partial, void* statistics, int64_t begin, int64_t end);
+  void (*log_sum_exp)(const Tokens&, const void* statistics, void* lse, int64_t begin, int64_t end);
   void (*double_norm)(const Tokens&, void* logits, const void* lse, double eps, void* mass, int64_t begin, int64_t end);
   void (*backward_reduce)(const Tokens&, const void* grad, const void* attention, void* partial, int64_t begin,
                           int64_t end);

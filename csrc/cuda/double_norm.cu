@@ -1,6 +1,6 @@
 // The double normalization of external attention (aia_kernels/schemas.py has the equations).
 //
-//   column_statistics            reads 1 |L|             maximum and sum of exponentials over tokens, online
+//   column_statistics            reads 1 |L|             maximum and sum of exponentials over tokens, online; its log
 //   double_norm_                 reads 1, writes 1 |L|   A and the mass of each token's group
 //   double_norm_backward_reduce  reads 2 |L|             sums of Q over tokens
 //   double_norm_backward_        reads 2, writes 1 |L|   the gradient of the logits
@@ -47,12 +47,15 @@ struct Statistics {
   __device__ __forceinline__ A seen_maximum() const { return sum != sum && maximum != -lowest<A>() ? sum : maximum; }
 };
 
-// Statistics in memory: [B, chunks, 2, M].
+// Statistics in memory: [B, chunks, 2, M]; and of a single chunk, the whole, their logarithm [B, M], else null.
 template <class A>
-__device__ __forceinline__ void store_statistics(A* to, int M, const Place& at, int column, const Statistics<A>& s) {
+__device__ __forceinline__ void store_statistics(A* to, A* lse, int M, const Place& at, int column,
+                                                 const Statistics<A>& s) {
   to += (at.b * at.chunks + at.chunk) * 2 * M + column;
-  to[0] = s.seen_maximum();
+  const A maximum = s.seen_maximum();
+  to[0] = maximum;
   to[M] = s.sum;
+  if (lse) lse[at.b * M + column] = maximum + std::log(s.sum);
 }
 
 template <class T, int V, class A = Accumulate<T>>
@@ -60,7 +63,7 @@ struct StatisticsOp {
   using Partial = Statistics<A>;
   const T* logits;         // [B, N, M]
   const uint8_t* padding;  // [B, N], or null
-  A* to;                   // [B, chunks, 2, M]
+  A *to, *lse;             // [B, chunks, 2, M], and [B, M] or null
   int64_t N;
   int M;
 
@@ -90,7 +93,7 @@ struct StatisticsOp {
     }
   }
   __device__ __forceinline__ void store(const Place& at, int column, const Partial& total) const {
-    store_statistics(to, M, at, column, total);
+    store_statistics(to, lse, M, at, column, total);
   }
 };
 
@@ -98,7 +101,7 @@ template <class A>
 struct JoinStatistics {
   using Partial = Statistics<A>;
   const A* from;  // [B, rows, 2, M]
-  A* to;          // [B, chunks, 2, M]
+  A *to, *lse;    // [B, chunks, 2, M] and [B, M]
   int64_t rows;
   int M;
 
@@ -111,7 +114,7 @@ struct JoinStatistics {
     }
   }
   __device__ __forceinline__ void store(const Place& at, int column, const Partial& total) const {
-    store_statistics(to, M, at, column, total);
+    store_statistics(to, lse, M, at, column, total);
   }
 };
 
@@ -326,19 +329,20 @@ Split token_split(const Tokens& at) {
   return Split(at.N, at.B * ceil_div(at.M, kColumns), kLeast);
 }
 
-int column_statistics(const Tokens& at, const void* logits, void* partial, void* statistics, void* stream) {
+int column_statistics(const Tokens& at, const void* logits, void* partial, void* statistics, void* lse, void* stream) {
   return with_scalar(at.scalar, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;
     const Split split = token_split(at);
-    A* const result = static_cast<A*>(statistics);
+    A *const result = static_cast<A*>(statistics), *const log_of = static_cast<A*>(lse);
     A* const to = split.chunks > 1 ? static_cast<A*>(partial) : result;
     const int error = with_width<T>(at.M, {logits}, [&](auto V) {
-      const StatisticsOp<T, V.value> op{static_cast<const T*>(logits), at.padding, to, at.N, at.M};
+      A* const at_once = split.chunks > 1 ? nullptr : log_of;
+      const StatisticsOp<T, V.value> op{static_cast<const T*>(logits), at.padding, to, at_once, at.N, at.M};
       return launch_columns<V.value>(op, at.B, at.N, at.M, split, kColumnThreads / 4, stream);
     });
     if (error != 0 || split.chunks == 1) return error;
-    return join_columns(JoinStatistics<A>{to, result, split.chunks, at.M}, at.B, split.chunks, at.M, stream);
+    return join_columns(JoinStatistics<A>{to, result, log_of, split.chunks, at.M}, at.B, split.chunks, at.M, stream);
   });
 }
 

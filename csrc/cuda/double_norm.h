@@ -22,7 +22,7 @@ Split token_split(const Tokens&);
 
 // A reduction writes the results of its chunks, [B, chunks, 2, M] and [B, chunks, M], to `partial`, where there are
 // several, and a second launch joins them; so long as there is only one, `partial` is not used.
-int column_statistics(const Tokens&, const void* logits, void* partial, void* statistics, void* stream);
+int column_statistics(const Tokens&, const void* logits, void* partial, void* statistics, void* lse, void* stream);
 int double_norm(const Tokens&, void* logits, const void* lse, double eps, void* mass, void* stream);
 // dots [B, N, M / group] is the workspace of a first launch, where needs_dots.
 bool needs_dots(const Tokens&, const void* grad, const void* attention);

@@ -23,6 +23,11 @@ int unpool_reduce(const Shape&, const void* x, Unpooled, int gate_context, void*
 int recalibrate(const Shape&, const void* x, Gate, void* y, void* stream);
 int recalibrate_reduce(const Shape&, const void* grad_y, const void* x, int context, void* grad_gate, void* stream);
 
+// Of maps, whose scalar (float32 or float64) is that of the shape: gate and spread are [B, M] over T, H and W, averaged
+// and grad [B, T, H, W].
+int average_gate(const Shape&, const void* gate, void* averaged, void* stream);
+int average_gate_back(const Shape&, const void* grad, void* spread, void* stream);
+
 // With 0 <= 2 * fold <= C. y does not overlap x.
 int temporal_shift(const Shape&, const void* x, int fold, bool reverse, void* y, void* stream);
 

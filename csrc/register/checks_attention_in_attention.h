@@ -100,6 +100,25 @@ inline PackedDims dims_of(const std::vector<int64_t>& dims, const Tensor& map, b
   return packed;
 }
 
+// The activation that a map belongs to, from the lengths T, C, H, W and the place of an order in maps.ORDERS. The map
+// is packed over T, H and W or, if averaged, has the elements of one over C.
+inline Activation averaged_of(const Tensor& map, const std::vector<int64_t>& sizes, int64_t order, bool averaged,
+                              const char* name) {
+  check_operand(map, map, name);
+  AIA_CHECK(map.dim() == 2 && map.size(0) > 0, name, " must be [B, M] with B > 0, got ", described(map));
+  const auto type = map.scalar_type();
+  AIA_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
+            " must be float32 or float64, as packed maps are, got ", name_of(type));
+  AIA_CHECK(0 <= order && order < 3, "order must be a place in maps.ORDERS, got ", order);
+  bool fits = sizes.size() == 4;
+  for (const int64_t size : sizes) fits = fits && 0 < size && size < int64_t{1} << 20;
+  AIA_CHECK(fits, "sizes must be lengths of T, C, H and W from 1 to below 2^20, got ", listed(sizes));
+  const Activation a{map.size(0),         sizes[0], sizes[1], sizes[2], sizes[3], static_cast<Order>(order),
+                     scalar_of(map, name)};
+  check_contiguous(map, {a.B, a.packed(averaged ? kChannel : kSpacetime)}, type, map, name);
+  return a;
+}
+
 // A number of any type of the framework that a kernel reads (scalar_of).
 inline Parameter parameter_of(const Tensor& t, const Tensor& first, const char* name, bool written = false) {
   check_operand(t, first, name);

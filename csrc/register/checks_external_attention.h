@@ -85,6 +85,47 @@ inline Residual check_residual_relu(const Tensor& z, const Tensor& x, const std:
   return at;
 }
 
+// V [C, M] of the block, which is not empty, and the eps of its batch norm.
+struct FoldedValue {
+  int64_t C, M;
+  Scalar scalar;
+  double eps;
+};
+
+inline FoldedValue folded_value_of(const Tensor& value, double eps) {
+  check_operand(value, value, "value");
+  AIA_CHECK(value.dim() == 2 && value.is_contiguous() && value.numel() > 0,
+            "value must be contiguous [C, M] and not empty, got ", described(value));
+  check_eps(eps);
+  return {value.size(0), value.size(1), scalar_of(value, "value"), eps};
+}
+
+// Numbers [C] of any type of the framework, contiguous, or none.
+inline Parameter channels_of(const std::optional<Tensor>& numbers, const FoldedValue& at, const Tensor& value,
+                             const char* name) {
+  if (!numbers) return {nullptr, Scalar::kFloat32};
+  check_contiguous(*numbers, {at.C}, numbers->scalar_type(), value, name);
+  return {const_cast<void*>(numbers->const_data_ptr()), scalar_of(*numbers, name)};
+}
+
+// Lists of the sums of a batch, [M], [M] and [M, M], in this order; or empty.
+inline bool check_batch_sums(const std::vector<Tensor>& sums, const FoldedValue& at, const Tensor& value,
+                             std::initializer_list<const char*> names, const char* name) {
+  AIA_CHECK(sums.empty() || sums.size() == 3, name, " must hold three tensors or none, got ", sums.size());
+  if (sums.empty()) return false;
+  const char* const* of = names.begin();
+  check_contiguous(sums[0], {at.M}, accumulate_type(value), value, of[0]);
+  check_contiguous(sums[1], {at.M}, accumulate_type(value), value, of[1]);
+  check_contiguous(sums[2], {at.M, at.M}, accumulate_type(value), value, of[2]);
+  return true;
+}
+
+inline void check_fold_gradient(const Tensor& product, const Tensor& statistics, const FoldedValue& at,
+                                const Tensor& value) {
+  check_contiguous(product, {at.C, at.M}, accumulate_type(value), value, "product");
+  check_contiguous(statistics, {at.C, 3}, accumulate_type(value), value, "statistics");
+}
+
 inline Residual check_residual_relu_backward(const Tensor& grad_y, const Tensor& signs) {
   const Residual at = residual_of(grad_y, "grad_y");
   check_contiguous(signs, {at.signs()}, ScalarType::Byte, grad_y, "signs");

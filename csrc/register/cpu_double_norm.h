@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/double_norm.h"
@@ -30,10 +31,10 @@ Tensor reduce_tokens(const Tensor& of, const Tokens& at, const Split& split, con
   return result;
 }
 
-inline Tensor column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
+inline std::tuple<Tensor, Tensor> column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
   const Tokens at = tokens_of(aia::logits_of(logits, 1, "logits", padding));
   const void* data = logits.const_data_ptr();
-  return reduce_tokens(
+  Tensor statistics = reduce_tokens(
       logits, at, statistics_split(at), {2, at.M},
       [&](void* parts, int64_t begin, int64_t end) {
         passes<DoubleNormPasses>(at.scalar).column_statistics(at, data, parts, begin, end);
@@ -41,6 +42,13 @@ inline Tensor column_statistics(const Tensor& logits, std::optional<Tensor> padd
       [&](void* parts, void* out, int64_t begin, int64_t end) {
         passes<DoubleNormPasses>(at.scalar).join_statistics(at, parts, out, begin, end);
       });
+  Tensor lse = new_numbers(logits, {at.B, at.M});
+  const void* found = statistics.const_data_ptr();
+  void* out = lse.mutable_data_ptr();
+  parallel(at.B, [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).log_sum_exp(at, found, out, begin, end);
+  });
+  return {statistics, lse};
 }
 
 // double_norm_ with a mass [B, N, groups] that is there.

@@ -269,19 +269,6 @@ Tensor sums_over_tokens(const Side& side, const Tensor& of) {
   return sums;
 }
 
-// lse [B, M] of column statistics [B, 2, M].
-Tensor log_sum_exp(const Tensor& statistics, int64_t B, int64_t M) {
-  Tensor lse = new_numbers(statistics, {B, M});
-  with_type(statistics, [&](auto zero) {
-    const auto* found = numbers<decltype(zero)>(statistics);
-    for_numbers(lse, [&](auto& number, int64_t i) {
-      const auto* at = found + i / M * 2 * M + i % M;
-      number = at[0] + std::log(at[M]);
-    });
-  });
-  return lse;
-}
-
 // Numbers of the block's batch norm [C], of its statistics [C, 3]: their third column is 0 where they are fixed.
 template <class A>
 struct Channels {
@@ -333,7 +320,7 @@ std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, std::vector<Opti
     at.x.times_into(kept.a, x, at.key, at.S, true);
   }
   const Tokens tokens{at.x.B, at.x.N, M, at.S, aia::scalar_of(x, "x"), nullptr};
-  const Tensor lse = log_sum_exp(column_statistics(kept.a, std::nullopt), at.x.B, M);
+  const Tensor lse = std::get<1>(column_statistics(kept.a, std::nullopt));
   normalize(tokens, kept.a, lse, eps, kept.mass);
   const Tensor y = at.made(x), z = at.block ? kept.z : y;
   if (at.last.defined()) {

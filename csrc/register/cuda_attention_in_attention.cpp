@@ -96,6 +96,32 @@ Tensor recalibrate_reduce(const Tensor& grad_y, const Tensor& x, int64_t context
   return grad_gate;
 }
 
+// Of an averaged gate, as shape_of_unit.
+Shape shape_of_maps(const Activation& a, const char* name) {
+  AIA_CHECK(a.packed(aia::kSpacetime) < kLimit && a.packed(aia::kChannel) < kLimit, "the packed maps of one clip of ",
+            name, " must hold fewer than 2^30 elements");
+  return {a.B,     static_cast<int>(a.T), static_cast<int>(a.C), static_cast<int>(a.H), static_cast<int>(a.W), a.order,
+          a.scalar};
+}
+
+Tensor average_gate(const Tensor& gate, std::vector<int64_t> sizes, int64_t order) {
+  const Activation a = aia::averaged_of(gate, sizes, order, false, "gate");
+  const Shape s = shape_of_maps(a, "gate");
+  const Launch launch(gate);
+  Tensor averaged = torch::stable::new_empty(gate, {a.B, a.packed(aia::kChannel)});
+  launch.check(aia::cuda::average_gate(s, gate.const_data_ptr(), averaged.mutable_data_ptr(), launch.stream()));
+  return averaged;
+}
+
+Tensor average_gate_back(const Tensor& grad, std::vector<int64_t> sizes, int64_t order) {
+  const Activation a = aia::averaged_of(grad, sizes, order, true, "grad");
+  const Shape s = shape_of_maps(a, "grad");
+  const Launch launch(grad);
+  Tensor spread = torch::stable::new_empty(grad, {a.B, a.packed(aia::kSpacetime)});
+  launch.check(aia::cuda::average_gate_back(s, grad.const_data_ptr(), spread.mutable_data_ptr(), launch.stream()));
+  return spread;
+}
+
 // Maps that a CUDA kernel can address.
 const PackedDims& within_limit(const PackedDims& d) {
   AIA_CHECK(d.packed() < kLimit, "the packed maps of one clip must hold fewer than 2^30 elements, got ", d.packed());
@@ -200,6 +226,8 @@ void move_statistics(std::vector<Tensor> mean, std::vector<Tensor> var, std::vec
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CUDA, m) {
+  m.impl("average_gate", TORCH_BOX(&average_gate));
+  m.impl("average_gate_back", TORCH_BOX(&average_gate_back));
   m.impl("pool", TORCH_BOX(&pool));
   m.impl("unpool", TORCH_BOX(&unpool));
   m.impl("unpool_reduce", TORCH_BOX(&unpool_reduce));

@@ -206,6 +206,18 @@ class Emulator:
         self._launch("recalibrate_reduce", x, (grad_y, x, context), [grad_gate])
         return grad_gate
 
+    def average_gate(self, gate, sizes, order):
+        averaged = _poison(gate.new_empty((gate.shape[0], maps.packed_size((0, *sizes), maps.CHANNEL))))
+        leading = (gate.shape[0], *sizes), order, _SCALARS.index(gate.dtype)
+        self._run("average_gate", leading, [gate], [averaged])
+        return averaged
+
+    def average_gate_back(self, grad, sizes, order):
+        spread = _poison(grad.new_empty((grad.shape[0], maps.packed_size((0, *sizes), maps.SPACETIME))))
+        leading = (grad.shape[0], *sizes), order, _SCALARS.index(grad.dtype)
+        self._run("average_gate_back", leading, [grad], [spread])
+        return spread
+
     def temporal_shift(self, x, fold, reverse):
         y = _poison(torch.empty_like(x))
         self._launch("temporal_shift", x, (x, fold, reverse), [y])
@@ -274,8 +286,9 @@ class Emulator:
     def column_statistics(self, logits, padding):
         b, _, m = logits.shape
         statistics = _poison(logits.new_empty((b, 2, m), dtype=accumulate_dtype(logits.dtype)))
-        self._launch_tokens("column_statistics", logits, 1, [logits, padding], [statistics])
-        return statistics
+        lse = _poison(statistics.new_empty((b, m)))
+        self._launch_tokens("column_statistics", logits, 1, [logits, padding], [statistics, lse])
+        return statistics, lse
 
     def double_norm_(self, logits, lse, group, eps, padding):
         b, n, m = logits.shape
@@ -291,6 +304,31 @@ class Emulator:
 
     def double_norm_backward_(self, grad, attention, mass, reduced, group):
         self._launch_tokens("double_norm_backward_", grad, group, [attention, mass, reduced], [grad])
+
+    def fold(self, value, weight, bias, of_batch, count, fixed, eps):
+        c, m = value.shape
+        folded, wide = _poison(torch.empty_like(value)), accumulate_dtype(value.dtype)
+        shapes = (c,), (c, 3), (m if of_batch else 0,)
+        numbers = [_poison(value.new_empty(shape, dtype=wide)) for shape in shapes]
+        sums = [_array(t) for t in (of_batch or (None,) * 3)]
+        given = [_number(t) for t in (weight, bias, *(fixed or (None, None)))]
+        arguments = [value, *given[:2], *sums, count, *given[2:]]
+        self._run("fold", ((c, m), _SCALARS.index(value.dtype), eps), arguments, [folded, *numbers])
+        return folded, *numbers
+
+    def fold_sums(self, value, product, sums, statistics, off, eps):
+        joint, center = _poison(product.new_empty((2, value.shape[0]))), _poison(torch.empty_like(sums))
+        arguments = [value, product, sums, statistics, off]
+        self._run("fold_sums", (tuple(value.shape), _SCALARS.index(value.dtype), eps), arguments, [joint, center])
+        return joint, center
+
+    def fold_back(self, value, weight, product, joint, center, statistics, of_batch, eps):
+        m = value.shape[1] if of_batch else 0
+        outputs = [torch.empty_like(value), torch.empty_like(value), product.new_empty((m, m)), product.new_empty(m)]
+        arguments = [value, _number(weight), product, joint, center, statistics, *(of_batch or (None,) * 3)]
+        leading = tuple(value.shape), _SCALARS.index(value.dtype), eps
+        self._run("fold_back", leading, arguments, [_poison(t) for t in outputs])
+        return tuple(outputs)
 
     def _launch_features(self, name: str, z: Tensor, arguments, outputs: list[Tensor]) -> None:
         by_maps = not z.is_contiguous()

@@ -11,6 +11,7 @@
 #include "../../csrc/cuda/cbam.h"
 #include "../../csrc/cuda/double_norm.h"
 #include "../../csrc/cuda/evaluate.h"
+#include "../../csrc/cuda/fold.h"
 #include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/residual.h"
@@ -139,6 +140,12 @@ PYBIND11_MODULE(aia_emulator, m) {
           recalibrate_reduce(shape_of(sizes, order, scalar), grad_y.data(), x.data(), context, grad_gate.mutable_data(),
                              nullptr);
         });
+  m.def("average_gate", [](Sizes sizes, int order, int scalar, py::array gate, py::array averaged) {
+    average_gate(shape_of(sizes, order, scalar), gate.data(), averaged.mutable_data(), nullptr);
+  });
+  m.def("average_gate_back", [](Sizes sizes, int order, int scalar, py::array grad, py::array spread) {
+    average_gate_back(shape_of(sizes, order, scalar), grad.data(), spread.mutable_data(), nullptr);
+  });
   m.def("temporal_shift", [](Sizes sizes, int order, int scalar, py::array x, int fold, bool reverse, py::array y) {
     temporal_shift(shape_of(sizes, order, scalar), x.data(), fold, reverse, y.mutable_data(), nullptr);
   });
@@ -201,12 +208,12 @@ PYBIND11_MODULE(aia_emulator, m) {
           move_statistics(running, static_cast<Scalar>(scalar), momentum, nullptr);
         });
 
-  m.def("column_statistics",
-        [](std::array<int64_t, 4> sizes, int scalar, py::array logits, Array padding, py::array statistics) {
-          const Tokens at = tokens_of(sizes, scalar, padding);
-          const auto partial = doubles_of_nan(at.B * token_split(at).chunks * 2 * at.M);
-          column_statistics(at, logits.data(), partial.get(), statistics.mutable_data(), nullptr);
-        });
+  m.def("column_statistics", [](std::array<int64_t, 4> sizes, int scalar, py::array logits, Array padding,
+                                py::array statistics, py::array lse) {
+    const Tokens at = tokens_of(sizes, scalar, padding);
+    const auto partial = doubles_of_nan(at.B * token_split(at).chunks * 2 * at.M);
+    column_statistics(at, logits.data(), partial.get(), statistics.mutable_data(), lse.mutable_data(), nullptr);
+  });
   m.def("double_norm_", [](std::array<int64_t, 4> sizes, int scalar, py::array lse, double eps, Array padding,
                            py::array logits, py::array mass) {
     double_norm(tokens_of(sizes, scalar, padding), logits.mutable_data(), lse.data(), eps, mass.mutable_data(),
@@ -225,6 +232,28 @@ PYBIND11_MODULE(aia_emulator, m) {
                                     py::array reduced, py::array grad) {
     double_norm_backward(tokens_of(sizes, scalar, {}), grad.mutable_data(), attention.data(), mass.data(),
                          reduced.data(), nullptr);
+  });
+  m.def("fold", [](std::array<int, 2> sizes, int scalar, double eps, py::array value, Number weight, Number bias,
+                   Array origin, Array total, Array second, double count, Number mean, Number var, py::array folded,
+                   py::array shift, py::array statistics, py::array off) {
+    fold({sizes[0], sizes[1], static_cast<Scalar>(scalar), eps}, value.data(), parameter_of(weight), parameter_of(bias),
+         {data(origin), data(total), data(second)}, count, parameter_of(mean), parameter_of(var),
+         {folded.mutable_data(), shift.mutable_data(), statistics.mutable_data(), off.mutable_data()}, nullptr);
+  });
+  m.def("fold_sums", [](std::array<int, 2> sizes, int scalar, double eps, py::array value, py::array product,
+                        py::array sums, py::array statistics, Array off, py::array joint, py::array center) {
+    fold_sums({sizes[0], sizes[1], static_cast<Scalar>(scalar), eps},
+              {value.data(), statistics.data(), data(off), nullptr, nullptr}, product.data(), sums.data(),
+              joint.mutable_data(), center.mutable_data(), nullptr);
+  });
+  m.def("fold_back", [](std::array<int, 2> sizes, int scalar, double eps, py::array value, Number weight,
+                        py::array product, py::array joint, py::array center, py::array statistics, Array off,
+                        Array total, Array second, py::array grad, py::array folded, py::array inner,
+                        py::array constant) {
+    fold_back({sizes[0], sizes[1], static_cast<Scalar>(scalar), eps},
+              {value.data(), statistics.data(), data(off), data(total), data(second)}, parameter_of(weight),
+              product.data(), joint.data(), center.data(),
+              {grad.mutable_data(), folded.mutable_data(), inner.mutable_data(), constant.mutable_data()}, nullptr);
   });
   m.def("residual_relu_", [](std::array<int64_t, 3> sizes, bool maps, int scalar, py::array x, Array shift, py::array z,
                              py::array signs) {

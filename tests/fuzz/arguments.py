@@ -395,17 +395,19 @@ def draw_column_statistics(r):
 def check_column_statistics(before, after, results):
     """exp(t) |t| is at most 1 / e for t <= 0: the roundings of t cost less than one rounding a term, absolutely."""
     logits, padding = before
-    want = plain_norm.column_statistics(logits.double(), padding) if logits.shape[1] else None
-    if want is None:
-        assert (results[:, 0] == -math.inf).all() and (results[:, 1] == 0).all()
+    statistics, lse = results
+    if not logits.shape[1]:
+        assert (statistics[:, 0] == -math.inf).all() and (statistics[:, 1] == 0).all() and (lse == -math.inf).all()
         return
-    assert torch.equal(results[:, 0].double(), want[:, 0])
+    want, _ = plain_norm.column_statistics(logits.double(), padding)
+    assert torch.equal(statistics[:, 0].double(), want[:, 0])
     shift = want[:, 0].masked_fill(want[:, 0].isinf(), 0.0).unsqueeze(1)
     distance = (logits.double() - shift).abs()
     parts = (-distance).exp() * (distance + logits.shape[1] + 8)
     if padding is not None:
         parts = parts.masked_fill(padding.unsqueeze(-1), 0.0)
-    within(results[:, 1], want[:, 1], epsilon(results.dtype) * parts.sum(1))
+    within(statistics[:, 1], want[:, 1], epsilon(lse.dtype) * parts.sum(1))
+    assert torch.equal(lse.isinf(), statistics[:, 0].isinf())
 
 
 def draw_double_norm(r):

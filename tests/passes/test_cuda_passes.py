@@ -12,7 +12,7 @@ import cuda_passes
 import pytest
 import torch
 from emulator import Emulator, build
-from external_pass_cases import TEAMS, TOKENS, WHOLE_BYTES, lse_of, stored_features, tokens_of
+from external_pass_cases import TEAMS, TOKENS, WHOLE_BYTES, stored_features, tokens_of
 from pass_backends import CUDA, on, passes_of
 from pass_cases import Case, GateCase, activation, features_of, gate_of
 from plain_passes import PlainPasses
@@ -45,20 +45,29 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
         arguments = gate.grad_gate, gate.z, gate.norm, None, gate.statistics, gate.pooled, gate.weight, gate.dims
         grad_pooled, grad_weight, sums = passes.gate_backward(*arguments)
         results += [grad_pooled, *grad_weight, sums]
+    for sizes, order in (((1, 3, 20, 2, 8), 0), ((1, 3, 20, 2, 3), 1)):
+        gate = torch.randn(1, maps.packed_size(sizes, maps.SPACETIME))
+        averaged = passes.average_gate(gate, sizes[1:], order)
+        results += [averaged, passes.average_gate_back(averaged, sizes[1:], order)]
     return results
 
 
-def double_norm_and_residual(passes) -> list[torch.Tensor]:
+def double_norm_fold_and_residual(passes) -> list[torch.Tensor]:
     """Results of all kernels of external attention, from the same inputs every time."""
     torch.manual_seed(0)
     results = []
     for case in (TEAMS["chunks"], TOKENS["groups of 7"], TEAMS["longer than a team"]):
         logits, grad = tokens_of(case, 4), tokens_of(case)
-        statistics = passes.column_statistics(logits, None)
-        mass = passes.double_norm_(logits, lse_of(statistics), case.group, 1e-9, None)
+        statistics, lse = passes.column_statistics(logits, None)
+        mass = passes.double_norm_(logits, lse, case.group, 1e-9, None)
         reduced = passes.double_norm_backward_reduce(grad, logits, case.group)
         passes.double_norm_backward_(grad, logits, mass, reduced, case.group)
-        results += [statistics, logits, mass, reduced, grad]
+        results += [statistics, lse, logits, mass, reduced, grad]
+    value, second, total = torch.randn(19, 70), torch.randn(70, 70), torch.randn(70)
+    folded, _, statistics, off = passes.fold(value, None, None, [total, total, second @ second.mT], 9.0, [], 1e-5)
+    joint, center = passes.fold_sums(value, folded, torch.randn(19), statistics, off, 1e-5)
+    results += [folded, statistics, off, joint, center]
+    results += passes.fold_back(value, None, folded, joint, center, statistics, [off, total, second], 1e-5)
     for case in (WHOLE_BYTES["tokens, chunks"], WHOLE_BYTES["maps, chunks"]):
         grad_y = stored_features(torch.randn(case[:3]), case)
         signs = passes.residual_relu_(grad_y.clone(), grad_y, None)
@@ -84,9 +93,9 @@ def cbam(passes) -> list[torch.Tensor]:
 FAMILIES = {
     "attention_in_attention": (
         pools_and_gates,
-        {"partials.cuh", "reduce.cuh", "strips.cu", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
+        {"average.cu", "partials.cuh", "reduce.cuh", "strips.cu", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
     ),
-    "external_attention": (double_norm_and_residual, {"columns.cuh"}),
+    "external_attention": (double_norm_fold_and_residual, {"columns.cuh", "fold.cu"}),
     "cbam": (cbam, {"columns.cuh", "rows.cuh"}),
 }
 

@@ -14,7 +14,6 @@ from external_pass_cases import (
     OF_TOKENS,
     TOKENS,
     Features,
-    lse_of,
     normalized_within,
     padding_of,
     small_integers,
@@ -48,7 +47,7 @@ def case(request):
 @each(*OF_TOKENS)
 def test_column_statistics(passes, case):
     logits, padding = tokens_of(case, 4), padding_of(case)
-    statistics_within(passes.column_statistics(logits, padding), logits, padding)
+    statistics_within(*passes.column_statistics(logits, padding), logits, padding)
 
 
 @each(*OF_TOKENS)
@@ -64,9 +63,8 @@ def test_double_norm(passes, case, eps):
 def test_double_norm_backward(passes, case):
     padding = padding_of(case)
     attention, grad = tokens_of(case), tokens_of(case)
-    mass = passes.double_norm_(
-        attention, lse_of(passes.column_statistics(attention, padding)), case.group, 1e-6, padding
-    )
+    _, lse = passes.column_statistics(attention, padding)
+    mass = passes.double_norm_(attention, lse, case.group, 1e-6, padding)
     reduced = passes.double_norm_backward_reduce(grad, attention, case.group)
     want, *others = double(grad.clone(), attention, mass, reduced)
     g, a = (t.unflatten(-1, (-1, case.group)) for t in (want.clone(), others[0]))
@@ -130,9 +128,8 @@ def test_not_finite(passes, group):
     logits[1, 11, group + 2] = -math.inf
     logits[1, 13, group:] = -math.inf
     want_attention, attention = logits.double(), logits.to(pass_cases.DEVICE)
-    want = plain.column_statistics(want_attention, None)
-    statistics = passes.column_statistics(attention, None)
-    lse = lse_of(statistics)
+    want, _ = plain.column_statistics(want_attention, None)
+    statistics, lse = passes.column_statistics(attention, None)
     mass = passes.double_norm_(attention, lse, group, 1e-9, None)
     want_mass = plain.double_norm_(want_attention, lse.cpu().double(), group, 1e-9, None)
     torch.testing.assert_close(statistics[:, 0].cpu().double(), want[:, 0], rtol=0, atol=0, equal_nan=True)
@@ -148,9 +145,8 @@ def test_padding_holds_anything(passes):
     case = TOKENS["padded"]
     logits, padding = tokens_of(case), padding_of(case)
     poisoned = logits.masked_fill(padding.unsqueeze(-1), math.nan)
-    statistics = passes.column_statistics(logits, padding)
-    assert torch.equal(passes.column_statistics(poisoned, padding), statistics)
-    lse = lse_of(statistics)
+    statistics, lse = passes.column_statistics(logits, padding)
+    assert all(map(torch.equal, passes.column_statistics(poisoned, padding), (statistics, lse)))
     passes.double_norm_(logits, lse, case.group, 1e-9, padding)
     mass = passes.double_norm_(poisoned, lse, case.group, 1e-9, padding)
     assert torch.equal(poisoned, logits) and (mass[padding] == torch.tensor(1e-9)).all()
@@ -160,9 +156,9 @@ def test_padding_holds_anything(passes):
 def test_nothing_but_padding(passes):
     logits = torch.randn(1, 20, 64).to(pass_cases.DEVICE)
     padding = torch.ones(1, 20, dtype=torch.bool, device=logits.device)
-    statistics = passes.column_statistics(logits, padding)
-    assert (statistics[:, 0] == -math.inf).all() and (statistics[:, 1] == 0).all()
-    mass = passes.double_norm_(logits, lse_of(statistics), 64, 0.0, padding)
+    statistics, lse = passes.column_statistics(logits, padding)
+    assert (statistics[:, 0] == -math.inf).all() and (statistics[:, 1] == 0).all() and (lse == -math.inf).all()
+    mass = passes.double_norm_(logits, lse, 64, 0.0, padding)
     assert (logits == 0).all() and (mass == 0).all()
 
 
@@ -170,9 +166,9 @@ def test_nothing_but_padding(passes):
 def test_no_token(passes):
     """A member of a process group may hold no token at all."""
     logits = torch.empty(2, 0, 64, device=pass_cases.DEVICE)
-    statistics = passes.column_statistics(logits, None)
-    assert (statistics[:, 0] == -math.inf).all() and (statistics[:, 1] == 0).all()
-    assert passes.double_norm_(logits, lse_of(statistics), 64, 0.0, None).shape == (2, 0, 1)
+    statistics, lse = passes.column_statistics(logits, None)
+    assert (statistics[:, 0] == -math.inf).all() and (statistics[:, 1] == 0).all() and (lse == -math.inf).all()
+    assert passes.double_norm_(logits, lse, 64, 0.0, None).shape == (2, 0, 1)
     assert (passes.double_norm_backward_reduce(logits, logits, 64) == 0).all()
 
 
@@ -183,11 +179,11 @@ def test_threads_change_no_token(passes, case):
 
     def everything():
         attention, out = logits.clone(), grad.clone()
-        statistics = passes.column_statistics(attention, None)
-        mass = passes.double_norm_(attention, lse_of(statistics), case.group, 1e-9, None)
+        statistics, lse = passes.column_statistics(attention, None)
+        mass = passes.double_norm_(attention, lse, case.group, 1e-9, None)
         reduced = passes.double_norm_backward_reduce(grad, attention, case.group)
         passes.double_norm_backward_(out, attention, mass, reduced, case.group)
-        return statistics, attention, mass, reduced, out
+        return statistics, lse, attention, mass, reduced, out
 
     same_bits_with_any_threads(everything)
 
@@ -197,7 +193,7 @@ def test_a_row_is_its_own(passes):
     """The same token gives the same bits wherever it stands."""
     case = TOKENS["heads"]
     logits, order = tokens_of(case, 30), torch.randperm(case.n)
-    lse = lse_of(passes.column_statistics(logits, None))
+    _, lse = passes.column_statistics(logits, None)
     permuted = logits[:, order].contiguous()
     passes.double_norm_(logits, lse, case.group, 1e-9, None)
     passes.double_norm_(permuted, lse, case.group, 1e-9, None)

@@ -23,6 +23,7 @@ from pass_cases import in_order
 from raw_arguments import (
     DIMS,
     NO_DEVICE,
+    REFUSED,
     SPACETIME,
     B,
     C,
@@ -32,6 +33,7 @@ from raw_arguments import (
     W,
     changed,
     good,
+    implementation,
     launches_refused,
     of,
     places,
@@ -49,13 +51,6 @@ from aia_kernels.common import maps
 ON_CPU = schemas.CONVOLVE_PASSES + schemas.MEMORY_PASSES
 #: Of Triton the framework's own operators, or part of a product (values, signed).
 NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *ON_CPU)
-REFUSED = (RuntimeError, ValueError)
-
-
-def implementation(key: str, name: str, arguments: list) -> Any:
-    """The result of an operator's implementation for one type of device, whatever its arguments are."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    return getattr(torch.ops.aia_kernels, name).default.redispatch(keys, *arguments)
 
 
 def cpu(name: str, arguments: list) -> Any:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import some_of
-from external_pass_cases import lse_of, roundings, statistics_within, within
+from external_pass_cases import roundings, statistics_within, within
 from pass_cases import DEVICE, epsilon
 from plain_double_norm import PlainDoubleNorm
 from torch import Tensor
@@ -173,10 +173,10 @@ class Inputs:
 
 def test_logits(case):
     i = Inputs(case)
-    logits, statistics = passes.logits(i.x, i.key, padding=i.padding)
+    logits, *found = passes.logits(i.x, i.key, padding=i.padding)
     x, key = i.by_head(i.x), i.key.double().mT
     within(logits, i.by_token(x @ key), i.by_token((case.k + 8) * i.eps * (x.abs() @ key.abs())))
-    statistics_within(statistics, logits, i.padding)
+    statistics_within(*found, logits, i.padding)
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.heads == 1], indirect=True)
@@ -327,9 +327,9 @@ def test_extreme_logits(dtype, group):
         x[0, ::3] = {"both signs": -1.0, "equal": 1.0, "dominant": 0.0}[kind]
         key = torch.full((1, group, 1), 1e4, dtype=dtype, device=DEVICE)
         key[0, 1:] = 1e4 if kind == "equal" else -1e4
-        logits, statistics = passes.logits(x, key, padding=None)
+        logits, _, lse = passes.logits(x, key, padding=None)
         norm = DoubleNorm(group, 0.0, None)
-        attention = passes.normalize(logits, lse_of(statistics), norm=norm)
+        attention = passes.normalize(logits, lse, norm=norm)
         value = torch.ones(1, 3, group, dtype=dtype, device=DEVICE)
         o, _ = passes.values(attention, value, norm=norm)
         assert ((o.double() - 1).abs() <= (group + 8) * epsilon(dtype)).all()
@@ -343,8 +343,8 @@ def test_nan_and_infinity():
     results = []
     for used, convert in ((passes, lambda t: t), (plain, Tensor.double)):
         x, key, value, bias = map(convert, (i.x, i.key, i.value, i.bias))
-        logits, statistics = used.logits(x, key, padding=None)
-        attention = used.normalize(logits, lse_of(statistics), norm=i.norm)
+        logits, statistics, lse = used.logits(x, key, padding=None)
+        attention = used.normalize(logits, lse, norm=i.norm)
         o, signs = used.values(attention, value, norm=i.norm, bias=bias, residual=x)
         g, _ = used.signed(convert(i.grad), signs)
         grad, reduced = used.attention_gradient(g, attention, value=value, norm=i.norm)
@@ -360,8 +360,8 @@ def test_no_token():
     """A member of a process group may hold no token at all."""
     i = Inputs(CASES["groups of one"])
     i.x, i.grad = i.x[:, :0], i.grad[:, :0]
-    logits, statistics = passes.logits(i.x, i.key, padding=None)
-    assert (statistics[:, 0] == -torch.inf).all() and (statistics[:, 1] == 0).all()
+    logits, statistics, lse = passes.logits(i.x, i.key, padding=None)
+    assert (statistics[:, 0] == -torch.inf).all() and (statistics[:, 1] == 0).all() and (lse == -torch.inf).all()
     i.attention = passes.normalize(logits, i.attention[1], norm=i.norm)
     o, _ = i.values()
     grad_value, sums = i.value_gradient(True)
