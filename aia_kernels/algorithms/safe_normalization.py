@@ -42,10 +42,12 @@ def by_sums(logits: Tensor, tokens: int, slots: int, eps: float, kept: bool) -> 
 
 
 def for_a_compiler(logits: Tensor, tokens: int, slots: int, eps: float) -> Tensor:
-    """A of logits, float32 or float64, as a program that is compiled and has no backward."""
+    """A of logits, float32 or float64, as a program that is compiled."""
     if eps:
         p = logits.softmax(tokens)
         return p / (p.sum(slots, keepdim=True) + eps)
+    if torch.is_grad_enabled():
+        return by_two_softmaxes(logits, tokens, slots)
     u = logits - logits.amax(tokens, keepdim=True)
     r = u.amax(slots, keepdim=True)
     e = (u - r).exp()

@@ -23,6 +23,12 @@ def is_symbolic() -> bool:
     )
 
 
+def is_for_any_sizes() -> bool:
+    """Whether a call is recorded for sizes that come later. torch.compile records it again for those that it does not
+    know."""
+    return is_symbolic() and (not torch.compiler.is_compiling() or torch.compiler.is_exporting())
+
+
 def is_statically(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds whatever torch.compile does not know of them."""
     if not torch.compiler.is_compiling():

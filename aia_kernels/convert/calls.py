@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.maps import GATE_AXES
-from ..common.tracing import is_traced, needs_reference
+from ..common.tracing import is_for_any_sizes, is_traced, needs_reference
 from ..functional.attention_in_attention import attention_in_attention
 from ..functional.block import with_bias
 from ..functional.cbam import POOL_TYPES, cbam
@@ -483,7 +483,7 @@ def _folds(rows: Tensor, weights: Sequence[Tensor | None], form: Form) -> bool:
         return True
     if form.of == "x" or outer is None:
         return False
-    tokens = None if is_traced() else rows.shape[0] * rows.shape[1]
+    tokens = None if is_for_any_sizes() else rows.shape[0] * rows.shape[1]
     return products_saved(form.heads, key.shape[0], inner.shape, outer.shape, tokens) >= 0
 
 

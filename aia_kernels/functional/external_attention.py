@@ -288,9 +288,9 @@ def _attend(x: Tensor, memories: Memories, making: Making) -> Tensor:
         if backend == UNFUSED and _is_ordinary(x, memories, making):
             key, value, bias = memories
             return plain.external_attention(x, key[0], value[0], None, bias, eps)
-        if backend == UNFUSED and compiler_evaluates(x) and _is_of_one_head(x, memories, making):
+        if backend == UNFUSED and compiler_takes(x) and _is_of_shared_memories(memories, making):
             key, value, bias = memories
-            return plain.for_a_compiler(x, key[0], value[0], bias, eps)
+            return plain.for_a_compiler(x, key[0], value[0], bias, eps, x.shape[2] // key.shape[2])
         if backend in (UNFUSED, "reference") or transformed:
             return reference.external_attention(x, *memories, *making)
         x, parameters = with_rows(x), contiguous(*memories)
@@ -431,23 +431,26 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
     return backend, transformed
 
 
-def compiler_evaluates(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether torch.compile records a call on a CPU that keeps nothing for a backward, of tensors of one type to which
-    autocast gives no other. A layer that asks first spares the guards of all checks of a function."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+def compiler_takes(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether torch.compile records a call on a CPU of tensors of one type to which autocast gives no other. A layer
+    that asks first spares the guards of all checks of a function."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     same = all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in parameters)
-    return same and x.device.type == "cpu" and x.dtype in plain.FLOATING and autocast_dtype(x) is None
+    # Of a set, torch.compile would guard the members in every call.
+    floating = x.dtype.is_floating_point and x.dtype.itemsize > 1
+    return same and x.device.type == "cpu" and floating and autocast_dtype(x) is None
 
 
-def compiler_fuses(x: Tensor, rows: int, slots: int, calls: int) -> bool:
+def compiler_fuses(x: Tensor, rows: int, slots: int, calls: int, products: int = 0) -> bool:
     """Whether torch.compile gets plain operators, which it fuses, and not one of this package: as "auto" counts on a
-    CPU, where the sizes are known when the call is recorded. rows, slots and calls as of choices.fusing_pays."""
+    CPU, where the sizes are known when the call is recorded. rows, slots, calls and products as of
+    choices.fusing_pays."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     if x.device.type != "cpu" or backends.chosen_backend() != "auto":
         return False
-    return is_statically(choices.gain(rows, slots) <= calls * choices.CALL_COST)
+    return is_statically(choices.gain(rows, slots) + products <= calls * choices.CALL_COST)
 
 
 #: Of attention on tokens, in choices.CALL_COST: what its passes must save behind torch.compile, which fuses the
@@ -455,11 +458,17 @@ def compiler_fuses(x: Tensor, rows: int, slots: int, calls: int) -> bool:
 COMPILED_CALLS = 4
 
 
+def _is_of_shared_memories(memories: Memories, making: Making) -> bool:
+    """Whether the heads of a call share both memories, each of one group, with all tokens in their places and nothing
+    dropped."""
+    key, value, _ = memories
+    shared = key.shape[0] == value.shape[0] == 1 and key.shape[1] == making.group
+    return shared and making.padding is None and making.keep is None
+
+
 def _is_of_one_head(x: Tensor, memories: Memories, making: Making) -> bool:
     """Whether a call has one head and one group, all tokens in their places and nothing dropped."""
-    key = memories.key
-    one = key.shape[0] == 1 and key.shape[1] == making.group and key.shape[2] == x.shape[2]
-    return one and making.padding is None and making.keep is None
+    return _is_of_shared_memories(memories, making) and memories.key.shape[2] == x.shape[2]
 
 
 def _is_ordinary(x: Tensor, memories: Memories, making: Making) -> bool:

@@ -123,13 +123,23 @@ def external_attention(
     return few_slots.forward(x, key, value, value_bias, eps)
 
 
-def for_a_compiler(x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, eps: float) -> Tensor:
-    """The same as a program that is compiled and has no backward."""
-    if key.shape[0] < FEW_SLOTS and x.dtype in WIDE:
+def for_a_compiler(
+    x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, eps: float, heads: int = 1
+) -> Tensor:
+    """The same as a program that is compiled; of several heads that share both memories, value_bias [heads * v]."""
+    if heads > 1:
+        rows = x.unflatten(2, (heads, -1))
+        o = F.linear(_normalized_by_a_compiler(F.linear(rows, key), eps), value).flatten(2)
+        return o if value_bias is None else o + value_bias
+    if key.shape[0] < FEW_SLOTS and x.dtype.itemsize > 2 and not torch.is_grad_enabled():
         return few_slots.forward(x, key, value, value_bias, eps)
-    logits = F.linear(x, key)
-    logits = logits if x.dtype in WIDE else logits.float()
-    return F.linear(safe_normalization.for_a_compiler(logits, 1, 2, eps).to(x.dtype), value, value_bias)
+    return F.linear(_normalized_by_a_compiler(F.linear(x, key), eps), value, value_bias)
+
+
+def _normalized_by_a_compiler(logits: Tensor, eps: float) -> Tensor:
+    """A of logits [B, N, S] or [B, N, heads, S]."""
+    wide = logits if logits.dtype.itemsize > 2 else logits.float()  # a size of a type needs no guard
+    return safe_normalization.for_a_compiler(wide, 1, -1, eps).to(logits.dtype)
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:
@@ -138,7 +148,8 @@ def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> T
     b, n, _ = x.shape
     first, first_bias, key, key_bias, value, value_bias, last, last_bias = parameters
     rows = F.linear(x, first, first_bias).view(b, n, heads, -1)
-    attention = _normalized(F.linear(rows, key, key_bias), eps)
+    normalize = _normalized_by_a_compiler if torch.compiler.is_compiling() else _normalized
+    attention = normalize(F.linear(rows, key, key_bias), eps)
     return F.linear(F.linear(attention, value, value_bias).view(b, n, -1), last, last_bias)
 
 

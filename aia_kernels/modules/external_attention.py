@@ -26,14 +26,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import backends
 from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
-from ..common.tracing import is_symbolic, is_traced
+from ..common.tracing import is_for_any_sizes, is_statically, is_traced
 from ..functional import plain, small_calls
 from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_at_least_one
 from ..functional.external_attention import (
     COMPILED_CALLS,
-    compiler_evaluates,
     compiler_fuses,
+    compiler_takes,
     double_normalize,
     external_attention,
     external_attention_block,
@@ -96,8 +96,8 @@ class ExternalAttention(nn.Module):
         key, key_bias, value, value_bias = memories = (*_linear(mk), *_linear(mv))
         if _are_tokens(x, key):
             rows, slots = x.shape[0] * x.shape[1], key.shape[0]
-            if compiler_evaluates(x, *memories) and compiler_fuses(x, rows, slots, COMPILED_CALLS):
-                return plain.for_a_compiler(x, key, value, value_bias, 0.0)
+            if compiler_takes(x, *memories) and compiler_fuses(x, rows, slots, COMPILED_CALLS):
+                return plain.for_a_compiler(x, without_effect(key, key_bias), value, value_bias, 0.0)
             if plain_is_faster(x, memories, _rows_to_fuse(x), slots):
                 return plain.external_attention(x, key, value, key_bias, value_bias)
         return external_attention(x, key, value, key_bias=key_bias, value_bias=value_bias)
@@ -374,24 +374,34 @@ class MultiHeadExternalAttention(nn.Module):
             parameters = [p for linear in linears for p in _linear(linear)]
         dropout = attn_drop.p if attn_drop.training else 0.0
         saved = self._products_saved(x, parameters[0])
-        if saved is not None and not dropout and (at_once or plain.serves(x, *parameters)):
-            work = _rows_to_fuse(x, self.num_heads), self.k, max(0, saved)
-            if backends.plain_is_faster(x.device, *work):
-                by_heads = small_calls.by_heads if at_once else plain.by_heads
-                return _dropped(proj_drop, by_heads(x, self.num_heads, EPS, *parameters))
-        attend = self._folded if saved is None or saved >= 0 else self._by_heads
+        folds = saved is None or is_statically(saved >= 0)
+        if saved is not None and not dropout and self._is_small(x, parameters, at_once, saved if folds else 0):
+            by_heads = small_calls.by_heads if at_once else plain.by_heads
+            return _dropped(proj_drop, by_heads(x, self.num_heads, EPS, *parameters))
+        attend = self._folded if folds else self._by_heads
         return _dropped(proj_drop, attend(x, parameters, dropout))
+
+    def _is_small(self, x: Tensor, parameters: list[Any], at_once: bool, products: int) -> bool:
+        """Whether there is too little to fuse, beside the products that folding saves; or so little that torch.compile
+        makes more of plain operators."""
+        if not at_once and compiler_takes(x, *parameters):
+            rows = x.shape[0] * x.shape[1] * self.num_heads
+            return compiler_fuses(x, rows, self.k, COMPILED_CALLS, products)
+        work = _rows_to_fuse(x, self.num_heads), self.k, products
+        return (at_once or plain.serves(x, *parameters)) and backends.plain_is_faster(x.device, *work)
 
     def _products_saved(self, x: Tensor, trans_dims: Tensor) -> int | None:
         """The multiplications that folding saves. None for DTensors, which are folded, as torch's linear takes no
         shards of uneven sizes; and for what does not fit, which is then refused.
         """
         width, dim = trans_dims.shape
-        if is_distributed(x) or getattr(x, "ndim", 0) != 3 or x.shape[2] != dim or not x.numel():
+        if type(x) is not Tensor and is_distributed(x):
+            return None
+        if getattr(x, "ndim", 0) != 3 or x.shape[2] != dim or not x.numel():
             return None
         if x.device != trans_dims.device or (x.dtype != trans_dims.dtype and autocast_dtype(x) is None):
             return None
-        tokens = None if is_symbolic() else x.shape[0] * x.shape[1]
+        tokens = None if is_for_any_sizes() else x.shape[0] * x.shape[1]
         return products_saved(self.num_heads, self.k, (width, dim), (dim, width), tokens)
 
     def _folded(self, x: Tensor, parameters: list[Any], dropout: float) -> Tensor:

@@ -13,23 +13,22 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
-from ..common.tracing import is_observed
+from ..common.tracing import is_observed, is_statically
 from ..functional import plain
 from ..functional.sharded import is_distributed, is_plain
 from ..reference import Norm
 
-_PLAIN_FORWARDS = frozenset(
-    (
-        nn.Conv1d.forward,
-        nn.Conv2d.forward,
-        nn.Conv3d.forward,
-        nn.Dropout.forward,
-        nn.Linear.forward,
-        nn.Sequential.forward,
-        _BatchNorm.forward,
-        nn.SyncBatchNorm.forward,
+#: Modules, each with its forward as torch has it.
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Sequential),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     )
-)
+}
+_PLAIN_FORWARDS = frozenset(_FORWARDS.values())
+#: Those whose parameters an ordinary call reads.
+_READ_AT_ONCE = frozenset((nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d))
 
 
 def must_be_called(module: nn.Module) -> bool:
@@ -39,12 +38,18 @@ def must_be_called(module: nn.Module) -> bool:
 
     A parametrized weight needs no call: the attribute is the computed one. Quantized, adapted or patched layers do.
     """
-    # This runs for every submodule in every call, so nothing here is a call that need not be one.
+    # This runs for every submodule in every call, so nothing here is a call that need not be one; and torch.compile
+    # guards what is asked for in every compiled call: a table of functions one by one, values of a dictionary by name.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    if type(module).forward not in _PLAIN_FORWARDS or "forward" in module.__dict__ or _has_any_global_hook():
+    kind = type(module)
+    if _FORWARDS.get(kind) is not kind.forward and kind.forward not in _PLAIN_FORWARDS:
         return True
-    for p in module._parameters.values():
+    if "forward" in module.__dict__ or _has_any_global_hook():
+        return True
+    parameters = module._parameters
+    for name in ("weight", "bias"):  # the forwards above know no others
+        p = parameters.get(name)
         if p is not None and type(p) is not nn.Parameter and _knows_one_product(p):
             return True
     return False
@@ -56,17 +61,14 @@ def _knows_one_product(p: Any) -> bool:
 
 def held(module: nn.Module, name: str) -> Any:
     """A parameter, a buffer or a submodule of a module. nn.Module looks for each in Python, which takes half a
-    microsecond; what is computed, as a parametrized weight is, stands in none of its dictionaries."""
+    microsecond; what is computed, as a parametrized weight is, stands in none of its dictionaries. Where torch.compile
+    looks, each dictionary would be guarded."""
+    if torch.compiler.is_compiling():
+        return getattr(module, name)
     for of_kind in (module._parameters, module._buffers, module._modules):
         if name in of_kind:
             return of_kind[name]
     return getattr(module, name)
-
-
-#: The submodules of an ordinary call, each with its forward as torch has it.
-_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d)
-}
 
 
 _CONVOLUTIONS = frozenset((nn.Conv1d, nn.Conv2d))
@@ -96,7 +98,7 @@ def read_at_once(x: Tensor, modules: Iterable[nn.Module]) -> list[Any] | None:
         return None
     for module in modules:
         kind, of = type(module), module.__dict__
-        if _FORWARDS.get(kind) is not kind.forward or "forward" in of:
+        if kind not in _READ_AT_ONCE or _FORWARDS[kind] is not kind.forward or "forward" in of:
             return None
         if kind in _CONVOLUTIONS and (of["kernel_size"], of["stride"], of["padding"], of["groups"]) not in _POINTWISE:
             return None
@@ -128,12 +130,16 @@ def products_saved(heads: int, slots: int, first: tuple[int, int], last: tuple[i
     Args:
         first: [w, d], the sizes of the projection before the keys.
         last: [o, v], those of the projection behind the values.
-        tokens: Of all samples. None while a program is traced, which holds for any number of them; then the
-            multiplications are those of one token, and what is done once does not count.
+        tokens: Of all samples. None while a program is recorded that holds for any number of them. Then, and where
+            torch.compile does not know enough of it, the multiplications are those of one token, and what is done once
+            does not count.
     """
     (w, d), (o, v) = first, last
     per_token = w * (d + slots) + v * (o + slots) - heads * slots * (d + o)
-    return per_token if tokens is None else per_token * tokens - slots * (w * d + o * v)
+    if tokens is None:
+        return per_token
+    saved = per_token * tokens - slots * (w * d + o * v)
+    return saved if is_statically(saved >= 0) or is_statically(saved < 0) else per_token
 
 
 def plain_is_faster(x: Tensor, parameters: Iterable[Tensor | None], *work: int) -> bool:
