@@ -14,16 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.maps import GATE_AXES
 from ..common.tracing import is_for_any_sizes, is_traced, needs_reference
+from ..functional import plain
 from ..functional.attention_in_attention import attention_in_attention
-from ..functional.block import with_bias
+from ..functional.block import ACTIVATIONS, with_bias
 from ..functional.cbam import POOL_TYPES, cbam
 from ..functional.external_attention import (
+    compiler_takes,
     double_normalize,
     external_attention,
     external_attention_block,
     without_effect,
 )
 from ..functional.linear_attention import efficient_attention, linear_attention
+from ..modules.external_attention import ExternalAttention2d
 from ..modules.linear_attention import attended, efficient_flow_is_faster, linear_flow_is_faster
 from ..modules.submodules import norm_of, products_saved
 from ..reference import MLP, UNITS, Gate, Norm
@@ -227,10 +230,40 @@ def block(
     Returns:
         y, stored as x.
     """
+    eps = _eps_of(x, eps)
+    if eps and _compiler_takes_block(x, weights, biases, norm):
+        z = _values_for_a_compiler(x, [w for w in weights if w is not None], biases, eps)
+        if norm is not None:
+            z = norm(z) if isinstance(norm, nn.Module) else F.batch_norm(z, *norm)
+        if residual is not False:
+            z = (x if residual is True else residual) + z  # stored as what comes first
+        return z if activation is None else ACTIVATIONS[activation](z)
     with no_autocast(x):
         key, value, bias = _folded(weights, biases, Form((0,), (), 1, 1, "key", False, ()))
-    settings = {"eps": _eps_of(x, eps), "value_bias": bias, "activation": activation, "residual": residual}
+    settings = {"eps": eps, "value_bias": bias, "activation": activation, "residual": residual}
     return external_attention_block(x, key, value, _described(norm), **settings)
+
+
+def _compiler_takes_block(
+    x: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], norm: _BatchNorm | tuple | None
+) -> bool:
+    """Whether torch.compile makes more of the operators of a small block of the published form than of one of this
+    package, as in modules/external_attention.py."""
+    inner, key, *_ = weights
+    if x.ndim != 4 or inner is None or biases[2] is not None or biases[3] is not None:
+        return False
+    if isinstance(norm, nn.SyncBatchNorm) or not compiler_takes(x, *weights):
+        return False
+    return ExternalAttention2d.fusing_costs(x, key.shape[0], compiled=True)
+
+
+def _values_for_a_compiler(x: Tensor, weights: list[Tensor], biases: Sequence[Tensor | None], eps: float) -> Tensor:
+    """A V^T of maps x by the products of a block, folded where that pays."""
+    if not ExternalAttention2d.folding_pays(x, weights):
+        return plain.values_unfolded(x, weights, (biases[0], biases[1]), eps)
+    first, second, value, *last = weights
+    key = without_effect(second @ first, *biases[:2])
+    return plain.values_of_maps(x, key, last[0] @ value if last else value, eps)
 
 
 def _described(norm: _BatchNorm | tuple | None) -> Norm | None:

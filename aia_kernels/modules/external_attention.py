@@ -215,7 +215,7 @@ class ExternalAttention2d(nn.Module):
         weights, sizes = found[:8:2], x.shape
         positions = sizes[0] * sizes[2] * sizes[3]
         fits = sizes[1] == weights[0].shape[1] == weights[1].shape[1] == weights[3].shape[0] and positions > 1
-        if not fits or not self._fusing_costs(x, weights[1].shape[0]):
+        if not fits or not self.fusing_costs(x, weights[1].shape[0]):
             return None
         return weights, (found[1], found[3]), last[1], norm_of(last[1])
 
@@ -227,7 +227,7 @@ class ExternalAttention2d(nn.Module):
 
     def _by_torch(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Any) -> Tensor:
         """y in operators of PyTorch."""
-        if not self._folding_pays(x, weights):
+        if not self.folding_pays(x, weights):
             z = plain.values_unfolded(x, weights, biases, EPS)
         else:
             first, second, value, *last = [weight.flatten(1) for weight in weights]
@@ -266,13 +266,14 @@ class ExternalAttention2d(nn.Module):
         if compiled:
             tensors = [t for t in (x, key, *of_norm) if t is not None]
             same = all(t.dtype in plain.WIDE and t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
-            return same and autocast_dtype(x) is None and self._fusing_costs(x, key.shape[0], compiled)
-        return plain.serves(x, key, *of_norm) and self._fusing_costs(x, key.shape[0])
+            return same and autocast_dtype(x) is None and self.fusing_costs(x, key.shape[0], compiled)
+        return plain.serves(x, key, *of_norm) and self.fusing_costs(x, key.shape[0])
 
-    def _fusing_costs(self, x: Tensor, slots: int, compiled: bool = False) -> bool:
+    @classmethod
+    def fusing_costs(cls, x: Tensor, slots: int, compiled: bool = False) -> bool:
         """Whether the passes save less than they cost, by counting. Operators of PyTorch may fold too; what is left to
         save is traffic of maps as large as x, and the map of the attention has to be made for it."""
-        calls = self.STEP_CALLS if torch.is_grad_enabled() else self.EVALUATION_CALLS
+        calls = cls.STEP_CALLS if torch.is_grad_enabled() else cls.EVALUATION_CALLS
         positions, columns = x.numel() // x.shape[1], max(0, x.shape[1] - slots)
         if compiled:
             return compiler_fuses(x, positions, columns, calls)
@@ -285,7 +286,7 @@ class ExternalAttention2d(nn.Module):
         return (len(weights) - 2) * c * c * (x.numel() // c - k)
 
     @classmethod
-    def _folding_pays(cls, x: Tensor, weights: list[Tensor]) -> bool:
+    def folding_pays(cls, x: Tensor, weights: list[Tensor]) -> bool:
         """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs
         c^2 k each. One sample takes products of matrices either way. Of several, folding takes the fewer operators in
         evaluation, and the more in a backward."""
@@ -325,7 +326,7 @@ class MultiHeadExternalAttention(nn.Module):
     Folded: for each head linear_0 and the head's rows of trans_dims into [64, dim] (their biases drop out), proj and
     linear_1 into [dim, 64 * heads], and the bias of linear_1 into that of proj. That leaves external attention of
     64 * heads slots, normalized in groups of 64, and no product per head. Dropout acts between the two, on the map.
-    With many heads the folded matrices are larger than what they are made of: see _folding_pays. Then trans_dims and
+    With many heads the folded matrices are larger than what they are made of: see _products_saved. Then trans_dims and
     proj are products of their own, and all heads together are the rows of one product with the memory that they share.
 
     Args:

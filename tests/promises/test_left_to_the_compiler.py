@@ -3,6 +3,8 @@ operator of this package, in the form of fewer products; the numbers are those o
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from torch import nn
 import aia_kernels
 from aia_kernels import backends, functional
 from aia_kernels.backends import choices
+from aia_kernels.convert import calls
+from benchmarks.published import external_attention as published
 
 OPERATOR = "aia_kernels.external_attention_forward.default"
 #: A cost of the passes with which every call here is a small one.
@@ -53,7 +57,7 @@ def step(call, module, x):
 
 
 #: Without effect: zero, or roundings of zero.
-UNSEEN = ("trans_dims.bias", "linear_0.bias")
+UNSEEN = ("trans_dims.bias", "linear_0.bias", "conv1.bias")
 
 
 def assert_agree(found, expected, tolerance):
@@ -143,3 +147,26 @@ def test_heads_that_share_their_memories(dtype, eps, monkeypatch):
         tolerance = 1e-11 if dtype == torch.float64 else 2.0**-4
         torch.testing.assert_close(call(x), expected, rtol=tolerance, atol=tolerance)
     assert not recorded
+
+
+@pytest.mark.parametrize("slots, folded", [(8, True), (20, False)])
+@pytest.mark.parametrize("training", [True, False], ids=["step", "eval"])
+def test_small_block_of_a_network_that_was_not_converted(slots, folded, training, monkeypatch):
+    """fuse_backend leaves it to the compiler too, folded where there are more positions, here 15, than slots."""
+    monkeypatch.setattr(choices, "CALL_COST", SMALL)
+
+    def fused(*_, **__):
+        raise AssertionError("a small block is left to the compiler")
+
+    monkeypatch.setattr(calls, "external_attention_block", fused)
+    folds, real = [], aia_kernels.ExternalAttention2d.folding_pays
+    monkeypatch.setattr(
+        aia_kernels.ExternalAttention2d, "folding_pays", lambda *given: folds.append(real(*given)) or folds[-1]
+    )
+    module = published.ExternalAttention2d(24, slots).double().train(training)
+    expected, x = copy.deepcopy(module), torch.randn(1, 24, 3, 5, dtype=torch.float64)
+    call = torch.compile(module, backend=aia_kernels.fuse_backend, options={"backend": "aot_eager"}, dynamic=False)
+    assert_agree(step(call, module, x), step(expected, expected, x), 1e-11)
+    assert {*folds} == {folded}
+    for name, value in expected.named_buffers():
+        torch.testing.assert_close(module.get_buffer(name), value, rtol=1e-11, atol=1e-11)
