@@ -25,18 +25,23 @@ SMALL_MAP = 12_000
 
 
 def by_two_softmaxes(logits: Tensor, tokens: int, slots: int) -> Tensor:
-    """A of logits, without eps; tokens and slots are their axes."""
-    return logits.log_softmax(tokens).softmax(slots)
+    """A of logits, without eps; tokens and slots are their axes. Of 16 bits it is float32, as below: the first softmax
+    converts what it reads, which takes less than a conversion of its own."""
+    return logits.log_softmax(tokens, dtype=_accumulated(logits)).softmax(slots)
+
+
+def _accumulated(logits: Tensor) -> torch.dtype | None:
+    """The type in which logits are normalized, None for their own."""
+    return torch.float32 if logits.dtype.itemsize < 4 else None
 
 
 def by_sums(logits: Tensor, tokens: int, slots: int, eps: float, kept: bool) -> tuple[Tensor, Tensor]:
-    """A and mass of logits, float32 or float64. kept: A backward follows, so nothing is written over what an operator
-    returned."""
-    p = logits.softmax(tokens)
+    """A and mass of logits. kept: A backward follows, so nothing is written over what an operator returned."""
+    p = logits.softmax(tokens, dtype=_accumulated(logits))
     mass = p.sum(slots, keepdim=True)
     if eps:
         mass = mass + eps
-    elif not mass.amin().item() >= SAFE_MASS[logits.dtype]:
+    elif not mass.amin().item() >= SAFE_MASS[p.dtype]:
         return by_two_softmaxes(logits, tokens, slots), mass
     return p / mass if kept else p.div_(mass), mass
 

@@ -424,7 +424,7 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
     if process_group is not None:
         return backend, transformed
     if is_symbolic():
-        unfused = compiler_fuses(x, rows, slots, COMPILED_CALLS)
+        unfused = compiler_fuses(x, rows, slots, 0, COMPILED_CALLS)
     else:
         unfused = backends.plain_is_faster(x.device, rows, slots)
     backend = UNFUSED if unfused else backend
@@ -442,9 +442,9 @@ def compiler_takes(x: Tensor, *parameters: Tensor | None) -> bool:
     return same and x.device.type == "cpu" and floating and autocast_dtype(x) is None
 
 
-def compiler_fuses(x: Tensor, rows: int, slots: int, calls: int, products: int = 0) -> bool:
+def compiler_fuses(x: Tensor, rows: int, slots: int, products: int, calls: int) -> bool:
     """Whether torch.compile gets plain operators, which it fuses, and not one of this package: as "auto" counts on a
-    CPU, where the sizes are known when the call is recorded. rows, slots, calls and products as of
+    CPU, where the sizes are known when the call is recorded. rows, slots, products and calls as of
     choices.fusing_pays."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False

@@ -29,6 +29,8 @@ FAMILY = "external_attention"
 _FEW_ROWS, _FEW_ROWS_FOLLOWED, _FEW_ELEMENTS = 32, 256, 400
 #: Elements of a map beyond which, where no backward follows, the fused passes cost less than operators of PyTorch.
 _SMALL_MAP = 32768
+#: The same as safe_normalization.SMALL_MAP for 16 bits: a division takes a conversion more, as it works in place.
+_SMALL_NARROW_MAP = 32768
 #: Tokens of one slot from which a softmax over them is faster where they are the last axis.
 _MANY_TOKENS = 4096
 
@@ -67,16 +69,20 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
     Returns:
         A, in the shape and type of the logits.
     """
-    if logits.dtype not in WIDE:
-        return double_normalize(logits.float(), eps, tokens, slots).to(logits.dtype)
     followed = torch.is_grad_enabled() and logits.requires_grad
     count, last = logits.shape[slots], slots in (-1, logits.ndim - 1)
+    narrow = logits.dtype.itemsize < 4
     slow = last and count < FEW_SLOTS and not _are_few(logits.numel() // count, count, followed)
-    if not (eps or slow) and (followed or logits.numel() <= safe_normalization.SMALL_MAP):
-        return safe_normalization.by_two_softmaxes(logits, tokens, slots)
-    if count == 1 and not eps:
-        return _of_one_slot(logits, tokens % logits.ndim, slots % logits.ndim)
-    return safe_normalization.by_sums(logits, tokens, slots, eps, kept=followed)[0]
+    small = _SMALL_NARROW_MAP if narrow else safe_normalization.SMALL_MAP
+    if count == 1 and not eps and (slow or narrow):
+        # A P that is rounded to one would have a gradient, where a backward follows.
+        wide = logits.float() if narrow and followed else logits
+        attention = _of_one_slot(wide, tokens % logits.ndim, slots % logits.ndim)
+    elif not (eps or slow) and (followed or logits.numel() <= small):
+        attention = safe_normalization.by_two_softmaxes(logits, tokens, slots)
+    else:
+        attention, _mass = safe_normalization.by_sums(logits, tokens, slots, eps, kept=followed)
+    return attention.to(logits.dtype) if narrow else attention
 
 
 def _are_few(rows: int, slots: int, followed: bool) -> bool:
@@ -123,10 +129,9 @@ def external_attention(
     return few_slots.forward(x, key, value, value_bias, eps)
 
 
-def for_a_compiler(
-    x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, eps: float, heads: int = 1
-) -> Tensor:
-    """The same as a program that is compiled; of several heads that share both memories, value_bias [heads * v]."""
+def for_a_compiler(x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, eps: float, heads: int) -> Tensor:
+    """The same as a program that is compiled; of several heads that share both memories, value_bias [heads * v]. It has
+    no argument by default, as torch.compile guards one in every call."""
     if heads > 1:
         rows = x.unflatten(2, (heads, -1))
         o = F.linear(_normalized_by_a_compiler(F.linear(rows, key), eps), value).flatten(2)

@@ -96,8 +96,9 @@ class ExternalAttention(nn.Module):
         key, key_bias, value, value_bias = memories = (*_linear(mk), *_linear(mv))
         if _are_tokens(x, key):
             rows, slots = x.shape[0] * x.shape[1], key.shape[0]
-            if compiler_takes(x, *memories) and compiler_fuses(x, rows, slots, COMPILED_CALLS):
-                return plain.for_a_compiler(x, without_effect(key, key_bias), value, value_bias, 0.0)
+            if compiler_takes(x, *memories) and compiler_fuses(x, rows, slots, 0, COMPILED_CALLS):
+                key = key if key_bias is None else without_effect(key, key_bias)
+                return plain.for_a_compiler(x, key, value, value_bias, 0.0, 1)
             if plain_is_faster(x, memories, _rows_to_fuse(x), slots):
                 return plain.external_attention(x, key, value, key_bias, value_bias)
         return external_attention(x, key, value, key_bias=key_bias, value_bias=value_bias)
@@ -254,7 +255,7 @@ class ExternalAttention2d(nn.Module):
         torch.compile, which fuses such operators itself.
         """
         key = convolutions[1]._parameters.get("weight")
-        if key is None or not isinstance(x, Tensor) or is_distributed(x) or x.ndim != 4:
+        if key is None or not (type(x) is Tensor or (isinstance(x, Tensor) and not is_distributed(x))) or x.ndim != 4:
             return False
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if is_traced() and not compiled:
@@ -265,8 +266,9 @@ class ExternalAttention2d(nn.Module):
         of_norm = () if norm is None else (norm._buffers.get("running_mean"), norm._parameters.get("weight"))
         if compiled:
             tensors = [t for t in (x, key, *of_norm) if t is not None]
-            same = all(t.dtype in plain.WIDE and t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
-            return same and autocast_dtype(x) is None and self.fusing_costs(x, key.shape[0], compiled)
+            wide = x.dtype.is_floating_point and x.dtype.itemsize > 2
+            same = all(t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
+            return wide and same and autocast_dtype(x) is None and self.fusing_costs(x, key.shape[0], compiled)
         return plain.serves(x, key, *of_norm) and self.fusing_costs(x, key.shape[0])
 
     @classmethod
@@ -276,7 +278,7 @@ class ExternalAttention2d(nn.Module):
         calls = cls.STEP_CALLS if torch.is_grad_enabled() else cls.EVALUATION_CALLS
         positions, columns = x.numel() // x.shape[1], max(0, x.shape[1] - slots)
         if compiled:
-            return compiler_fuses(x, positions, columns, calls)
+            return compiler_fuses(x, positions, columns, 0, calls)
         return backends.plain_is_faster(x.device, positions, columns, 0, calls)
 
     @staticmethod
@@ -387,7 +389,7 @@ class MultiHeadExternalAttention(nn.Module):
         makes more of plain operators."""
         if not at_once and compiler_takes(x, *parameters):
             rows = x.shape[0] * x.shape[1] * self.num_heads
-            return compiler_fuses(x, rows, self.k, COMPILED_CALLS, products)
+            return compiler_fuses(x, rows, self.k, products, COMPILED_CALLS)
         work = _rows_to_fuse(x, self.num_heads), self.k, products
         return (at_once or plain.serves(x, *parameters)) and backends.plain_is_faster(x.device, *work)
 
@@ -520,9 +522,8 @@ def _check_tokens(x: Tensor, or_more: bool = False) -> None:
 
 def _are_tokens(x: Any, key: Tensor) -> bool:
     """Whether x is what an ordinary call brings: [B, N, d], not empty, for a key memory [S, d]."""
-    return (
-        isinstance(x, Tensor) and not is_distributed(x) and x.ndim == 3 and x.shape[2] == key.shape[1] and x.numel() > 0
-    )
+    ordinary = type(x) is Tensor or (isinstance(x, Tensor) and not is_distributed(x))
+    return ordinary and x.ndim == 3 and x.shape[2] == key.shape[1] and x.numel() > 0
 
 
 def _joined_to(second: Tensor, first: Tensor, *biases: Tensor | None) -> Tensor:

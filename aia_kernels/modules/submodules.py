@@ -154,18 +154,13 @@ def plain_is_faster(x: Tensor, parameters: Iterable[Tensor | None], *work: int) 
     return plain.serves(x, *parameters) and backends.plain_is_faster(x.device, *work)
 
 
-_ONES = frozenset((1,) * n for n in (1, 2, 3))
-_NO_PADDING = frozenset(("same", "valid", *((0,) * n for n in (1, 2, 3))))
-
-
 def is_pointwise(conv: nn.Module) -> bool:
     """Whether a module is a convolution that is one matrix product per position: a kernel of one, all else plain."""
     return (
         isinstance(conv, _ConvNd)
         and conv.groups == 1
-        and tuple(conv.kernel_size) in _ONES
-        and tuple(conv.stride) in _ONES
-        and (conv.padding if type(conv.padding) is str else tuple(conv.padding)) in _NO_PADDING
+        and max(conv.kernel_size) == max(conv.stride) == 1
+        and (type(conv.padding) is str or max(conv.padding) == 0)  # "same" and "valid" are none then
     )
 
 
