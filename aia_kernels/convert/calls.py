@@ -254,12 +254,12 @@ def _compiler_takes_block(
         return False
     if isinstance(norm, nn.SyncBatchNorm) or not compiler_takes(x, *weights):
         return False
-    return ExternalAttention2d.fusing_costs(x, key.shape[0], compiled=True)
+    return ExternalAttention2d._fusing_costs(x, key.shape[0], compiled=True)
 
 
 def _values_for_a_compiler(x: Tensor, weights: list[Tensor], biases: Sequence[Tensor | None], eps: float) -> Tensor:
     """A V^T of maps x by the products of a block, folded where that pays."""
-    if not ExternalAttention2d.folding_pays(x, weights):
+    if not ExternalAttention2d._folding_pays(x, weights):
         return plain.values_unfolded(x, weights, (biases[0], biases[1]), eps)
     first, second, value, *last = weights
     key = without_effect(second @ first, *biases[:2])

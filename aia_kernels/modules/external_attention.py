@@ -216,7 +216,7 @@ class ExternalAttention2d(nn.Module):
         weights, sizes = found[:8:2], x.shape
         positions = sizes[0] * sizes[2] * sizes[3]
         fits = sizes[1] == weights[0].shape[1] == weights[1].shape[1] == weights[3].shape[0] and positions > 1
-        if not fits or not self.fusing_costs(x, weights[1].shape[0]):
+        if not fits or not self._fusing_costs(x, weights[1].shape[0]):
             return None
         return weights, (found[1], found[3]), last[1], norm_of(last[1])
 
@@ -228,7 +228,7 @@ class ExternalAttention2d(nn.Module):
 
     def _by_torch(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Any) -> Tensor:
         """y in operators of PyTorch."""
-        if not self.folding_pays(x, weights):
+        if not self._folding_pays(x, weights):
             z = plain.values_unfolded(x, weights, biases, EPS)
         else:
             first, second, value, *last = [weight.flatten(1) for weight in weights]
@@ -268,11 +268,11 @@ class ExternalAttention2d(nn.Module):
             tensors = [t for t in (x, key, *of_norm) if t is not None]
             wide = x.dtype.is_floating_point and x.dtype.itemsize > 2
             same = all(t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
-            return wide and same and autocast_dtype(x) is None and self.fusing_costs(x, key.shape[0], compiled)
-        return plain.serves(x, key, *of_norm) and self.fusing_costs(x, key.shape[0])
+            return wide and same and autocast_dtype(x) is None and self._fusing_costs(x, key.shape[0], compiled)
+        return plain.serves(x, key, *of_norm) and self._fusing_costs(x, key.shape[0])
 
     @classmethod
-    def fusing_costs(cls, x: Tensor, slots: int, compiled: bool = False) -> bool:
+    def _fusing_costs(cls, x: Tensor, slots: int, compiled: bool = False) -> bool:
         """Whether the passes save less than they cost, by counting. Operators of PyTorch may fold too; what is left to
         save is traffic of maps as large as x, and the map of the attention has to be made for it."""
         calls = cls.STEP_CALLS if torch.is_grad_enabled() else cls.EVALUATION_CALLS
@@ -288,7 +288,7 @@ class ExternalAttention2d(nn.Module):
         return (len(weights) - 2) * c * c * (x.numel() // c - k)
 
     @classmethod
-    def folding_pays(cls, x: Tensor, weights: list[Tensor]) -> bool:
+    def _folding_pays(cls, x: Tensor, weights: list[Tensor]) -> bool:
         """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs
         c^2 k each. One sample takes products of matrices either way. Of several, folding takes the fewer operators in
         evaluation, and the more in a backward."""

@@ -276,7 +276,7 @@ def test_a_block_folds_where_that_saves_products():
     def pays(samples: int, positions: int, slots: int) -> bool:
         block = aia_kernels.ExternalAttention2d(16, slots)
         weights = [block.conv1.weight, block.linear_0.weight, block.linear_1.weight, block.conv2[0].weight]
-        return block.folding_pays(torch.empty(samples, 16, positions, 1), weights)
+        return block._folding_pays(torch.empty(samples, 16, positions, 1), weights)
 
     assert pays(1, 9, 8) and not pays(1, 8, 8)  # one sample: products of matrices either way
     enough = choices.CALL_COST // choices.PLAIN_CALLS // (2 * 16 * 16) + 8

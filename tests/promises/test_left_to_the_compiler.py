@@ -159,9 +159,9 @@ def test_small_block_of_a_network_that_was_not_converted(slots, folded, training
         raise AssertionError("a small block is left to the compiler")
 
     monkeypatch.setattr(calls, "external_attention_block", fused)
-    folds, real = [], aia_kernels.ExternalAttention2d.folding_pays
+    folds, real = [], aia_kernels.ExternalAttention2d._folding_pays
     monkeypatch.setattr(
-        aia_kernels.ExternalAttention2d, "folding_pays", lambda *given: folds.append(real(*given)) or folds[-1]
+        aia_kernels.ExternalAttention2d, "_folding_pays", lambda *given: folds.append(real(*given)) or folds[-1]
     )
     module = published.ExternalAttention2d(24, slots).double().train(training)
     expected, x = copy.deepcopy(module), torch.randn(1, 24, 3, 5, dtype=torch.float64)
