@@ -32,8 +32,8 @@ def calls(backend: str, case: LayerCase, x: Tensor, grad_y: Tensor) -> dict[str,
     shift, residual = torch.zeros(width, **like), tokens if block else None
 
     def attend() -> tuple[Tensor, Tensor]:
-        logits, statistics = passes.logits(tokens, key, padding=None)
-        return passes.normalize(logits, statistics[:, 0] + statistics[:, 1].log(), norm=norm)
+        logits, _, lse = passes.logits(tokens, key, padding=None)
+        return passes.normalize(logits, lse, norm=norm)
 
     def values() -> tuple[Tensor, Tensor | None]:
         return passes.values(attention, value, norm=norm, bias=shift, residual=residual)

@@ -156,7 +156,7 @@ def call_passes(passes, case: Case) -> None:
         residual, origin = x, empty(m, dtype=acc)
         batch_term = BatchTerm(origin, empty(m, m, dtype=acc), empty(m, dtype=acc))
     norm = DoubleNorm(case.group, 1e-9, padding)
-    logits, _ = passes.logits(x, key, padding=padding)
+    logits, *_ = passes.logits(x, key, padding=padding)
     attention = passes.normalize(logits, lse, norm=norm)
     _, signs = passes.values(attention, value, norm=norm, bias=bias, dropout=dropout, residual=residual)
     if case.block:
