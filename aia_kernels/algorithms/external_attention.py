@@ -182,7 +182,7 @@ def block_forward(
     settings = value, weight, bias
     if not plan.batch:
         folded, shift, statistics, empty = passes.fold(*settings, (), 0.0, fixed, plan.norm_eps)
-        batch = BatchNorm(*[empty] * len(BatchNorm._fields))
+        batch = BatchNorm(*(torch.empty_like(empty) for _ in BatchNorm._fields))  # an operator returns no tensor twice
     elif not plan.members:
         count = x.shape[0] * x.shape[1]
         origin, *sums = passes.moments(attention, norm=norm)
