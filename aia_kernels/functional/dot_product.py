@@ -159,8 +159,8 @@ def stay_in_cache(*tensors: Tensor) -> bool:
 
 
 def _is_eager_on_cpu(*tensors: Tensor, types: Collection[torch.dtype] = (torch.float32, torch.float64)) -> bool:
-    """Whether a call is an ordinary one on a CPU, which _OfMade may take: it writes into nothing, so that selective
-    checkpointing may replay it."""
+    """Whether a call is an ordinary one on a CPU. Selective checkpointing may replay it: where it does, nothing may be
+    written into."""
     if is_symbolic() or needs_reference() or autocast_dtype(tensors[0]) is not None:
         return False
     return all(t.device.type == "cpu" and t.dtype in types and t.numel() for t in tensors)
@@ -174,6 +174,10 @@ def _pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, keeps: bool = False) -> tuple[Tensor, Tensor | None]:
     """o, and the map of attention if it is to be kept."""
+    if is_traced():
+        maps = [torch.matmul(query[at], key[at].mT).softmax(-1) for at in _pieces(query, key)]
+        found = torch.cat([torch.matmul(a, value[at]) for a, at in zip(maps, _pieces(query, key), strict=True)])
+        return found, torch.cat(maps) if keeps else None
     o = query.new_empty((*query.shape[:3], value.shape[3]))
     kept = query.new_empty((*query.shape[:3], key.shape[2])) if keeps else None
     for at in _pieces(query, key):
@@ -227,10 +231,14 @@ class _Opposed(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         q, k, v = (t.flatten(0, 1) for t in (query, key, value))
         logits = torch.bmm(q * scale, k.mT)
-        both = q.new_empty((2, *q.shape[:2], v.shape[2]))
-        for at in _pieces(q, k):
-            torch.bmm(logits[at].softmax(-1), v[at], out=both[0, at])
-            torch.bmm(logits[at].neg().softmax(-1), v[at], out=both[1, at])
+        if is_traced():
+            signed, pieces = (logits, logits.neg()), [*_pieces(q, k)]
+            both = torch.stack([torch.cat([torch.bmm(of[at].softmax(-1), v[at]) for at in pieces]) for of in signed])
+        else:
+            both = q.new_empty((2, *q.shape[:2], v.shape[2]))
+            for at in _pieces(q, k):
+                torch.bmm(logits[at].softmax(-1), v[at], out=both[0, at])
+                torch.bmm(logits[at].neg().softmax(-1), v[at], out=both[1, at])
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         save(ctx, query, key, value, logits)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from agreement import EXACT
 from conftest import DEVICES
 from kept_memory import kept_bytes
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from aia_kernels import CausalAttention, ComplementAttention, testing
@@ -139,6 +142,20 @@ def test_caam_keeps_one_map(monkeypatch):
     module, x = ComplementAttention(16, 2), torch.randn(2, 20, 16, requires_grad=True)
     strides = 64
     assert kept_bytes(Sum(module), x) <= 4 * (6 * x.numel() + 2 * 2 * 20 * 20) + strides
+
+
+@pytest.mark.parametrize("piece", [1, 2**17])
+def test_selective_checkpointing_of_kept_logits(piece, monkeypatch):
+    """A replayed operator may write into nothing; what it gives is the same."""
+    takes(monkeypatch, "logits kept")
+    monkeypatch.setattr("aia_kernels.functional.dot_product._PIECE", piece)
+    module, (x,) = testing.randomise(ComplementAttention(DIM, HEADS)).double(), tensors("cpu", N)
+    policy = lambda *_, **__: CheckpointPolicy.MUST_SAVE  # noqa: E731
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    found = checkpoint(lambda x: torch.stack(module(x)), x, use_reentrant=False, context_fn=contexts)
+    expected, grad = torch.stack(module(x)), torch.randn(2, B, N, DIM, dtype=torch.float64)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
 
 
 def test_dropout_in_training_alone():
