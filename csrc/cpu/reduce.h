@@ -113,7 +113,7 @@ AIA_INLINE void reduce_rows(const Volume& x, const Tile& at, int64_t r, const Ve
   IVec<A> h[kCount], w{};
   Accumulator acc_w[kCount];
   for (int k = 0; k < kCount; ++k) h[k] = splat_index<A>(at.h + r + k);
-  for (int64_t i = 0; i < W; ++i, ++w) {
+  for (int64_t i = 0; i < W; ++i, w += splat_index<A>(1)) {
     Accumulator over_h = acc_h[i];
     for (int k = 0; k < kCount; ++k) {
       const Vec<A> value = v[((r + k) * W + i) * pitch];
