@@ -89,7 +89,9 @@ def run_ninja(torch, nvcc, without_cuda):
         lines += [f"rule {rule}", f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out"]
         lines += ["  deps = gcc", "  depfile = $out.d"]
     linker = f"{nvcc} -ccbin {CXX} -cudart static -nodlink" if nvcc else CXX  # nvcc knows where its runtime lies
-    linker += f' -shared -Xlinker -z -Xlinker defs $in -o $out "-L{torch}/lib" -ltorch_cpu'
+    # No symbol may stay unknown until it is called. Apple's linker has that rule by itself, and not the option.
+    linker += "" if sys.platform == "darwin" else " -Xlinker -z -Xlinker defs"
+    linker += f' -shared $in -o $out "-L{torch}/lib" -ltorch_cpu'
     lines += ["rule link", f"  command = {linker}"]
 
     def compile(rule, source, flags, suffix=".o"):

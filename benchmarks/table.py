@@ -10,6 +10,8 @@ from . import records, registry
 from .records import select
 
 FUSED = ("cuda", "triton", "cpu", "reference")
+#: The folder beside the rows for those of a run in which every flow was held to AVX2 (docs/benchmarks.md).
+HELD = "avx2"
 TITLES = {"compile": "torch.compile", "compile-max": "max-autotune", "sdpa": "self-attention"}
 
 
@@ -25,33 +27,51 @@ def milliseconds(row: dict | None) -> str:
     return f"{value:.2f}" if value < 1 else f"{value:.1f}"
 
 
-def cells(rows: list[dict], others: list[str]) -> list[str]:
-    """The cells of one layer on one input: for each mode published, others, fused, ratio; then what is kept."""
+def fused_of(rows: list[dict]) -> dict | None:
+    """The row of the first fused provider among those of one layer, input and mode."""
+    by_provider = {row["provider"]: row for row in rows}
+    return next((by_provider[name] for name in FUSED if name in by_provider), None)
+
+
+def ratio(fused: dict | None) -> str:
+    return f"**{float(fused['speedup']):.1f}**" if fused else ""
+
+
+def cells(rows: list[dict], others: list[str], held: list[dict]) -> list[str]:
+    """The cells of one layer on one input: for each mode published, others, fused, ratio, that of the rows ``held``, if
+    there are any; then what is kept."""
     found, kept = [], []
     for mode in registry.MODES:
-        by_provider = {row["provider"]: row for row in select(rows, mode=mode)}
-        fused = next((by_provider[name] for name in FUSED if name in by_provider), None)
-        published = by_provider.get("published")
-        found += [milliseconds(published), *(milliseconds(by_provider.get(other)) for other in others)]
+        of_mode = select(rows, mode=mode)
+        fused, published = fused_of(of_mode), next(iter(select(of_mode, provider="published")), None)
+        found += [milliseconds(next(iter(select(of_mode, provider=name)), None)) for name in ("published", *others)]
         quartiles = f" ({float(fused['q25_ms']):.1f}–{float(fused['q75_ms']):.1f})" if fused and mode == "step" else ""
-        found += [milliseconds(fused) + quartiles, f"**{float(fused['speedup']):.1f}**" if fused else ""]
+        found += [milliseconds(fused) + quartiles, ratio(fused)]
+        found += [ratio(fused_of(select(held, mode=mode)))] if held else []
         kept = [f"{float(row['kept_x']):.2f}" for row in (published, fused) if row and row["kept_x"]]
     return [*found, " → ".join(kept)]
 
 
-def lines(family: str, rows: list[dict]) -> list[str]:
-    """The table of the main input of every layer: fp32, contiguous, eight clips."""
+def main_rows(family: str, rows: list[dict]) -> list[dict]:
+    """Those of the main input of every layer: fp32, contiguous, eight clips."""
     main = [row for row in select(rows, dtype="fp32", layout="contiguous") if row["kind"] != "sweep"]
     clips = registry.main_clips(family)
-    main = [row for row in main if int(row["clips"]) == clips.get((row["name"], row["stage"]), int(row["clips"]))]
+    return [row for row in main if int(row["clips"]) == clips.get((row["name"], row["stage"]), int(row["clips"]))]
+
+
+def lines(family: str, rows: list[dict], held: list[dict]) -> list[str]:
+    """The table of the main input of every layer, with the ratios of rows that are held to AVX2 (HELD), if any."""
+    main, held = main_rows(family, rows), main_rows(family, held)
     others = [name for name in TITLES if select(main, provider=name)]
     titles = [TITLES[name] for name in others]
-    header = [*header_of(family), "eval: published", *titles, "fused", "ratio"]
-    header += ["step: published", *titles, "fused (quartiles)", "ratio", "kept, in x"]
+    ratios = ["ratio", "with AVX2"] if held else ["ratio"]
+    header = [*header_of(family), "eval: published", *titles, "fused", *ratios]
+    header += ["step: published", *titles, "fused (quartiles)", *ratios, "kept, in x"]
     table = [header, ["---"] * len(header)]
     where = {(case.name, case.stage): case.where for case in registry.FAMILIES[family].cases()}
     for name, stage in dict.fromkeys((row["name"], row["stage"]) for row in main):
-        table.append([name, where.get((name, stage), stage), *cells(select(main, name=name, stage=stage), others)])
+        of_layer = [select(found, name=name, stage=stage) for found in (main, held)]
+        table.append([name, where.get((name, stage), stage), *cells(of_layer[0], others, of_layer[1])])
     return [f"| {' | '.join(line)} |" for line in table]
 
 
@@ -102,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not path.is_file():
         print(f"no rows in {path}: run python -m benchmarks.run first", file=sys.stderr)
         return 2
-    text = "\n".join(lines(options.family, records.read(path)))
+    held = records.path(options.results / HELD, options.family)
+    text = "\n".join(lines(options.family, records.read(path), records.read(held) if held.is_file() else []))
     if options.readme is None:
         print(text)
         return 0

@@ -164,6 +164,12 @@ def test_a_run_writes_rows_and_the_plots_and_the_table_read_them(family, layer, 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len({(row["name"], row["stage"]) for row in rows if row["kind"] != "sweep"})
     assert len({line.count("|") for line in lines}) == 1
+    held = tmp_path / table.HELD / family / "layers.csv"
+    records.write(held, [row | {"speedup": "7.5"} for row in rows if row["speedup"]])
+    assert table.main([family, "--results", str(tmp_path)]) == 0
+    beside = capsys.readouterr().out.splitlines()
+    assert beside[0].count("| with AVX2 |") == 2 and all(line.count("| **7.5** |") == 2 for line in beside[2:])
+    held.unlink()
     page = tmp_path / "README.md"
     page.write_text("before\n" + "an older table".join(table.marks(family)) + "\nafter")
     for _ in range(2):  # once in the place of nothing, once in its own
