@@ -67,6 +67,7 @@ class Logits:
     def rows_and_room(self) -> Tensor:
         """phi(k), and room for the gradients of keys and queries."""
         rows, _ = memory_passes.memory_keys(*self.of, None, True)
+        rows[:, self.rows :].normal_()  # no two draws find the same in new memory
         return placed(self.r, rows.nan_to_num().to(self.wide))
 
 

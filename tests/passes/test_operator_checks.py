@@ -48,7 +48,8 @@ from aia_kernels.backends import extension
 from aia_kernels.common import maps
 
 #: What the CPU alone has.
-ON_CPU = schemas.CONVOLVE_PASSES + schemas.MEMORY_PASSES
+ON_CPU = schemas.CONVOLVE_PASSES + schemas.MEMORY_PASSES + schemas.MEMORY_PROPAGATE_PASSES
+NOT_CUDA = (*schemas.CBAM_PASSES, *ON_CPU)
 #: Of Triton the framework's own operators, or part of a product (values, signed).
 NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *ON_CPU)
 
@@ -61,7 +62,7 @@ def cpu(name: str, arguments: list) -> Any:
 def cuda(name: str, arguments: list) -> Any:
     if (reason := extension.without_cuda()) is not None:
         pytest.skip(reason)
-    if name in (*schemas.CBAM_PASSES, *ON_CPU):
+    if name in NOT_CUDA:
         pytest.skip(f"{name} has no CUDA kernel")
     return implementation("CUDA", name, arguments)
 
@@ -490,7 +491,7 @@ def test_backends_take_and_refuse_the_same(other):
     """Over random argument sets the CUDA operators and the Triton passes say word for word what the CPU's do."""
     for seed in range(1500):
         one = sets.Set(seed)
-        if other is triton and one.operator in NOT_TRITON:
+        if one.operator in (NOT_TRITON if other is triton else NOT_CUDA):
             continue
         said = []
         for call in (other, cpu):
