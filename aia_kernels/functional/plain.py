@@ -31,6 +31,8 @@ _FEW_ROWS, _FEW_ROWS_FOLLOWED, _FEW_ELEMENTS = 32, 256, 400
 _SMALL_MAP = 32768
 #: The same as safe_normalization.SMALL_MAP for 16 bits: a division takes a conversion more, as it works in place.
 _SMALL_NARROW_MAP = 32768
+#: The same for tokens of so many slots: a softmax along long rows costs little beside its exponentials.
+_MANY_SLOTS, _MAP_OF_MANY_SLOTS = 256, 65536
 #: Tokens of one slot from which a softmax over them is faster where they are the last axis.
 _MANY_TOKENS = 4096
 
@@ -74,6 +76,7 @@ def double_normalize(logits: Tensor, eps: float = 0.0, tokens: int = -2, slots: 
     narrow = logits.dtype.itemsize < 4
     slow = last and count < FEW_SLOTS and not _are_few(logits.numel() // count, count, followed)
     small = _SMALL_NARROW_MAP if narrow else safe_normalization.SMALL_MAP
+    small = _MAP_OF_MANY_SLOTS if last and count >= _MANY_SLOTS else small
     if count == 1 and not eps and (slow or narrow):
         # A P that is rounded to one would have a gradient, where a backward follows.
         wide = logits.float() if narrow and followed else logits
