@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cbam_cases
 import cuda_passes
+import pass_cases
 import pytest
 import torch
 from emulator import Emulator, build
@@ -46,7 +47,7 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
         grad_pooled, grad_weight, sums = passes.gate_backward(*arguments)
         results += [grad_pooled, *grad_weight, sums]
     for sizes, order in (((1, 3, 20, 2, 8), 0), ((1, 3, 20, 2, 3), 1)):
-        gate = torch.randn(1, maps.packed_size(sizes, maps.SPACETIME))
+        gate = torch.randn(1, maps.packed_size(sizes, maps.SPACETIME), device=pass_cases.DEVICE)
         averaged = passes.average_gate(gate, sizes[1:], order)
         results += [averaged, passes.average_gate_back(averaged, sizes[1:], order)]
     return results
@@ -63,9 +64,9 @@ def double_norm_fold_and_residual(passes) -> list[torch.Tensor]:
         reduced = passes.double_norm_backward_reduce(grad, logits, case.group)
         passes.double_norm_backward_(grad, logits, mass, reduced, case.group)
         results += [statistics, lse, logits, mass, reduced, grad]
-    value, second, total = torch.randn(19, 70), torch.randn(70, 70), torch.randn(70)
+    value, second, total, sums = (torch.randn(n, device=pass_cases.DEVICE) for n in ((19, 70), (70, 70), (70,), (19,)))
     folded, _, statistics, off = passes.fold(value, None, None, [total, total, second @ second.mT], 9.0, [], 1e-5)
-    joint, center = passes.fold_sums(value, folded, torch.randn(19), statistics, off, 1e-5)
+    joint, center = passes.fold_sums(value, folded, sums, statistics, off, 1e-5)
     results += [folded, statistics, off, joint, center]
     results += passes.fold_back(value, None, folded, joint, center, statistics, [off, total, second], 1e-5)
     for case in (WHOLE_BYTES["tokens, chunks"], WHOLE_BYTES["maps, chunks"]):
