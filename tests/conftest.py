@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,12 @@ def backend_on(request) -> Iterator[tuple[str, str]]:
 def compiled_on(request) -> Iterator[tuple[str, str]]:
     """The same without the reference."""
     yield from _chosen(request)
+
+
+@pytest.fixture
+def case(request) -> Any:
+    """The case of a row of pass_backends.each."""
+    return request.param
 
 
 def some_of(names: str, cases: Iterable, *in_every_run, indirect: bool = False) -> pytest.MarkDecorator:

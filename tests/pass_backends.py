@@ -102,3 +102,14 @@ def passes_of(family: str, request: pytest.FixtureRequest, monkeypatch: pytest.M
         for setting in settings:
             stack.enter_context(SETTINGS[setting]())
         yield backends.passes(backend, family)
+
+
+def passes_fixture(family: str) -> Any:
+    """The fixture ``passes`` of a file of tests: passes_of a family."""
+
+    @pytest.fixture
+    def passes(request, monkeypatch):
+        with passes_of(family, request, monkeypatch) as found:
+            yield found
+
+    return passes

@@ -6,7 +6,7 @@ import pass_cases
 import pytest
 import torch
 from agreement import assert_within_budget
-from pass_backends import CUDA, each, on, passes_of
+from pass_backends import CUDA, each, on, passes_fixture
 from pass_cases import Case, agrees
 from raw_arguments import REFUSED, changed, implementation, put, to, wide
 
@@ -30,15 +30,7 @@ CASES = pass_cases.CASES | {
 }
 
 
-@pytest.fixture
-def passes(request, monkeypatch):
-    with passes_of(FAMILY, request, monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def case(request):
-    return request.param
+passes = passes_fixture(FAMILY)
 
 
 def random_map(case: Case, context: int) -> torch.Tensor:

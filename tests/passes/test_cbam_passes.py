@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cbam_cases import EVERY, MAPS, SWEPT, Maps, features_of, gates_of, maps_of, numbers, stored
 from conftest import skip_unless_runnable
-from pass_backends import CPU, CUDA, each, on, passes_of
+from pass_backends import CPU, CUDA, each, on, passes_fixture
 from pass_cases import agrees, double, magnitude, same_bits_with_any_threads
 from plain_cbam import PlainCbam
 
@@ -23,15 +23,7 @@ pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 plain = PlainCbam()
 
 
-@pytest.fixture
-def passes(request, monkeypatch):
-    with passes_of("cbam", request, monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def case(request) -> Maps:
-    return request.param
+passes = passes_fixture("cbam")
 
 
 def everywhere(test):

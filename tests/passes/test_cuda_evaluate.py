@@ -12,7 +12,7 @@ import cuda_passes
 import pass_cases
 import pytest
 import torch
-from pass_backends import CPU_ON_THREADS, CUDA, on, on_threads, passes_of
+from pass_backends import CPU_ON_THREADS, CUDA, on, on_threads, passes_fixture
 from pass_cases import GATE_ROUNDINGS, Case, activation, epsilon, special
 from plain_passes import PlainPasses
 from torch import Tensor
@@ -126,10 +126,7 @@ def check(passes, y: Tensor, x: Tensor, parameters: Parameters, unit: str) -> No
     assert (error <= bound).all(), f"error up to {(error / bound).nan_to_num(torch.inf).max():.3g} times its bound"
 
 
-@pytest.fixture
-def passes(request, monkeypatch):
-    with passes_of("attention_in_attention", request, monkeypatch) as found:
-        yield found
+passes = passes_fixture("attention_in_attention")
 
 
 @pytest.fixture(params=UNIT_NAMES)

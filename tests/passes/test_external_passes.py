@@ -22,7 +22,7 @@ from external_pass_cases import (
     tokens_of,
     within,
 )
-from pass_backends import BACKENDS, CPU, CUDA, each, on, passes_of
+from pass_backends import BACKENDS, CPU, CUDA, each, on, passes_fixture
 from pass_cases import agrees, double, epsilon, pick, same_bits_with_any_threads
 from plain_double_norm import PlainDoubleNorm
 
@@ -33,15 +33,7 @@ pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 plain = PlainDoubleNorm()
 
 
-@pytest.fixture
-def passes(request, monkeypatch):
-    with passes_of("external_attention", request, monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def case(request):
-    return request.param
+passes = passes_fixture("external_attention")
 
 
 @each(*OF_TOKENS)

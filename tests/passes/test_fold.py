@@ -10,7 +10,7 @@ import torch
 from agreement import assert_within_budget
 from external_cases import SIZES, make, make_grad, make_input
 from external_pass_cases import within
-from pass_backends import CUDA, each, on, passes_of
+from pass_backends import CUDA, each, on, passes_fixture
 from pass_cases import epsilon
 from raw_arguments import REFUSED, changed, implementation, put, to, wide
 from torch import Tensor
@@ -52,15 +52,7 @@ CASES = {
 }
 
 
-@pytest.fixture
-def passes(request, monkeypatch):
-    with passes_of("external_attention", request, monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def case(request):
-    return request.param
+passes = passes_fixture("external_attention")
 
 
 class Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pass_cases
 import pytest
 import torch
-from pass_backends import BACKENDS, CPU, CUDA, each, on, passes_of
+from pass_backends import BACKENDS, CPU, CUDA, each, on, passes_fixture
 from pass_cases import (
     CASES,
     EVERY,
@@ -42,10 +42,7 @@ from aia_kernels.common.dtypes import accumulate_dtype
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
-@pytest.fixture
-def passes(request, monkeypatch):
-    with passes_of("attention_in_attention", request, monkeypatch) as found:
-        yield found
+passes = passes_fixture("attention_in_attention")
 
 
 @pytest.fixture

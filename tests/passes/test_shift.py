@@ -86,11 +86,6 @@ def passes(request, monkeypatch, uninitialized_memory_is_nan):
         yield found
 
 
-@pytest.fixture
-def case(request) -> Case:
-    return request.param
-
-
 WHOLE = {name: case for name, case in CASES.items() if not case.elements}
 #: What Triton's interpreter takes in every run.
 INTERPRETED = pick(WHOLE, "prime CTHW", "bf16 THWC", "one pixel", "vectors across folds THWC", "fp64")
