@@ -92,6 +92,16 @@ class Autocast(nn.Module):
             return self.module(x)
 
 
+def wrapping(autocast: bool, compiled: bool) -> Callable[[nn.Module], nn.Module]:
+    """What is done to a module of each form before it is called."""
+
+    def wrap(module: nn.Module) -> nn.Module:
+        module = Autocast(module) if autocast else module
+        return torch.compile(module, dynamic=False) if compiled else module
+
+    return wrap
+
+
 def distance(found: Tensor, truth: Tensor) -> float:
     error = ((found.double() - truth).abs().max() / truth.abs().max()).item()
     return error if error == error else float("inf")
@@ -100,13 +110,13 @@ def distance(found: Tensor, truth: Tensor) -> float:
 @torch.no_grad()
 @providers.exact_products()
 def output_errors(
-    networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module]
+    networks: dict[str, AIAResNet], images: Tensor, wrap: Callable[[nn.Module], nn.Module], by_stage: bool
 ) -> tuple[dict, dict[str, Tensor]]:
     """{part: {form: error}} in eval mode of what is wrapped, and the true input of each stage in float32."""
     truth = copy.deepcopy(networks["published"]).double().eval()
     x, inputs, errors = images.double(), {}, {}
     forms = {form: stages_of(networks[form].eval()) for form in ("published", "fused")}
-    for name, stage in stages_of(truth).items():
+    for name, stage in stages_of(truth).items() if by_stage else ():
         inputs[name] = x.float()
         x = stage(inputs[name].double())
         errors[name] = {form: distance(wrap(stages[name])(inputs[name]), x) for form, stages in forms.items()}
@@ -157,11 +167,12 @@ def measure_network(
     seconds: float,
     stages: bool,
     autocast: bool,
+    compiled: bool,
 ) -> tuple[dict[str, dict], bool]:
     """What each part costs in each form, {part: {"error": ..., "eval": ..., "step": ..., "kept": ...}}, by form; and
     whether the numbers of the fused form are right. Without ``stages`` the whole network is the only part."""
     device = images.device.type
-    wrap, limits = (Autocast, AUTOCAST_LIMITS) if autocast else (lambda module: module, LIMITS)
+    wrap, limits = wrapping(autocast, compiled), AUTOCAST_LIMITS if autocast else LIMITS
     networks = {form: build(form, unit, temporal, segments, layers).to(device) for form in FORMS}
     if not images.is_contiguous():
         for convolution in (m for network in networks.values() for m in network.modules() if type(m) is nn.Conv2d):
@@ -169,7 +180,7 @@ def measure_network(
     total = 3 + 2 * (len(layers) + 3 if stages else 1)
     with progress.bar(total=total, unit="measurement", leave=False) as bar:
         bar.set_description("numbers")
-        errors, inputs = output_errors(networks, images, wrap)
+        errors, inputs = output_errors(networks, images, wrap, stages)
         bar.update(2)
         gradients = gradient_errors(networks, images, wrap)
         bar.update()
@@ -229,12 +240,16 @@ def _report(
     seconds: float = 10,
     stages: bool = True,
     autocast: bool = False,
+    compiled: bool = False,
 ) -> tuple[dict, bool]:
     n, _, h, w = images.shape
     backend = aia_kernels.backends.select(images.device.type, torch.float32, "attention_in_attention")
     about = f"{temporal}, {n} frames of {h}x{w}, {precision_of(autocast)}; fused: {backend}"
+    about += "; all compiled" if compiled else ""
     print(f"{name_of(layers)} with {unit} in every block, {about}.\n")
-    found, right = measure_network(images, unit, temporal, segments, layers, rounds, seconds, stages, autocast)
+    found, right = measure_network(
+        images, unit, temporal, segments, layers, rounds, seconds, stages, autocast, compiled
+    )
     print(HEADER, *(line(part, cells, right) for part, cells in found.items()), sep="\n")
     print(FOOTNOTE)
     for mode, text in (("eval", "eval"), ("step", "a training step")):
@@ -312,6 +327,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--whole", action="store_true", help="the network in all, not its stages")
     parser.add_argument("--autocast", action="store_true", help="forward under autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="each form compiled, which takes minutes")
     parser.add_argument("--channels-last", action="store_true", help="frames and weights in channels_last")
     parser.add_argument("--random", action="store_true", help="random frames: no video has to be decoded")
     parser.add_argument("--quick", action="store_true", help="a smoke run: a shallow network, small random frames")
@@ -336,9 +352,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
     form = torch.channels_last if options.channels_last else torch.contiguous_format
     images = images.to(options.device).contiguous(memory_format=form)
-    settings["autocast"] = options.autocast
+    settings |= {"autocast": options.autocast, "compiled": options.compile}
+    # All forms share the code of one forward, and with the default's limit the last of them would stay eager.
+    torch._dynamo.config.recompile_limit = 64
     found, right = _report(images, options.unit, options.temporal, segments, **settings)
-    name = f"{name_of(settings['layers'])} {options.unit} {options.temporal}"
+    name = f"{name_of(settings['layers'])} {options.unit} {options.temporal}" + options.compile * " compiled"
     path = records.path(options.results, "network")
     records.write(path, rows(found, right, images, name, segments, options.autocast))
     print(f"wrote {path}")

@@ -38,9 +38,9 @@ def dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: float,
     shown: Tensor | None = None,
     dropout: float = 0.0,
-    scale: float | None = None,
 ) -> Tensor:
     """o = softmax(scale q k^T) v of each head.
 
@@ -48,15 +48,14 @@ def dot_product_attention(
         query: [B, heads, N, d], floating-point.
         key: [B, heads, L, d].
         value: [B, heads, L, v].
+        scale: Of the logits. Made of a shape it would be a number of float32 to torch.jit.trace.
         shown: Boolean, spread over [B, heads, N, L]: True where a key takes part; None: all do. Where none does, o is
             0.
         dropout: Its probability, on the map of attention.
-        scale: None: 1 over the root of d.
 
     Returns:
         o, [B, heads, N, v].
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if needs_reference() and not dropout:
         return formula(query, key, value, shown, scale)
     if query.device.type == "cpu" and not dropout and not is_traced() and torch.is_grad_enabled():
@@ -127,10 +126,10 @@ def opposed_attentions(query: Tensor, key: Tensor, value: Tensor, scale: float) 
         if differentiates and query.shape[3] > _FEW_FEATURES:
             causal, complement = _Opposed.apply(query, key, value, scale)
             return causal, complement
-    causal = dot_product_attention(query, key, value, scale=scale)
+    causal = dot_product_attention(query, key, value, scale)
     if query.device.type == "cpu":  # kernels of a GPU take the maximum before they scale
-        return causal, dot_product_attention(query, key, value, scale=-scale)
-    return causal, dot_product_attention(-query, key, value, scale=scale)
+        return causal, dot_product_attention(query, key, value, -scale)
+    return causal, dot_product_attention(-query, key, value, scale)
 
 
 def attention_of_made(make: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ def attention_of_made(make: Callable[..., tuple[Tensor, ...]], *tensors: Tensor)
     """
     if not _is_eager_on_cpu(*tensors):
         query, key, value = make(*tensors)
-        return dot_product_attention(query, key, value, scale=1.0)
+        return dot_product_attention(query, key, value, 1.0)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _OfMade.apply(make, *tensors)
     return _attended(*make(*tensors))[0]  # PyTorch's own form for such sizes copies q and k to scale them

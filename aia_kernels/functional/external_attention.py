@@ -252,9 +252,10 @@ def without_effect(key: Tensor, *biases: Tensor | None) -> Tensor:
 
     Zero and not none, so that DistributedDataParallel finds every parameter used. The sum of an empty slice is 0 and
     has no other gradient, whatever values the bias and the gradient of the key have. On a GPU that would be four
-    launches.
+    launches. torch.jit.trace compares two records, of which only one has gradients: there the key stays alone.
     """
-    wanted = [b for b in biases if b is not None and b.requires_grad] if torch.is_grad_enabled() else []
+    differentiates = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    wanted = [b for b in biases if b is not None and b.requires_grad] if differentiates else []
     if wanted and not key.is_cpu and not is_traced() and not needs_reference() and all(map(sharded.is_plain, wanted)):
         return _WithoutEffect.apply(key, *wanted)
     for bias in wanted:

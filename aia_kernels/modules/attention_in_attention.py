@@ -17,6 +17,7 @@ from .. import functional
 from ..common.layouts import as_clips, as_input
 from ..functional.checks import check_clips
 from ..reference import UNITS, Gate, Unit, compose
+from .recorded import one_call
 from .submodules import can_be_read, held, is_gate_convolution, must_be_called, norm_of
 
 
@@ -56,6 +57,7 @@ class AttentionInAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_segments={self.num_segments}, use_BN={self.use_BN}"
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         gates = []
         for letter in self.unit.letters:

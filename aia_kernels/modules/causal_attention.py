@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
 from ..functional.dot_product import dot_product_attention, opposed_attentions
 from ..functional.external_attention_checks import check_dropout
+from .recorded import one_call
 from .submodules import can_be_read
 
 
@@ -54,6 +55,7 @@ class CausalAttention(nn.Module):
         self.M = nn.Parameter(torch.rand(1, slots, context_dim) / 100)
         self.fc = nn.Linear(2 * dim, dim)
 
+    @one_call
     def forward(self, h: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = h if context is None else context
         dim = self.fc.out_features
@@ -65,9 +67,9 @@ class CausalAttention(nn.Module):
         shown = None if mask is None else _shown(mask, context)
         dropout: Any = getattr(self.att, "dropout", self.dropout if self.training else 0.0)
         att: Any = self.att  # a ModuleDict, or the module of a converted layer
-        query = att.query(h)
-        inside = _attend(query, *self._keys_and_values(context), self.heads, dropout, shown)
-        across = _attend(query.reshape(1, -1, dim), *self._keys_and_values(self.M), self.heads, dropout)
+        query, of_heads = att.query(h), (self.heads, (dim // self.heads) ** -0.5, dropout)
+        inside = _attend(query, *self._keys_and_values(context), *of_heads, shown)
+        across = _attend(query.reshape(1, -1, dim), *self._keys_and_values(self.M), *of_heads)
         return self.fc(torch.cat((inside, across.view_as(h)), -1))
 
     def _keys_and_values(self, of: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +114,7 @@ class ComplementAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @one_call
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_tensor("x", x)
         proj, heads = self.proj, self.num_heads
@@ -123,7 +126,7 @@ class ComplementAttention(nn.Module):
         if (dropout := _probability(self.attn_drop)) == 0:
             both = opposed_attentions(q, k, v, self.scale)
         else:
-            both = _attention(q, k, v, dropout, None, self.scale), _attention(-q, k, v, dropout, None, self.scale)
+            both = _attention(q, k, v, self.scale, dropout), _attention(-q, k, v, self.scale, dropout)
         proj_drop = self.proj_drop
         results = (proj(o.transpose(1, 2).reshape(b, n, dim)) for o in both)
         causal, complement = results if _probability(proj_drop) == 0 else map(proj_drop, results)
@@ -152,23 +155,21 @@ def _attend(
     key: Tensor,
     value: Tensor,
     heads: int,
+    scale: float,
     dropout: Any,
     shown: Tensor | None = None,
-    scale: float | None = None,
 ) -> Tensor:
     """[B, N, dim] of query, key and value [B, N or L, dim]; shown [B, 1, 1, L], True where a key takes part. A dropout
     that is a module of another kind, or has hooks, is called on the map of attention, which is made for it."""
     q, k, v = (_apart(t, heads) for t in (query, key, value))
-    return _joined(_attention(q, k, v, _probability(dropout), shown, scale))
+    return _joined(_attention(q, k, v, scale, _probability(dropout), shown))
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: Any, shown: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Any, shown: Tensor | None = None) -> Tensor:
     """The same of q, k and v [B, heads, N or L, d], and o so; dropout as of _probability."""
     if not isinstance(dropout, nn.Module):
-        return dot_product_attention(q, k, v, shown, dropout, scale)
-    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return dot_product_attention(q, k, v, scale, shown, dropout)
+    logits = q @ k.mT * scale
     attention = (logits if shown is None else logits.masked_fill(~shown, -torch.inf)).softmax(-1)
     if shown is not None:  # where nothing is shown, o is 0
         attention = attention.masked_fill(~shown.any(-1, keepdim=True), 0.0)

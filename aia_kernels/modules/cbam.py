@@ -20,6 +20,7 @@ from ..functional.cbam import POOL_TYPES, channel_gate_of_few_operators
 from ..functional.checks import check_integer
 from ..reference import MLP, Gate
 from ..reference.cbam import POOLS
+from .recorded import one_call
 from .submodules import can_be_read, held, must_be_called, norm_of, read_at_once
 
 
@@ -99,6 +100,7 @@ class ChannelGate(nn.Module):
         """g_c [B, C, 1, 1], by calls of the submodules."""
         return sum(self.mlp(POOLS[name](x)) for name in self.pool_types).sigmoid()[:, :, None, None]
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         if (y := self._of_a_small_call(x)) is not None:
             return y
@@ -130,6 +132,7 @@ class SpatialGate(nn.Module):
         """g_s [B, 1, H, W], by calls of the submodules."""
         return self.spatial(_pooled(x)).sigmoid()
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         if (gate := _read_spatial(self)) is None:
             return x * self._gate(_checked(x))
@@ -207,6 +210,7 @@ class CBAM(_BothGates):
     ):
         super().__init__(in_planes, reduction_ratio, kernel_size, pool_types, no_spatial)
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         if (read := self._read()) is None:
             return self._through_submodules(x)
@@ -242,6 +246,7 @@ class CausalCBAM(_BothGates):
         if not no_spatial:
             nn.init.zeros_(self.SpatialGate.spatial.bn.weight)
 
+    @one_call
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if (read := self._read()) is None:
             y = self._through_submodules(x)

@@ -41,6 +41,7 @@ from ..functional.external_attention import (
 )
 from ..functional.sharded import is_distributed
 from ..reference import Norm
+from .recorded import one_call
 from .submodules import (
     can_be_read,
     held,
@@ -81,6 +82,7 @@ class ExternalAttention(nn.Module):
         for linear in (self.mk, self.mv):
             nn.init.normal_(linear.weight, std=0.001)
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         mk, mv = held(self, "mk"), held(self, "mv")
         if type(x) is Tensor and x.ndim == 3 and (found := read_at_once(x, (mk, mv))) is not None:
@@ -178,6 +180,7 @@ class ExternalAttention2d(nn.Module):
                 weight.normal_(0, math.sqrt(2 / weight.shape[0]))
             self.linear_1.weight.copy_(shared)
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         if getattr(x, "ndim", 4) in (3, 5):
             return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)
@@ -366,6 +369,7 @@ class MultiHeadExternalAttention(nn.Module):
         self.proj = nn.Linear(dim * self.coef, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         linears = tuple([held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "proj")])
         attn_drop, proj_drop = held(self, "attn_drop"), held(self, "proj_drop")
@@ -484,6 +488,7 @@ class TokenExternalAttention(nn.Module):
         """The key and the value memory: nn.Linear, or what was put in their places."""
         return held(self, self.memories[0]), held(self, self.memories[1])
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         linears, attn_drop = (*self._memories(), held(self, "proj")), held(self, "attn_drop")
         if not _readable(linears) or not can_be_read(attn_drop, nn.Dropout):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..common.tracing import needs_reference
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
 from ..functional.dot_product import attention_of_made, stay_in_cache
+from .recorded import one_call
 from .submodules import is_pointwise, must_be_called
 
 
@@ -53,6 +54,7 @@ class HaloAttention(nn.Module):
         self.to_kv = nn.Linear(dim, dim_head * heads * 2, bias=False)
         self.to_out = nn.Linear(dim_head * heads, dim)
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         embedding: Any = self.rel_pos_emb
         _check_maps(x, self.dim, self.block_size, embedding.rel_height)
@@ -114,6 +116,7 @@ class HaloAttn(nn.Module):
         for table in self.pos_embed.parameters():
             nn.init.trunc_normal_(table, std=self.scale)
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         embedding: Any = self.pos_embed
         _check_maps(x, self.dim, self.block_size, embedding.height_rel)
@@ -217,7 +220,7 @@ def _with_places(
     window = rows.shape[-1]
     one_hot = torch.eye(window, dtype=k.dtype, device=k.device).expand(window, -1, -1)
     places = torch.cat((one_hot.transpose(0, 1), one_hot), -1).flatten(0, 1)
-    q, k = torch.cat((q * scale, rows, columns), -1), torch.cat((k, places.expand(len(k), -1, -1)), -1)
+    q, k = torch.cat((q * scale, rows, columns), -1), torch.cat((k, places.expand(k.shape[0], -1, -1)), -1)
     return q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
 
 

@@ -28,12 +28,14 @@ from ..functional.linear_attention import (
 from ..functional.linear_attention_checks import fit_at_once
 from ..functional.sharded import is_distributed
 from ..reference import Form
+from .recorded import one_call
 from .submodules import held, is_pointwise, must_be_called, read_at_once
 
 
 class _OnMaps(nn.Module):
     """A layer on maps [B, C, H, W]; points [B, C, N] and volumes [B, C, D, H, W] are taken as maps of one column."""
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         if getattr(x, "ndim", 4) in (3, 5):
             return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)

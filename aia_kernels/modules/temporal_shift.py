@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional
+from .recorded import one_call
 
 
 class TemporalShift(nn.Module):
@@ -26,5 +27,6 @@ class TemporalShift(nn.Module):
     def extra_repr(self) -> str:
         return f"num_segments={self.num_segments}, fold_div={self.fold_div}"
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         return functional.temporal_shift(x, self.num_segments, self.fold_div)
