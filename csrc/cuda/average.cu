@@ -17,14 +17,18 @@ constexpr int kThreads = 512;
 
 // The maps over T [H, W], over H [T, W] and over W [T, H] of a clip, with C in the place where the order has it.
 struct GateMaps {
-  int T, C, H, W, packed;
+  int T, C, H, W;
+  int64_t packed;
   struct Map {
-    int start, a, b, c;  // where it begins, and the strides of its axes
+    int64_t start, a, b, c;  // where it begins, and the strides of its axes
   } at[3];
 
+  // Chosen without an address, which would take the maps from the kernel's parameters to local memory.
+  __device__ __forceinline__ Map of(int map) const { return map == 0 ? at[0] : map == 1 ? at[1] : at[2]; }
+
   explicit GateMaps(const Shape& s) : T(s.T), C(s.C), H(s.H), W(s.W) {
-    const int lengths[3][2] = {{H, W}, {T, W}, {T, H}};
-    int start = 0;
+    const int64_t lengths[3][2] = {{H, W}, {T, W}, {T, H}};
+    int64_t start = 0;
     for (int m = 0; m < 3; ++m) {
       const auto [a, b] = lengths[m];
       if (s.order == Order::kTHWC)
@@ -85,13 +89,13 @@ __global__ void __launch_bounds__(kThreads, 1) average_kernel(GateMaps maps, Box
   const int count = h * w + t * w + t * h, positions = kThreads / lanes;
   const int lane = kChannelsInside ? threadIdx.x % lanes : threadIdx.x / positions;
   const int own = kChannelsInside ? threadIdx.x / lanes : threadIdx.x % positions;
-  gate += static_cast<int64_t>(b) * maps.packed;
+  gate += b * maps.packed;
 
   for (int first = 0; first < count; first += positions) {
     A sum = 0;
     if (first + own < count) {
       const Position p(first + own, t, h, w);
-      const GateMaps::Map& map = maps.at[p.map];
+      const GateMaps::Map map = maps.of(p.map);
       const int a = p.a + (p.map == 0 ? h0 : t0), side = p.b + (p.map == 2 ? h0 : w0);
       const A* const from = gate + map.start + a * map.a + side * map.b;
 #pragma unroll 8
@@ -113,11 +117,11 @@ __global__ void __launch_bounds__(kThreads, 1) average_kernel(GateMaps maps, Box
   }
   __syncthreads();
   const A factor = A(1) / (3 * A(maps.C));
-  to += static_cast<int64_t>(b) * maps.T * maps.H * maps.W;
+  to += int64_t{b} * maps.T * maps.H * maps.W;
   for (int e = threadIdx.x; e < t * h * w; e += kThreads) {
     const int x = e % w, y = e / w % h, z = e / w / h;
     const A total = means[y * w + x] + means[h * w + z * w + x] + means[(h + t) * w + z * h + y];
-    to[((t0 + z) * maps.H + h0 + y) * maps.W + w0 + x] = total * factor;
+    to[(int64_t{t0 + z} * maps.H + h0 + y) * maps.W + w0 + x] = total * factor;
   }
 }
 
@@ -132,15 +136,15 @@ __global__ void __launch_bounds__(kThreads, 1) spread_kernel(GateMaps maps, int 
   const int number = blockIdx.x % blocks * positions + own;
   if (own >= positions || number >= H * W + T * W + T * H) return;
   const Position p(number, T, H, W);
-  const GateMaps::Map& map = maps.at[p.map];
+  const GateMaps::Map map = maps.of(p.map);
   const int length = p.map == 0 ? T : p.map == 1 ? H : W, step = p.map == 0 ? H * W : p.map == 1 ? W : 1;
-  const int first = p.map == 0 ? p.a * W + p.b : p.map == 1 ? p.a * H * W + p.b : (p.a * H + p.b) * W;
-  const A* const from = grad + static_cast<int64_t>(b) * T * H * W + first;
+  const int64_t frame = int64_t{b} * T + (p.map == 0 ? 0 : p.a);
+  const A* const from = grad + frame * H * W + (p.map == 0 ? p.a * W + p.b : p.map == 1 ? p.b : p.b * W);
   A sum = 0;
 #pragma unroll 8
-  for (int k = 0; k < length; ++k) sum += from[k * step];
+  for (int k = 0; k < length; ++k) sum += from[int64_t{k} * step];
   sum *= A(1) / (3 * A(maps.C));
-  A* const out = to + static_cast<int64_t>(b) * maps.packed + map.start + p.a * map.a + p.b * map.b;
+  A* const out = to + b * maps.packed + map.start + p.a * map.a + p.b * map.b;
 #pragma unroll 4
   for (int c = lane; c < maps.C; c += lanes) out[c * map.c] = sum;
 }
