@@ -45,6 +45,43 @@ def _same_but_for_axes_of_one(t: Tensor, x: Tensor) -> bool:
     return t.shape == x.shape and all(size == 1 or own == wanted for size, own, wanted in strides)
 
 
+def memory_order(t: Tensor) -> tuple[int, ...]:
+    """The axes of a tensor from the outermost in memory to the innermost. Of several that it may be, that of
+    contiguous, or of channels_last."""
+    axes = tuple(range(t.ndim))
+    if t.is_contiguous():
+        return axes
+    if t.ndim > 2 and t.movedim(1, -1).is_contiguous():
+        return (0, *axes[2:], 1)
+    return tuple(sorted(axes, key=lambda axis: (t.shape[axis] > 1, -t.stride(axis))))
+
+
+def in_order(t: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The tensor itself if its axes lie so in memory, as of memory_order, and densely; else a copy of which they do.
+    Axes of one get the strides that they would have in a new tensor: torch's convolutions and norms go by them."""
+    turned = order != tuple(range(t.ndim))
+    moved = t.permute(order) if turned else t
+    if moved.is_contiguous() and 1 not in t.shape:
+        return t
+    moved = moved.contiguous().view(moved.shape)
+    return moved.permute([order.index(i) for i in range(t.ndim)]) if turned else moved
+
+
+def suggests_channels_last(weight: Tensor) -> bool:
+    """Whether a convolution with this weight writes channels_last whatever its input is. A kernel of one is contiguous
+    and channels_last alike: its strides tell."""
+    channels = weight.shape[1] if weight.ndim > 3 else 1
+    return channels > 1 and weight.stride(1) == 1 and weight.stride(-1) == channels
+
+
+def stored_for(y: Tensor, storage: str, weight: Tensor | None) -> Tensor:
+    """y [B, C, H, W] "contiguous", or "as weights": contiguous unless a convolution with this weight writes
+    channels_last."""
+    if storage == "as weights" and weight is not None and suggests_channels_last(weight):
+        return in_order(y, (0, 2, 3, 1))
+    return in_order(y, (0, 1, 2, 3))
+
+
 def unviewed(y: Tensor) -> Tensor:
     """y itself, but no view of another tensor: autograd forbids to change in place a view that a Function returns."""
     return y.data
@@ -89,10 +126,16 @@ def as_maps(tokens: Tensor, x: Tensor) -> Tensor:
 
 
 def with_dense_maps(x: Tensor) -> Tensor:
-    """x [B, C, H, W], of any number of positions' axes, itself if it is contiguous or channels_last, else a contiguous
-    copy."""
-    dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
-    return x.resolve_neg() if dense else x.contiguous()
+    """x [B, C, H, W], of any number of positions' axes, itself if it is contiguous or channels_last, else a copy that
+    is. The copy keeps the order of the axes where it can: that of some channels of channels_last is so too."""
+    if _is_dense(x):
+        return x.resolve_neg()
+    copy = x.clone()
+    return copy if _is_dense(copy) else x.contiguous()
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 
 def dense_tokens(x: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ TOLERANCE = 1e-7
 #: The same for forwards that cast to float32 somewhere.
 SINGLE_TOLERANCE = 1e-5
 
+#: The elements of all inputs up to which a graph is tried.
+LARGEST = 2**18
+
 #: Methods that a class may override without changing what a layer keeps, stores or does beside its forward.
 _HARMLESS = {
     "__init__",
@@ -150,7 +153,7 @@ def graph_difference(
     trials = [known] if fixed else [known, *_other_sizes(known)]
     with undisturbed():
         for trial in trials:
-            if sum(map(math.prod, trial)) <= 2**18 and (reason := _graphs_differ(module, (before, after), trial)):
+            if sum(map(math.prod, trial)) <= LARGEST and (reason := _graphs_differ(module, (before, after), trial)):
                 return reason
     return None
 

@@ -1,9 +1,13 @@
-"""What a rewritten graph calls in the place of what was found."""
+"""What a rewritten graph calls in the place of what was found.
+
+Each call takes the tensor that it is about first, and by keyword how its result is stored (as_stored).
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +34,7 @@ from ..modules.external_attention import ExternalAttention2d
 from ..modules.linear_attention import attended, efficient_flow_is_faster, linear_flow_is_faster
 from ..modules.submodules import norm_of, products_saved
 from ..reference import MLP, UNITS, Gate, Norm
+from .storage import Storage
 
 
 class Form(NamedTuple):
@@ -48,6 +53,23 @@ class Form(NamedTuple):
     of: str
     apart: bool
     out: tuple[tuple[int, ...], ...]
+
+
+def as_stored(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call whose result is stored as that of the network.
+
+    storage: How it was seen to be. Without it the result is contiguous, or as the call leaves it for an x in
+    channels_last. convolutions: The weights of those in whose place the call stands.
+    """
+
+    @functools.wraps(call)
+    def stored(x: Tensor, *given: Any, storage: Storage | None = None, convolutions: Sequence[Tensor] = ()) -> Tensor:
+        y = call(x, *given)
+        if storage is None:
+            return y if _is_channels_last(x) else y.contiguous()
+        return storage.store(y, x, convolutions)
+
+    return stored
 
 
 class NotAsRecorded(Exception):
@@ -87,6 +109,7 @@ def _eps_of(x: Tensor, eps: float | str) -> float:
     return getattr(torch.finfo(dtype), eps)
 
 
+@as_stored
 def normalize(logits: Tensor, tokens: int, slots: int, eps: float | str, dtype: torch.dtype | None = None) -> Tensor:
     """A softmax over one axis, divided by eps and its sum over another.
 
@@ -98,13 +121,12 @@ def normalize(logits: Tensor, tokens: int, slots: int, eps: float | str, dtype: 
         dtype: The type to which the softmax casts the logits; None: their own or, under autocast, float32, as torch's.
 
     Returns:
-        A, in the shape of the logits, and contiguous where they are: what follows may want to view it as they are.
+        A, in the shape of the logits.
     """
     if dtype is None and autocast_dtype(logits) is not None:
         dtype = torch.promote_types(logits.dtype, torch.float32)
     typed = logits if dtype is None else logits.to(dtype)
-    attention = double_normalize(typed, dims=(tokens, slots), eps=_eps_of(typed, eps))
-    return attention.contiguous() if logits.is_contiguous() else attention
+    return double_normalize(typed, dims=(tokens, slots), eps=_eps_of(typed, eps))
 
 
 def matrix(weight: Tensor, sizes: tuple[int, int], transposed: bool, heads: int, rows: bool, columns: bool) -> Tensor:
@@ -130,6 +152,7 @@ def matrix(weight: Tensor, sizes: tuple[int, int], transposed: bool, heads: int,
     return found
 
 
+@as_stored
 def attend(
     x: Tensor,
     weights: Sequence[Tensor | None],
@@ -150,7 +173,7 @@ def attend(
         dropout: Of the attention map: a module, its probability, or None.
 
     Returns:
-        o, arranged as the form says, and contiguous unless x is channels_last.
+        o, arranged as the form says.
     """
     if isinstance(dropout, nn.Module):
         dropout = dropout.p if dropout.training else 0.0
@@ -162,13 +185,13 @@ def attend(
         o = _by_heads(rows, weights, biases, form, eps, dropout)
         if weights[3] is None:
             sizes.append(form.heads)
-        return _arranged(o.reshape(*sizes, -1), form, x)
+        return _arranged(o.reshape(*sizes, -1), form)
     with no_autocast(x):
         key, value, bias = _folded(weights, biases, form)
     slots = weights[1].shape[0] // (form.heads if form.of == "key" else 1)
     if dropout or not _is_channels_first(x, form):
         o = external_attention(rows, key, value, value_bias=bias, eps=eps, group=slots, dropout=dropout)
-        return _arranged(o.reshape(*sizes, -1), form, x)
+        return _arranged(o.reshape(*sizes, -1), form)
     # The last product writes the features outermost, as its result is wanted: no copy turns it.
     attention = double_normalize(rows @ key.mT, eps=eps, group=slots)
     o = value @ attention.mT
@@ -192,11 +215,10 @@ def _by_heads(
     return o if outer is None else F.linear(o, outer, biases[3])
 
 
-def _arranged(o: Tensor, form: Form, x: Tensor) -> Tensor:
+def _arranged(o: Tensor, form: Form) -> Tensor:
     """o, [*batch, *tokens, ..., features], with the axes that the form says."""
     arranged = o.permute([i for axis in form.out for i in axis])
-    arranged = arranged.reshape([math.prod([o.shape[i] for i in axis]) for axis in form.out])
-    return arranged if _is_channels_last(x) else arranged.contiguous()
+    return arranged.reshape([math.prod([o.shape[i] for i in axis]) for axis in form.out])
 
 
 def _is_channels_first(x: Tensor, form: Form) -> bool:
@@ -206,6 +228,7 @@ def _is_channels_first(x: Tensor, form: Form) -> bool:
     return wanted == [*range(count), feature, *range(count, feature)] and not _is_channels_last(x)
 
 
+@as_stored
 def block(
     x: Tensor,
     weights: Sequence[Tensor | None],
@@ -228,7 +251,7 @@ def block(
         residual: Whether x is added, or what is added in its place.
 
     Returns:
-        y, stored as x.
+        y.
     """
     eps = _eps_of(x, eps)
     if eps and _compiler_takes_block(x, weights, biases, norm):
@@ -299,6 +322,7 @@ class GateForm(NamedTuple):
     scale: float
 
 
+@as_stored
 def recalibrate(
     x: Tensor,
     form: ClipForm,
@@ -313,7 +337,7 @@ def recalibrate(
             its convolution, and its batch norm as of block.
 
     Returns:
-        y, arranged as the form says, and contiguous where x is.
+        y, arranged as the form says.
     """
     order = (*form.batch, *form.clips)
     if order == (0, 2, 1, 3, 4):
@@ -330,8 +354,7 @@ def recalibrate(
     if form.residual:
         y = y + (given if form.residual == 1.0 else given * form.residual)
     y = y.reshape([x.shape[i] for i in order]).permute([order.index(i) for axis in form.out for i in axis])
-    y = y.reshape([math.prod(x.shape[i] for i in axis) for axis in form.out])
-    return y.contiguous() if x.is_contiguous() else y
+    return y.reshape([math.prod(x.shape[i] for i in axis) for axis in form.out])
 
 
 def _gate(letter: str, form: GateForm, weight: Tensor, bias: Tensor | None, norm: _BatchNorm | tuple | None) -> Gate:
@@ -357,6 +380,7 @@ def _with_norm(weight: Tensor, bias: Tensor | None, norm: _BatchNorm | tuple | N
     return Gate(weight, with_bias(of_bn, bias))
 
 
+@as_stored
 def gates(x: Tensor, mlp: tuple | None, gate: tuple | None) -> Tensor:
     """CBAM, or one of its gates.
 
@@ -367,7 +391,7 @@ def gates(x: Tensor, mlp: tuple | None, gate: tuple | None) -> Tensor:
             how the maximum and the mean come to it: "max, mean", "mean, max", or "mix" for their mean; or None.
 
     Returns:
-        y, stored as x.
+        y.
     """
     of_channels, pools = (None, POOL_TYPES) if mlp is None else (MLP(*mlp[:4]), mlp[4])
     if gate is None:
@@ -400,6 +424,7 @@ class MemoryForm(NamedTuple):
     out: tuple[tuple[int, ...], ...]
 
 
+@as_stored
 def remember(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gamma: Tensor | None, form: MemoryForm
 ) -> Tensor:
@@ -413,7 +438,7 @@ def remember(
         form: The arrangement.
 
     Returns:
-        y, arranged as the form says, and contiguous unless x is channels_last.
+        y, arranged as the form says.
     """
     order = None
     given = x
@@ -443,8 +468,7 @@ def remember(
     if order is not None:
         y = y.permute(order) if x.ndim == 3 else y.reshape(x.shape)
     y = y.permute([i for axis in form.out for i in axis])
-    y = y.reshape([math.prod(x.shape[i] for i in axis) for axis in form.out])
-    return y if _is_channels_last(x) else y.contiguous()
+    return y.reshape([math.prod(x.shape[i] for i in axis) for axis in form.out])
 
 
 def _factors(x: Tensor, form: MemoryForm) -> list[float | None]:

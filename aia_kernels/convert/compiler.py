@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from .graphs import has_fixed_shapes, known_shapes, rewrite
 from .spellings import Reader
+from .storage import known_run
 
 
 def fuse_backend(
@@ -35,7 +36,7 @@ def fuse_backend(
     settings = dict(options or {})
     name = settings.pop("backend", "inductor")
     graph = graph_module.graph
-    if rewrite(Reader(graph_module, graph, known_shapes(graph), has_fixed_shapes(graph)))[0]:
+    if rewrite(Reader(graph_module, graph, known_shapes(graph), has_fixed_shapes(graph), known_run(graph)))[0]:
         graph_module.recompile()
     backend = torch._dynamo.lookup_backend(name)
     return backend(graph_module, example_inputs, **({"config_patches": settings} if settings else {}))

@@ -31,6 +31,7 @@ from .published import FUSED_LAYERS
 from .recording import DoesNotRun, record, run
 from .report import Converted, LeftAlone, Report, class_name
 from .spellings import Reader, operation_of
+from .storage import seen_in_runs
 
 #: What the code of a forward names if there can be something to find.
 _TELLING = ("softmax", "sigmoid")
@@ -249,7 +250,8 @@ def _attempt(
             return "its forward runs on no input that its parameters suggest; fuse(model, *inputs) is told one"
         graph, known, shapes = recorded
         before = _called(graph)
-        fused, missed = rewrite(Reader(module, graph, known))
+        runs = seen_in_runs(behaviour.blank(module, training), graph, shapes[0])
+        fused, missed = rewrite(Reader(module, graph, known, runs=runs))
         if not fused:
             return missed[0] if missed else None
         likely, graphs[training], calls = [shapes], graph, [call.now for call in fused]

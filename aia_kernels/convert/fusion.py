@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .flow import rewrite_forwards
 from .graphs import has_fixed_shapes, known_shapes, rewrite, shapes_of
 from .report import Converted, LeftAlone, Report, names_of
 from .spellings import Reader
+from .storage import known_run, seen_in_runs
 
 
 def fuse(model: nn.Module, *inputs: Any) -> Report:
@@ -62,7 +64,10 @@ def _fuse_graph(module: GraphModule, inputs: tuple[Any, ...], report: Report) ->
     shapes = _shapes_in(module, graph, inputs)
     starts = [shapes.get(node) for node in graph.nodes if node.op == "placeholder"]
     fixed = not inputs and has_fixed_shapes(graph)
-    fused, missed = rewrite(Reader(module, graph, shapes, fixed))
+    runs, known = known_run(graph), [shape for shape in starts if shape is not None]
+    if not runs and len(known) == len(starts) and sum(map(math.prod, known)) <= behaviour.LARGEST:
+        runs = seen_in_runs(module, graph, known)
+    fused, missed = rewrite(Reader(module, graph, shapes, fixed, runs))
     if fused and (reason := behaviour.graph_difference(module, before, graph, starts, fixed)) is not None:
         module.graph = before
         report.left_alone += [LeftAlone((call.node.name,), call.before, reason) for call in fused]

@@ -21,6 +21,7 @@ from .products import Product
 from .regions import Region, find_region, is_arranged, is_number, is_size
 from .softmaxes import merge_softmaxes, name_softmaxes, settle
 from .spellings import Reader, spelling
+from .storage import storage_of
 from .units import FoundGate, FoundUnit, find_units
 
 
@@ -128,7 +129,7 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
             now = "external_attention" if region.block is None else "external_attention_block"
             fused.append(Fused(_attend(reader, found, region), before, now))
         else:
-            fused.append(Fused(_normalize(reader.graph, found), before, "double_normalize"))
+            fused.append(Fused(_normalize(reader, found), before, "double_normalize"))
     if fused:
         _remove_unused(reader)
     return fused, missed
@@ -147,14 +148,16 @@ def _attend(reader: Reader, found: Normalization, region: Region) -> Node:
             for p, innermost in zip(products, region.innermost, strict=True)
         )
         biases = tuple(None if p is None else _tensor(graph, p.bias) for p in products)
+        stored = _stored(reader, region.x, nodes)
         if block is None:
             dropout = _dropout(reader, region.dropout)
-            new = graph.call_function(calls.attend, (region.x, weights, biases, region.form, found.eps, dropout))
+            arguments: Any = region.x, weights, biases, region.form, found.eps, dropout
+            new = graph.call_function(calls.attend, arguments, stored)
         else:
             residual = block.residual is region.x or block.residual or False
             settings = _norm(reader, block.norm), found.eps, block.activation, residual
-            new = graph.call_function(calls.block, (region.x, weights, biases, *settings))
-    _replace(nodes[-1], new)
+            new = graph.call_function(calls.block, (region.x, weights, biases, *settings), stored)
+    _replace(reader, nodes[-1], new)
     for node in nodes[:-1]:
         for user in list(node.users):
             if is_size(reader, user) and reader.shapes[node] == reader.shapes[region.x]:
@@ -168,7 +171,8 @@ def _recalibrate(reader: Reader, unit: FoundUnit) -> Node:
     graph = reader.graph
     with graph.inserting_before(unit.end):
         gates = tuple(_gate(reader, gate) for gate in unit.gates)
-        new = graph.call_function(calls.recalibrate, (unit.x, unit.form, gates))
+        stored = _stored(reader, unit.x, (unit.end,))
+        new = graph.call_function(calls.recalibrate, (unit.x, unit.form, gates), stored)
     return _put(reader, unit.nodes, unit.end, new)
 
 
@@ -184,7 +188,7 @@ def _gated(reader: Reader, found: FoundGates) -> Node:
         gate: Any = None
         if spatial is not None:
             gate = (*_convolution(reader, spatial.convolution), _norm(reader, spatial.norm), spatial.order)
-        new = graph.call_function(calls.gates, (found.x, mlp, gate))
+        new = graph.call_function(calls.gates, (found.x, mlp, gate), _stored(reader, found.x, (found.end,)))
     return _put(reader, found.nodes, found.end, new)
 
 
@@ -207,17 +211,32 @@ def _remembered(reader: Reader, found: FoundMemory) -> Node:
         form = calls.MemoryForm(
             *found.form[:3], found.factors, found.averaged, found.residual, found.feature, found.out
         )
-        new = graph.call_function(calls.remember, (found.x, tuple(weights), tuple(biases), found.gamma, form))
+        arguments = found.x, tuple(weights), tuple(biases), found.gamma, form
+        stored = _stored(reader, found.x, (*found.nodes, found.end))
+        new = graph.call_function(calls.remember, arguments, stored)
     return _put(reader, found.nodes, found.end, new)
 
 
 def _put(reader: Reader, nodes: Sequence[Node], end: Node, new: Node) -> Node:
     """Put a call, which is returned, in the place of nodes up to an end."""
     reader.shapes = {**reader.shapes, new: reader.shapes[end]}
-    _replace(end, new)
+    _replace(reader, end, new)
     unused = {user for node in nodes[:-1] for user in node.users if not user.users}
     remove_with_sizes(reader, {*nodes} | unused)
     return new
+
+
+def _stored(reader: Reader, x: Node, nodes: Sequence[Node]) -> dict[str, Any]:
+    """What tells a call how its result is stored: that of the last of the nodes in whose place it stands, and the
+    weights of the convolutions among them."""
+    storage = storage_of(reader.runs, x, nodes[-1])
+    if storage is None or storage.as_given:
+        return {} if storage is None else {"storage": storage}
+    weights: dict[Any, None] = {}
+    for node in (n for n in nodes if reader.operation(n).startswith("conv")):
+        if (weight := _convolution(reader, node)[0]) is not None:
+            weights[weight] = None
+    return {"storage": storage, "convolutions": tuple(weights)}
 
 
 def _convolution(reader: Reader, node: Node) -> tuple[Node | None, ...]:
@@ -263,20 +282,25 @@ def _tensor(graph: Graph, held: Node | str | None) -> Node | None:
     return graph.get_attr(held) if isinstance(held, str) else held
 
 
-def _replace(old: Node, new: Node) -> None:
+def _replace(reader: Reader, old: Node, new: Node) -> None:
     new.meta = {name: value for name, value in old.meta.items() if name in ("val", "example_value")}
+    for run in reader.runs:
+        if old in run.orders:
+            run.orders[new] = run.orders[old]
     old.replace_all_uses_with(new)
 
 
-def _normalize(graph: Graph, found: Normalization) -> Node:
+def _normalize(reader: Reader, found: Normalization) -> Node:
     """Put a double normalization of the logits, moved as its map was moved, in the place of one that was found."""
+    graph = reader.graph
     logits, numerator = found.softmax.all_input_nodes[0], found.numerator
     if numerator is found.softmax:
         numerator = logits
     arguments = (numerator, found.tokens, found.slots, found.eps, found.dtype)
+    stored = _stored(reader, numerator, (found.end,))
     with graph.inserting_before(found.end):
-        new = graph.call_function(calls.normalize, arguments)
-    _replace(found.end, new)
+        new = graph.call_function(calls.normalize, arguments, stored)
+    _replace(reader, found.end, new)
     found.softmax.replace_all_uses_with(logits)
     remove([found.end, *found.inner, found.softmax])
     return new

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import behaviour
@@ -12,6 +13,7 @@ from .flow import is_rewritten, rewrite_forwards
 from .names import names_in
 from .published import FUSED_LAYERS, Form, find_form
 from .report import Converted, Report, class_name, names_of
+from .storage import of_published
 
 
 def convert(model: nn.Module) -> Report:
@@ -49,7 +51,7 @@ def convert(model: nn.Module) -> Report:
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     names = names_of(model)
     report = Report(model)
-    tried: dict[Any, type[nn.Module] | str] = {}
+    tried: dict[Any, tuple[type[nn.Module], dict[str, str]] | str] = {}
     reasons: dict[nn.Module, str] = {}
     for module, known_as in names.items():
         if type(module) in FUSED_LAYERS or is_rewritten(module):
@@ -61,14 +63,17 @@ def convert(model: nn.Module) -> Report:
                 if not form.common:
                     reasons[module] = found
             else:
-                report._ways_back.append(_exchange(module, found, form))
-                report.converted.append(Converted(tuple(known_as), before, found.__name__))
+                layer, stored = found
+                report._ways_back.append(_exchange(module, layer, {**form.settings(module), **stored}))
+                report.converted.append(Converted(tuple(known_as), before, layer.__name__))
     rewrite_forwards(report, names, reasons)
     return report
 
 
-def _fused_layer(module: nn.Module, form: Form, tried: dict[Any, type[nn.Module] | str]) -> type[nn.Module] | str:
-    """The fused layer that computes what a module computes, or why there is none."""
+def _fused_layer(
+    module: nn.Module, form: Form, tried: dict[Any, tuple[type[nn.Module], dict[str, str]] | str]
+) -> tuple[type[nn.Module], dict[str, str]] | str:
+    """The fused layer that computes what a module computes, with how it stores y; or why there is none."""
     reason = behaviour.unlike(module) or _hooked(module) or form.mismatch(module) or _sets_autocast(module)
     if reason is not None:
         return reason
@@ -78,7 +83,7 @@ def _fused_layer(module: nn.Module, form: Form, tried: dict[Any, type[nn.Module]
     return tried[key]
 
 
-def _compare(module: nn.Module, form: Form) -> type[nn.Module] | str:
+def _compare(module: nn.Module, form: Form) -> tuple[type[nn.Module], dict[str, str]] | str:
     # The layer of the same name is the likeliest, and its difference the one to tell.
     layers = sorted(form.layers, key=lambda layer: layer.__name__ != type(module).__name__)
     told = ""
@@ -86,10 +91,18 @@ def _compare(module: nn.Module, form: Form) -> type[nn.Module] | str:
         inputs = form.example, form.of_other_rank
         settings = form.settings(module)
         if (reason := behaviour.difference(module, layer, settings, *inputs, several=form.several)) is None:
-            return layer
+            return layer, _storage(module, layer, form)
         told = told or reason
     others = " and ".join(layer.__name__ for layer in layers[1:])
     return f"{told}; {others} do not fit either" if others else told
+
+
+def _storage(module: nn.Module, layer: type[nn.Module], form: Form) -> dict[str, str]:
+    """How a layer is to store y, where the published one does not store it as x."""
+    if not hasattr(layer, "storage"):
+        return {}
+    storage = of_published(module, form.example(module, torch.Generator()))
+    return {} if storage == layer.storage else {"storage": storage}
 
 
 def _hooked(module: nn.Module) -> str | None:
@@ -108,9 +121,9 @@ def _sets_autocast(module: nn.Module) -> str | None:
     return None
 
 
-def _exchange(module: nn.Module, layer: type[nn.Module], form: Form) -> Callable[[], None]:
-    """Give a module the class of a fused layer; the result takes it back."""
-    kind, settings = type(module), form.settings(module)
+def _exchange(module: nn.Module, layer: type[nn.Module], settings: Mapping[str, Any]) -> Callable[[], None]:
+    """Give a module the class of a fused layer and settings; the result takes them back."""
+    kind = type(module)
     module.__class__ = layer
     added = tuple(name for name in settings if name not in vars(module))
     for name in added:

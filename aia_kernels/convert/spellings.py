@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..modules.submodules import must_be_called
+from .storage import Run
 
 #: One name for each operation that has several. An underscore at the end, which marks a change in place, is cut off.
 _SAME = {
@@ -73,10 +74,18 @@ class Reader:
         graph: The graph.
         shapes: The shape of the result of each node, as far as it is known.
         fixed: Whether the shapes are those of every call.
+        runs: What is known of how the results are stored.
     """
 
-    def __init__(self, root: nn.Module, graph: Graph, shapes: Mapping[Node, tuple[int, ...]], fixed: bool = False):
-        self.root, self.graph, self.shapes, self.fixed = root, graph, shapes, fixed
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: Graph,
+        shapes: Mapping[Node, tuple[int, ...]],
+        fixed: bool = False,
+        runs: Sequence[Run] = (),
+    ):
+        self.root, self.graph, self.shapes, self.fixed, self.runs = root, graph, shapes, fixed, runs
 
     def module(self, node: Any) -> nn.Module | None:
         """The module that a node calls."""

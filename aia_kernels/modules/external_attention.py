@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import backends
 from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
+from ..common.layouts import stored_for
 from ..common.tracing import is_for_any_sizes, is_statically, is_traced
 from ..functional import plain, small_calls
 from ..functional.block import ACTIVATIONS
@@ -150,6 +151,9 @@ class ExternalAttention2d(nn.Module):
     # Those of the published block, which has no attributes for them. TorchScript reads annotations, and not all.
     activation = "relu"
     residual = True
+    #: How y is stored: "as x"; where convert has found that the published layer has it otherwise, as of
+    #: layouts.stored_for.
+    storage = "as x"
 
     def __init__(
         self,
@@ -184,7 +188,13 @@ class ExternalAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if getattr(x, "ndim", 4) in (3, 5):
             return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)
-        return self._attend(x)
+        y = self._attend(x)
+        return y if self.storage == "as x" else stored_for(y, self.storage, self._last_weight())
+
+    def _last_weight(self) -> Tensor | None:
+        """That of the convolution in conv2, which says how what it makes is stored."""
+        first = next(iter(held(self, "conv2")._modules.values()), None)
+        return held(first, "weight") if isinstance(first, nn.Conv2d) else None
 
     def _attend(self, x: Tensor) -> Tensor:
         if (read_now := self._read_at_once(x)) is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..algorithms.linear_attention import keeps
+from ..common.layouts import stored_for
 from ..functional import plain
 from ..functional.checks import check_at_least_one
 from ..functional.external_attention_checks import check_eps
@@ -35,13 +36,22 @@ from .submodules import held, is_pointwise, must_be_called, read_at_once
 class _OnMaps(nn.Module):
     """A layer on maps [B, C, H, W]; points [B, C, N] and volumes [B, C, D, H, W] are taken as maps of one column."""
 
+    #: How y is stored: "as x"; where convert has found that the published layer has it otherwise, as of
+    #: layouts.stored_for.
+    storage = "as x"
+
     @one_call
     def forward(self, x: Tensor) -> Tensor:
         if getattr(x, "ndim", 4) in (3, 5):
             return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)
         if getattr(x, "ndim", 4) != 4:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W], [B, C, N] or [B, C, D, H, W]")
-        return self._attend(x)
+        y = self._attend(x)
+        return y if self.storage == "as x" else stored_for(y, self.storage, self._last_weight())
+
+    def _last_weight(self) -> Tensor | None:
+        """That of the convolution that makes what x is added to, if there is one."""
+        return None
 
     def _attend(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -252,6 +262,9 @@ class EfficientAttention(_OnMaps):
         query, key, value, reprojection = (conv.weight.flatten(1) for conv in convolutions)
         biases = tuple(conv.bias for conv in convolutions)
         return efficient_attention(x, query, key, value, reprojection, biases=biases, heads=self.head_count)
+
+    def _last_weight(self) -> Tensor | None:
+        return held(held(self, "reprojection"), "weight")
 
     def _published_is_faster(self, x: Tensor) -> bool:
         keys, values = held(self, "keys"), held(self, "values")

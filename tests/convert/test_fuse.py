@@ -191,14 +191,6 @@ class TestKinds:
             torch.testing.assert_close(model(x, **arguments), own(x, **arguments), **EXACT)
         torch.testing.assert_close(model(x=x), own(x=x), **EXACT)
 
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    @pytest.mark.parametrize("kind", [fuse_cases.NoActivation, fuse_cases.NoOutput, fuse_cases.ConvolutionsOnMaps])
-    def test_layout(self, kind, layout):
-        model, (x,) = build(kind), inputs_of(kind)
-        aia_kernels.fuse(model)
-        x = x.to(memory_format=layout)
-        assert model(x).is_contiguous(memory_format=layout)
-
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast_and_low_precision(self, dtype):
         """Types are those of the network, and values those of float64 to a few roundings."""

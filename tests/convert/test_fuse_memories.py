@@ -55,11 +55,11 @@ class TestKinds:
         sizes = (3, 6, 7, 3) if len(KINDS[kind][1]) == 4 else (3, 21, 6)
         (x,) = inputs_of([sizes])
         assert_same_steps(model, own, [x], **EXACT)
-        assert model(x).is_contiguous()
+        assert model(x).stride() == own(x).stride()
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
             assert_same_steps(model, own, [x], **EXACT)
-            assert model(x).is_contiguous(memory_format=torch.channels_last)
+            assert model(x).stride() == own(x).stride()
 
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
     def test_what_is_too_small_goes_one_product_after_the_other(self, kind, monkeypatch):
