@@ -33,6 +33,8 @@ FOLDER = BUILD.with_name("issued_gates")
 CLIPS, FRAMES = 8, 8
 #: By pass, the multiply-adds of an element, and how many maps are read and written.
 PASSES = {"gate": (54, 5), "gate_again": (54, 4), "gate_backward": (108, 8)}
+#: By pass, the threads of a strip.
+STRIP_THREADS = {"gate": 1, "gate_again": 1, "gate_backward": 2}
 #: Maps and layouts that are counted.
 MAPS = {maps.SPACETIME: ("TCHW", "THWC"), maps.CHANNEL: ("TCHW",)}
 NAMES = {maps.SPACETIME: "T, H, W", maps.CHANNEL: "C"}
@@ -42,30 +44,36 @@ COLUMNS = [
 ]
 
 
-#: Of the first parameter of a launch, Maps in csrc/cuda/shares.h: the bytes before its maps, and the numbers of each.
-HEAD = 16
+#: Of the first parameter of a launch, Maps in csrc/cuda/shares.h: the bytes before its maps, the numbers of each, and
+#: the divisors behind them, of three numbers each.
+HEAD, DIVISORS = 16, 7
 FIELDS = (
     *("d0", "d1", "d2", "start", "length", "chunks", "strip", "strips", "columns", "slabs"),
-    *("tiles_down", "tiles_across", "first_block", "blocks"),
+    *("tiles_down", "tiles_across", "pitch", "slab_step", "first_block", "blocks"),
 )
 
 
 def _shares(launch: launches.Launch, n: int) -> list[dict[str, int]]:
     """How the maps were cut and shared out."""
-    numbers = struct.iter_unpack(f"<{len(FIELDS)}i", launch.parameters[HEAD : HEAD + n * 4 * len(FIELDS)])
+    layout = struct.Struct(f"<{len(FIELDS)}i{DIVISORS * 12}x")
+    numbers = layout.iter_unpack(launch.parameters[HEAD : HEAD + n * layout.size])
     return [dict(zip(FIELDS, of_map, strict=True)) for of_map in numbers]
 
 
-def _of_block(program: warp.Program, bank: bytes, block: int, threads: int) -> tuple[float, float]:
-    """Instructions and lines of L1: of the last two warps, which may have no strips, and the first for the others."""
-    warps = threads // LANES
+def _of_block(program: warp.Program, bank: bytes, block: int, threads: int, working: int) -> tuple[float, float]:
+    """Instructions and lines of L1, where so many threads have strips, the first ones: of a warp that has strips in all
+    lanes, one in some lanes and one without stand for all."""
 
-    def one(number: int) -> tuple[float, float]:
-        found = warp.Warp(program, bank, block, number, threads, frozenset()).run()
-        return found.instructions, found.wavefronts
+    def of_warps(first: int, count: int) -> tuple[float, float]:
+        if count <= 0:
+            return 0.0, 0.0
+        found = warp.Warp(program, bank, block, first, threads, frozenset()).run()
+        return count * found.instructions, count * found.wavefronts
 
-    first, *others = one(0), one(warps - 2), one(warps - 1)
-    return tuple(head * (warps - 2) + sum(rest) for head, *rest in zip(first, *others, strict=True))
+    full, rest = divmod(working, LANES)
+    edge = full + (rest > 0)
+    kinds = of_warps(0, full), of_warps(full, edge - full), of_warps(edge, threads // LANES - edge)
+    return tuple(map(sum, zip(*kinds, strict=True)))
 
 
 def row(library: Library, name: str, context: int, side: int, layout: str, channels: int = 0) -> dict:
@@ -81,7 +89,8 @@ def row(library: Library, name: str, context: int, side: int, layout: str, chann
         groups = -(-share["chunks"] // share["slabs"])
         items = CLIPS * groups * share["tiles_down"] * share["tiles_across"] / share["blocks"]
         # The first block of a map has as many items as any.
-        found = _of_block(program, bank, share["first_block"], launch.threads)
+        strips = share["slabs"] * share["strips"] * share["columns"] * STRIP_THREADS[name]
+        found = _of_block(program, bank, share["first_block"], launch.threads, strips)
         slowest = max(slowest, found[0])
         totals.append([share["blocks"] * number * items / math.ceil(items) for number in found])
     instructions, lines = (sum(numbers) for numbers in zip(*totals, strict=True))

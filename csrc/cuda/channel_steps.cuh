@@ -30,6 +30,7 @@ struct ChannelSteps {
   __device__ __forceinline__ ChannelSteps(const Volume<A>& v, const Field& field, int64_t clip, const Position& p)
       : v(v), field(field), clip(clip), p(p) {}
   __device__ __forceinline__ void multiply(Vector<A, V>& values, int c) const {
+    if (Field::kAbsent == 1 && field.context == kNone) return;  // a factor of 1
     Position here = p;
     if (v.I > 1)
       here.i += c;

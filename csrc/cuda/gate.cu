@@ -22,73 +22,82 @@ constexpr int kPlaces = kForwardCapacity<A>.places;
 template <class A>
 constexpr int kSharedBytes = kBuffers * (kPlaces<A> + 1) * static_cast<int>(sizeof(Features<A>));
 
-// Adds what a strip sees of a plane, whose rows lie `pitch` apart, to the results of the planes after, at and before
-// it.
+// What a strip sees of a plane.
 template <class A>
-__device__ __forceinline__ void see(const Features<A>* plane, int pitch, const A (&w)[2][27], A (&after)[kStrip<A>],
-                                    A (&here)[kStrip<A>], A (&before)[kStrip<A>]) {
+struct Window : FrameWindow<A, Features<A>> {
+  using FrameWindow<A, Features<A>>::FrameWindow;
+  // Adds what it gives to the results of a plane, whose taps begin at kTap; as the first one if kFirst.
+  template <int kTap, bool kFirst>
+  __device__ __forceinline__ void add(const A (&w)[2][27], A (&z)[kStrip<A>]) const {
 #pragma unroll
-  for (int i = 0; i < kStrip<A> + 2; ++i)
+    for (int i = 0; i < kStrip<A> + 2; ++i)
 #pragma unroll
-    for (int j = 0; j < 3; ++j) {
-      const Features<A> value = plane[i * pitch + j];
+      for (int j = 0; j < 3; ++j) {
+        const Features<A> seen = this->at(i, j);
 #pragma unroll
-      for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r)
+        for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r)
 #pragma unroll
-        for (int f = 0; f < 2; ++f) {
-          const int k = (i - r) * 3 + j;
-          after[r] += w[f][k] * value.at[f];
-          here[r] += w[f][9 + k] * value.at[f];
-          before[r] += w[f][18 + k] * value.at[f];
-        }
-    }
-}
+          for (int f = 0; f < 2; ++f) {
+            const A weight = w[f][kTap + (i - r) * 3 + j];
+            z[r] = kFirst && i == r && j + f == 0 ? weight * seen.at[f] : z[r] + weight * seen.at[f];
+          }
+      }
+  }
+};
 
-// Convolves the items of this block's map; found(clip, k, rows, z) takes a strip of results, of which there are so many
-// rows, the first at element k of a packed clip.
-template <class A, class Found>
+// Convolves the items of this block's map; found(to, k, rows, z) takes a strip of results, of which there are so many
+// rows, the first at to[k] in each of the results' arrays [B, M].
+template <class A, int kArrays, class Found>
 __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const GateParameters& gate,
-                                         const A* __restrict__ pooled, const Found& found) {
+                                         const A* __restrict__ pooled, A* const (&results)[kArrays],
+                                         const Found& found) {
   constexpr int kSlots = kForwardCapacity<A>.staged / kGateThreads, kStride = kPlaces<A> + 1;
   AIA_DYNAMIC_SHARED(Features<A>, buffers);
-  AIA_SHARED(A, weight, 54);
+  AIA_SHARED(A, weight, kSharedWeight);
   share_weight(gate, weight);
   clear<kStride>(map, buffers);
   __syncthreads();
   A w[2][27];
-#pragma unroll
-  for (int k = 0; k < 54; ++k) w[k / 27][k % 27] = weight[k];
+  load_weight(weight, w);
 
-  const int first_visit = map.first_visit(), last_visit = map.last_visit(), pitch = map.pitch();
+  int length = map.length, last_visit = map.last_visit();
+  opaque(length), opaque(last_visit);
   const Item step(map, map.blocks);
-  for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
-    const Own own(map, item, threadIdx.x);
-    Slots<kSlots> slots(map, item);
-    const A *maximum = pooled + (2 * item.clip * maps.packed + map.start), *mean = maximum + maps.packed;
-    opaque(maximum), opaque(mean);
-    SharedPlace places[kSlots];
+  Own own(map, threadIdx.x);
+  Slots<kSlots> slots(map);
+  const FrameRows<A, Features<A>> rows(own, map.pitch);
+  SharedPlace places[kSlots];
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) places[k] = shared_place(buffers + slots.place[k]);
+  for (int k = 0; k < kSlots; ++k) places[k] = shared_place(buffers + slots.place[k]);
+  for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
+    own.begin(map, item), slots.begin(map, item);
+    const A *maximum = pooled + (2 * item.clip * maps.packed + map.start), *mean = maximum + maps.packed;
+    A* to[kArrays];
+#pragma unroll
+    for (int n = 0; n < kArrays; ++n) {
+      to[n] = results[n] + (item.clip * maps.packed + own.offset);
+      opaque(to[n]);
+    }
     // Asks for the next plane.
     const auto copy = [&](auto buffer) {
       constexpr int kBuffer = decltype(buffer)::value * kStride * sizeof(Features<A>);
+      opaque(maximum), opaque(mean);
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k)
-        if (slots.used(k)) {
-          const bool present = slots.present(k);
-          copy_async_or_zero<sizeof(A), kBuffer>(places[k], maximum + slots.at[k], present);
-          copy_async_or_zero<sizeof(A), kBuffer + sizeof(A)>(places[k], mean + slots.at[k], present);
-          slots.at[k] += slots.plane;
-        }
+      for (int k = 0; k < kSlots; ++k) {
+        const bool present = slots.present(k);
+        copy_async_or_zero<sizeof(A), kBuffer>(places[k], maximum + slots.at[k], present);
+        copy_async_or_zero<sizeof(A), kBuffer + sizeof(A)>(places[k], mean + slots.at[k], present);
+        slots.at[k] += slots.plane;
+      }
       end_of_copies();
     };
     A z[kBuffers][kStrip<A>] = {};
     copy(std::integral_constant<int, 0>{});
-    if (first_visit < last_visit)
+    if (map.first_visit() < last_visit)
       copy(std::integral_constant<int, 1>{});
     else
       end_of_copies();
-    march(first_visit, map.length, [&](auto turn, int q) {
+    march(map.first_visit(), length, [&](auto turn, int q) {
       constexpr int kTurn = decltype(turn)::value, kNext = (kTurn + 1) % kBuffers, kLast = (kTurn + 2) % kBuffers;
       if (q <= last_visit) {
         wait_for_copies<1>();
@@ -98,11 +107,14 @@ __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const
           copy(std::integral_constant<int, kLast>{});
         else
           end_of_copies();
-        if (own.planes) see(buffers + kTurn * kStride + own.place, pitch, w, z[kLast], z[kNext], z[kTurn]);
+        if (own.planes) {
+          const Window<A> window(buffers + kTurn * kStride, rows);
+          if (in_item(length, q - 1)) window.template add<18, false>(w, z[kTurn]);
+          if (in_item(length, q)) window.template add<9, false>(w, z[kNext]);
+          if (in_item(length, q + 1)) window.template add<0, true>(w, z[kLast]);
+        }
       }
-      if (q > 0 && q <= own.planes) found(item.clip, own.offset + (q - 1) * slots.plane, own.rows, z[kTurn]);
-#pragma unroll
-      for (int r = 0; r < kStrip<A>; ++r) z[kTurn][r] = 0;
+      if (q > 0 && q <= own.planes) found(to, (q - 1) * slots.plane, own.rows, z[kTurn]);
     });
     // The first copies of the next item go where this one's last plane may be read.
     __syncthreads();
@@ -118,11 +130,18 @@ struct Sample {
   __device__ __forceinline__ void add(const A (&values)[kStrip<A>], int rows) {
     if (count == 0) origin = values[0];
     count += rows;
+    if (rows >= kStrip<A>) {
 #pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r) {
-      const A deviation = r < rows ? values[r] - origin : A(0);
-      sum += deviation, squares += deviation * deviation;
+      for (int r = 0; r < kStrip<A>; ++r) add(values[r]);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kStrip<A> - 1; ++r)
+        if (r < rows) add(values[r]);
     }
+  }
+  __device__ __forceinline__ void add(A value) {
+    const A deviation = value - origin;
+    sum += deviation, squares += deviation * deviation;
   }
 };
 
@@ -197,12 +216,11 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   const int own = maps.of_block(blockIdx.x);
   const Map& map = maps.at[own];
   Sample<A> sample;
-  convolve(maps, map, gates.at[own], pooled, [&](int64_t clip, int k, int rows, const A(&z)[kStrip<A>]) {
-    A* to = gate + (clip * maps.packed + k);
-    opaque(to);
-#pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r)
-      if (r < rows) to[r * map.d2] = z[r];
+  int pitch = map.d2;
+  opaque(pitch);
+  A* const results[] = {gate};
+  convolve(maps, map, gates.at[own], pooled, results, [&](A* const(&to)[1], int k, int rows, const A(&z)[kStrip<A>]) {
+    store_strip(to[0] + k, pitch, rows, z);
     sample.add(z, rows);
   });
   PartialMoments* const partial = reinterpret_cast<PartialMoments*>(workspace);
@@ -253,20 +271,17 @@ __global__ void __launch_bounds__(kGateThreads, 1)
     if (blockIdx.x == map.first_block && threadIdx.x == 0) write_norm(m, row, used, norm, statistics);
   }
   const Sigmoid<A> sigmoid(load_norm(row, 0));
-  convolve(maps, map, gates.at[m], pooled, [&](int64_t clip, int k, int rows, const A(&values)[kStrip<A>]) {
-    A *to = gate + (clip * maps.packed + k), *z_to = z + (clip * maps.packed + k);
-    opaque(to), opaque(z_to);
-    A gates[kStrip<A>];
+  int pitch = map.d2;
+  opaque(pitch);
+  A* const results[] = {gate, z ? z : gate};
+  convolve(maps, map, gates.at[m], pooled, results,
+           [&](A* const(&to)[2], int k, int rows, const A(&values)[kStrip<A>]) {
+             A gates[kStrip<A>];
 #pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r) gates[r] = sigmoid(values[r]);
-#pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r)
-      if (r < rows) to[r * map.d2] = gates[r];
-    if (z)
-#pragma unroll
-      for (int r = 0; r < kStrip<A>; ++r)
-        if (r < rows) z_to[r * map.d2] = values[r];
-  });
+             for (int r = 0; r < kStrip<A>; ++r) gates[r] = sigmoid(values[r]);
+             store_strip(to[0] + k, pitch, rows, gates);
+             if (z) store_strip(to[1] + k, pitch, rows, values);
+           });
 }
 
 }  // namespace

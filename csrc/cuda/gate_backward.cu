@@ -127,44 +127,25 @@ struct Gradients {
   Parameter affine;  // [n, 2]: of shift, of scale
 };
 
-// What a strip of one feature sees of a plane of dz, whose rows lie `pitch` apart: the gradients of the features in the
-// planes before, at and after it, and of the weight by them.
+// What a strip sees of a plane of dz.
 template <class A>
-struct Strip {
-  A grad[kBuffers][kStrip<A>];                                              // in the turn of buffers: before, at, after
-  A before[kStrip<A>], here[kStrip<A>], after[kStrip<A>], next[kStrip<A>];  // the feature
-  Taps<A> taps;
-
-  __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r) {
-      before[r] = 0;
-#pragma unroll
-      for (int b = 0; b < kBuffers; ++b) grad[b][r] = 0;
-    }
-  }
-  // On to the next plane.
-  template <int kTurn>
-  __device__ __forceinline__ void move() {
-#pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r) {
-      grad[kTurn][r] = 0;
-      before[r] = here[r], here[r] = after[r], after[r] = next[r];
-    }
-  }
-  template <int kTurn>
-  __device__ __forceinline__ void see(const A* plane, int pitch, const A (&w)[27]) {
-    constexpr int kNext = (kTurn + 1) % kBuffers, kLast = (kTurn + 2) % kBuffers;
+struct Window : FrameWindow<A, A> {
+  using FrameWindow<A, A>::FrameWindow;
+  // Of one feature in a plane, whose taps begin at kTap: adds to its gradient, or begins it if kFirst, and to that of
+  // the weight.
+  template <int kTap, bool kFirst>
+  __device__ __forceinline__ void add(const A (&w)[27], const A (&feature)[kStrip<A>], A (&grad)[kStrip<A>],
+                                      Taps<A>& taps) const {
 #pragma unroll
     for (int i = 0; i < kStrip<A> + 2; ++i)
 #pragma unroll
       for (int j = 0; j < 3; ++j) {
-        const A dz = plane[i * pitch + j];
+        const A dz = this->at(i, j);
 #pragma unroll
         for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r) {
-          const int k = (2 - i + r) * 3 + 2 - j;
-          grad[kTurn][r] += w[k] * dz, grad[kNext][r] += w[9 + k] * dz, grad[kLast][r] += w[18 + k] * dz;
-          taps.at[k] += before[r] * dz, taps.at[9 + k] += here[r] * dz, taps.at[18 + k] += after[r] * dz;
+          const int k = kTap + (2 - i + r) * 3 + 2 - j;
+          grad[r] = kFirst && i == r && j == 0 ? w[k] * dz : grad[r] + w[k] * dz;
+          taps.at[k] += feature[r] * dz;
         }
       }
   }
@@ -199,51 +180,65 @@ struct ClipOfMap {
   }
 };
 
-// An item, in which dz goes from memory by way of a buffer to the strips.
+// A strip of one feature in a plane, as far as it belongs to the item: zeros elsewhere.
 template <class A>
-__device__ __forceinline__ void transpose_item(const Map& map, const Item& item, const Own& own,
-                                               const ClipOfMap<A>& clip, const GradientOfZ<A>& gradient,
-                                               const A (&w)[27], A* buffers, Strip<A>& strip) {
-  constexpr int kSlots = kBackwardCapacity<A>.staged / kGateThreads;
-  const int first_visit = map.first_visit(), last_visit = map.last_visit(), pitch = map.pitch();
-  Slots<kSlots> slots(map, item);
+__device__ __forceinline__ void load_strip(const A* from, int pitch, int rows, A (&values)[kStrip<A>]) {
+#pragma unroll
+  for (int r = 0; r < kStrip<A>; ++r) values[r] = 0;
+  if (rows >= kStrip<A>) {
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r, from += pitch) opaque(from), values[r] = *from;
+  } else {
+#pragma unroll
+    for (int r = 0; r < kStrip<A> - 1; ++r)
+      if (r < rows) values[r] = from[r * pitch];
+  }
+}
+
+// An item, in which dz goes from memory by way of a buffer to the strips, whose taps are summed up.
+template <class A, int kSlots>
+__device__ __forceinline__ void transpose_item(const Map& map, const Own& own, const FrameRows<A, A>& rows,
+                                               Slots<kSlots>& slots, const ClipOfMap<A>& clip,
+                                               const GradientOfZ<A>& gradient, const A (&w)[27], A* buffers,
+                                               Taps<A>& taps) {
+  const int first_visit = map.first_visit();
+  int length = map.length, last_visit = map.last_visit(), pitch = map.d2;
+  opaque(length), opaque(last_visit), opaque(pitch);
   A grad_next[kSlots], z_next[kSlots];
   const auto fetch = [&] {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
       if (slots.present(k)) grad_next[k] = clip.grad_gate[slots.at[k]], z_next[k] = clip.z[slots.at[k]];
   };
-  // The feature of plane q, as far as it belongs to the item.
-  const auto load = [&](int q, A(&feature)[kStrip<A>]) {
-#pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r)
-      feature[r] = q >= 0 && q < own.planes && r < own.rows ? clip.feature[q * slots.plane + r * map.d2] : A(0);
+  // In the turn of buffers: before, at, after.
+  A grad[kBuffers][kStrip<A>] = {}, feature[kBuffers][kStrip<A>];
+  const auto load = [&](int q, A(&to)[kStrip<A>]) {
+    load_strip(clip.feature + q * slots.plane, pitch, in_item(own.planes, q) ? own.rows : 0, to);
   };
   fetch();
-  strip.begin();
-  load(first_visit, strip.here);
-  load(first_visit + 1, strip.after);
-  march(first_visit, map.length, [&](auto turn, int q) {
-    constexpr int kTurn = decltype(turn)::value;
+  load(first_visit, feature[1]);
+  load(first_visit + 1, feature[2]);
+  march(first_visit, length, [&](auto turn, int q) {
+    constexpr int kTurn = decltype(turn)::value, kNext = (kTurn + 1) % kBuffers, kLast = (kTurn + 2) % kBuffers;
     if (q <= last_visit) {
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k)
-        if (slots.used(k)) {
-          const A dz = gradient(grad_next[k], z_next[k]);
-          buffers[kTurn * kStride<A> + slots.place[k]] = slots.present(k) ? dz : A(0);
-          slots.at[k] += slots.plane;
-        }
+      for (int k = 0; k < kSlots; ++k) {
+        const A dz = gradient(grad_next[k], z_next[k]);
+        buffers[kTurn * kStride<A> + slots.place[k]] = slots.present(k) ? dz : A(0);
+        slots.at[k] += slots.plane;
+      }
       // One barrier a plane keeps writers and readers of a buffer apart, for there are three.
       __syncthreads();
       if (q < last_visit) fetch();
-      load(q + 2, strip.next);
-      if (own.planes) strip.template see<kTurn>(buffers + kTurn * kStride<A> + own.place, pitch, w);
+      if (own.planes) {
+        const Window<A> window(buffers + kTurn * kStride<A>, rows);
+        if (in_item(length, q - 1)) window.template add<0, false>(w, feature[kTurn], grad[kTurn], taps);
+        load(q + 2, feature[kTurn]);
+        if (in_item(length, q)) window.template add<9, false>(w, feature[kNext], grad[kNext], taps);
+        if (in_item(length, q + 1)) window.template add<18, true>(w, feature[kLast], grad[kLast], taps);
+      }
     }
-    if (q > 0 && q <= own.planes)
-#pragma unroll
-      for (int r = 0; r < kStrip<A>; ++r)
-        if (r < own.rows) clip.to[(q - 1) * slots.plane + r * map.d2] = strip.grad[kTurn][r];
-    strip.template move<kTurn>();
+    if (q > 0 && q <= own.planes) store_strip(clip.to + (q - 1) * slots.plane, pitch, own.rows, grad[kTurn]);
   });
   // The next item begins with the first buffer again.
   __syncthreads();
@@ -263,7 +258,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
                     double* workspace) {               // [blocks, kWeightPartials]
   AIA_SHARED(A, buffers, kBuffers * kStride<A>);
   AIA_SHARED(Taps<A>, shared, kGateThreads / 2);
-  AIA_SHARED(A, weight, 54);
+  AIA_SHARED(A, weight, kSharedWeight);
   const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2;
   const Map& map = maps.at[m];
   const Norm<A> bn = load_norm(norm, m);
@@ -288,15 +283,18 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 #pragma unroll
   for (int k = 0; k < 27; ++k) w[k] = weight[27 * feature + k];
 
-  Strip<A> strip{};
+  Taps<A> taps{};
   const Item step(map, map.blocks);
+  Own own(map, threadIdx.x / 2);
+  const FrameRows<A, A> rows(own, map.pitch);
+  Slots<kBackwardCapacity<A>.staged / kGateThreads> slots(map);
   for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
-    const Own own(map, item, threadIdx.x / 2);
+    own.begin(map, item), slots.begin(map, item);
     const ClipOfMap<A> clip(maps, map, item.clip, feature, own.offset, grad_gate, z, pooled, grad_pooled);
-    transpose_item(map, item, own, clip, gradient, w, buffers, strip);
+    transpose_item(map, own, rows, slots, clip, gradient, w, buffers, taps);
   }
 
-  reduce_block<kGateThreads, 2>(shared, strip.taps);
+  reduce_block<kGateThreads, 2>(shared, taps);
   // Behind the sums, which a block that is late may still be reading.
   join_taps(map, grads.weights.at[m], shared, reinterpret_cast<A*>(workspace + maps.blocks() * kNormPartials));
 }

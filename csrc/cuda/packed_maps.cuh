@@ -25,9 +25,8 @@ struct Item {
   int64_t clip;
   int group, tile;
 
-  __device__ __forceinline__ Item(const Map& map, int number) {
-    tile = number % map.tiles(), number /= map.tiles();
-    group = number % map.groups(), clip = number / map.groups();
+  __device__ __forceinline__ Item(const Map& map, int number) : tile(number) {
+    group = map.by_tiles.divide(tile), clip = map.by_groups.divide(group);
   }
   __device__ __forceinline__ void advance(const Map& map, const Item& step) {
     tile += step.tile, group += step.group, clip += step.clip;
@@ -35,56 +34,73 @@ struct Item {
     if (group >= map.groups()) group -= map.groups(), ++clip;
   }
   __device__ __forceinline__ int chunk(const Map& map) const { return group * map.slabs; }
-  __device__ __forceinline__ int row(const Map& map) const { return tile / map.tiles_across * map.rows(); }
-  __device__ __forceinline__ int column(const Map& map) const { return tile % map.tiles_across * map.columns; }
+  // The first of the tile.
+  __device__ __forceinline__ void place(const Map& map, int& row, int& column) const {
+    column = tile, row = map.by_tiles_across.divide(column) * map.rows();
+    column *= map.columns;
+  }
 };
 
-// What a thread knows of its strip in an item: of how many planes and rows it has results, none where it lies outside;
-// where the frame around its first row begins among the places of a plane, and where its first result lies in a packed
-// clip.
+// What a thread knows of its strip: its slab, and its first row and column in a tile; where the frame around them
+// begins among the places of a plane. In an item: of how many planes and rows it has results, none where it lies
+// outside, and where the first one lies in a packed clip.
 struct Own {
-  int planes, rows, place, offset;
+  int slab, row, column, place;
+  int planes, rows, offset;
 
-  __device__ __forceinline__ Own(const Map& map, const Item& item, int thread) {
-    const int column = thread % map.columns, strip = thread / map.columns % map.strips;
-    const int slab = thread / (map.columns * map.strips), chunk = item.chunk(map) + slab;
-    const int y = item.row(map) + strip * map.strip, x = item.column(map) + column, plane = chunk * map.length;
+  __device__ __forceinline__ Own(const Map& map, int thread) : row(thread) {
+    column = row, row = map.by_columns.divide(column);
+    slab = map.by_strips.divide(row), row *= map.strip;
+    place = slab * map.slab_step + row * map.pitch + column;
+  }
+  __device__ __forceinline__ void begin(const Map& map, const Item& item) {
+    int y, x;
+    item.place(map, y, x);
+    y += row, x += column;
+    const int chunk = item.chunk(map) + slab, plane = chunk * map.length;
     const bool inside = slab < map.slabs && chunk < map.chunks && y < map.d1 && x < map.d2;
     planes = inside ? min(map.length, map.d0 - plane) : 0;
     rows = min(map.strip, map.d1 - y);
-    place = (slab * map.height() + strip * map.strip) * map.pitch() + column;
     offset = map.start + (plane * map.d1 + y) * map.d2 + x;
   }
 };
 
-// The elements of a plane that a thread stages: where in the map the next one lies, and its place in shared memory.
-// What lies outside of the map is zero there.
+// The elements of a plane that a thread stages: their rows and columns in a tile with its frame, and their places in
+// shared memory. In an item: where in the map the next one lies. What lies outside of the map is zero there.
 template <int kSlots>
 struct Slots {
-  int at[kSlots], place[kSlots], count, size, plane;
+  // Far below the map, whose planes come to fewer than 2^31 elements together.
+  static constexpr int kNowhere = INT32_MIN;
+  int row[kSlots], column[kSlots], from[kSlots], place[kSlots], at[kSlots], size, plane;
 
-  __device__ __forceinline__ Slots(const Map& map, const Item& item) {
-    count = map.staged(), plane = map.plane_size(), size = map.d0 * plane;
-    const int columns = map.staged_columns(), rows = map.staged_rows();
-    int x = threadIdx.x % columns, y = threadIdx.x / columns % rows, slab = threadIdx.x / (columns * rows);
-    const int across = kGateThreads % columns, down = kGateThreads / columns % rows;
+  __device__ __forceinline__ explicit Slots(const Map& map) {
+    plane = map.plane_size(), size = map.d0 * plane;
+    const int count = map.staged(), columns = map.staged_columns(), rows = map.staged_rows();
+    int x = threadIdx.x, y = map.by_staged_columns.divide(x), slab = map.by_staged_rows.divide(y);
+    y -= map.frame_down(), x -= map.frame_across();
+    int across = kGateThreads, down = map.by_staged_columns.divide(across), on = map.by_staged_rows.divide(down);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
-      const int row = y - map.frame_down(), column = x - map.frame_across();
-      const int in_row = item.row(map) + row, in_column = item.column(map) + column;
       const bool own = k * kGateThreads + static_cast<int>(threadIdx.x) < count;
-      const bool inside = own && in_row >= 0 && in_row < map.d1 && in_column >= 0 && in_column < map.d2;
-      const int first = (item.chunk(map) + slab) * map.length + map.first_visit();
-      // Far below the map, whose planes come to fewer than 2^31 elements together.
-      at[k] = inside ? first * plane + in_row * map.d2 + in_column : INT32_MIN;
-      place[k] = own ? (slab * map.height() + row + 1) * map.pitch() + column + 1 : map.places();
-      x += across, y += down, slab += kGateThreads / (columns * rows);
-      if (x >= columns) x -= columns, ++y;
-      if (y >= rows) y -= rows, ++slab;
+      row[k] = y, column[k] = x;
+      from[k] = own ? (slab * map.length + map.first_visit()) * plane + y * map.d2 + x : kNowhere;
+      place[k] = own ? slab * map.slab_step + (y + 1) * map.pitch + x + 1 : map.places();
+      x += across, y += down, slab += on;
+      if (x >= columns - map.frame_across()) x -= columns, ++y;
+      if (y >= rows - map.frame_down()) y -= rows, ++slab;
     }
   }
-  // Whether any thread has this one.
-  __device__ __forceinline__ bool used(int k) const { return k * kGateThreads < count; }
+  __device__ __forceinline__ void begin(const Map& map, const Item& item) {
+    int y, x;
+    item.place(map, y, x);
+    const int first = item.chunk(map) * map.length * plane + y * map.d2 + x;
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      const bool inside = from[k] != kNowhere && static_cast<uint32_t>(y + row[k]) < static_cast<uint32_t>(map.d1) &&
+                          static_cast<uint32_t>(x + column[k]) < static_cast<uint32_t>(map.d2);
+      at[k] = inside ? first + from[k] : kNowhere;
+    }
+  }
   __device__ __forceinline__ bool present(int k) const {
     return static_cast<uint32_t>(at[k]) < static_cast<uint32_t>(size);
   }
@@ -103,7 +119,8 @@ __device__ __forceinline__ void clear(const Map& map, Staged* buffers) {
 }
 
 // Calls visit(turn, q) for the planes of an item from its first visit on and, for the last results, for the one behind
-// them. The turn is that of buffers, a constant.
+// them. The turn is that of buffers, a constant. What belongs to a plane goes round with them, one place on: in the
+// turn of plane q what belongs to the plane before has the place kTurn, to q kTurn + 1, to the one after kTurn + 2.
 template <class Visit>
 __device__ __forceinline__ void march(int first, int length, const Visit& visit) {
   for (int q = first;; q += kBuffers) {
@@ -138,6 +155,19 @@ __device__ __forceinline__ void for_each_run(const Maps& maps, const Map& map, c
   }
 }
 
+// Writes the rows of a strip that are there, which lie `pitch` apart.
+template <class A>
+__device__ __forceinline__ void store_strip(A* to, int pitch, int rows, const A (&values)[kStrip<A>]) {
+  if (rows >= kStrip<A>) {
+#pragma unroll
+    for (int r = 0; r < kStrip<A>; ++r, to += pitch) opaque(to), *to = values[r];
+  } else {
+#pragma unroll
+    for (int r = 0; r < kStrip<A> - 1; ++r)
+      if (r < rows) to[r * pitch] = values[r];
+  }
+}
+
 // The parameters of each map's gate, or where the gradients of their weights go.
 struct Gates {
   GateParameters at[3];
@@ -168,12 +198,74 @@ struct Sigmoid {
   __device__ __forceinline__ A operator()(A z) const { return of_exponent((z - mean) * slope + shift); }
 };
 
+// Whether an item of so many planes has this one.
+__device__ __forceinline__ bool in_item(int length, int plane) {
+  return static_cast<uint32_t>(plane) < static_cast<uint32_t>(length);
+}
+
+// Where the rows of the frame around a strip begin in a buffer, in bytes; found once, so that no visit adds them up.
+template <class A, class Staged>
+struct FrameRows {
+  int at[kStrip<A> + 2];
+
+  __device__ __forceinline__ FrameRows(const Own& own, int pitch) {
+#pragma unroll
+    for (int i = 0; i < kStrip<A> + 2; ++i) {
+      at[i] = (own.place + i * pitch) * static_cast<int>(sizeof(Staged));
+      opaque(at[i]);
+    }
+  }
+  __device__ __forceinline__ Staged read(const Staged* buffer, int row, int column) const {
+    return reinterpret_cast<const Staged*>(reinterpret_cast<const unsigned char*>(buffer) + at[row])[column];
+  }
+};
+
+// What a strip sees of a plane in a buffer. Floats are held in registers for the three planes that meet them, doubles
+// are read anew by each, as registers are short.
+template <class A, class Staged>
+class FrameWindow {
+  static constexpr bool kHeld = sizeof(A) == 4;
+  const Staged* buffer_;
+  const FrameRows<A, Staged>& rows_;
+  Staged held_[kHeld ? kStrip<A> + 2 : 1][3];
+
+ public:
+  __device__ __forceinline__ FrameWindow(const Staged* buffer, const FrameRows<A, Staged>& rows)
+      : buffer_(buffer), rows_(rows) {
+    if constexpr (kHeld)
+#pragma unroll
+      for (int i = 0; i < kStrip<A> + 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 3; ++j) held_[i][j] = rows.read(buffer, i, j);
+  }
+  __device__ __forceinline__ Staged at(int row, int column) const {
+    if constexpr (kHeld)
+      return held_[row][column];
+    else
+      return rows_.read(buffer_, row, column);
+  }
+};
+
 // The weight of a gate in shared memory: the taps of a feature, 27, and those of the other. Behind it a barrier is
 // needed.
+constexpr int kSharedWeight = 56;  // whole vectors
+
 template <class A>
 __device__ __forceinline__ void share_weight(const GateParameters& gate, A* weight) {
   const int k = threadIdx.x;
   if (k < 54) weight[k] = read<A>(gate.weight, tap_offset(gate, k / 27, k % 27));
+}
+
+// From there into registers.
+template <class A>
+__device__ __forceinline__ void load_weight(const A* weight, A (&w)[2][27]) {
+  constexpr int kWide = 16 / sizeof(A);
+#pragma unroll
+  for (int from = 0; from < 54; from += kWide) {
+    const Vector<A, kWide> vector = load_vector<kWide>(weight + from);
+#pragma unroll
+    for (int k = from; k < from + kWide && k < 54; ++k) w[k / 27][k % 27] = vector.at[k - from];
+  }
 }
 
 // Sums N numbers over the threads of a block; afterwards the first warp has them. Shared: [kGateWarps, N].

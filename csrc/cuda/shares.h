@@ -2,8 +2,9 @@
 // nothing but sizes.
 //
 // A launch lasts as long as its slowest block, and a block as long as the planes that it visits: those of an item, and
-// where a map is cut along its first axis the one before and the one after. Long chunks visit few planes twice, short
-// ones come out even. So the maps are cut for about the least number of visits in which all blocks can end.
+// where a map is cut along its first axis the one before and the one after. Those two meet a third of the weight, so
+// that both together cost about half a plane, as much as it costs to begin an item. Long chunks visit few planes twice,
+// short ones come out even. So the maps are cut for about the least work in which all blocks can end.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@ namespace aia::cuda {
 // The rows of a column that a thread computes: what it reads of shared memory serves three of them. Planes of a ResNet
 // have multiples of seven; doubles are short of registers.
 template <class A>
-constexpr int kStrip = sizeof(A) == 4 ? 7 : 4;
+constexpr int kStrip = sizeof(A) == 4 ? 7 : 3;  // odd, for Map::lay_out
 
 // One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of the planes, some strips high, of
 // `slabs` neighbouring chunks of a clip; a chunk has `length` planes, a strip so many rows.
@@ -26,7 +27,9 @@ struct Map {
   int length, chunks;
   int strip, strips, columns, slabs;
   int tiles_down, tiles_across;
+  int pitch, slab_step;  // how far apart rows, and slabs, lie among the places of a plane in shared memory
   int first_block, blocks;
+  Divisor by_columns, by_strips, by_staged_columns, by_staged_rows, by_tiles_across, by_tiles, by_groups;
 
   AIA_HOST_DEVICE int plane_size() const { return d1 * d2; }
   AIA_HOST_DEVICE int rows() const { return strips * strip; }
@@ -35,20 +38,39 @@ struct Map {
 
   // A tile that has neighbours is staged with a frame of one element. The others have a frame of zeros, of which
   // neighbouring rows, and slabs, share one side. `frame`: whether there are neighbours; staged rows and columns of a
-  // slab; how far apart rows, and in rows slabs, lie; the places of all.
+  // slab; the rows from a slab to the next one; the places of all.
   AIA_HOST_DEVICE int frame_down() const { return tiles_down > 1; }
   AIA_HOST_DEVICE int frame_across() const { return tiles_across > 1; }
   AIA_HOST_DEVICE int staged_rows() const { return tiles_down > 1 ? rows() + 2 : d1; }
   AIA_HOST_DEVICE int staged_columns() const { return columns + 2 * frame_across(); }
-  AIA_HOST_DEVICE int pitch() const { return columns + 1 + frame_across(); }
   AIA_HOST_DEVICE int height() const { return rows() + 1 + frame_down(); }
   AIA_HOST_DEVICE int staged() const { return slabs * staged_rows() * staged_columns(); }
-  AIA_HOST_DEVICE int places() const { return (slabs * height() + 1 - frame_down()) * pitch() + 1 - frame_across(); }
+  AIA_HOST_DEVICE int places() const { return (slabs - 1) * slab_step + places_of_slab(); }
+  AIA_HOST_DEVICE int places_of_slab() const { return (height() + 1 - frame_down()) * pitch + 1 - frame_across(); }
+
+  // Lays rows and slabs out: side by side, or so far apart that shared memory, which serves so many places a turn, sees
+  // the strips of neighbouring threads side by side.
+  void lay_out(bool apart) {
+    constexpr int kTurn = 16;
+    const auto reaching = [](int residue, int step) { return ((residue - step) % kTurn + kTurn) % kTurn; };
+    pitch = columns + 1 + frame_across();
+    while (apart && strips > 1 && reaching(columns, strip * pitch)) ++pitch;
+    slab_step = height() * pitch;
+    if (apart) slab_step += reaching(strips * columns, slab_step);
+  }
 
   // The planes of an item that are visited: from its first on, or from the one before.
   AIA_HOST_DEVICE int first_visit() const { return chunks > 1 ? -1 : 0; }
   AIA_HOST_DEVICE int last_visit() const { return chunks > 1 ? length : length - 1; }
-  AIA_HOST_DEVICE int visits() const { return last_visit() - first_visit() + 1; }
+  // Of an item, in halves of a plane: its planes, what it takes to begin, and the planes at its ends.
+  AIA_HOST_DEVICE int work() const { return 2 * length + 1 + (chunks > 1); }
+
+  // What a launch needs of a map that is cut, so that blocks need no division.
+  void prepare() {
+    by_columns = Divisor(columns), by_strips = Divisor(strips);
+    by_staged_columns = Divisor(staged_columns()), by_staged_rows = Divisor(staged_rows());
+    by_tiles_across = Divisor(tiles_across), by_tiles = Divisor(tiles()), by_groups = Divisor(groups());
+  }
 };
 
 struct Maps {
@@ -74,9 +96,9 @@ struct Capacity {
 
 // Forward a thread has a strip; backward two have one, each for a feature.
 template <class A>
-constexpr Capacity kForwardCapacity{kStrip<A>, 256, sizeof(A) == 4 ? 2048 : 1280, sizeof(A) == 4 ? 2560 : 1600};
+constexpr Capacity kForwardCapacity{kStrip<A>, 256, sizeof(A) == 4 ? 1792 : 1280, sizeof(A) == 4 ? 4096 : 2048};
 template <class A>
-constexpr Capacity kBackwardCapacity{kStrip<A>, 128, sizeof(A) == 4 ? 1024 : 512, sizeof(A) == 4 ? 1280 : 640};
+constexpr Capacity kBackwardCapacity{kStrip<A>, 128, sizeof(A) == 4 ? 1024 : 512, sizeof(A) == 4 ? 2304 : 640};
 
 // The least length of parts that are as many as those of `most`.
 inline int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
@@ -98,7 +120,11 @@ inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
   for (int most = std::min(strips, capacity.strips / map.columns);; --most) {
     map.strips = even(strips, most);
     map.tiles_down = ceil_div(strips, map.strips);
-    if (capacity.holds(map) || most == 1) return map;
+    for (const bool apart : {true, false}) {
+      map.lay_out(apart);
+      if (capacity.holds(map)) return map;
+    }
+    if (most == 1) return map;
   }
 }
 
@@ -111,23 +137,23 @@ inline void cut_into_chunks(Map& map, int chunks) {
 inline int most_slabs(const Map& map, Capacity capacity) {
   const int strips = capacity.strips / (map.strips * map.columns);
   const int staged = capacity.staged / (map.staged_rows() * map.staged_columns());
-  const int places = ((capacity.places - 1) / map.pitch() - 1) / map.height();
+  const int places = 1 + (capacity.places - map.places_of_slab()) / map.slab_step;
   return std::max(1, std::min({map.chunks, strips, staged, places}));
 }
 
 inline int64_t items_of(const Map& map, int64_t batch) { return batch * map.groups() * map.tiles(); }
 
-// A map cut so that the fewest blocks come to its end in so many visits; more than there are if none can.
-inline Map cut_for(const Map& whole, int64_t batch, Capacity capacity, int64_t visits) {
-  constexpr int kShortest = 4, kTooMany = 1 << 28;
+// A map cut so that the fewest blocks come to its end with so much work; more than there are if none can.
+inline Map cut_for(const Map& whole, int64_t batch, Capacity capacity, int64_t work) {
+  constexpr int kTooMany = 1 << 28;
   Map best = whole;
   best.blocks = kTooMany;
-  for (int chunks = 1; chunks == 1 || ceil_div(whole.d0, chunks) >= kShortest; chunks += 1 + chunks / 8) {
+  for (int chunks = 1; chunks <= whole.d0; chunks += 1 + chunks / 16) {
     Map map = whole;
     cut_into_chunks(map, chunks);
-    if (map.visits() > visits) continue;
+    if (map.work() > work) continue;
     map.slabs = most_slabs(map, capacity);
-    const int64_t rounds = visits / map.visits();
+    const int64_t rounds = work / map.work();
     map.blocks = static_cast<int>(std::min<int64_t>((items_of(map, batch) + rounds - 1) / rounds, kTooMany));
     if (map.blocks < best.blocks) best = map;
   }
@@ -139,26 +165,27 @@ inline Map cut_for(const Map& whole, int64_t batch, Capacity capacity, int64_t v
 inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
   Maps maps{dims.n, static_cast<int>(dims.packed()), dims.B, {}};
   Map whole[3];
-  int64_t visits = 1;
+  int64_t work = 2;
   for (int m = 0; m < dims.n; ++m) {
     Map map = whole[m] = tiled(dims, m, capacity);
     map.chunks = map.d0;
-    visits += dims.B * map.d0 * map.tiles() / (int64_t{most} * most_slabs(map, capacity));
+    work += 2 * dims.B * map.d0 * map.tiles() / (int64_t{most} * most_slabs(map, capacity));
   }
   int64_t blocks = 0;
-  for (;; visits += (visits + 31) / 32) {
+  for (;; work += (work + 31) / 32) {
     blocks = 0;
-    for (int m = 0; m < dims.n; ++m) blocks += (maps.at[m] = cut_for(whole[m], dims.B, capacity, visits)).blocks;
+    for (int m = 0; m < dims.n; ++m) blocks += (maps.at[m] = cut_for(whole[m], dims.B, capacity, work)).blocks;
     if (blocks <= most) break;
   }
   int next = 0;
   for (int m = 0; m < dims.n; ++m) {
     // Where blocks are left over, thinner items give them something to do.
     Map& map = maps.at[m];
-    const int64_t rounds = visits / map.visits(), items = map.blocks * most / blocks * rounds;
+    const int64_t rounds = work / map.work(), items = map.blocks * most / blocks * rounds;
     map.slabs = ceil_div(map.chunks, std::max<int64_t>(map.groups(), items / (dims.B * map.tiles())));
     map.first_block = next;
     map.blocks = ceil_div(items_of(map, dims.B), rounds);
+    map.prepare();
     next += map.blocks;
   }
   return maps;

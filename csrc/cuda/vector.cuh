@@ -44,25 +44,6 @@ inline bool are_aligned(std::initializer_list<const void*> addresses) {
   return bits % 16 == 0;
 }
 
-// Division of numbers below 2^31 by a number that is known on the host: a product and a shift.
-struct Divisor {
-  int divisor;
-  uint32_t factor;
-  int shift = 0;
-
-  explicit Divisor(int divisor) : divisor(divisor) {
-    while ((int64_t{1} << shift) < divisor) ++shift;
-    factor = static_cast<uint32_t>(((((uint64_t{1} << shift) - divisor) << 32) / divisor) + 1);
-  }
-  // The quotient; leaves the rest in n.
-  __device__ __forceinline__ int divide(int& n) const {
-    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32);
-    const int quotient = static_cast<int>((high + static_cast<uint32_t>(n)) >> shift);
-    n -= quotient * divisor;
-    return quotient;
-  }
-};
-
 // Calls body with the width of the vectors of 16 bytes in which rows of this length at these addresses can be moved, or
 // with 1.
 template <class T, class Body>

@@ -175,15 +175,22 @@ struct GateField {
   __device__ __forceinline__ A share() const { return context == kSpacetime ? A(1) / 3 : A(1); }
   template <int V>
   __device__ __forceinline__ Vector<A, V> run(const Volume<A>& v, int64_t clip, int k, int, A) const {
-    return load_vector<V>(maps + clip * v.packed(context) + k);
+    return load_vector<V>(of_clip(v, clip) + k);
   }
   template <int V>
   __device__ __forceinline__ Vector<A, V> one(const Volume<A>& v, int64_t clip, int k, int, A) const {
-    const A map = maps[clip * v.packed(context) + k];
+    const A map = of_clip(v, clip)[k];
     Vector<A, V> values;
 #pragma unroll
     for (int j = 0; j < V; ++j) values.at[j] = map;
     return values;
+  }
+
+ private:
+  __device__ __forceinline__ const A* of_clip(const Volume<A>& v, int64_t clip) const {
+    const A* at = maps + clip * v.packed(context);
+    opaque(at);  // else the offset of the clip is added for each load
+    return at;
   }
 };
 
@@ -250,6 +257,25 @@ __device__ __forceinline__ Vector<A, V> spread(const Field<A>& field, const Volu
   const bool vector_t = V == 1 || v.runs_t;
   if (vector_t) values = field.template run<V>(v, clip, v.t_map(p), p.t, v.per_t);
   if constexpr (V > 1) {
+    if (!v.in_rows && vector_t && v.I == 1) {
+      // They leave rows, and perhaps planes, but not a frame. A step moves on by one in the map over W where a row
+      // ends, and in the map over H but for a way back to the first column.
+      int over_h = v.h_map(p), over_w = v.w_map(p);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        values.at[k] += field.template run<1>(v, clip, over_h, p.h, v.per_h).at[0];
+        values.at[k] += field.template run<1>(v, clip, over_w, p.w, v.per_w).at[0];
+        values.at[k] *= field.share();
+        ++p.w, ++over_h;
+        if (p.w < v.W) continue;
+        p.w = 0, ++p.h, ++over_w;
+        if (p.h < v.H)
+          over_h -= v.W;
+        else
+          p.h = 0;
+      }
+      return values;
+    }
     if (!v.in_rows) {
 #pragma unroll
       for (int k = 0; k < V; ++k, v.template advance<1>(p)) {

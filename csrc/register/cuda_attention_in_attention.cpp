@@ -104,22 +104,23 @@ Shape shape_of_maps(const Activation& a, const char* name) {
           a.scalar};
 }
 
+// The average of a gate over T, H and W as one over C; `back`: its transpose.
+Tensor averaged(const Tensor& maps, const char* name, const std::vector<int64_t>& sizes, int64_t order, bool back) {
+  const Activation a = aia::averaged_of(maps, sizes, order, back, name);
+  const Shape s = shape_of_maps(a, name);
+  const Launch launch(maps);
+  Tensor made = torch::stable::new_empty(maps, {a.B, a.packed(back ? aia::kSpacetime : aia::kChannel)});
+  const auto pass = back ? aia::cuda::average_gate_back : aia::cuda::average_gate;
+  launch.check(pass(s, maps.const_data_ptr(), made.mutable_data_ptr(), launch.stream()));
+  return made;
+}
+
 Tensor average_gate(const Tensor& gate, std::vector<int64_t> sizes, int64_t order) {
-  const Activation a = aia::averaged_of(gate, sizes, order, false, "gate");
-  const Shape s = shape_of_maps(a, "gate");
-  const Launch launch(gate);
-  Tensor averaged = torch::stable::new_empty(gate, {a.B, a.packed(aia::kChannel)});
-  launch.check(aia::cuda::average_gate(s, gate.const_data_ptr(), averaged.mutable_data_ptr(), launch.stream()));
-  return averaged;
+  return averaged(gate, "gate", sizes, order, false);
 }
 
 Tensor average_gate_back(const Tensor& grad, std::vector<int64_t> sizes, int64_t order) {
-  const Activation a = aia::averaged_of(grad, sizes, order, true, "grad");
-  const Shape s = shape_of_maps(a, "grad");
-  const Launch launch(grad);
-  Tensor spread = torch::stable::new_empty(grad, {a.B, a.packed(aia::kSpacetime)});
-  launch.check(aia::cuda::average_gate_back(s, grad.const_data_ptr(), spread.mutable_data_ptr(), launch.stream()));
-  return spread;
+  return averaged(grad, "grad", sizes, order, true);
 }
 
 // Maps that a CUDA kernel can address.

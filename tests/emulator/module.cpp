@@ -190,7 +190,7 @@ PYBIND11_MODULE(aia_emulator, m) {
       Map map = tiled(packed, m, capacity);
       map.chunks = map.d0;
       const Map& of = maps.at[m];
-      found.push_back({items_of(of, batch), of.visits(), of.blocks, map.tiles(), most_slabs(map, capacity)});
+      found.push_back({items_of(of, batch), of.work(), of.blocks, map.tiles(), most_slabs(map, capacity)});
     }
     return found;
   });

@@ -128,6 +128,14 @@ def test_every_kernel_is_there_for_every_architecture(cuobjdump):
     assert len({frozenset(found) for found in names.values()}) == 1
 
 
+def test_the_library_is_small():
+    """30 MB for each architecture, PTX counted as one."""
+    if (reason := extension.without_cuda()) is not None:
+        pytest.skip(reason)
+    held = sum(1 + architecture.endswith("+PTX") for architecture in extension.cuda().architectures)
+    assert extension.LIBRARY.stat().st_size <= 30e6 * held
+
+
 def test_no_local_memory(cuobjdump, cuda_binaries):
     for binary in cuda_binaries:
         found = resources(cuobjdump, binary)

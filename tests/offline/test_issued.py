@@ -25,8 +25,8 @@ REACHED = {
     ("unpool", "THWC", "bf16"): (1.1, 1.1, 1.1, 1.1),
     ("inner pool", "TCHW", "fp32"): (0.52, 0.52, 0.56, 0.47),
     ("inner pool", "TCHW", "bf16"): (1.36, 1.69, 1.27, 1.64),
-    ("recalibrate", "TCHW", "fp32"): (0.55, 0.55, 1.08, 1.33),
-    ("recalibrate", "TCHW", "bf16"): (1.22, 1.27, 2.43, 2.97),
+    ("recalibrate", "TCHW", "fp32"): (0.55, 0.55, 0.75, 0.75),
+    ("recalibrate", "TCHW", "bf16"): (1.22, 1.27, 1.76, 1.78),
     ("unpool_reduce", "TCHW", "fp32"): (0.97, 1.04, 1.92, 1.53),
     ("unpool_reduce", "TCHW", "bf16"): (1.99, 2.38, 4.05, 3.27),
     ("pool by strips", "TCHW", "fp32"): (1.1, 1.11, 1.26, 1.96),
@@ -42,12 +42,14 @@ REACHED = {
 #: of the one that meets three maps a multiprocessor holds one block.
 FEWER_IN_FLIGHT = {"inner pool": 8, "unpool_reduce": 4}
 
-#: By gate pass, what was reached of instructions for each multiply-add, and a twentieth. Wanted are 1.5.
-GATES = {"gate": 2.7, "gate_again": 2.6, "gate_backward": 2.5}
+#: By gate pass, what was reached of instructions for each multiply-add over T, H and W. Wanted are 1.5.
+GATES = {"gate": 2.4, "gate_again": 2.2, "gate_backward": 2.0}
+#: Microseconds that a gate's pass over C takes of the model at most, in a step at any stage.
+GATES_OVER_C = 4.3
 
 
 #: Microseconds that were reached of a modelled step, by stage. Wanted are 150, 87, 59 and 51.
-STEP = {56: 148, 28: 95, 14: 81, 7: 66}
+STEP = {56: 131, 28: 79, 14: 65, 7: 51}
 
 
 def hold(row: dict) -> None:
@@ -98,6 +100,7 @@ def test_the_modelled_step():
         of_x = sum(one.memory for one in parts if not one.launch.startswith("gate"))
         assert of_x == pytest.approx((7 + 2) * x_bytes / issued.BANDWIDTH * 1e6, abs=0.3)
         for one in parts:
+            assert one.us <= GATES_OVER_C or not one.launch.endswith("over C"), one
             assert one.us == max(one.issue, one.l1, one.memory, 2.0) and one.reason in modelled.REASONS
         assert sum(one.us for one in parts) <= STEP[stage], stage
     lines = modelled.markdown(modelled.read())

@@ -14,11 +14,11 @@ CLIPS = 8
 
 
 class Share(NamedTuple):
-    """Of one map: items, the planes that a block visits for one, blocks; tiles of a plane, and the most neighbouring
+    """Of one map: items, the work of one in halves of a plane, blocks; tiles of a plane, and the most neighbouring
     chunks that an item can have."""
 
     items: int
-    visits: int
+    work: int
     blocks: int
     tiles: int
     chunks: int
@@ -29,17 +29,18 @@ def shares(emulator, dims, backward: bool, blocks: int) -> list[Share]:
     return [Share(*of_map) for of_map in found]
 
 
-def fewest_blocks(length: int, share: Share, visits: int) -> int:
-    """That come to the end of a map of so many planes in so many visits, over all ways to cut it: a block does whole
-    items, each of which has the planes of a chunk and, where there are several chunks, two more."""
+def fewest_blocks(length: int, share: Share, work: int) -> int:
+    """That come to the end of a map of so many planes with so much work, over all ways to cut it: a block does whole
+    items, each of which has the planes of a chunk, half a plane to begin and, where there are several chunks, half a
+    plane at their ends."""
     fewest = math.inf
     for chunk in range(1, length + 1):
         chunks = -(-length // chunk)
-        of_item = chunk + 2 * (chunks > 1)
-        if of_item <= visits:
+        of_item = 2 * chunk + 1 + (chunks > 1)
+        if of_item <= work:
             for together in range(1, min(share.chunks, chunks) + 1):
                 items = CLIPS * share.tiles * -(-chunks // together)
-                fewest = min(fewest, -(-items // (visits // of_item)))
+                fewest = min(fewest, -(-items // (work // of_item)))
     return fewest
 
 
@@ -54,8 +55,8 @@ def test_the_slowest_block(emulator, stage, order, backward, blocks):
             dims = [length for of_map in maps.map_dims((CLIPS, t, c, h, h), context, order) for length in of_map]
             found = shares(emulator, dims, backward, blocks)
             used = sum(share.blocks for share in found)
-            slowest = max(-(-share.items // share.blocks) * share.visits for share in found)
-            mean = sum(share.items * share.visits for share in found) / used
+            slowest = max(-(-share.items // share.blocks) * share.work for share in found)
+            mean = sum(share.items * share.work for share in found) / used
             assert used <= blocks
             if slowest > 1.25 * mean:  # then no way to cut the maps has a faster one
                 fewest = [fewest_blocks(n, share, slowest - 1) for n, share in zip(dims[::3], found, strict=True)]
@@ -63,6 +64,6 @@ def test_the_slowest_block(emulator, stage, order, backward, blocks):
 
 
 def test_small_maps_get_many_blocks(emulator):
-    """A block of their own for each chunk of the shortest length, although one would have room for several."""
+    """As many as there are, although one would have room for more planes than two side by side."""
     (share,) = shares(emulator, (32, 7, 7), False, 132)
-    assert share[:3] == (CLIPS * 8, 4 + 2, CLIPS * 8)
+    assert share[:3] == (CLIPS * 32 // 2, 2 * 1 + 2, CLIPS * 32 // 2)
