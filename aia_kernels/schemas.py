@@ -171,7 +171,8 @@ _CONVOLVE_SCHEMAS = {
 # feature is the place of phi in reference.linear_attention.FEATURES; a head has R rows of phi, d + 1 for l2, else d.
 # padding [B, N] is boolean, True where a token takes no part: all that is made of it is 0. gamma [1] is of the type of
 # logits, absent for 1; sums, rows and query are in accumulate_dtype. rows [B, H R + 2 H d, N] are phi(k) of all
-# heads, and behind it room for the gradients of keys and queries. No x-sized traffic.
+# heads, and behind it room for the gradients of keys and queries. Triton's rows and query are bfloat16 where logits
+# are: the products that follow take them so, and a cast would be a launch. No x-sized traffic.
 _MEMORY_SCHEMAS = {
     # phi(k) [B, H R, N], or rows, and its sums over tokens, s [B, H R]. statistics [B, 2, H d]: of a softmax over
     # tokens the maximum of each column and its sum of exp(logit - maximum), where known; else they are found here.

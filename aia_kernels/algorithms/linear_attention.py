@@ -62,15 +62,16 @@ class Plan(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """T [B, H R, C] and s [B, H R], sums over the tokens of all members of a process group, in accumulate_dtype."""
+    """T [B, H R, C] and s [B, H R], sums over the tokens of all members of a process group, in accumulate_dtype; T in
+    that of dtype_of_memory."""
 
     t: Tensor
     s: Tensor
 
 
 class Gradients(NamedTuple):
-    """Those of x, stored as x and None if it is not wanted, and of each of Weights in accumulate_dtype. Those of absent
-    ones are None, but for gamma."""
+    """Those of x, stored as x and None if it is not wanted, of each of Weights in dtype_of_memory, and of gamma in
+    accumulate_dtype. Those of absent ones are None, but for gamma."""
 
     x: Tensor | None
     projection: Tensor
@@ -91,6 +92,21 @@ def keeps(channels: int, keys: int, rows: int, tokens: int | None) -> tuple[bool
     keeps_logits = logits <= 0.25
     sums = 0.0 if tokens is None else rows / tokens
     return keeps_logits, (logits if keeps_logits else 0.0) + sums <= 0.29
+
+
+def dtype_of_memory(x: Tensor, shards: str) -> torch.dtype:
+    """The type of T, M and their gradients, that of the products over tokens rounded once.
+
+    Small products of bfloat16 stay in it where a cast is a launch: they round what the published flow rounds too.
+    Members of a process group add up in the wider type.
+    """
+    narrow = x.dtype == torch.bfloat16 and _is_launched(x) and not shards
+    return x.dtype if narrow else accumulate_dtype(x.dtype)
+
+
+def _is_launched(t: Tensor) -> bool:
+    """Whether an operator on t costs a launch, whatever it does."""
+    return t.device.type != "cpu"
 
 
 @without_autocast
@@ -136,20 +152,21 @@ def backward(
     reached = torch.bmm(_as(memory, x.dtype), g)
     of_divisor = sums.s, weights.gamma, plan.form.eps
     query, grad_total, grad_gamma = passes.memory_queries_backward_(rows, logits, *of_phi, *of_divisor, reached)
-    grad_sums, *of_parameters = _through_memory(plan, _over_tokens(query, g), sums, u, weights, x.shape[1])
+    grad_memory = _gradient_of_memory(plan, query, g, memory)
+    grad_sums, *of_parameters = _through_memory(plan, grad_memory, sums, u, weights)
     if plan.form.feature != "softmax":
         grad_sums = grad_sums._replace(s=grad_sums.s + grad_total)
     grad_sums = _sums_of_members(plan, grad_sums)
     grad_t = _as(grad_sums.t, x.dtype)
     reached = torch.bmm(grad_t, tokens)
     reduced = _reduced(plan, rows, reached, grad_sums.s)
-    passes.memory_keys_backward_(rows, logits, *of_phi, reached, grad_sums.s, reduced)
+    passes.memory_keys_backward_(rows, logits, *of_phi, reached, _as(grad_sums.s, s.dtype), reduced)
     narrow, grad_x = _as(rows, x.dtype), None
     if needs_x:
         factors = torch.cat((grad_t, weights.projection.expand(x.shape[0], -1, -1)), 1)
         grad_x = _product(grad, factors.mT, narrow, plan.form.residual)
-    of_projection = _over_samples(_over_tokens(narrow[:, phi_rows:], tokens))
-    of_bias = None if weights.bias is None else rows[:, phi_rows:].sum((0, 2))
+    of_projection = _over_samples(_over_tokens(plan, narrow[:, phi_rows:], tokens))
+    of_bias = None if weights.bias is None else _as(rows[:, phi_rows:].sum((0, 2)), of_projection.dtype)
     return Gradients(grad_x, of_projection, of_bias, *of_parameters, grad_gamma)
 
 
@@ -213,22 +230,32 @@ def _reduced(plan: Plan, rows: Tensor, reached: Tensor, grad_s: Tensor) -> Tenso
 
 def _sums(plan: Plan, rows: Tensor, tokens: Tensor, s: Tensor) -> Sums:
     """(T, s) of phi(k) [B, H R, N], X [B, C, N] and the s of the tokens here."""
-    return _sums_of_members(plan, Sums(_over_tokens(rows, tokens), s))
+    return _sums_of_members(plan, Sums(_over_tokens(plan, rows, tokens), s))
 
 
-def _over_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
-    """rows [B, p, N] times the transpose of tokens [B, C, N]: [B, p, C] in accumulate_dtype.
+def _over_tokens(plan: Plan, rows: Tensor, tokens: Tensor) -> Tensor:
+    """rows [B, p, N] times the transpose of tokens [B, C, N]: [B, p, C] in dtype_of_memory.
 
     Summed in chunks, as a library may add up a narrow product term by term, which a million of them do not stand.
     bfloat16 has the range of the wider type, and its product rounds once. A sum over tokens may leave that of float16,
     and a softmax over many tokens too: there the factors are wide.
     """
-    dtype = accumulate_dtype(tokens.dtype)
+    dtype = dtype_of_memory(tokens, plan.shards)
     factor = dtype if tokens.dtype == torch.float16 else tokens.dtype
     if tokens.shape[2] <= CHUNK:
         return _as(torch.bmm(_as(rows, factor), _as(tokens, factor).mT), dtype)
     pairs = zip(rows.split(CHUNK, 2), tokens.split(CHUNK, 2), strict=True)
-    return torch.stack([torch.bmm(_as(a, factor), _as(b, factor).mT).to(dtype) for a, b in pairs]).sum(0)
+    wide = accumulate_dtype(dtype)
+    return _as(torch.stack([torch.bmm(_as(a, factor), _as(b, factor).mT).to(wide) for a, b in pairs]).sum(0), dtype)
+
+
+def _gradient_of_memory(plan: Plan, query: Tensor, grad: Tensor, memory: Tensor) -> Tensor:
+    """dM [B, H R, C] of phi(q)' and G [B, C, N], scaled by what M was scaled by."""
+    share = _share(plan, grad.shape[2])
+    if share != 1.0 and _is_launched(grad) and grad.shape[2] <= CHUNK and query.dtype == grad.dtype == memory.dtype:
+        return torch.baddbmm(memory, query, grad.mT, beta=0, alpha=share)  # one launch
+    product = _over_tokens(plan, query, grad)
+    return product if share == 1.0 else product * share
 
 
 def _over_samples(t: Tensor) -> Tensor:
@@ -260,35 +287,52 @@ def _memory(plan: Plan, sums: Sums, weights: Weights, tokens: int) -> tuple[Tens
     added = {"beta": share, "alpha": share} if weights.output is None else {}
     value = _as(weights.value.mT, t.dtype)
     if weights.value_bias is not None:
-        s = _of_heads(sums.s.unsqueeze(2), plan.form.heads)
-        u = torch.baddbmm(s * _as(weights.value_bias, t.dtype).unsqueeze(1), t, value, **added)
+        u = torch.baddbmm(_sums_times_bias(plan, sums, weights.value_bias), t, value, **added)
     else:
         u = torch.bmm(t, value)
         u = u.mul_(share) if weights.output is None and share != 1.0 else u
     if weights.output is None:
         return None, _of_samples(u, sums.t.shape[0])
-    memory = torch.bmm(u, _as(weights.output.mT, t.dtype))
+    output = _as(weights.output.mT, t.dtype)
+    if weights.output_bias is not None and _is_launched(t):
+        bias = _as(weights.output_bias, t.dtype)
+        memory = torch.baddbmm(bias, u, output, beta=share / plan.form.heads, alpha=share)
+        return u, _of_samples(memory, sums.t.shape[0])
+    memory = torch.bmm(u, output)
     if weights.output_bias is not None:
         memory = memory.add_(weights.output_bias.to(t.dtype), alpha=1 / plan.form.heads)
     return u, _of_samples(memory if share == 1.0 else memory.mul_(share), sums.t.shape[0])
 
 
+def _sums_times_bias(plan: Plan, sums: Sums, value_bias: Tensor) -> Tensor:
+    """s b_v^T of each head [H, B R, v], in the type of T."""
+    s, bias = _of_heads(sums.s.unsqueeze(2), plan.form.heads), value_bias.unsqueeze(1)
+    if sums.t.dtype == s.dtype:
+        return s * _as(bias, s.dtype)
+    return torch.mul(s, bias, out=sums.t.new_empty((*s.shape[:2], bias.shape[2])))  # rounded as it is written
+
+
 def _through_memory(
-    plan: Plan, grad: Tensor, sums: Sums, u: Tensor | None, weights: Weights, tokens: int
+    plan: Plan, grad: Tensor, sums: Sums, u: Tensor | None, weights: Weights
 ) -> tuple[Sums, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of (T, s), of the value, its bias, the output projection and its bias, for that of M."""
-    heads, samples, share = plan.form.heads, sums.t.shape[0], _share(plan, tokens)
-    grad_m, t = _of_heads(grad if share == 1.0 else grad * share, heads), _of_heads(sums.t, heads)
+    """The gradients of (T, s), of the value, its bias, the output projection and its bias, for the scaled one of M."""
+    heads, samples = plan.form.heads, sums.t.shape[0]
+    grad_m, t = _of_heads(grad, heads), _of_heads(sums.t, heads)
     value, grad_output, grad_u = _as(weights.value, t.dtype), None, grad_m
     if weights.output is not None and u is not None:
         grad_output = torch.bmm(grad_m.mT, u)
         grad_u = torch.bmm(grad_m, _as(weights.output, t.dtype))
-    grad_t, grad_s, grad_bias = _of_samples(torch.bmm(grad_u, value), samples), torch.zeros_like(sums.s), None
-    if weights.value_bias is not None:
-        s = _of_heads(sums.s.unsqueeze(2), heads)
+    grad_t, grad_bias = _of_samples(torch.bmm(grad_u, value), samples), None
+    if weights.value_bias is None:
+        grad_s = torch.zeros_like(sums.s)
+    else:
+        s = _as(_of_heads(sums.s.unsqueeze(2), heads), t.dtype)
         grad_s = _of_samples(torch.bmm(grad_u, _as(weights.value_bias, t.dtype).unsqueeze(2)), samples).squeeze(2)
         grad_bias = torch.bmm(grad_u.mT, s).squeeze(2)
-    grad_output_bias = None if weights.output_bias is None else grad_m.sum((0, 1)) / heads
+    grad_output_bias = None
+    if weights.output_bias is not None:
+        grad_output_bias = grad_m.sum((0, 1))
+        grad_output_bias = grad_output_bias if heads == 1 else grad_output_bias / heads
     return Sums(grad_t, grad_s), torch.bmm(grad_u.mT, t), grad_bias, grad_output, grad_output_bias
 
 

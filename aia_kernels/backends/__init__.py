@@ -163,8 +163,10 @@ def _triton_missing(family: str) -> str | None:
 
 
 def _triton_passes(family: str) -> tuple[str, ...]:
-    """External attention's products belong to Triton's own passes; its residual is part of them."""
-    return schemas.DOUBLE_NORM_PASSES + FUSED_PASSES if family == "external_attention" else FAMILIES[family]
+    """External attention's products belong to Triton's own passes; its residual is part of them. Those of memories may
+    lack, as PyTorch's operators take their place."""
+    more = {"external_attention": schemas.DOUBLE_NORM_PASSES + FUSED_PASSES, "linear_attention": schemas.MEMORY_PASSES}
+    return more.get(family, FAMILIES[family])
 
 
 def _interpreted() -> bool:
@@ -333,6 +335,16 @@ def _lane_order(order: str) -> str:
     return "THWC" if order == "THWC" else "TCHW"
 
 
+def _of_memories(name: str) -> Any:
+    """passes of linear attention."""
+    if name == "triton" and _triton_missing("linear_attention") is None:
+        return importlib.import_module("..triton", __package__)
+    if name == "cpu" and extension.load() is None:
+        more = schemas.MEMORY_PROPAGATE_PASSES
+        return SimpleNamespace(**{p: schemas.callable_pass(p) for p in (*schemas.MEMORY_PASSES, *more)})
+    return memory_passes
+
+
 @functools.cache
 def passes(name: str, family: str) -> Any:
     """Gather what the algorithm of a family takes from a backend.
@@ -349,10 +361,7 @@ def passes(name: str, family: str) -> Any:
         have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES or AVERAGE_PASSES.
     """
     if family == "linear_attention":
-        if name != "cpu" or extension.load() is not None:
-            return memory_passes
-        more = schemas.MEMORY_PROPAGATE_PASSES
-        return SimpleNamespace(**{p: schemas.callable_pass(p) for p in (*schemas.MEMORY_PASSES, *more)})
+        return _of_memories(name)
     if name == "triton":
         return importlib.import_module("..triton", __package__)
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})

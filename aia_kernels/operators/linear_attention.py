@@ -45,7 +45,7 @@ def _split(arguments) -> tuple[Weights, Tensor | None, Plan]:
 def _forward(x, *arguments):
     weights, padding, plan = _split(arguments)
     y, logits, sums = algorithm.forward(plan, dense_tokens(x), weights, padding)
-    kept = sums if plan.keeps_sums else (sums.s.new_empty((0,)), sums.s.new_empty((0,)))
+    kept = sums if plan.keeps_sums else (sums.t.new_empty((0,)), sums.s.new_empty((0,)))
     return y, logits if plan.keeps_logits else x.new_empty((0,)), *kept
 
 
@@ -57,7 +57,8 @@ def fake_forward(x, *arguments):
     rows = columns // 2 + (plan.form.heads if plan.form.feature == "l2" else 0)
     logits = x.new_empty((b, columns, n) if plan.keeps_logits else (0,))
     shapes = ((b, rows, c), (b, rows)) if plan.keeps_sums else ((0,), (0,))
-    sums = (x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for shape in shapes)
+    dtypes = algorithm.dtype_of_memory(x, plan.shards), accumulate_dtype(x.dtype)
+    sums = (x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     return torch.empty_like(dense_tokens(x)), logits, *sums
 
 
@@ -73,13 +74,14 @@ def _backward(grad, x, logits, t, s, *arguments):
     sums = Sums(t.contiguous(), s.contiguous()) if plan.keeps_sums else None
     logits = logits.contiguous() if plan.keeps_logits else None
     grads = algorithm.backward(plan, stored_as(grad, x), x, weights, logits, sums, padding)
-    return [grads.gamma.new_empty((0,)) if g is None else g for g in grads]
+    return [grads.projection.new_empty((0,)) if g is None else g for g in grads]
 
 
 def _fake_backward(grad, x, logits, t, s, *arguments):
-    weights, _, _ = _split(arguments)
-    wide = x.new_empty((), dtype=accumulate_dtype(x.dtype))
-    return torch.empty_like(dense_tokens(x)), *(wide.new_empty(shape) for shape in _shapes(x, weights))
+    weights, _, plan = _split(arguments)
+    *shapes, of_gamma = _shapes(x, weights)
+    of_weights = (x.new_empty(shape, dtype=algorithm.dtype_of_memory(x, plan.shards)) for shape in shapes)
+    return torch.empty_like(dense_tokens(x)), *of_weights, x.new_empty(of_gamma, dtype=accumulate_dtype(x.dtype))
 
 
 def _setup(ctx, inputs, output):

@@ -1,6 +1,6 @@
-"""Triton backend, for CUDA devices and for the Triton interpreter: the passes of attention in attention, of CBAM and of
-the temporal shift (aia_kernels.schemas), and of external attention the elementary ones (schemas.DOUBLE_NORM_PASSES) and
-the fused ones (aia_kernels.algorithms.external_attention_passes).
+"""Triton backend, for CUDA devices and for the Triton interpreter: the passes of attention in attention, of CBAM, of
+attention by a memory per sample and of the temporal shift (aia_kernels.schemas), and of external attention the
+elementary ones (schemas.DOUBLE_NORM_PASSES) and the fused ones (aia_kernels.algorithms.external_attention_passes).
 
 Maps keep the storage order of x with the pooled letter struck out.
 """
@@ -18,6 +18,8 @@ from .double_norm import column_statistics, double_norm_, double_norm_backward_,
 from .gate import gate, gate_again
 from .gate_backward import gate_backward, gate_backward_reduce
 from .logits import attention_gradient, empty_attention, logits, normalize
+from .memory_keys import memory_keys, memory_keys_backward_
+from .memory_queries import memory_queries, memory_queries_backward_
 from .pool import pool, unpool, unpool_reduce
 from .recalibrate import recalibrate, recalibrate_reduce
 from .residual import empty_signs, signed
@@ -50,6 +52,10 @@ __all__ = [
     "logits",
     "logits_gradient",
     "map_order",
+    "memory_keys",
+    "memory_keys_backward_",
+    "memory_queries",
+    "memory_queries_backward_",
     "moments",
     "move_statistics_",
     "normalize",

@@ -303,6 +303,41 @@ def check_attended(attention: Attention, name: str, memory: Tensor, columns: int
     return heads
 
 
+def check_memory_logits(logits: Tensor, feature: int, heads: int, padding: Tensor | None) -> None:
+    """Logits [B, 2 H d, N], keys and queries of the heads, tokens contiguous, not empty; padding is [B, N] or None."""
+    check_operand("logits", logits, logits)
+    if logits.ndim != 3 or not logits.numel():
+        raise ValueError(f"logits must be [B, 2 H d, N] and not empty, got {described(logits)}")
+    check_contiguous("logits", logits, logits.shape, logits.dtype, logits)
+    b, columns, n = logits.shape
+    if n >= 2**30:
+        raise ValueError(f"logits must have fewer than 2^30 tokens, got {described(logits)}")
+    if not 0 <= feature <= 2:
+        raise ValueError(f"feature must be 0 (l2), 1 (softplus) or 2 (softmax), got {feature}")
+    if heads < 1 or columns % 2 or columns // 2 % heads:
+        raise ValueError(f"heads must divide half of the {columns} rows of logits, got {heads}")
+    if padding is not None:
+        check_contiguous("padding", padding, (b, n), torch.bool, logits)
+    check_floating("logits", logits)
+
+
+def check_memory_rows(rows: Tensor, logits: Tensor, count: int) -> None:
+    """So many rows of phi(k), and behind them those of the gradients of keys and queries, which are written; bfloat16
+    ones where logits are, too."""
+    b, columns, n = logits.shape
+    check_operand("rows", rows, logits)
+    narrow = logits.dtype == rows.dtype == torch.bfloat16
+    check_contiguous(
+        "rows", rows, (b, count + columns, n), rows.dtype if narrow else accumulate_dtype(logits.dtype), logits
+    )
+    check_apart("rows", rows, logits=logits)
+
+
+def check_memory_reached(reached: Tensor, logits: Tensor, count: int) -> None:
+    """The gradient of so many rows of phi by way of a memory."""
+    check_contiguous("reached", reached, (logits.shape[0], count, logits.shape[2]), logits.dtype, logits)
+
+
 def check_dropout(dropout: Dropout | None, logits: Tensor) -> None:
     """Dropout's mask, if there is one."""
     if dropout is not None:

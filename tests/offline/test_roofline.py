@@ -120,6 +120,32 @@ def test_attention_by_a_memory_meets_x_as_often_as_designed(name, provider):
         assert sum(of_x(case, "published", "step")) > 3 * case.traffic("step")
 
 
+#: The most launches of an evaluation and of a step, with Triton's passes, and with PyTorch's operators in their places.
+OF_MEMORIES = {
+    "PositionLinearAttention": {"triton": (10, 31), "cuda": (40, 123)},
+    "EfficientAttention": {"triton": (12, 38), "cuda": (17, 60)},
+    "ChannelLinearAttention": {"triton": (19, 62), "cuda": (19, 62)},
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("provider", ["triton", "cuda"])
+@pytest.mark.parametrize("name", OF_MEMORIES)
+def test_launches_of_attention_by_a_memory(name, provider, dtype):
+    """And all that Triton's read and write, in |X|: what is as large as x, and four times over what keys and queries
+    have. Those are a quarter of x, as are their gradients."""
+    if provider == "triton":
+        pytest.importorskip("triton", reason="its launches are counted")
+    cases = (case for case in linear_attention.cases() if case.name == name and case.stage.endswith("x64x64"))
+    for case in (replace(case, dtype=dtype) for case in cases):
+        for mode, most in zip(registry.MODES, OF_MEMORIES[name][provider], strict=True):
+            launches = roofline.count(case, provider, mode)
+            assert len(launches) <= most, [f"{one.part} {one.name}" for one in launches]
+            moved = sum(one.read + one.written for one in launches) / case.x_bytes
+            if provider == "triton" and name != "ChannelLinearAttention":
+                assert moved < case.traffic(mode) + (2 if mode == "eval" else 6), case
+
+
 def recorded() -> list[dict]:
     with (records.RESULTS / "roofline.csv").open(newline="") as opened:
         return list(csv.DictReader(opened))

@@ -51,7 +51,8 @@ from aia_kernels.common import maps
 ON_CPU = schemas.CONVOLVE_PASSES + schemas.MEMORY_PASSES + schemas.MEMORY_PROPAGATE_PASSES
 NOT_CUDA = (*schemas.CBAM_PASSES, *ON_CPU)
 #: Of Triton the framework's own operators, or part of a product (values, signed).
-NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *ON_CPU)
+NOT_TRITON = "move_statistics_", "residual_relu_", "residual_relu_backward"
+NOT_TRITON += schemas.CONVOLVE_PASSES + schemas.MEMORY_PROPAGATE_PASSES
 
 
 def cpu(name: str, arguments: list) -> Any:
