@@ -255,7 +255,7 @@ def _by_flex_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: T
 def _beyond(terms: Tensor, length: int, block: int, halo: int) -> Tensor:
     """What leaves out the places of a block's window along an axis that are beyond the map, [blocks, 1, window]: the
     lowest number there, and 0 elsewhere."""
-    lowest = torch.finfo(terms.dtype).min / 4  # twice of it is still a number
+    lowest = torch.finfo(terms.dtype).min / 2  # twice of it is still a number; of float16 logits may come near to it
     inside = terms.new_zeros(length)
     return nn.functional.pad(inside, (halo, halo), value=lowest).unfold(0, block + 2 * halo, block).unsqueeze(1)
 

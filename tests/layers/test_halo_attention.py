@@ -218,3 +218,60 @@ def test_windows_are_made_again_for_the_backward():
     blocks, heads, queries, window = 2 * 2 * 3, 4, 4**2, 8**2
     few_numbers = 256  # strides
     assert kept_bytes(module, x) <= 4 * (blocks * heads * queries * window + 6 * x.numel()) + few_numbers
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("operands_in_cache", [0, 2**20])
+@pytest.mark.parametrize("sign", [1, -1], ids=["high", "low"])
+def test_extreme_logits_at_the_border(name, operands_in_cache, sign, monkeypatch):
+    """Logits beyond 1e4 and -1e4 where more than half of a window is beyond the map: what is left out stays out, though
+    all that is inside is far below 0, and nothing overflows in float32."""
+    monkeypatch.setattr("aia_kernels.functional.dot_product._OPERANDS_IN_CACHE", operands_in_cache)
+    module = testing.randomise(LAYERS[name]()).double()
+    x = torch.rand(1, DIM, BLOCK, BLOCK, dtype=torch.float64) + 0.5
+    with torch.no_grad():
+        # Queries, keys and x of one sign, so that logits are, before the terms of the positions.
+        queries, keys = (module.to_q, module.to_kv) if name == "halonet-pytorch" else (module.q, module.kv)
+        queries.weight.copy_(sign * 60 * queries.weight.abs())
+        width = keys.weight.shape[0] // 2
+        keys.weight[:width] = 60 * keys.weight[:width].abs()
+        for table in (module.rel_pos_emb if name == "halonet-pytorch" else module.pos_embed).parameters():
+            table.mul_(1e-3)
+    x.requires_grad_()
+    found, expected = module(x), by_query(module, x)
+    largest = float(largest_logit(module, x.detach()[0]))
+    assert 1e4 < largest < 1e6
+    # Logits are rounded in their own size, weights by the exponential of that.
+    rounding = lambda dtype: 16 * largest * torch.finfo(dtype).eps  # noqa: E731
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding(torch.float64) * scale)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (found, expected)]
+    scale = max(1.0, float(gradients[1].abs().max())) * largest
+    torch.testing.assert_close(*gradients, rtol=0, atol=rounding(torch.float64) * scale)
+    narrow = x.detach().float().requires_grad_()
+    y = module.float()(narrow)
+    assert y.isfinite().all() and torch.autograd.grad(y.sum(), narrow)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("operands_in_cache", [0, 2**20])
+@pytest.mark.parametrize("logit", [2e4, -2e4])
+def test_float16_leaves_padding_out_below_its_logits(logit, operands_in_cache, monkeypatch):
+    """Equal positions are their own mean, whatever the logits are; padding, whose values are 0, takes no part in it."""
+    monkeypatch.setattr("aia_kernels.functional.dot_product._OPERANDS_IN_CACHE", operands_in_cache)
+    module = testing.randomise(LAYERS["halonet-pytorch"]())
+    with torch.no_grad():
+        for table in module.rel_pos_emb.parameters():
+            table.zero_()
+        module.to_q.weight.fill_(100 / DIM)
+        module.to_kv.weight[: HEADS * D] = logit / (100 * D**0.5) / DIM
+    x = torch.ones(1, DIM, BLOCK, 2 * BLOCK)
+    maps = x.movedim(1, -1)
+    expected = module.to_out(module.to_kv(maps)[..., HEADS * D :]).movedim(-1, 1)
+    found = module.half()(x.half())
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+def largest_logit(module, sample):
+    """The largest product of a query with a key of any place, scaled."""
+    q, k, *_ = parts(module, sample)
+    return (torch.einsum("ijhd,klhd->ijklh", q, k) * q.shape[-1] ** -0.5).abs().max()
