@@ -22,7 +22,7 @@ Traffic in units of |X|, the bytes of x, stands beside each schema; packed maps 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -225,6 +225,20 @@ _PROPAGATE_SCHEMAS = {
     "-> Tensor[]",
 }
 
+# The same of a unit as a network has it, so that Python is not what a small call costs: x is [B * frames, C, H, W] or,
+# whatever frames is, [B, C, T, H, W], stored in one of maps.ORDERS. parameters are weight, scale and shift of each
+# gate, weights in the paper's order of axes; fixed is empty, or mean and variance of each, as of gate.
+_UNIT_SCHEMAS = {
+    # y, stored as x, and what a backward takes, in one tensor of kept_bytes; without keep only
+    # the numbers of the gates, and nothing of gates that all have fixed statistics. running: empty, or of each gate the
+    # running mean and variance, and perhaps the number of batches, which move as move_statistics_ has it.
+    "unit_propagate_": "(Tensor x, int frames, Tensor?[] parameters, Tensor?[] fixed, Tensor(a!)[] running, "
+    "float[] eps, bool[] batch, float momentum, int inner, int outer, bool keep) -> (Tensor y, Tensor kept)",
+    # The gradients that are needed, of parameters, in their order, and of x.
+    "unit_propagate_back": "(Tensor grad_y, Tensor x, int frames, Tensor?[] parameters, Tensor kept, int inner, "
+    "int outer, bool[] needs) -> Tensor[]",
+}
+
 # The algorithm of attention by a memory per sample as one, products and passes, so that a small call is not what its
 # calls cost; for one head and tokens that are no shards, none of which is padding. x [B, N, C] is float32 or float64,
 # stored densely; weights are those of reference.Weights. A backend may lack them. Traffic: see docs/how-it-works.md.
@@ -270,16 +284,22 @@ CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
 MEMORY_PASSES = tuple(_MEMORY_SCHEMAS)
 MEMORY_PROPAGATE_PASSES = tuple(_MEMORY_PROPAGATE_SCHEMAS)
 PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
+UNIT_PASSES = tuple(_UNIT_SCHEMAS)
 EXTERNAL_PROPAGATE_PASSES = tuple(_EXTERNAL_PROPAGATE_SCHEMAS)
 AVERAGE_PASSES = tuple(_AVERAGE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
 _PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS | _MEMORY_PROPAGATE_SCHEMAS
-_PASS_SCHEMAS |= _EXTERNAL_PROPAGATE_SCHEMAS | _AVERAGE_SCHEMAS | _FOLD_SCHEMAS
+_PASS_SCHEMAS |= _UNIT_SCHEMAS | _EXTERNAL_PROPAGATE_SCHEMAS | _AVERAGE_SCHEMAS | _FOLD_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
     _library.define(_name + _schema)
+
+
+def _written(op: torch._ops.OpOverload) -> list[int]:
+    """The places of the arguments that an operator writes."""
+    return [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _counting(op: torch._ops.OpOverload) -> Callable:
@@ -288,7 +308,7 @@ def _counting(op: torch._ops.OpOverload) -> Callable:
     Without it autograd and checkpointing would not notice that a tensor which they saved has another content. The
     dispatcher's calls count too, but by way of Python's end of the dispatcher, which takes three times as long.
     """
-    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = _written(op)
     below, increment = torch._C._AutoDispatchBelowADInplaceOrView, torch.autograd.graph.increment_version
 
     def kernel(keys, *arguments):
@@ -318,14 +338,25 @@ _COUNTING = {
 
 def _resolving(op: torch._ops.OpOverload) -> None:
     """Views of negatives (torch.Tensor.is_neg) are resolved in lists of tensors that may be absent too: the framework
-    resolves single tensors and whole lists alone, and a kernel would read the negatives."""
+    resolves single tensors and whole lists alone, and a kernel would read the negatives. What it writes is copied back.
+    """
+    written = _written(op)
 
     def resolved(value):
         if isinstance(value, (list, tuple)):
             return [resolved(entry) for entry in value]
         return value.resolve_neg() if isinstance(value, Tensor) else value
 
-    _library.impl(op, lambda *arguments: op(*map(resolved, arguments)), "Negative")
+    def kernel(*arguments):
+        read = [resolved(value) for value in arguments]
+        result = op(*read)
+        for i in written:
+            for given, own in zip(arguments[i], read[i], strict=True):
+                if given.is_neg():
+                    given.copy_(own)
+        return result
+
+    _library.impl(op, kernel, "Negative")
 
 
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -342,6 +373,17 @@ def packed_like(x: Tensor, context: int, *lead: int, dtype: torch.dtype | None =
     """Uninitialized packed maps [B, *lead, M] of x."""
     size = maps.packed_size(x.shape, context)
     return x.new_empty((x.shape[0], *lead, size), dtype=dtype or accumulate_dtype(x.dtype))
+
+
+def kept_bytes(sizes: Sequence[int], dtype: torch.dtype, inner: int, outer: int, with_maps: bool = True) -> int:
+    """The bytes of what a unit on x [B, T, C, H, W] of a type keeps: the numbers of its gates, and of each context the
+    pooled features and the indices, each part a multiple of 64 bytes."""
+    itemsize = accumulate_dtype(dtype).itemsize
+    parts = [7 * (inner + outer) * itemsize]
+    for context in filter(None, (inner, outer) if with_maps else ()):
+        elements = sizes[0] * maps.packed_size(sizes, context)
+        parts += 2 * elements * itemsize, elements * maps.index_dtype(sizes, context).itemsize
+    return sum((part + 63) // 64 * 64 for part in parts)
 
 
 def _fake(name: str):
@@ -442,6 +484,19 @@ def _(x, weight, scale, shift, mean, var, eps, batch, inner, outer):
 def _(grad_y, x, weight, kept, inner, outer, needs_x):
     affine = [weight[0].new_empty((context, 2)) for context in sorted(filter(None, (inner, outer)))]
     return [*map(torch.empty_like, weight), *affine, *([torch.empty_like(x)] if needs_x else [])]
+
+
+@_fake("unit_propagate_")
+def _(x, frames, parameters, fixed, running, eps, batch, momentum, inner, outer, keep):
+    b, *sizes = x.shape
+    sizes = (b // frames, frames, *sizes) if x.ndim == 4 else (b, sizes[1], sizes[0], *sizes[2:])
+    kept = kept_bytes(sizes, x.dtype, inner, outer, keep) if keep or any(batch) else 0
+    return torch.empty_like(x), x.new_empty((kept,), dtype=torch.uint8)
+
+
+@_fake("unit_propagate_back")
+def _(grad_y, x, frames, parameters, kept, inner, outer, needs):
+    return [torch.empty_like(p) for p, needed in zip((*parameters, x), needs, strict=True) if needed]
 
 
 @_fake("column_statistics")

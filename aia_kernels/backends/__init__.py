@@ -358,7 +358,8 @@ def passes(name: str, family: str) -> Any:
         external attention, algorithms.external_attention_passes.Passes and, on some backends, those of
         schemas.EXTERNAL_PROPAGATE_PASSES; for linear attention, by those of
         schemas.MEMORY_PASSES and, on some backends, of schemas.MEMORY_PROPAGATE_PASSES. Those of Attention in Attention
-        have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES or AVERAGE_PASSES.
+        have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES, UNIT_PASSES or
+        AVERAGE_PASSES.
     """
     if family == "linear_attention":
         return _of_memories(name)
@@ -382,5 +383,6 @@ def passes(name: str, family: str) -> Any:
     if family == "attention_in_attention" and name == "cuda":
         vars(found).update((p, schemas.callable_pass(p)) for p in schemas.AVERAGE_PASSES)
     if family == "attention_in_attention" and name == "cpu":
-        vars(found).update((p, schemas.callable_pass(p)) for p in schemas.PROPAGATE_PASSES)
+        more = *schemas.PROPAGATE_PASSES, *schemas.UNIT_PASSES
+        vars(found).update((p, schemas.callable_pass(p)) for p in more)
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,27 +152,31 @@ def with_rows(x: Tensor) -> Tensor:
     return x.resolve_neg() if by_token or by_feature else x.contiguous()
 
 
-def save(ctx: Any, x: Tensor, *kept: Tensor | None) -> None:
-    """Keep the input of a layer and what came of it for a backward: see saved.
+def save(ctx: Any, x: Tensor, *kept: Tensor | None, parameters: Sequence[Tensor | None] = ()) -> None:
+    """Keep the input of a layer and what came of it for a backward, and behind them parameters, which may come back
+    with any strides: see saved.
 
     What came of x may be stored in its order, so the strides of x are kept too: as a tensor, since checkpointing takes
-    tensors from a second forward, whose x a hook may have stored in another way than that of the first.
+    tensors from a second forward, whose x a hook may have stored in another way than that of the first. Checkpointing
+    is a hook itself: without one in force there is nothing to take the place of what is kept here.
     """
     ctx.strides = x.stride(), *(None if t is None else t.stride() for t in kept)
-    ctx.save_for_backward(None if is_symbolic() else _as_tensor(ctx.strides[0]), x, *kept)
+    replaced = not is_symbolic() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ctx.save_for_backward(_as_tensor(ctx.strides[0]) if replaced else None, x, *kept, *parameters)
 
 
 def saved(ctx: Any) -> list[Tensor | None]:
     """What save kept, stored as it was then: hooks on saved tensors (offloading, compression) may give back the same
     values with other strides."""
     stored, *tensors = ctx.saved_tensors
-    of_x, *strides = ctx.strides
+    strides = ctx.strides
     if stored is not None and not is_symbolic():
-        of_x = tuple(stored.tolist())
-    return [
-        t if t is None or t.stride() == stride else _restored(t, stride)
-        for t, stride in zip(tensors, (of_x, *strides), strict=True)
-    ]
+        strides = tuple(stored.tolist()), *strides[1:]
+    for i, stride in enumerate(strides):
+        t = tensors[i]
+        if t is not None and t.stride() != stride:
+            tensors[i] = _restored(t, stride)
+    return tensors
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,8 +5,9 @@ The paths of a call that has something to compute:
 1. where the call is recorded (torch.compile, torch.export, make_fx, selective checkpointing): the registered operators
    (operators/);
 2. under a functorch transform (torch.func.grad, vmap), forward-mode differentiation or torch.jit.trace: the reference;
-3. where gradients are wanted: AttentionInAttentionFunction;
-4. otherwise: the passes, keeping nothing.
+3. where gradients are wanted: UnitFunction, where the backend has a unit as one operator, and else
+   AttentionInAttentionFunction;
+4. otherwise: the same, keeping nothing.
 
 The backend ``reference`` takes its own formula on all four. A DTensor is taken shard by shard (sharded.py).
 """
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from .. import backends
 from ..algorithms import attention_in_attention as algorithm
+from ..algorithms.unit import Buffers, statistics_of
+from ..algorithms.unit import Plan as PlanOfUnit
 from ..common import maps
 from ..common.autocast import autocast_dtype
 from ..common.dtypes import accumulate_dtype
@@ -29,7 +32,7 @@ from ..common.tracing import is_traced, needs_reference
 from ..operators import attention_in_attention as operators
 from ..reference import UNITS, Gate, Norm, Unit
 from ..reference import attention_in_attention as reference
-from . import sharded
+from . import sharded, unit_calls
 from .checks import check_clips
 from .running_statistics import update_running_statistics
 
@@ -173,23 +176,25 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
     dense = with_dense_clips(x, num_segments)
     backend = backends.select(x.device, x.dtype, FAMILY)
     move = None
+    statistics: Sequence[Tensor] | None
     if backend == "reference" or needs_reference():
-        y, statistics = reference(as_clips(dense, num_segments), described, gates)
-        y, statistics = as_input(y, x.ndim), statistics.split(1)
+        y, of_gates = reference(as_clips(dense, num_segments), described, gates)
+        y, statistics = as_input(y, x.ndim), of_gates.split(1)
     else:
         passes = None if is_traced() else backends.passes(backend, FAMILY)
         y, statistics = _through_passes(dense, described, gates, num_segments, backend, passes)
         move = passes and passes.move_statistics_
-    order = _ORDERS[unit]
-    update_running_statistics([gates[i].norm for i in order], [statistics[i] for i in order], move)
+    if statistics is not None:
+        order = _ORDERS[unit]
+        update_running_statistics([gates[i].norm for i in order], [statistics[i] for i in order], move)
     return y
 
 
 def _through_passes(
     x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int, backend: str, passes: Any
-) -> tuple[Tensor, Sequence[Tensor | None]]:
+) -> tuple[Tensor, Sequence[Tensor] | None]:
     """y and the statistics [1, 3] of each gate by one of the paths 1 (passes is None), 3 and 4; None where no gate uses
-    its batch and nothing keeps them."""
+    its batch and nothing keeps them, or the running ones have moved."""
     dtype = accumulate_dtype(x.dtype)
     parameters: list[Tensor | None] = []
     fixed: list[Tensor | None] = []
@@ -204,6 +209,12 @@ def _through_passes(
         wide = wide or (x.dtype != dtype and any(p is not None and p.dtype != weight.dtype for p in of[:2]))
     parameters, fixed = _resolved(parameters), _resolved(fixed)
     batch, eps, groups = zip(*of_bn, strict=True)
+    if unit_calls.has_units(passes, unit, groups):
+        running, momentum = unit_calls.moving([gate.norm for gate in gates])
+        of_unit = PlanOfUnit(unit, passes, num_segments, batch, eps, momentum)
+        y, kept = unit_calls.called(of_unit, x, parameters, Buffers(fixed, running))
+        moved = running or not any(batch)
+        return y, None if moved else statistics_of(kept, len(gates), dtype).split(1)
     plan = algorithm.Plan(unit, passes, batch, eps, groups, wide)
     wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
     if wanted and passes is not None:
@@ -213,17 +224,17 @@ def _through_passes(
         if operators.evaluates(unit.name, backend, batch):
             of_gates = zip(*algorithm.gate_parameters(parameters, fixed), strict=True)
             y = operators.unit_evaluate(clips, *map(list, of_gates), unit.name, backend, eps)
-            return as_input(y, x.ndim), [None] * len(gates)
+            return as_input(y, x.ndim), None
         packed = operators.packed(parameters, fixed, plan.batch, dtype)
         settings = unit.name, backend, plan.batch, plan.eps, plan.groups, operators.index_dtype(clips, unit.name)
         y, *_, statistics = operators.unit_forward(clips, *packed, *settings)
         return as_input(y, x.ndim), statistics.split(1)
     of_gates = algorithm.gate_parameters(parameters, fixed)
     if algorithm.can_evaluate(plan):
-        return as_input(algorithm.evaluate(plan, clips, of_gates), x.ndim), [None] * len(gates)
+        return as_input(algorithm.evaluate(plan, clips, of_gates), x.ndim), None
     result = algorithm.forward(plan, clips, of_gates)
     if not any(batch):  # nothing keeps the statistics
-        return as_input(result.y, x.ndim), [None] * len(gates)
+        return as_input(result.y, x.ndim), None
     return as_input(result.y, x.ndim), algorithm.statistics_of(unit, result.inner, result.outer)
 
 

@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
 from ..common.layouts import as_clips, as_input
+from ..functional import unit_calls
 from ..functional.checks import check_clips
 from ..reference import UNITS, Gate, Unit, compose
 from .recorded import one_call
-from .submodules import can_be_read, held, is_gate_convolution, must_be_called, norm_of
+from .submodules import can_be_read, held, is_gate_convolution, must_be_called, norm_of, read_gates_at_once
 
 
 def _kaiming(weight: Tensor) -> None:
@@ -59,6 +60,11 @@ class AttentionInAttention(nn.Module):
 
     @one_call
     def forward(self, x: Tensor) -> Tensor:
+        unit = self.unit
+        if not unit.averaged and (read := read_gates_at_once(x, self._modules, unit.letters, self.use_BN)) is not None:
+            y = unit_calls.at_once(x, unit, self.num_segments, read)
+            if y is not None:
+                return y
         gates = []
         for letter in self.unit.letters:
             conv = held(self, f"{letter}_conv")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
+from ..algorithms.unit import Buffers
 from ..common.tracing import is_observed, is_statically
-from ..functional import plain
+from ..functional import plain, unit_calls
 from ..functional.sharded import is_distributed, is_plain
 from ..reference import Norm
 
@@ -76,6 +78,23 @@ _CONVOLUTIONS = frozenset((nn.Conv1d, nn.Conv2d))
 _POINTWISE = frozenset(((1,) * n, (1,) * n, (0,) * n, 1) for n in (1, 2))
 
 
+def _type_of_ordinary(x: Tensor) -> torch.dtype | None:
+    """The type of the x of an ordinary call, which nobody records, transforms or casts; None where it is another."""
+    if is_observed() or _has_any_global_hook():  # first, as torch.compile would guard each later check
+        return None
+    if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+        return None
+    return x.dtype if x.dtype in plain.FLOATING else None
+
+
+def _has_own_call(module: nn.Module) -> bool:
+    """Whether a module of one of the kinds of _FORWARDS has hooks, or another forward than its kind."""
+    of, kind = module.__dict__, type(module)
+    if of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"]:
+        return True
+    return _FORWARDS[kind] is not kind.forward or "forward" in of
+
+
 def read_at_once(x: Tensor, modules: Iterable[nn.Module]) -> list[Any] | None:
     """Weight and bias of each submodule of an ordinary call, one after the other: each submodule is torch's own and
     nobody's hook stands on it, all is of one floating-point type, and no call is recorded, transformed or cast. None
@@ -84,25 +103,14 @@ def read_at_once(x: Tensor, modules: Iterable[nn.Module]) -> list[Any] | None:
     The checks of must_be_called and plain.serves in one room. They take little in a loop of their own, and four times
     that between operators, whose code has pushed theirs out of the caches: there it is the size of a check that costs.
     """
-    if is_observed() or _has_any_global_hook():  # first, as torch.compile would guard each later check
+    if (dtype := _type_of_ordinary(x)) is None:
         return None
-    dtype = x.dtype
     found: list[Any] = []
-    if (
-        type(x) is not Tensor
-        or dtype not in plain.FLOATING
-        or not x.is_cpu
-        or x.layout is not torch.strided
-        or x.is_nested
-    ):
-        return None
     for module in modules:
         kind, of = type(module), module.__dict__
-        if kind not in _READ_AT_ONCE or _FORWARDS[kind] is not kind.forward or "forward" in of:
+        if kind not in _READ_AT_ONCE or _has_own_call(module):
             return None
         if kind in _CONVOLUTIONS and (of["kernel_size"], of["stride"], of["padding"], of["groups"]) not in _POINTWISE:
-            return None
-        if of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"]:
             return None
         parameters = of["_parameters"]
         for name in ("weight", "bias"):
@@ -113,6 +121,74 @@ def read_at_once(x: Tensor, modules: Iterable[nn.Module]) -> list[Any] | None:
                 return None
             found.append(p)
     return found
+
+
+#: Kernel, stride, padding, dilation, groups and padding_mode of the convolution of a gate as published.
+_OF_GATE = (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), 1, "zeros"
+_WEIGHT = 1, 2, 3, 3, 3
+
+
+@functools.cache
+def _names_of_gates(letters: str) -> tuple[tuple[str, str], ...]:
+    return tuple((f"{letter}_conv", f"{letter}_bn") for letter in letters)
+
+
+def read_gates_at_once(
+    x: Tensor, modules: Mapping[str, nn.Module | None], letters: str, use_bn: bool
+) -> unit_calls.GatesRead | None:
+    """What an ordinary call of a unit of Attention in Attention reads of its submodules: as read_at_once, and the sizes
+    of parameters fit, and all BNs are set alike, with fixed statistics or with running ones that move."""
+    if (dtype := _type_of_ordinary(x)) is None:
+        return None
+    parameters: list[Any] = []
+    fixed: list[Any] = []
+    running: list[Any] = []
+    eps: list[float] = []
+    alike = None
+    try:  # a name that is not there: a submodule was removed, or computes its parameters
+        for of_conv, of_bn in _names_of_gates(letters):
+            conv = modules[of_conv]
+            of = conv.__dict__
+            set_as = of["kernel_size"], of["stride"], of["padding"], of["dilation"], of["groups"], of["padding_mode"]
+            own = of["_parameters"]
+            weight = own["weight"]
+            if type(conv) is not nn.Conv3d or set_as != _OF_GATE or own["bias"] is not None or _has_own_call(conv):
+                return None
+            if type(weight) is not nn.Parameter or weight.dtype is not dtype or not weight.is_cpu:
+                return None
+            if weight.shape != _WEIGHT:
+                return None
+            if not use_bn:
+                parameters += weight, None, None
+                fixed += None, None
+                eps.append(0.0)
+                continue
+            bn = modules[of_bn]
+            of = bn.__dict__
+            own, buffers = of["_parameters"], of["_buffers"]
+            scale, shift, mean, var = own["weight"], own["bias"], buffers["running_mean"], buffers["running_var"]
+            settings = of["training"], of["momentum"], of["track_running_stats"]
+            alike = alike or settings
+            if type(bn) is not nn.BatchNorm3d or settings != alike or _has_own_call(bn):
+                return None
+            for p, kind in ((scale, nn.Parameter), (shift, nn.Parameter), (mean, Tensor), (var, Tensor)):
+                if p is None and kind is nn.Parameter:
+                    continue
+                if type(p) is not kind or p.dtype is not dtype or not p.is_cpu or p.numel() != 1:
+                    return None
+            parameters += weight, scale, shift
+            fixed += mean, var
+            running += mean, var, buffers["num_batches_tracked"]
+            eps.append(of["eps"])
+    except KeyError:
+        return None
+    training, momentum, tracks = alike or (False, 0.0, True)
+    batch = (training,) * len(eps)
+    if not training:
+        return unit_calls.GatesRead(parameters, Buffers(fixed), batch, eps, 0.0)
+    if not tracks or type(momentum) is not float or any(number is None for number in running[2::3]):
+        return None
+    return unit_calls.GatesRead(parameters, Buffers((), running), batch, eps, momentum)
 
 
 def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:

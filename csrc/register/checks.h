@@ -132,13 +132,6 @@ inline void check_same(const Tensor& t, const Tensor& other, const char* name, c
             " must agree in shape, strides and dtype, got ", described(t), " and ", described(other));
 }
 
-// A new tensor that is stored as x, which is dense.
-inline Tensor new_like(const Tensor& x) {
-  Tensor out = torch::stable::empty_like(x);
-  check_same(out, x, "the result", "its argument");
-  return out;
-}
-
 // The bytes of a dense operand.
 struct Span {
   uintptr_t begin, end;
@@ -173,19 +166,42 @@ inline ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// A new contiguous tensor of numbers for x. Not by way of the dispatcher, which takes some microseconds.
-inline Tensor new_numbers(const Tensor& x, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t axis = sizes.size(); axis-- > 0; stride *= std::max<int64_t>(1, sizes[axis])) strides[axis] = stride;
-  const bool wide = accumulate_type(x) == ScalarType::Double;
+inline int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return 1;
+    case ScalarType::Short:
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    default: return 4;
+  }
+}
+inline int64_t bytes_of(Scalar scalar) { return scalar == Scalar::kFloat64 ? 8 : scalar == Scalar::kFloat32 ? 4 : 2; }
+
+// A new tensor on the device of x. Not by way of the dispatcher, which takes some microseconds.
+inline Tensor new_strided(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type) {
   int32_t device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), device, x.get_device_index(), &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, type, device, x.get_device_index(), &made));
   return Tensor(made);
+}
+inline Tensor new_tensor(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0; stride *= std::max<int64_t>(1, sizes[axis])) strides[axis] = stride;
+  return new_strided(x, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(type));
+}
+// Of numbers for x, contiguous.
+inline Tensor new_numbers(const Tensor& x, const std::vector<int64_t>& sizes) {
+  return new_tensor(x, sizes, accumulate_type(x));
+}
+// Stored as x, which is dense.
+inline Tensor new_like(const Tensor& x) {
+  const Layout at(x);
+  return new_strided(x, at.dim, at.sizes, at.strides, static_cast<int32_t>(x.scalar_type()));
 }
 
 inline void check_eps(double eps) {

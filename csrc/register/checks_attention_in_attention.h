@@ -126,24 +126,34 @@ inline Parameter parameter_of(const Tensor& t, const Tensor& first, const char* 
   return {written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), scalar};
 }
 
-// The weights of n gates, each [1, 2, 3, 3, 3] with any strides.
+// The weight [1, 2, 3, 3, 3] of a gate, with any strides.
+inline void set_weight(GateParameters& gate, const Tensor& w, const Tensor& first) {
+  gate.weight = parameter_of(w, first, "weight");
+  constexpr int64_t kSizes[] = {1, 2, 3, 3, 3};
+  const Layout at(w);
+  AIA_CHECK(std::equal(at.sizes, at.sizes + at.dim, kSizes, kSizes + 5), "each weight must be [1, 2, 3, 3, 3], got ",
+            described(w));
+  std::copy(at.strides + 1, at.strides + 5, gate.stride);
+}
+
+// The weights of n gates.
 inline Gates weights_of(const std::vector<Tensor>& weight, int n, const Tensor& first) {
   AIA_CHECK(weight.size() == static_cast<size_t>(n), "weight must hold a tensor for each of ", n, " maps, got ",
             weight.size());
   Gates gates{};
-  for (int i = 0; i < n; ++i) {
-    const Tensor& w = weight[i];
-    gates[i].weight = parameter_of(w, first, "weight");
-    constexpr int64_t kSizes[] = {1, 2, 3, 3, 3};
-    const auto sizes = w.sizes();
-    AIA_CHECK(std::equal(sizes.begin(), sizes.end(), kSizes, kSizes + 5), "each weight must be [1, 2, 3, 3, 3], got ",
-              described(w));
-    for (int axis = 0; axis < 4; ++axis) gates[i].stride[axis] = w.stride(axis + 1);
-  }
+  for (int i = 0; i < n; ++i) set_weight(gates[i], weight[i], first);
   return gates;
 }
 
-// Adds what n gates are normalized by: lists of n numbers, which may be absent.
+// A number that may be absent.
+inline Parameter number_of(const std::optional<Tensor>& number, const Tensor& first, const char* name) {
+  if (!number) return {};
+  const Parameter found = parameter_of(*number, first, name);
+  AIA_CHECK(number->numel() == 1, name, " must hold one number for each map, got ", described(*number));
+  return found;
+}
+
+// Adds what n gates are normalized by: lists of n numbers.
 inline void add_norms(Gates& gates, int n, const Numbers& scale, const Numbers& shift, const Numbers& mean,
                       const Numbers& var, const std::vector<double>& eps, const std::vector<bool>& batch,
                       const Tensor& first) {
@@ -152,10 +162,7 @@ inline void add_norms(Gates& gates, int n, const Numbers& scale, const Numbers& 
   };
   const auto number = [&](const Numbers& list, int i, const char* name) -> Parameter {
     check_length(list.size(), name);
-    if (!list[i]) return {};
-    const Parameter found = parameter_of(*list[i], first, name);
-    AIA_CHECK(list[i]->numel() == 1, name, " must hold one number for each map, got ", described(*list[i]));
-    return found;
+    return number_of(list[i], first, name);
   };
   check_length(eps.size(), "eps");
   check_length(batch.size(), "batch");
@@ -177,26 +184,29 @@ inline void check_unit(int64_t inner, int64_t outer, std::initializer_list<size_
     AIA_CHECK(size == n, "every list must hold an entry for each of ", n, " gates, got ", size);
 }
 
-// The gates of the contexts of a whole unit, from the arguments of evaluate.
+// Where the gates of a context of a unit begin in its lists: that over C comes first, where there is one.
+inline int first_of(int64_t context, int64_t other) { return context == kSpacetime && other != kNone ? 1 : 0; }
+
+// The gates of the contexts of a whole unit, from the arguments of evaluate or, with batch, of propagate.
 struct UnitArguments {
   Gates inner, outer;
 
   UnitArguments(const Tensor& x, const std::vector<Tensor>& weight, const Numbers& scale, const Numbers& shift,
                 const Numbers& mean, const Numbers& var, const std::vector<double>& eps, int64_t inner_context,
-                int64_t outer_context) {
+                int64_t outer_context, const std::optional<std::vector<bool>>& batch_of = std::nullopt) {
+    const std::vector<bool> batch = batch_of.value_or(std::vector<bool>(weight.size()));
     check_unit(inner_context, outer_context,
-               {weight.size(), scale.size(), shift.size(), mean.size(), var.size(), eps.size()});
-    const auto gates_of = [&](int64_t context) {
-      const int first = context == kSpacetime && inner_context != kNone ? 1 : 0, count = static_cast<int>(context);
+               {weight.size(), scale.size(), shift.size(), mean.size(), var.size(), eps.size(), batch.size()});
+    const auto gates_of = [&](int64_t context, int64_t other) {
+      const int first = first_of(context, other), count = static_cast<int>(context);
       const auto some = [&](const auto& list) {
         return std::decay_t<decltype(list)>(list.begin() + first, list.begin() + first + count);
       };
       Gates found = weights_of(some(weight), count, x);
-      const std::vector<bool> batch(count);
-      add_norms(found, count, some(scale), some(shift), some(mean), some(var), some(eps), batch, x);
+      add_norms(found, count, some(scale), some(shift), some(mean), some(var), some(eps), some(batch), x);
       return found;
     };
-    inner = gates_of(inner_context), outer = gates_of(outer_context);
+    inner = gates_of(inner_context, outer_context), outer = gates_of(outer_context, inner_context);
   }
 };
 

@@ -8,6 +8,8 @@
 
 #include "cpu.h"
 #include "cpu_gates.h"
+#include "cpu_unit.h"
+#include "cpu_unit_steps.h"
 
 namespace {
 
@@ -17,13 +19,13 @@ using aia::Gates;
 using aia::kNone;
 using aia::Numbers;
 using aia::PackedDims;
+using aia::cpu::ContextOfGates;
 using aia::cpu::GatePasses;
 using aia::cpu::maps_of;
 using aia::cpu::passes;
 using aia::cpu::PoolPasses;
 using aia::cpu::RecalibratePasses;
 using aia::cpu::Volume;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // One context of a unit on one clip: x is pooled, and gates come of it.
@@ -66,14 +68,14 @@ class ContextGates {
   std::vector<A> norm_;
 };
 
-// itemsize: bytes of an element of x and y.
 template <class A>
-void evaluate_clips(const Activation& a, const aia::UnitArguments& gates, int inner, int outer, const char* data,
-                    char* y, int64_t itemsize) {
+void evaluate_clips(const Activation& a, const ContextOfGates& inner, const ContextOfGates& outer, const char* data,
+                    char* y) {
+  const int64_t itemsize = aia::bytes_of(a.scalar);
   const Volume x = aia::cpu::volume_of(a, passes<PoolPasses>(a.scalar).lanes);
   Volume clip = x;
   clip.B = 1;
-  const ContextGates<A> guide_of(clip, gates.inner, inner), gate_of(clip, gates.outer, outer);
+  const ContextGates<A> guide_of(clip, inner.gates, inner.context), gate_of(clip, outer.gates, outer.context);
   const auto run = [&](int64_t begin, int64_t end, const auto& split) {
     const int64_t elements = guide_of.elements() + gate_of.elements();
     const std::unique_ptr<A[]> maps(new A[elements]);
@@ -82,19 +84,20 @@ void evaluate_clips(const Activation& a, const aia::UnitArguments& gates, int in
       const char* from = data + b * x.stride_b * itemsize;
       char* to = y + b * x.stride_b * itemsize;
       Gate guide{nullptr, kNone};
-      if (inner) guide = guide_of(from, guide, maps.get(), split);
+      if (inner.context) guide = guide_of(from, guide, maps.get(), split);
       const Gate gate = gate_of(from, guide, maps.get() + guide_of.elements(), split);
-      split(aia::cpu::elementwise_units(clip, outer), [&](int64_t first, int64_t last) {
+      split(aia::cpu::elementwise_units(clip, outer.context), [&](int64_t first, int64_t last) {
         passes<RecalibratePasses>(x.scalar).recalibrate(clip, from, gate, to, first, last);
       });
     }
   };
+  const auto one_thread = [](int64_t units, const auto& body) { body(0, units); };
   // Threads take clips of their own where all get as many, or nearly so; else they share each.
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  if (x.B % threads == 0 || x.B >= 4 * threads)
-    aia::cpu::parallel(x.B, [&](int64_t begin, int64_t end) {
-      run(begin, end, [](int64_t units, const auto& body) { body(0, units); });
-    });
+  if (threads == 1 || aia::cpu::elements_of(a) < aia::cpu::kElementsAlone)
+    run(0, x.B, one_thread);
+  else if (x.B % threads == 0 || x.B >= 4 * threads)
+    aia::cpu::parallel(x.B, [&](int64_t begin, int64_t end) { run(begin, end, one_thread); });
   else
     run(0, x.B, [](int64_t units, const auto& body) { aia::cpu::parallel(units, body); });
 }
@@ -104,19 +107,17 @@ Tensor evaluate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numb
   const Activation a = aia::activation_of(x, "x");
   const aia::UnitArguments gates(x, weight, scale, shift, mean, var, eps, inner, outer);
   Tensor y = aia::cpu::output_like(x);
-  const auto data = static_cast<const char*>(x.const_data_ptr());
-  const auto out = static_cast<char*>(y.mutable_data_ptr());
-  const auto itemsize = static_cast<int64_t>(x.element_size());
-  const auto run = [&](auto type) {
-    evaluate_clips<decltype(type)>(a, gates, static_cast<int>(inner), static_cast<int>(outer), data, out, itemsize);
-  };
-  if (x.scalar_type() == ScalarType::Double)
-    run(double{});
-  else
-    run(float{});
+  aia::cpu::evaluate_unit(a, {gates.inner, static_cast<int>(inner)}, {gates.outer, static_cast<int>(outer)},
+                          x.const_data_ptr(), y.mutable_data_ptr());
   return y;
 }
 
 }  // namespace
+
+void aia::cpu::evaluate_unit(const Activation& a, const ContextOfGates& inner, const ContextOfGates& outer,
+                             const void* x, void* y) {
+  const auto evaluated = a.scalar == Scalar::kFloat64 ? evaluate_clips<double> : evaluate_clips<float>;
+  evaluated(a, inner, outer, static_cast<const char*>(x), static_cast<char*>(y));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) { m.impl("evaluate", TORCH_BOX(&evaluate)); }

@@ -9,14 +9,24 @@
 
 namespace aia::cpu {
 
+// Calls each(tap, offset) for the 54 taps of a weight, and where each lies in it (tap_offset).
+template <class Each>
+void for_taps(const GateParameters& gate, const Each& each) {
+  int tap = 0;
+  for (int feature = 0; feature < 2; ++feature)
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j) {
+        const int64_t row = feature * gate.stride[0] + i * gate.stride[1] + j * gate.stride[2];
+        for (int k = 0; k < 3; ++k) each(tap++, row + k * gate.stride[3]);
+      }
+}
+
 // Of n gates, [n, 54] contiguous.
 template <class A>
 std::vector<A> contiguous_weights(const Gates& gates, int n) {
   std::vector<A> weights(n * 54);
-  for (int i = 0; i < n * 54; ++i) {
-    const GateParameters& gate = gates[i / 54];
-    weights[i] = read<A>(gate.weight, tap_offset(gate, i / 27 % 2, i % 27));
-  }
+  for (int i = 0; i < n; ++i)
+    for_taps(gates[i], [&](int tap, int64_t offset) { weights[54 * i + tap] = read<A>(gates[i].weight, offset); });
   return weights;
 }
 

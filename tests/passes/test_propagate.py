@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from pass_cases import CASES, TILES, special
 from torch.library import opcheck
 from torch.testing import assert_close
+from unit_cases import NORMS, ONE_BY_ONE, PASSES, UNITS_IN_ONE, arguments
 
-from aia_kernels import backends, schemas
+from aia_kernels import schemas
 from aia_kernels.algorithms import attention_in_attention as algorithm
 from aia_kernels.common.layouts import dense_clips
 from aia_kernels.reference import UNITS
-
-if backends.select("cpu", torch.float32, "attention_in_attention") != "cpu":
-    pytest.skip("only the C++ of the CPU has them", allow_module_level=True)
-
-PASSES = backends.passes("cpu", "attention_in_attention")
-ONE_BY_ONE = SimpleNamespace(**{k: v for k, v in vars(PASSES).items() if k not in schemas.PROPAGATE_PASSES})
-#: Of a gate: scale, shift, mean and variance that are there.
-NORMS = {"batch": (True, True, False, False), "fixed": (True, True, True, True), "bare": (False, False, False, False)}
-UNITS_IN_ONE = [name for name, unit in UNITS.items() if not unit.averaged]
-
-
-def arguments(unit: str, case: str, norm: str) -> tuple:
-    """A plan without passes, x, the gradient of y and the gates."""
-    torch.manual_seed(0)
-    shape, order, dtype, _ = CASES[case]
-    axes = [0, *(1 + "TCHW".index(letter) for letter in order)]
-    stored = torch.randn(2, *(shape[axis] for axis in axes))
-    x, grad_y = (a.permute([axes.index(axis) for axis in range(5)]).to(dtype) for a in stored)
-    gates = []
-    for letter in UNITS[unit].letters:
-        numbers = (torch.rand(1, dtype=dtype) + 0.5 if there else None for there in NORMS[norm])
-        # One weight is stored in another order of axes.
-        weight = torch.randn(1, 2, 3, 3, 3, dtype=dtype)
-        gates.append(algorithm.GateParameters(weight.mT if letter == "T" else weight, *numbers))
-    n = len(gates)
-    settings = (norm == "batch",) * n, (1e-5,) * n, ("",) * n
-    return algorithm.Plan(UNITS[unit], None, *settings), dense_clips(x), grad_y, gates
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -104,7 +76,7 @@ BAD = {
     "an entry of batch too few": (0, 7, [True] * 3, "every list must hold an entry for each of 4 gates, got 3"),
     "a weight too many": (1, 2, [torch.ones(1, 2, 3, 3, 3)] * 5, "every list must hold an entry for each of 4 gates"),
     "too few that are kept": (1, 3, [torch.ones(1)] * 4, "kept must hold four tensors for each of 2 contexts, got 4"),
-    "kept of another shape": (1, 3, [torch.ones(1)] * 8, r"pooled must be a packed \[B, 2, M\]"),
+    "kept of another shape": (1, 3, [torch.ones(1)] * 8, "pooled must be contiguous float32"),
     "a gradient of another shape": (1, 0, torch.ones(1), "grad_y and x must agree"),
 }
 

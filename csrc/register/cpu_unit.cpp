@@ -1,0 +1,466 @@
+// Whole units on the CPU, all passes of a direction as one operator (schemas.PROPAGATE_PASSES and UNIT_PASSES in
+// aia_kernels/schemas.py), for small calls: the passes one after the other, without the framework between them.
+#include "cpu_unit.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu_products.h"
+#include "cpu_unit_steps.h"
+
+namespace {
+
+using aia::accumulate_type;
+using aia::Activation;
+using aia::activation_of;
+using aia::check_same;
+using aia::first_of;
+using aia::Gate;
+using aia::GateParameters;
+using aia::Gates;
+using aia::index_type;
+using aia::kNone;
+using aia::kSpacetime;
+using aia::new_numbers;
+using aia::new_tensor;
+using aia::Numbers;
+using aia::PackedDims;
+using aia::Unpooled;
+using aia::cpu::mutable_numbers;
+using aia::cpu::numbers;
+using aia::cpu::output_like;
+using aia::cpu::view_of;
+using aia::cpu::with_large_pages;
+using aia::cpu::with_type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// One context of a unit: its gates, and what it keeps, as pool and gate give it. index_bytes of 0: no indices.
+struct Context {
+  int context = kNone, index_bytes = 0;
+  Gates gates{};
+  void *pooled = nullptr, *argmax = nullptr, *norm = nullptr, *statistics = nullptr;
+
+  Unpooled unpooled(const void* grad) const { return {grad, argmax, index_bytes, context}; }
+};
+
+PackedDims dims_of(const Activation& a, int context) {
+  PackedDims d = aia::cpu::maps_of(aia::cpu::volume_of(a), context);
+  d.B = a.B;
+  return d;
+}
+
+// Memory for so many numbers for each element of the maps of a context.
+Tensor new_maps(const Tensor& x, const Activation& a, int context, int64_t each) {
+  return with_large_pages(new_numbers(x, {a.B * each * a.packed(context)}));
+}
+
+void forward(const Tensor& x, const Activation& a, const Context& inner, const Context& outer, const Tensor& y) {
+  const void* data = x.const_data_ptr();
+  const auto gates_of = [&](const Context& of, const Gate& guide, const Tensor& made) -> Gate {
+    aia::cpu::pool_into(a, data, guide, of.context, of.pooled, of.argmax, of.index_bytes);
+    with_type(made, [&](auto zero) {
+      using A = decltype(zero);
+      aia::cpu::gate_into(dims_of(a, of.context), of.gates, static_cast<const A*>(of.pooled), mutable_numbers<A>(made),
+                          static_cast<A*>(of.norm), static_cast<A*>(of.statistics));
+    });
+    return {made.const_data_ptr(), of.context};
+  };
+  Gate guide{nullptr, kNone};
+  Tensor of_inner;
+  if (inner.context) guide = gates_of(inner, guide, of_inner = new_maps(x, a, inner.context, 1));
+  const Tensor of_outer = new_maps(x, a, outer.context, 1);
+  const Gate gate = gates_of(outer, guide, of_outer);
+  aia::cpu::recalibrate_into(a, data, gate, y.mutable_data_ptr());
+}
+
+// Where gradients go: those of the weights of a context, as far as they are there, and of shift and scale, [n, 2].
+template <class A>
+struct Gradients {
+  Gates weights;
+  A* sums;
+};
+
+// The gates of a context, and the gradient of its pooled features, in memory of their own.
+struct Back {
+  Tensor memory;
+  const void *gate = nullptr, *grad_pooled = nullptr;
+};
+
+// The gates are made again. gradient_of_gates(memory) writes their gradient.
+template <class A, class GradientOfGates>
+Back back_through(const Tensor& x, const Activation& a, const Context& of, const Gradients<A>& found,
+                  const GradientOfGates& gradient_of_gates) {
+  const PackedDims d = dims_of(a, of.context);
+  const int64_t M = a.B * a.packed(of.context);
+  const Tensor scratch = new_maps(x, a, of.context, 2), results = new_maps(x, a, of.context, 3);
+  A *z = mutable_numbers<A>(scratch), *grad = z + M, *gate = mutable_numbers<A>(results), *grad_pooled = gate + M;
+  const aia::cpu::MadeOf<A> from{z, static_cast<const A*>(of.norm), static_cast<const A*>(of.statistics),
+                                 static_cast<const A*>(of.pooled)};
+  aia::cpu::gate_again_into(d, of.gates, from.pooled, from.norm, z, gate);
+  gradient_of_gates(grad);
+  aia::cpu::sums_into<A>(d, grad, z, gate, from.norm, grad, found.sums);
+  aia::cpu::back_through_convolution_into<A>(d, of.gates, grad, false, from, found.sums, grad_pooled, found.weights);
+  return {results, gate, grad_pooled};
+}
+
+// grad_x is undefined where it is not needed.
+template <class A>
+void backward(const Tensor& grad_y, const Tensor& x, const Activation& a, const Context& inner, const Context& outer,
+              const Gradients<A>& of_inner, const Gradients<A>& of_outer, const Tensor& grad_x) {
+  const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
+  const Back of_gate = back_through(
+      x, a, outer, of_outer, [&](A* out) { aia::cpu::recalibrate_reduce_into(a, grad, data, outer.context, out); });
+  const Unpooled from_outer = outer.unpooled(of_gate.grad_pooled);
+  Back of_guide;
+  if (inner.context)
+    of_guide = back_through(x, a, inner, of_inner,
+                            [&](A* out) { aia::cpu::unpool_reduce_into(a, data, from_outer, inner.context, out); });
+  if (!grad_x.defined()) return;
+  const Unpooled from_inner =
+      inner.context ? inner.unpooled(of_guide.grad_pooled) : Unpooled{nullptr, nullptr, 1, kNone};
+  aia::cpu::unpool_into(a, grad, {of_gate.gate, outer.context}, from_outer, {of_guide.gate, inner.context}, from_inner,
+                        grad_x.mutable_data_ptr());
+}
+
+// For the gradient of a parameter, stored as it.
+Tensor new_gradient(const Tensor& parameter) {
+  const aia::Layout at(parameter);
+  bool contiguous = true;
+  int64_t expected = 1;
+  for (int64_t axis = at.dim - 1; axis >= 0; expected *= at.sizes[axis--])
+    contiguous = contiguous && !at.differs(axis, expected);
+  if (!contiguous) return torch::stable::empty_like(parameter);
+  return new_tensor(parameter, {at.sizes, at.sizes + at.dim}, parameter.scalar_type());
+}
+
+// propagate and propagate_back: parts that are kept are tensors of their own.
+
+Context context_of(const Tensor* kept, const Gates& gates, const Tensor& x, const Activation& a, int64_t context) {
+  const ScalarType type = accumulate_type(x);
+  const int64_t n = context, M = a.packed(context);
+  aia::check_contiguous(kept[0], {a.B, 2, M}, type, x, "pooled");
+  aia::check_contiguous(kept[1], {a.B, M}, index_type(a, context), x, "argmax");
+  aia::check_contiguous(kept[2], {n, 4}, type, x, "norm");
+  aia::check_contiguous(kept[3], {n, 3}, type, x, "statistics");
+  return {static_cast<int>(context),
+          static_cast<int>(kept[1].element_size()),
+          gates,
+          const_cast<void*>(kept[0].const_data_ptr()),
+          const_cast<void*>(kept[1].const_data_ptr()),
+          const_cast<void*>(kept[2].const_data_ptr()),
+          const_cast<void*>(kept[3].const_data_ptr())};
+}
+
+std::vector<Tensor> propagate(const Tensor& x, std::vector<Tensor> weight, Numbers scale, Numbers shift, Numbers mean,
+                              Numbers var, std::vector<double> eps, std::vector<bool> batch, int64_t inner,
+                              int64_t outer) {
+  const Activation a = activation_of(x, "x");
+  const aia::UnitArguments gates(x, weight, scale, shift, mean, var, eps, inner, outer, batch);
+  const ScalarType type = accumulate_type(x);
+  std::vector<Tensor> results{output_like(x)};
+  const auto new_context = [&](int64_t context, const Gates& of) -> Context {
+    if (context == kNone) return {};
+    const int64_t M = a.packed(context);
+    results.push_back(with_large_pages(new_tensor(x, {a.B, 2, M}, type)));
+    results.push_back(with_large_pages(new_tensor(x, {a.B, M}, index_type(a, context))));
+    results.push_back(new_tensor(x, {context, 4}, type));
+    results.push_back(new_tensor(x, {context, 3}, type));
+    return context_of(&results[results.size() - 4], of, x, a, context);
+  };
+  const Context of_inner = new_context(inner, gates.inner), of_outer = new_context(outer, gates.outer);
+  forward(x, a, of_inner, of_outer, results[0]);
+  return results;
+}
+
+std::vector<Tensor> propagate_back(const Tensor& grad_y, const Tensor& x, std::vector<Tensor> weight,
+                                   std::vector<Tensor> kept, int64_t inner, int64_t outer, bool needs_x) {
+  aia::check_unit(inner, outer, {weight.size()});
+  const size_t n = weight.size(), contexts = inner ? 2 : 1;
+  AIA_CHECK(kept.size() == 4 * contexts, "kept must hold four tensors for each of ", contexts, " contexts, got ",
+            kept.size());
+  const Activation a = activation_of(x, "x");
+  check_same(grad_y, x, "grad_y", "x");
+  std::vector<Tensor> results;
+  for (const Tensor& w : weight) results.push_back(new_gradient(w));
+  const auto own = [&](const std::vector<Tensor>& list, int64_t context, int64_t other) {
+    const auto first = list.begin() + first_of(context, other);
+    return aia::weights_of({first, first + context}, static_cast<int>(context), x);
+  };
+  const auto given = [&](int64_t context, int64_t other, const Tensor* of) -> Context {
+    return context == kNone ? Context{} : context_of(of, own(weight, context, other), x, a, context);
+  };
+  const Context of_inner = given(inner, outer, kept.data()), of_outer = given(outer, inner, &kept[4 * contexts - 4]);
+  const Tensor grad_x = needs_x ? output_like(x) : Tensor();
+  with_type(x, [&](auto zero) {
+    using A = decltype(zero);
+    A sums[8];
+    const auto gradients = [&](int64_t context, int64_t other) -> Gradients<A> {
+      if (context == kNone) return {};
+      return {own(results, context, other), sums + 2 * first_of(context, other)};
+    };
+    const Gradients<A> found_inner = gradients(inner, outer), found_outer = gradients(outer, inner);
+    backward<A>(grad_y, x, a, of_inner, of_outer, found_inner, found_outer, grad_x);
+    for (int64_t first = 0, count; first < static_cast<int64_t>(n); first += count) {
+      count = first == 0 && contexts == 2 ? 1 : n - first;
+      const Tensor affine = torch::stable::new_empty(weight[0], {count, 2});
+      const aia::Parameter of = aia::parameter_of(affine, x, "grad_affine", true);
+      for (int64_t i = 0; i < 2 * count; ++i) aia::write(of, i, sums[2 * first + i]);
+      results.push_back(affine);
+    }
+  });
+  if (needs_x) results.push_back(grad_x);
+  return results;
+}
+
+// unit_propagate_ and unit_propagate_back: x and parameters as a network has them, and all that is kept in one tensor.
+
+// The view [B, T, C, H, W] of x, [B * frames, C, H, W] or [B, C, T, H, W].
+Tensor clips_of(const Tensor& x, int64_t frames) {
+  const aia::Layout at = aia::check_operand(x, x, "x");
+  AIA_CHECK(at.dim == 4 || at.dim == 5, "x must be [B * T, C, H, W] or [B, C, T, H, W], got ", aia::described(x));
+  const int64_t *n = at.sizes, *step = at.strides;
+  if (at.dim == 5) return view_of(x, {n[0], n[2], n[1], n[3], n[4]}, {step[0], step[2], step[1], step[3], step[4]});
+  AIA_CHECK(frames > 0 && n[0] % frames == 0, "frames must divide the ", n[0], " frames of x, got ", frames);
+  return view_of(x, {n[0] / frames, frames, n[1], n[2], n[3]}, {frames * step[0], step[0], step[1], step[2], step[3]});
+}
+
+// How many gates a unit of these contexts has, with weight, scale and shift for each.
+int64_t count_of(int64_t inner, int64_t outer, const Numbers& parameters) {
+  aia::check_context(outer, "outer");
+  AIA_CHECK(parameters.size() % 3 == 0, "parameters must hold weight, scale and shift for each gate, got ",
+            parameters.size(), " entries");
+  aia::check_unit(inner, outer, {parameters.size() / 3});
+  return static_cast<int64_t>(parameters.size() / 3);
+}
+
+// Strides of the axes of a weight, from the paper's order to that of its map as it is stored: maps.weights_in_order.
+void turn(GateParameters& gate, char letter, aia::Order order) {
+  int64_t* step = gate.stride + 1;
+  if (order == aia::Order::kTHWC && letter == 'T') std::rotate(step, step + 1, step + 3);
+  if (letter == (order == aia::Order::kTHWC ? 'H' : 'W')) std::swap(step[1], step[2]);
+}
+
+// The weights of the gates of a context, as the maps of x are stored. An absent one, a gradient that is not needed, has
+// no data.
+Gates turned_weights(const Numbers& parameters, int64_t context, int64_t other, const Activation& a, const Tensor& x) {
+  Gates gates{};
+  const int first = first_of(context, other);
+  for (int i = 0; i < context; ++i) {
+    const std::optional<Tensor>& weight = parameters[3 * (first + i)];
+    if (!weight) continue;
+    aia::set_weight(gates[i], *weight, x);
+    turn(gates[i], context == kSpacetime ? "THW"[i] : 'C', a.order);
+  }
+  return gates;
+}
+
+void check_weights(const Numbers& parameters) {
+  for (size_t i = 0; i < parameters.size(); i += 3)
+    AIA_CHECK(parameters[i].has_value(), "weight of gate ", i / 3, " must be a tensor, got None");
+}
+
+// The parts of what is kept, by their places in bytes: norm [n, 4] and statistics [n, 3] of all gates, and of the inner
+// and the outer context pooled and argmax, if maps are kept.
+struct Places {
+  int64_t statistics, pooled[2] = {}, argmax[2] = {}, bytes;
+
+  Places(const Tensor& x, const Activation& a, int64_t inner, int64_t outer, bool maps) {
+    const int64_t itemsize = accumulate_type(x) == ScalarType::Double ? 8 : 4, n = inner + outer;
+    const auto after = [](int64_t place, int64_t size) { return place + (size + 63) / 64 * 64; };
+    statistics = 4 * n * itemsize;
+    bytes = after(0, 7 * n * itemsize);
+    if (!maps) return;
+    for (const int i : {0, 1}) {
+      const int64_t context = i ? outer : inner, elements = a.B * a.packed(context);
+      if (context == kNone) continue;
+      pooled[i] = bytes;
+      argmax[i] = after(pooled[i], 2 * elements * itemsize);
+      bytes = after(argmax[i], elements * aia::bytes_of(index_type(a, context)));
+    }
+  }
+
+  // The context that keeps its parts there.
+  Context at(char* kept, const Tensor& x, const Activation& a, const Gates& gates, int64_t context, int64_t other,
+             bool is_outer) const {
+    if (context == kNone) return {};
+    const int64_t itemsize = accumulate_type(x) == ScalarType::Double ? 8 : 4, first = first_of(context, other);
+    Context of{static_cast<int>(context)};
+    of.gates = gates;
+    of.norm = kept + 4 * first * itemsize, of.statistics = kept + statistics + 3 * first * itemsize;
+    if (!pooled[is_outer]) return of;
+    of.pooled = kept + pooled[is_outer], of.argmax = kept + argmax[is_outer];
+    of.index_bytes = static_cast<int>(aia::bytes_of(index_type(a, context)));
+    return of;
+  }
+};
+
+// The gates of both contexts of a unit with all that they are computed with.
+struct UnitGates {
+  Gates inner, outer;
+
+  UnitGates(const Tensor& x, const Activation& a, const Numbers& parameters, const Numbers& fixed,
+            const std::vector<double>& eps, const std::vector<bool>& batch, int64_t inner_context,
+            int64_t outer_context) {
+    const auto of = [&](int64_t context, int64_t other) {
+      Gates gates = turned_weights(parameters, context, other, a, x);
+      const int first = first_of(context, other);
+      for (int i = 0; i < context; ++i) {
+        const int k = first + i;
+        aia::check_eps(eps[k]);
+        gates[i].scale = aia::number_of(parameters[3 * k + 1], x, "scale");
+        gates[i].shift = aia::number_of(parameters[3 * k + 2], x, "shift");
+        if (!fixed.empty()) {
+          gates[i].mean = aia::number_of(fixed[2 * k], x, "mean");
+          gates[i].var = aia::number_of(fixed[2 * k + 1], x, "var");
+        }
+        gates[i].eps = eps[k], gates[i].batch = batch[k];
+      }
+      return gates;
+    };
+    check_weights(parameters);
+    inner = of(inner_context, outer_context), outer = of(outer_context, inner_context);
+  }
+};
+
+// Running mean and variance, and where there is one the number of batches, of each gate.
+class Running {
+ public:
+  Running(const std::vector<Tensor>& tensors, const std::vector<bool>& batch, double momentum, const Tensor& x)
+      : tensors_(tensors), each_(tensors.size() / batch.size()), momentum_(momentum) {
+    const size_t n = batch.size();
+    AIA_CHECK(tensors.empty() || tensors.size() == 2 * n || tensors.size() == 3 * n,
+              "running must be empty or hold mean, variance and perhaps a number for each of ", n, " gates, got ",
+              tensors.size(), " entries");
+    if (tensors.empty()) return;
+    AIA_CHECK(std::isfinite(momentum), "momentum must be finite, got ", momentum);
+    AIA_CHECK(std::all_of(batch.begin(), batch.end(), [](bool of_batch) { return of_batch; }),
+              "running statistics move toward those of the batch, which every gate must use");
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const bool is_number = i % each_ == 2;
+      aia::check_operand(tensors[i], x, "running");
+      AIA_CHECK(tensors[i].numel() == 1, "running must hold one number in each entry, got ",
+                aia::described(tensors[i]));
+      if (is_number)
+        AIA_CHECK(tensors[i].scalar_type() == ScalarType::Long, "running must hold numbers of batches in int64, got ",
+                  aia::described(tensors[i]));
+      else
+        aia::scalar_of(tensors[i], "running");
+      aia::check_apart({tensors[i], "running", true}, {{x, "x"}});
+    }
+  }
+
+  // Those of a context move, one after the other: gates may share them.
+  void move(const Context& of, int64_t first, const Tensor& x) const {
+    if (tensors_.empty()) return;
+    with_type(x, [&](auto zero) {
+      using A = decltype(zero);
+      for (int64_t i = 0; i < of.context; ++i) {
+        const Tensor* own = &tensors_[each_ * (first + i)];
+        if (each_ == 3) ++*static_cast<int64_t*>(own[2].mutable_data_ptr());
+        aia::move_statistics(static_cast<const A*>(of.statistics) + 3 * i, static_cast<A>(momentum_),
+                             aia::parameter_of(own[0], x, "running", true),
+                             aia::parameter_of(own[1], x, "running", true), 0);
+      }
+    });
+  }
+
+ private:
+  const std::vector<Tensor>& tensors_;
+  const size_t each_;
+  const double momentum_;
+};
+
+std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numbers parameters, Numbers fixed,
+                                           std::vector<Tensor> running, std::vector<double> eps,
+                                           std::vector<bool> batch, double momentum, int64_t inner, int64_t outer,
+                                           bool keep) {
+  const auto n = static_cast<size_t>(count_of(inner, outer, parameters));
+  AIA_CHECK(fixed.empty() || fixed.size() == 2 * n, "fixed must be empty or hold mean and variance for each of ", n,
+            " gates, got ", fixed.size(), " entries");
+  aia::check_unit(inner, outer, {eps.size(), batch.size()});
+  const Tensor clips = clips_of(x, frames);
+  const Activation a = activation_of(clips, "x");
+  const UnitGates gates(x, a, parameters, fixed, eps, batch, inner, outer);
+  const Running moved(running, batch, momentum, x);
+  Tensor y = output_like(x);
+  const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool used) { return used; });
+  if (!keep && !of_batch) {
+    aia::cpu::evaluate_unit(a, {gates.inner, static_cast<int>(inner)}, {gates.outer, static_cast<int>(outer)},
+                            x.const_data_ptr(), y.mutable_data_ptr());
+    return {y, new_tensor(x, {0}, ScalarType::Byte)};
+  }
+  const Places places(x, a, inner, outer, keep);
+  Tensor kept = with_large_pages(new_tensor(x, {places.bytes}, ScalarType::Byte));
+  auto* memory = static_cast<char*>(kept.mutable_data_ptr());
+  Context of_inner = places.at(memory, x, a, gates.inner, inner, outer, false),
+          of_outer = places.at(memory, x, a, gates.outer, outer, inner, true);
+  std::vector<Tensor> pooled;  // which nobody keeps
+  for (Context* of : {&of_inner, &of_outer})
+    if (of->context && !keep) {
+      pooled.push_back(new_maps(x, a, of->context, 2));
+      of->pooled = pooled.back().mutable_data_ptr();
+    }
+  forward(x, a, of_inner, of_outer, y);
+  moved.move(of_inner, first_of(inner, outer), x);
+  moved.move(of_outer, first_of(outer, inner), x);
+  return {y, kept};
+}
+
+// For each of parameters and for x whether its gradient is needed; those gradients, in this order.
+std::vector<Tensor> unit_propagate_back(const Tensor& grad_y, const Tensor& x, int64_t frames, Numbers parameters,
+                                        const Tensor& kept, int64_t inner, int64_t outer, std::vector<bool> needs) {
+  count_of(inner, outer, parameters);
+  const size_t n = parameters.size();
+  AIA_CHECK(needs.size() == n + 1, "needs must hold an entry for each of ", n, " parameters and for x, got ",
+            needs.size());
+  check_weights(parameters);
+  const Tensor clips = clips_of(x, frames);
+  const Activation a = activation_of(clips, "x");
+  check_same(grad_y, x, "grad_y", "x");
+  const Places places(x, a, inner, outer, true);
+  aia::check_contiguous(kept, {places.bytes}, ScalarType::Byte, x, "kept");
+  Tensor own;  // bytes may lie anywhere, numbers may not
+  const void* given = kept.const_data_ptr();
+  if (reinterpret_cast<uintptr_t>(given) % sizeof(double)) {
+    own = new_tensor(x, {places.bytes}, ScalarType::Byte);
+    given = std::memcpy(own.mutable_data_ptr(), given, places.bytes);
+  }
+  auto* memory = static_cast<char*>(const_cast<void*>(given));
+  const Context of_inner = places.at(memory, x, a, turned_weights(parameters, inner, outer, a, x), inner, outer, false),
+                of_outer = places.at(memory, x, a, turned_weights(parameters, outer, inner, a, x), outer, inner, true);
+  Numbers found(n);
+  for (size_t i = 0; i < n; ++i)
+    if (needs[i] && parameters[i]) found[i] = new_gradient(*parameters[i]);
+  const Tensor grad_x = needs[n] ? output_like(x) : Tensor();
+  with_type(x, [&](auto zero) {
+    using A = decltype(zero);
+    A sums[8];
+    const Gradients<A> to_inner{turned_weights(found, inner, outer, a, x), sums + 2 * first_of(inner, outer)},
+        to_outer{turned_weights(found, outer, inner, a, x), sums + 2 * first_of(outer, inner)};
+    backward<A>(grad_y, x, a, of_inner, of_outer, to_inner, to_outer, grad_x);
+    for (size_t i = 0; i < n; ++i)
+      if (i % 3 && found[i])  // shift comes first in sums
+        aia::write(aia::parameter_of(*found[i], x, "the gradient", true), 0, sums[i / 3 * 2 + 2 - i % 3]);
+  });
+  std::vector<Tensor> results;
+  for (std::optional<Tensor>& gradient : found)
+    if (gradient) results.push_back(*gradient);
+  if (needs[n]) results.push_back(grad_x);
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
+  m.impl("propagate", TORCH_BOX(&propagate));
+  m.impl("propagate_back", TORCH_BOX(&propagate_back));
+  m.impl("unit_propagate_", TORCH_BOX(&unit_propagate_));
+  m.impl("unit_propagate_back", TORCH_BOX(&unit_propagate_back));
+}
