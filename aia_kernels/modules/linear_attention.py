@@ -251,9 +251,10 @@ class EfficientAttention(_OnMaps):
         convolutions = [held(self, name) for name in ("queries", "keys", "values", "reprojection")]
         _, keys, values, _ = convolutions
         if (found := _read_at_once(x, convolutions, heads=self.head_count)) is not None:
-            if x.dtype in plain.WIDE and self._published_is_faster(x):
+            # In narrow types a forward of the passes is no slower, at any size. A step makes keys and queries twice.
+            if (x.dtype in plain.WIDE or torch.is_grad_enabled()) and self._published_is_faster(x):
                 o = self._as_published(*_projected(x, found[:6]))
-                return x + torch.conv2d(o.view(x.shape[0], -1, *x.shape[2:]), *found[6:])
+                return x + torch.conv2d(o.reshape(x.shape[0], -1, *x.shape[2:]), *found[6:])
             return attention_of_maps(x, found, None, Form("softmax", self.head_count))
         if _is_ordinary(x, keys) and isinstance(values, nn.Conv2d) and self._published_is_faster(x):
             return self._through_submodules(x)

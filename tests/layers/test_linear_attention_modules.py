@@ -212,6 +212,21 @@ class TestWhatAutoLeavesToThePublishedFlow:
         assert called
         assert_same(found, expected)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_narrow_types(self, dtype, form):
+        """A step with as many keys as values is the published flow's; an evaluation is the passes'."""
+        module = testing.randomise(EfficientAttention(8, 8, 2, 8)).to(dtype)
+        x, grad_y = inputs((2, 8, 3, 5), dtype)
+        x = x.contiguous(memory_format=form)
+        found, expected = step(module, x, grad_y), module._through_submodules(x)
+        assert torch.equal(found["y"], expected) and found["y"].is_contiguous(memory_format=form)
+        assert all(t.isfinite().all() for t in found.values())
+        with torch.no_grad():
+            y = module(x)
+            with aia_kernels.use_backend("cpu"):
+                assert torch.equal(y, module(x))
+
     @pytest.mark.parametrize(
         "make, sizes, left",
         [
