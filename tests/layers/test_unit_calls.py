@@ -289,3 +289,27 @@ def test_kept_memory_is_that_of_the_maps():
     others = [tensor for tensor in kept if id(tensor) not in own and tensor.numel() > x.ndim]
     assert sum(tensor.nbytes for tensor in others) == sum((part + 63) // 64 * 64 for part in parts)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["CinST", "STinC2"])
+def test_hooks_of_single_tensors_that_are_saved(name):
+    """They may give back the same values with other strides, as hooks that are in force in forward may."""
+
+    unpacked = []
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        unpacked.append(tensor)
+        return torch.empty(*tensor.shape, 2, dtype=tensor.dtype)[..., 0].copy_(tensor)
+
+    module, x = unit(name), FORMS["channels_last"]()
+    found = []
+    for hooked in (False, True):
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = copy.deepcopy(module)(leaf)
+        for saved in y.grad_fn._raw_saved_tensors if hooked else ():
+            with contextlib.suppress(RuntimeError):  # an empty one takes no hook
+                saved.register_hooks(torch.clone, apart)
+        found.append(torch.autograd.grad(y.sin().sum(), [leaf]))
+        assert bool(unpacked) == hooked
+    assert_close(*found, rtol=0, atol=0)
