@@ -258,9 +258,10 @@ _MEMORY_PROPAGATE_SCHEMAS = {
 #
 # weights are W_1 [heads * k, C], K, V, b_V, W_2 [O, heads * v] and b_2; W_1, W_2 and biases may be absent, the former
 # two of one head alone. fold: K W_1 and W_2 V are made first, and h and u never. norm is empty, or scale, shift, mean
-# and variance [C]; the latter two serve where batch is not set, else the moments of z do. x is contiguous [B, N, C] or,
-# where norm is not empty, maps [B, C, H, W] in either order, float32 or float64, and not empty; all else is contiguous
-# and of its type. Weights may have axes of one behind, as those of pointwise convolutions. A backend may lack them.
+# and variance [C]; the latter two serve where batch is not set, else the moments of z do. x is contiguous [B, N, C] or
+# maps [B, C, H, W] in either order, as it is where norm is not empty; float32 or float64, and not empty; all else is
+# contiguous and of its type. Maps come out with as many channels, and take no biases. Weights may have axes of one
+# behind, as those of pointwise convolutions. A backend may lack them.
 _EXTERNAL_PROPAGATE_SCHEMAS = {
     # y, stored as x, and all that is kept for a backward, in one tensor of parts whose lengths are multiples of 16; the
     # last one of a block begins with its statistics [C, 3]: mean, biased variance and share of one token, 0 where they
@@ -645,13 +646,14 @@ def _(grad, x, weights, kept, feature, eps, residual, needs_x):
 @_fake("external_propagate_")
 def _(x, weights, norm, running, heads, eps, fold, batch, norm_eps, momentum):
     first, key, value, _, last, _ = weights
-    c, (slots, k), v = x.shape[1 if norm else 2], key.shape[:2], value.shape[0]
+    on_maps = x.ndim == 4
+    c, (slots, k), v = x.shape[1 if on_maps else 2], key.shape[:2], value.shape[0]
     b, rows, outputs = x.shape[0], x.numel() // c, (value if last is None else last).shape[0]
     of_h = slots * c if fold else 0 if first is None else rows * heads * k
     of_u = 0 if last is None else outputs * slots if fold else rows * heads * v
     of_block = (rows * outputs, 3 * outputs) if norm else ()
     parts = rows * heads * slots, rows * heads, of_h, of_u, *of_block
-    y = torch.empty_like(x) if norm else x.new_empty((b, rows // b, outputs))
+    y = torch.empty_like(x) if on_maps else x.new_empty((b, rows // b, outputs))
     return y, x.new_empty((sum((part + 15) // 16 * 16 for part in parts),))
 
 

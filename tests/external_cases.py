@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aia_kernels import functional, testing
@@ -118,3 +119,32 @@ def make_grad(form: str, sizes: Sizes, dtype=torch.float64, device="cpu") -> Ten
     heads = FORMS[form][1].get("heads", 1)
     shape = sizes.b, sizes.n, heads * sizes.v
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device, dtype)
+
+
+def functional_call(form: str, train=True, device="cpu", masked=False):
+    """A form as a function of x and its parameters, with random float64 inputs for it."""
+    sizes = Sizes(2, 2, 2, 4, 4, 2)
+    module = make(form, sizes, device=device).train(train)
+    if masked:
+        module.settings["padding_mask"] = padding(sizes, device)
+    parameters = dict(module.named_parameters())
+    inputs = [p.detach().requires_grad_() for p in (make_input(form, sizes, device=device), *parameters.values())]
+
+    def call(x, *tensors):
+        state = dict(module.named_buffers()) | dict(zip(parameters, tensors, strict=True))
+        return torch.func.functional_call(module, state, (x,))
+
+    return call, inputs
+
+
+def padding(sizes: Sizes, device="cpu") -> torch.Tensor:
+    """The last tokens of the first sample, none of the others."""
+    mask = torch.zeros(sizes.b, sizes.n, dtype=torch.bool, device=device)
+    mask[0, -(sizes.n // 2) :] = True
+    return mask
+
+
+def published(logits, group, eps):
+    """The double normalization as published code writes it."""
+    p = F.softmax(logits, -2).unflatten(-1, (-1, group))
+    return (p / (eps + p.sum(-1, keepdim=True))).flatten(-2)

@@ -92,11 +92,13 @@ def formula(plan: Plan, statistics: Tensor | None) -> Callable[..., Tensor]:
             mean, var, _ = statistics.unbind(1)
             norm = Norm(layer.scale, layer.shift, mean, var, training=plan.batch, eps=plan.norm_eps)
             return as_maps(reference_block(as_tokens(x), key, value, norm, plan.eps)[0], x)
-        rows = x if first is None else x @ first.mT
+        tokens = as_tokens(x) if x.ndim == 4 else x
+        rows = tokens if first is None else tokens @ first.mT
         bias = None if layer.value_bias is None else layer.value_bias.repeat(plan.heads)
         o = reference(rows, key.unsqueeze(0), value.unsqueeze(0), bias, key.shape[0], plan.eps)
         o = o if last is None else o @ last.mT
-        return o if layer.last_bias is None else o + layer.last_bias
+        o = o if layer.last_bias is None else o + layer.last_bias
+        return as_maps(o, x) if x.ndim == 4 else o
 
     return y_of
 

@@ -30,9 +30,9 @@ from ..functional.external_attention import (
     without_effect,
 )
 from ..functional.linear_attention import efficient_attention, linear_attention
-from ..modules.external_attention import ExternalAttention2d
+from ..modules import counts
 from ..modules.linear_attention import attended, efficient_flow_is_faster, linear_flow_is_faster
-from ..modules.submodules import norm_of, products_saved
+from ..modules.submodules import norm_of
 from ..reference import MLP, UNITS, Gate, Norm
 from .storage import Storage
 
@@ -277,12 +277,12 @@ def _compiler_takes_block(
         return False
     if isinstance(norm, nn.SyncBatchNorm) or not compiler_takes(x, *weights):
         return False
-    return ExternalAttention2d._fusing_costs(x, key.shape[0], compiled=True)
+    return counts.block_fusing_costs(x, key.shape[0], compiled=True)
 
 
 def _values_for_a_compiler(x: Tensor, weights: list[Tensor], biases: Sequence[Tensor | None], eps: float) -> Tensor:
     """A V^T of maps x by the products of a block, folded where that pays."""
-    if not ExternalAttention2d._folding_pays(x, weights):
+    if not counts.block_folding_pays(x, weights):
         return plain.values_unfolded(x, weights, (biases[0], biases[1]), eps)
     first, second, value, *last = weights
     key = without_effect(second @ first, *biases[:2])
@@ -541,7 +541,7 @@ def _folds(rows: Tensor, weights: Sequence[Tensor | None], form: Form) -> bool:
     if form.of == "x" or outer is None:
         return False
     tokens = None if is_for_any_sizes() else rows.shape[0] * rows.shape[1]
-    return products_saved(form.heads, key.shape[0], inner.shape, outer.shape, tokens) >= 0
+    return counts.products_saved(form.heads, key.shape[0], inner.shape, outer.shape, tokens) >= 0
 
 
 def _folded(

@@ -29,6 +29,8 @@ FAMILY = "external_attention"
 _FEW_ROWS, _FEW_ROWS_FOLLOWED, _FEW_ELEMENTS = 32, 256, 400
 #: Elements of a map beyond which, where no backward follows, the fused passes cost less than operators of PyTorch.
 _SMALL_MAP = 32768
+#: The same of 16 bits, which operators of PyTorch convert to float32 and back, in tensors of their own.
+_SMALL_MAP_OF_16_BITS = 16384
 #: The same as safe_normalization.SMALL_MAP for 16 bits: a division takes a conversion more, as it works in place.
 _SMALL_NARROW_MAP = 32768
 #: The same for tokens of so many slots: a softmax along long rows costs little beside its exponentials.
@@ -104,7 +106,8 @@ def _of_one_slot(logits: Tensor, tokens: int, slots: int) -> Tensor:
 def _normalized(logits: Tensor, eps: float) -> Tensor:
     """A of logits [B, N, S] or [B, N, heads, S], which it may overwrite."""
     slots, followed = logits.shape[-1], torch.is_grad_enabled() and logits.requires_grad
-    large = logits.numel() > _SMALL_MAP and slots >= FEW_SLOTS and not followed
+    small = _SMALL_MAP if logits.dtype.itemsize > 2 else _SMALL_MAP_OF_16_BITS
+    large = logits.numel() > small and slots >= FEW_SLOTS and not followed
     if large and backends.select(logits.device, logits.dtype, FAMILY) == "cpu":
         passes, rows = backends.passes("cpu", FAMILY), logits.view(*logits.shape[:2], -1)
         _, lse = passes.column_statistics(rows, None)

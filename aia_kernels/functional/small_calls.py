@@ -35,6 +35,42 @@ def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> T
     return _called(x, Plan(passes, heads, eps), layer, Buffers())
 
 
+def tokens(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_bias: Tensor | None,
+    last: Tensor,
+    last_bias: Tensor | None,
+    eps: float,
+) -> Tensor | None:
+    """External attention of q [B, N, d] and a product behind it, to d features again; None where there is no such
+    operator for it."""
+    parameters = key, value, value_bias, last, last_bias
+    rows = q.numel() // q.shape[2]
+    if last.shape[0] != q.shape[2] or not q.is_contiguous():
+        return None
+    passes = _passes(q, rows, key.shape[0], parameters)
+    if passes is None:
+        return None
+    layer = None, *parameters, None, None, None, None
+    return _called(q, Plan(passes, 1, eps), layer, Buffers())
+
+
+def values_of_maps(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], eps: float, fold: bool
+) -> Tensor | None:
+    """z = A V^T of EANet's block on x [B, C, H, W], stored as x, before any norm; else as block."""
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    passes = _passes(x, x.numel() // x.shape[1], weights[1].shape[0], weights)
+    if passes is None:
+        return None
+    first, key, value, last = weights if len(weights) == 4 else (*weights, None)
+    layer = first, key, value, None, last, None, None, None, *biases
+    return _called(x, Plan(passes, 1, eps, fold), layer, Buffers())
+
+
 def block(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norm: Norm, eps: float, fold: bool
 ) -> Tensor | None:

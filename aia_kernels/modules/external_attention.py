@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends
-from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
-from ..common.layouts import stored_for
-from ..common.tracing import is_for_any_sizes, is_statically, is_traced
+from ..common.layouts import in_order, memory_order, stored_for
+from ..common.tracing import is_for_any_sizes, is_observed, is_statically, is_traced
 from ..functional import plain, small_calls
 from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_at_least_one
@@ -42,6 +41,7 @@ from ..functional.external_attention import (
 )
 from ..functional.sharded import is_distributed
 from ..reference import Norm
+from . import counts
 from .recorded import one_call
 from .submodules import (
     can_be_read,
@@ -50,7 +50,6 @@ from .submodules import (
     must_be_called,
     norm_of,
     plain_is_faster,
-    products_saved,
     read_at_once,
 )
 
@@ -144,10 +143,6 @@ class ExternalAttention2d(nn.Module):
         TypeError, ValueError: A size is no integer of at least 1; the activation is none of these.
     """
 
-    #: What the passes must save in a step and in evaluation, in choices.CALL_COST: the moments of A are many small
-    #: operators, and beside operators that fold too the passes save traffic of x, which costs little in cache.
-    STEP_CALLS, EVALUATION_CALLS = 3, 5
-
     # Those of the published block, which has no attributes for them. TorchScript reads annotations, and not all.
     activation = "relu"
     residual = True
@@ -216,42 +211,55 @@ class ExternalAttention2d(nn.Module):
         return external_attention_block(x, key, value, read, eps=EPS, **settings)
 
     def _read_at_once(self, x: Tensor) -> tuple[list[Any], tuple[Any, Any], Any, Any] | None:
-        """The weights, the biases, the norm and what is read of it, of an ordinary call of the published block on what
-        is small. None where it is no such call, or where that cannot be told at once."""
+        """The weights, the biases, the norm and what is read of it, of an ordinary call on what is small; a norm that
+        is no batch norm is itself what is read. None where it is no such call, or where that cannot be told at once."""
+        if is_observed() or getattr(x, "ndim", 0) != 4:  # first, as torch.compile would guard each later check
+            return None
         modules: list[Any] = [*self._modules.values()]
         *convolutions, conv2 = modules
-        last = [*conv2._modules.values()] if type(conv2) is nn.Sequential else ()
-        if len(convolutions) != 3 or len(last) != 2 or type(last[1]) is not nn.BatchNorm2d or must_be_called(conv2):
+        if len(convolutions) != 3 or type(conv2) is not nn.Sequential or must_be_called(conv2):
             return None
-        found = read_at_once(x, (*convolutions, *last))
-        if found is None or found[5] is not None or found[7] is not None or x.ndim != 4:
+        last = [*conv2._modules.values()]
+        if last and type(last[0]) is nn.Conv2d:
+            convolutions.append(last.pop(0))
+        norm: Any = last[0] if last else None
+        of_batch = type(norm) is nn.BatchNorm2d or (type(norm) is nn.SyncBatchNorm and not norm.training)
+        if len(last) > 1 or (isinstance(norm, _BatchNorm) and not of_batch):
             return None
-        weights, sizes = found[:8:2], x.shape
-        positions = sizes[0] * sizes[2] * sizes[3]
-        fits = sizes[1] == weights[0].shape[1] == weights[1].shape[1] == weights[3].shape[0] and positions > 1
-        if not fits or not self._fusing_costs(x, weights[1].shape[0]):
+        found = read_at_once(x, (*convolutions, norm) if of_batch else convolutions)
+        if found is None or found[5] is not None or (len(convolutions) > 3 and found[7] is not None):
             return None
-        return weights, (found[1], found[3]), last[1], norm_of(last[1])
+        count, sizes = len(convolutions), x.shape
+        weights, positions = found[: 2 * count : 2], sizes[0] * sizes[2] * sizes[3]
+        fits = sizes[1] == weights[0].shape[1] == weights[1].shape[1] == weights[-1].shape[0] and positions > 1
+        if not fits or not counts.block_fusing_costs(x, weights[1].shape[0]):
+            return None
+        return weights, (found[1], found[3]), norm, norm_of(norm) if of_batch else norm
 
-    def _propagated(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Norm) -> Any:
-        """y of an ordinary call as one operator, None where there is none for it."""
-        if self.activation != "relu" or self.residual is not True:
-            return None
-        return small_calls.block(x, weights, biases, read, EPS, self._products_saved(x, weights) > 0)
+    def _propagated(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Any) -> Any:
+        """y of an ordinary call, by one operator as far as there is one for it; None where there is none."""
+        folds = counts.block_products_saved(x, weights) > 0
+        if self.activation == "relu" and self.residual is True and isinstance(read, Norm):
+            return small_calls.block(x, weights, biases, read, EPS, folds)
+        z = small_calls.values_of_maps(x, weights, biases, EPS, folds)
+        return None if z is None else self._finished(x, self._normed(z, norm, read))
 
     def _by_torch(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Any) -> Tensor:
         """y in operators of PyTorch."""
-        if not self._folding_pays(x, weights):
+        if not counts.block_folding_pays(x, weights):
             z = plain.values_unfolded(x, weights, biases, EPS)
         else:
             first, second, value, *last = [weight.flatten(1) for weight in weights]
             key = _joined_to(second, first, *biases)
             z = plain.values_of_maps(x, key, last[0] @ value if last else value, EPS)
-        if isinstance(read, Norm) and isinstance(norm, nn.BatchNorm2d) and plain.moves_at_once(read):
-            z = plain.batch_norm(z, read)
-        elif norm is not None:
-            z = norm(z)
-        return self._finished(x, z)
+        return self._finished(x, self._normed(z, norm, read))
+
+    def _normed(self, z: Tensor, norm: Any, read: Any) -> Tensor:
+        """z behind the norm, of which read was read."""
+        of_maps = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        if isinstance(read, Norm) and of_maps and plain.moves_at_once(read):
+            return plain.batch_norm(z, read)
+        return z if norm is None else norm(z)
 
     def _parts(self) -> tuple[list[Any], Any]:
         """The convolutions, in the order in which they are applied, and the norm, None without one."""
@@ -281,34 +289,8 @@ class ExternalAttention2d(nn.Module):
             tensors = [t for t in (x, key, *of_norm) if t is not None]
             wide = x.dtype.is_floating_point and x.dtype.itemsize > 2
             same = all(t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
-            return wide and same and autocast_dtype(x) is None and self._fusing_costs(x, key.shape[0], compiled)
-        return plain.serves(x, key, *of_norm) and self._fusing_costs(x, key.shape[0])
-
-    @classmethod
-    def _fusing_costs(cls, x: Tensor, slots: int, compiled: bool = False) -> bool:
-        """Whether the passes save less than they cost, by counting. Operators of PyTorch may fold too; what is left to
-        save is traffic of maps as large as x, and the map of the attention has to be made for it."""
-        calls = cls.STEP_CALLS if torch.is_grad_enabled() else cls.EVALUATION_CALLS
-        positions, columns = x.numel() // x.shape[1], max(0, x.shape[1] - slots)
-        if compiled:
-            return compiler_fuses(x, positions, columns, 0, calls)
-        return backends.plain_is_faster(x.device, positions, columns, 0, calls)
-
-    @staticmethod
-    def _products_saved(x: Tensor, weights: list[Tensor]) -> int:
-        """The multiplications that folding saves, or, below 0, costs."""
-        k, c = weights[1].shape[:2]
-        return (len(weights) - 2) * c * c * (x.numel() // c - k)
-
-    @classmethod
-    def _folding_pays(cls, x: Tensor, weights: list[Tensor]) -> bool:
-        """Of a small call, by counting: folding leaves out c^2 multiplications per position and projection, and costs
-        c^2 k each. One sample takes products of matrices either way. Of several, folding takes the fewer operators in
-        evaluation, and the more in a backward."""
-        saved = cls._products_saved(x, weights)
-        if x.shape[0] == 1:
-            return saved > 0
-        return saved * choices.PLAIN_CALLS > (choices.CALL_COST if torch.is_grad_enabled() else -choices.CALL_COST)
+            return wide and same and autocast_dtype(x) is None and counts.block_fusing_costs(x, key.shape[0], compiled)
+        return plain.serves(x, key, *of_norm) and counts.block_fusing_costs(x, key.shape[0])
 
     def _foldable(self, convolutions: list[Any], norm: Any) -> bool:
         conv2 = held(self, "conv2")
@@ -328,7 +310,8 @@ class ExternalAttention2d(nn.Module):
         return self._finished(x, conv2(linear_1(attention).unflatten(2, x.shape[2:])))
 
     def _finished(self, x: Tensor, z: Tensor) -> Tensor:
-        y = x + z if self.residual else z  # stored as x, which comes first
+        # Stored as x, which comes first.
+        y = x + z if self.residual else in_order(z, memory_order(x))
         return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
 
@@ -341,8 +324,8 @@ class MultiHeadExternalAttention(nn.Module):
     Folded: for each head linear_0 and the head's rows of trans_dims into [64, dim] (their biases drop out), proj and
     linear_1 into [dim, 64 * heads], and the bias of linear_1 into that of proj. That leaves external attention of
     64 * heads slots, normalized in groups of 64, and no product per head. Dropout acts between the two, on the map.
-    With many heads the folded matrices are larger than what they are made of: see _products_saved. Then trans_dims and
-    proj are products of their own, and all heads together are the rows of one product with the memory that they share.
+    With many heads the folded matrices are larger than what they are made of (counts.products_saved). Then trans_dims
+    and proj are products of their own, and all heads together are the rows of one product with the memory they share.
 
     Args:
         dim: The features of a token, a multiple of num_heads.
@@ -390,7 +373,7 @@ class MultiHeadExternalAttention(nn.Module):
         if parameters is None:
             parameters = [p for linear in linears for p in _linear(linear)]
         dropout = attn_drop.p if attn_drop.training else 0.0
-        saved = self._products_saved(x, parameters[0])
+        saved = self._saved_by_folding(x, parameters[0])
         folds = saved is None or is_statically(saved >= 0)
         if saved is not None and not dropout and self._is_small(x, parameters, at_once, saved if folds else 0):
             by_heads = small_calls.by_heads if at_once else plain.by_heads
@@ -407,7 +390,7 @@ class MultiHeadExternalAttention(nn.Module):
         work = _rows_to_fuse(x, self.num_heads), self.k, products
         return (at_once or plain.serves(x, *parameters)) and backends.plain_is_faster(x.device, *work)
 
-    def _products_saved(self, x: Tensor, trans_dims: Tensor) -> int | None:
+    def _saved_by_folding(self, x: Tensor, trans_dims: Tensor) -> int | None:
         """The multiplications that folding saves. None for DTensors, which are folded, as torch's linear takes no
         shards of uneven sizes; and for what does not fit, which is then refused.
         """
@@ -419,7 +402,7 @@ class MultiHeadExternalAttention(nn.Module):
         if x.device != trans_dims.device or (x.dtype != trans_dims.dtype and autocast_dtype(x) is None):
             return None
         tokens = None if is_for_any_sizes() else x.shape[0] * x.shape[1]
-        return products_saved(self.num_heads, self.k, (width, dim), (dim, width), tokens)
+        return counts.products_saved(self.num_heads, self.k, (width, dim), (dim, width), tokens)
 
     def _folded(self, x: Tensor, parameters: list[Any], dropout: float) -> Tensor:
         trans_dims, trans_bias, shared_key, key_bias, shared_value, value_bias, proj, bias = parameters
@@ -500,6 +483,8 @@ class TokenExternalAttention(nn.Module):
 
     @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self._at_once(x)) is not None:
+            return y
         linears, attn_drop = (*self._memories(), held(self, "proj")), held(self, "attn_drop")
         if not _readable(linears) or not can_be_read(attn_drop, nn.Dropout):
             return self._through_submodules(x)
@@ -516,6 +501,29 @@ class TokenExternalAttention(nn.Module):
                 bias = nn.functional.linear(value_bias, proj, bias)
         o = external_attention(q, key, folded, key_bias=key_bias, value_bias=bias, eps=EPS, dropout=dropout)
         return q + _dropped(proj_drop, o)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """y of an ordinary call on what is small, without dropouts; None where it is no such call, or where that cannot
+        be told at once."""
+        if is_observed() or getattr(x, "ndim", 0) != 3:  # first, as torch.compile would guard each later check
+            return None
+        of: Any = self._modules
+        found = read_at_once(x, (of["q_linear"], *(of[name] for name in self.memories), of["proj"]))
+        if found is None or x.dtype not in plain.WIDE:
+            return None
+        for name in ("attn_drop", "proj_drop"):
+            drop = of[name]
+            if not can_be_read(drop, nn.Dropout) or (drop.training and drop.p):
+                return None
+        query, query_bias, key, key_bias, value, value_bias, proj, bias = found
+        fits = x.shape[2] == query.shape[1] and query.shape[0] == key.shape[1] and key_bias is None and x.numel()
+        if not fits or not backends.plain_is_faster(x.device, _rows_to_fuse(x), key.shape[0]):
+            return None
+        q = nn.functional.linear(x, query, query_bias)
+        o = small_calls.tokens(q, key, value, value_bias, proj, bias, EPS)
+        if o is None:
+            o = nn.functional.linear(plain.external_attention(q, key, value, None, value_bias, EPS), proj, bias)
+        return q + o
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..algorithms.unit import Buffers
-from ..common.tracing import is_observed, is_statically
+from ..common.tracing import is_observed
 from ..functional import plain, unit_calls
 from ..functional.sharded import is_distributed, is_plain
 from ..reference import Norm
@@ -30,7 +30,7 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 }
 _PLAIN_FORWARDS = frozenset(_FORWARDS.values())
 #: Those whose parameters an ordinary call reads.
-_READ_AT_ONCE = frozenset((nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d))
+_READ_AT_ONCE = frozenset((nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm))
 
 
 def must_be_called(module: nn.Module) -> bool:
@@ -194,28 +194,6 @@ def read_gates_at_once(
 def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a submodule is of a kind and need not be called: its parameters and settings say what it does."""
     return isinstance(module, kind) and not must_be_called(module)
-
-
-def products_saved(heads: int, slots: int, first: tuple[int, int], last: tuple[int, int], tokens: int | None) -> int:
-    """The multiplications that it saves to fold the projections beside the memories into these, with heads that share
-    the memories. On a CPU the form of fewer multiplications was the faster one, in eval and for a step.
-
-        folded      tokens * heads slots (d + o), and once slots (w d + o v) for both matrices
-        by heads    tokens * (w (d + slots) + v (o + slots))
-
-    Args:
-        first: [w, d], the sizes of the projection before the keys.
-        last: [o, v], those of the projection behind the values.
-        tokens: Of all samples. None while a program is recorded that holds for any number of them. Then, and where
-            torch.compile does not know enough of it, the multiplications are those of one token, and what is done once
-            does not count.
-    """
-    (w, d), (o, v) = first, last
-    per_token = w * (d + slots) + v * (o + slots) - heads * slots * (d + o)
-    if tokens is None:
-        return per_token
-    saved = per_token * tokens - slots * (w * d + o * v)
-    return saved if is_statically(saved >= 0) or is_statically(saved < 0) else per_token
 
 
 def plain_is_faster(x: Tensor, parameters: Iterable[Tensor | None], *work: int) -> bool:

@@ -142,11 +142,11 @@ Tensor stored_as(const Tensor& x) {
 }
 
 // A layer's weights and sizes: x, W_1 (or none), K and V, which all heads share, W_2 (or none), biases. x is tokens
-// [B, N, C] or, of a block, maps [B, C, H, W].
+// [B, N, C] or maps [B, C, H, W], as those of a block, which batch norm, residual and ReLU belong to.
 struct Layer {
   Side x, y;
   int64_t heads, S, k, v;  // slots, and the features of a head before K and behind V
-  bool block;
+  bool on_maps, block;
   Tensor first, key, value, last;  // undefined where there is none
   Optional value_bias, last_bias;
 
@@ -155,13 +155,15 @@ struct Layer {
     const aia::Layout at = aia::check_operand(tokens, tokens, "x");
     const auto type = tokens.scalar_type();
     AIA_CHECK(type == aia::accumulate_type(tokens), "x must be float32 or float64, got ", aia::name_of(type));
-    AIA_CHECK(at.numel > 0 && at.dim == (block ? 4 : 3),
-              "x must be [B, N, C] or, of a block, [B, C, H, W], and not empty, got ", aia::described(tokens));
-    const int64_t B = at.sizes[0], N = block ? at.sizes[2] * at.sizes[3] : at.sizes[1], C = at.sizes[block ? 1 : 2];
+    on_maps = at.dim == 4;
+    AIA_CHECK(at.numel > 0 && (on_maps || (at.dim == 3 && !block)),
+              "x must be [B, N, C] or, as of a block, [B, C, H, W], and not empty, got ", aia::described(tokens));
+    const int64_t B = at.sizes[0], N = on_maps ? at.sizes[2] * at.sizes[3] : at.sizes[1];
+    const int64_t C = at.sizes[on_maps ? 1 : 2];
     const bool contiguous = tokens.is_contiguous();
     const bool channels_last =
-        block && !at.differs(1, 1) && !at.differs(3, C) && !at.differs(2, at.sizes[3] * C) && !at.differs(0, N * C);
-    AIA_CHECK(contiguous || channels_last, "x must be contiguous or, of a block, channels_last, got ",
+        on_maps && !at.differs(1, 1) && !at.differs(3, C) && !at.differs(2, at.sizes[3] * C) && !at.differs(0, N * C);
+    AIA_CHECK(contiguous || channels_last, "x must be contiguous or, of maps, channels_last, got ",
               aia::described(tokens));
     AIA_CHECK(weights.size() == 6 && weights[1] && weights[2], "weights must be W_1, K, V, a bias, W_2 and a bias, ",
               "of which K and V are there, got ", weights.size(), " entries");
@@ -173,7 +175,7 @@ struct Layer {
     value_bias = weights[3], last_bias = weights[5];
     S = key.size(0), k = key.size(1), v = value.size(0);
     const int64_t outputs = of_last ? last.size(0) : v;
-    x = {B, N, C, block && contiguous && !channels_last}, y = {B, N, outputs, x.maps};
+    x = {B, N, C, on_maps && contiguous && !channels_last}, y = {B, N, outputs, x.maps};
     const auto check = [&](const Optional& t, Sizes sizes, const char* name) {
       if (t) aia::check_contiguous(*t, sizes, type, tokens, name);
     };
@@ -184,15 +186,16 @@ struct Layer {
     check(of_last, {outputs, heads * v}, "W_2");
     check(last_bias, {outputs}, "the bias of W_2");
     AIA_CHECK(of_last || !last_bias, "a bias of W_2 needs W_2");
+    AIA_CHECK(!on_maps || (outputs == C && !value_bias && !last_bias),
+              "maps must have as many channels behind as before, and no biases");
     if (!block) return;
     AIA_CHECK(norm.size() == 4, "norm must be empty, or scale, shift, mean and variance, got ", norm.size(),
               " entries");
-    AIA_CHECK(outputs == C && !value_bias && !last_bias, "a block must have as many channels as x, and no biases");
     for (const Optional& t : norm) check(t, {C}, "scale, shift, mean and variance");
   }
 
   // Something stored as y.
-  Tensor made(const Tensor& like) const { return block ? stored_as(like) : new_numbers(like, {y.B, y.N, y.p}); }
+  Tensor made(const Tensor& like) const { return on_maps ? stored_as(like) : new_numbers(like, {y.B, y.N, y.p}); }
 
   int64_t R() const { return x.R(); }
   // The same layer with a folded K and V.
@@ -432,8 +435,9 @@ std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x,
   for (int i = 0; i < kX; ++i)
     AIA_CHECK(!needs[i] || (i < kScale ? weights[i].has_value() : block), "needs must be of weights that are there");
   AIA_CHECK(block == y.has_value(), "y must be given for a block, and for nothing else");
-  if (block)
-    aia::check_same(grad, x, "grad", "x"), aia::check_same(*y, x, "y", "x");
+  if (block) aia::check_same(*y, x, "y", "x");
+  if (given.on_maps)
+    aia::check_same(grad, x, "grad", "x");
   else
     aia::check_contiguous(grad, {given.y.B, given.y.N, given.y.p}, x.scalar_type(), x, "grad");
   const Kept kept(given, x, fold, kept_before);

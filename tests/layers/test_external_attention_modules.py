@@ -48,7 +48,7 @@ class TestStoredVectors:
         module.load_state_dict({name[6:]: a for name, a in arrays.items() if name.startswith("state.")}, strict=True)
         module.to(device)
         if isinstance(module, MultiHeadExternalAttention):
-            module._folding_pays = lambda *_: form == "folded"
+            module._saved_by_folding = lambda *_: 1 if form == "folded" else -1
         elif form == "by heads":
             pytest.skip("a form of several heads")
         found = step(see_calls(module) if form == "published" else module, x, arrays["grad_y"].to(device))
@@ -83,7 +83,7 @@ class TestFolding:
         flops = {}
         for form in ("chosen", "folded", "by heads"):
             if form != "chosen":
-                module._folding_pays = lambda *_, form=form: form == "folded"
+                module._saved_by_folding = lambda *_, form=form: 1 if form == "folded" else -1
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 module(x)
             flops[form] = counter.get_total_flops()

@@ -23,6 +23,7 @@ from aia_kernels import TokenExternalAttention, backends, functional, reference
 from aia_kernels.algorithms import few_slots, safe_normalization
 from aia_kernels.backends import choices
 from aia_kernels.functional import plain
+from aia_kernels.modules import counts
 from benchmarks.published import external_attention as published
 
 if backends.select("cpu", torch.float32, "external_attention") == "reference":
@@ -276,7 +277,7 @@ def test_a_block_folds_where_that_saves_products():
     def pays(samples: int, positions: int, slots: int) -> bool:
         block = aia_kernels.ExternalAttention2d(16, slots)
         weights = [block.conv1.weight, block.linear_0.weight, block.linear_1.weight, block.conv2[0].weight]
-        return block._folding_pays(torch.empty(samples, 16, positions, 1), weights)
+        return counts.block_folding_pays(torch.empty(samples, 16, positions, 1), weights)
 
     assert pays(1, 9, 8) and not pays(1, 8, 8)  # one sample: products of matrices either way
     enough = choices.CALL_COST // choices.PLAIN_CALLS // (2 * 16 * 16) + 8

@@ -62,7 +62,14 @@ def multi_head(sizes: str, dtype=torch.float64) -> tuple[nn.Module, torch.Tensor
 
 
 def is_taken(y: torch.Tensor) -> bool:
-    return "ExternalLayer" in type(y.grad_fn).__name__
+    """Whether such an operator is among those that y came from."""
+    nodes = [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if "ExternalLayer" in type(node).__name__:
+            return True
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    return False
 
 
 def results(module: nn.Module, x: torch.Tensor, taken: bool, second: bool = False) -> dict[str, torch.Tensor]:
@@ -91,7 +98,8 @@ def compare(monkeypatch, module: nn.Module, x: torch.Tensor, **settings) -> None
     for name, value in found.items():
         if name in expected:
             assert_close(value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
-            assert settings or value.stride() == expected[name].stride()
+            steps = zip(value.shape, value.stride(), expected[name].stride(), strict=True)
+            assert settings or all(size == 1 or step == other for size, step, other in steps)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -105,6 +113,51 @@ def test_block(sizes, layout, training, monkeypatch):
 @pytest.mark.parametrize("sizes", HEADS)
 def test_multi_head(sizes, monkeypatch):
     compare(monkeypatch, *multi_head(sizes))
+
+
+def token(dtype=torch.float64) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    module = testing.randomise(aia_kernels.TokenExternalAttention(5, 5, k=6))
+    return module.to(dtype), torch.randn(2, 9, 5, dtype=dtype)
+
+
+#: What operators of PyTorch follow.
+OTHERS = {
+    "GroupNorm, GELU": {"norm": partial(nn.GroupNorm, 2), "activation": "gelu"},
+    "no norm": {"norm": None},
+    "no activation": {"activation": None},
+    "no residual": {"residual": False},
+    "SiLU": {"activation": "silu"},
+    "no projection": {"projection": False},
+    "bare": {"norm": None, "activation": None, "residual": False, "projection": False},
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("sizes", ["folded", "one sample"])
+@pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS)
+def test_other_blocks(settings, sizes, layout, monkeypatch):
+    module, x = block(sizes, **settings)
+    compare(monkeypatch, module, x.contiguous(memory_format=layout))
+
+
+@pytest.mark.parametrize("settings", [OTHERS["GroupNorm, GELU"], OTHERS["no projection"]])
+def test_second_derivatives_of_other_blocks(settings, monkeypatch):
+    compare(monkeypatch, *block("folded", **settings), second=True)
+
+
+def test_fixed_statistics_of_sync_batch_norm(monkeypatch):
+    module, x = block("folded", norm=nn.SyncBatchNorm)
+    compare(monkeypatch, module.eval(), x)
+
+
+@pytest.mark.parametrize("absent", [None, "linear_1.bias", "proj.bias"])
+def test_attention_of_a_token_stage(absent, monkeypatch):
+    module, x = token()
+    if absent:
+        owner, _, name = absent.rpartition(".")
+        setattr(getattr(module, owner), name, None)
+    compare(monkeypatch, module, x)
 
 
 ABSENT = {
@@ -237,8 +290,6 @@ def test_what_is_left_to_others():
     x = x.requires_grad_()
     assert is_taken(module(x))
     for change in (
-        lambda m: setattr(m, "activation", "silu"),
-        lambda m: setattr(m, "residual", False),
         lambda m: m.linear_0.register_forward_hook(lambda *_: None),
         lambda m: setattr(m.conv2[1], "running_var", m.conv2[1].running_var.float()),
         lambda m: m.linear_0.weight.set_(m.linear_0.weight.detach().transpose(0, 1).contiguous().transpose(0, 1)),
@@ -264,6 +315,10 @@ def raw(which: str) -> tuple[list, list]:
     if which == "heads":
         x, weights = torch.randn(2, 5, 4), [torch.randn(*s) for s in ((6, 4), (7, 3), (2, 7), (2,), (4, 4), (4,))]
         forward = [x, weights, [], [], 2, 1e-9, False, False, 0.0, 0.0]
+    elif which == "maps":
+        x, weights = torch.randn(2, 4, 3, 2), [torch.randn(*s) for s in ((4, 4, 1, 1), (7, 4, 1), (4, 7, 1))]
+        forward = [x, [*weights, None, None, None], [], [], 1, 1e-9, False, False, 0.0, 0.0]
+        weights = forward[1]
     else:
         x, weights = torch.randn(2, 4, 3, 2), [torch.randn(*s) for s in ((4, 4, 1, 1), (7, 4, 1), (4, 7, 1))]
         weights = [*weights, None, torch.randn(4, 4, 1, 1), None]
@@ -271,8 +326,9 @@ def raw(which: str) -> tuple[list, list]:
         norm = [torch.ones(4), torch.zeros(4), None, None]
         forward = [x, weights, norm, running, 1, 1e-9, which == "folded", True, 1e-5, 0.1]
     y, kept = PASSES.external_propagate_(*forward)
-    needs = [*(w is not None for w in weights), *(which != "heads",) * 2, True]
-    y_of_block = None if which == "heads" else y
+    of_block = which not in ("heads", "maps")
+    needs = [*(w is not None for w in weights), *(of_block,) * 2, True]
+    y_of_block = y if of_block else None
     back = [torch.randn_like(y), x, y_of_block, weights, forward[2], kept, forward[4], which == "folded", 1e-5, needs]
     return forward, back
 
@@ -294,8 +350,8 @@ BAD = {
     "a value of another type": (0, 1, put(2, torch.ones(4, 7).double()), "V must be a contiguous matrix"),
     "a value of other slots": (0, 1, put(2, torch.ones(4, 6)), r"V must be contiguous float32 \[4, 7\]"),
     "a value turned": (0, 1, put(2, torch.ones(7, 4).mT), "V must be a contiguous matrix"),
-    "other outputs": (0, 1, put(4, torch.ones(5, 4)), "a block must have as many channels as x"),
-    "a bias in a block": (0, 1, put(3, torch.ones(4)), "a block must have .* no biases"),
+    "other outputs": (0, 1, put(4, torch.ones(5, 4)), "maps must have as many channels behind"),
+    "a bias in a block": (0, 1, put(3, torch.ones(4)), "maps must have .* no biases"),
     "heads without W_1": (0, 4, lambda _: 0, "several heads need W_1 and W_2"),
     "norm too short": (0, 2, lambda norm: norm[:3], "norm must be empty, or scale, shift"),
     "a scale of other channels": (0, 2, put(0, torch.ones(3)), "scale, shift, mean and variance must be contiguous"),
@@ -319,7 +375,7 @@ def test_bad_arguments_are_refused(which, place, change, words):
         (PASSES.external_propagate_, PASSES.external_propagate_back)[which](*arguments)
 
 
-@pytest.mark.parametrize("kind", ["heads", "block", "folded"])
+@pytest.mark.parametrize("kind", ["heads", "maps", "block", "folded"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_opcheck(which, kind):
     name = schemas.EXTERNAL_PROPAGATE_PASSES[which]

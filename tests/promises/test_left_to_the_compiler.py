@@ -13,6 +13,7 @@ import aia_kernels
 from aia_kernels import backends, functional
 from aia_kernels.backends import choices
 from aia_kernels.convert import calls
+from aia_kernels.modules import counts
 from benchmarks.published import external_attention as published
 
 OPERATOR = "aia_kernels.external_attention_forward.default"
@@ -159,10 +160,8 @@ def test_small_block_of_a_network_that_was_not_converted(slots, folded, training
         raise AssertionError("a small block is left to the compiler")
 
     monkeypatch.setattr(calls, "external_attention_block", fused)
-    folds, real = [], aia_kernels.ExternalAttention2d._folding_pays
-    monkeypatch.setattr(
-        aia_kernels.ExternalAttention2d, "_folding_pays", lambda *given: folds.append(real(*given)) or folds[-1]
-    )
+    folds, real = [], counts.block_folding_pays
+    monkeypatch.setattr(counts, "block_folding_pays", lambda *given: folds.append(real(*given)) or folds[-1])
     module = published.ExternalAttention2d(24, slots).double().train(training)
     expected, x = copy.deepcopy(module), torch.randn(1, 24, 3, 5, dtype=torch.float64)
     call = torch.compile(module, backend=aia_kernels.fuse_backend, options={"backend": "aot_eager"}, dynamic=False)
