@@ -293,3 +293,29 @@ def test_schemas_and_fakes(memory_on_cpu, name):
         torch.library.opcheck(
             getattr(torch.ops.aia_kernels, operator), arguments, test_utils=("test_schema", "test_faketensor")
         )
+
+
+@CASES
+@pytest.mark.parametrize("way", ["small tiles", "64 bits"])
+def test_tiles_of_triton(name, way, monkeypatch):
+    """Many tiles of rows and tokens, strips of several tiles, and offsets in 64 bits, as a sample of 2^31 elements has
+    them; two runs give the same bits."""
+    memory_tiles = pytest.importorskip("aia_kernels.triton.memory_tiles", reason="Triton is not installed")
+    if way == "64 bits":
+        monkeypatch.setattr(memory_tiles, "is_wide", lambda _: True)
+    else:
+        for constant, value in {"ELEMENTS": 64, "ROWS": 4, "TOKENS": 16, "STRIP_TOKENS": 16, "STRIPS": 2}.items():
+            monkeypatch.setattr(memory_tiles, constant, value)
+    sizes = Sizes(2, 2, 5, 67)
+    a, of = given(sizes, name, masked=True), (FEATURES.index(name), sizes.heads)
+    if way == "small tiles":
+        assert memory_tiles.strips_of(sizes.n, memory_tiles.memory(a.logits, *of, over_tokens=True)) == (3, 2)
+    shown, results = a.reached.masked_fill(a.padding.unsqueeze(1), 0.0), []
+    for passes in (memory_passes, *[backends.passes("triton", "linear_attention")] * 2):
+        rows, sums = passes.memory_keys(a.logits, *of, a.padding, None, True)
+        back = passes.memory_queries_backward_(rows, a.logits, *of, a.padding, a.sums, a.gamma, EPS, shown)
+        passes.memory_keys_backward_(rows, a.logits, *of, a.padding, shown, a.grad_sums, None)
+        results.append((rows, sums, *back, passes.memory_queries(a.logits, *of, a.padding, a.sums, a.gamma, EPS)))
+    for expected, found, again in zip(*results, strict=True):
+        assert_near(found, expected, sizes, term=float(shown.abs().sum()))  # gamma's gradient is a sum over all of P
+        assert torch.equal(found, again)
