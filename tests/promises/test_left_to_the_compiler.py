@@ -103,6 +103,23 @@ def test_multi_head_of_any_number_of_tokens():
     assert [str(node.target) for node in recorded] == [OPERATOR]
 
 
+@pytest.mark.parametrize(
+    "make, sizes",
+    [
+        (lambda: aia_kernels.ExternalAttention2d(6, 5), (2, 6, 4, 5)),
+        (lambda: aia_kernels.ExternalAttention2d(6, 5, activation="gelu"), (2, 6, 4, 5)),
+        (lambda: aia_kernels.TokenExternalAttention(6, 6, k=5), (2, 9, 6)),
+        (multi_head, (*FEW, 24)),
+    ],
+)
+def test_eps_is_no_input_of_a_program(make, sizes):
+    module = make().double()
+    call, recorded = compiled(module, dynamic=True)
+    x = torch.randn(*sizes, dtype=torch.float64)
+    torch.testing.assert_close(call(x), module(x), rtol=1e-11, atol=1e-11)
+    assert not [node for node in recorded if node.op == "placeholder"]
+
+
 @pytest.mark.parametrize("what", ["dropout", "hook"])
 def test_what_a_small_call_does_not_leave_out(what, monkeypatch):
     """A draw of dropout is that of every other path, and hooks run."""
