@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -107,17 +109,21 @@ def use_backend(name: str) -> Iterator[None]:
     _check_name(name)
     mine, around = threading.get_ident(), _stashed()
     token = _choice.set(name)
-    _stash((mine, name))
+    _stash(mine, name)
     try:
         yield
     finally:
         _choice.reset(token)
         # Not what this thread itself had stashed before: blocks of its tasks need not end in turn.
-        _stash(around if around[0] != mine else (mine, _choice.get()))
+        _stash(*(around if around[0] != mine else (mine, _choice.get())))
 
 
-def _stash(choice: tuple[int, str | None]) -> None:
+def _stash(thread: int, name: str | None) -> None:
+    choice = thread, name
+    references = sys.getrefcount(choice)
     torch._C._stash_obj_in_tls(_STASH, choice)
+    if sys.getrefcount(choice) == references:  # torch 2.10 later lets go of a reference that it has not taken
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(choice))
 
 
 def _stashed() -> tuple[int, str | None]:

@@ -70,9 +70,9 @@ struct Layout {
   int64_t dim, *sizes, *strides, numel = 1;
 
   explicit Layout(const Tensor& t) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
     for (int64_t axis = 0; axis < dim; ++axis) numel *= sizes[axis];
   }
 
@@ -83,8 +83,8 @@ struct Layout {
 inline bool on_same_device(const Tensor& a, const Tensor& b) {
   if (a.get() == b.get()) return true;
   int32_t of_a, of_b;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &of_a));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &of_b));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &of_a));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &of_b));
   return of_a == of_b && a.get_device_index() == b.get_device_index();
 }
 
@@ -101,7 +101,7 @@ inline Layout check_operand(const Tensor& t, const Tensor& first, const char* na
     overflow |= __builtin_mul_overflow(at.sizes[axis] - 1, at.strides[axis], &part);
     overflow |= __builtin_add_overflow(last, part, &last);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   const auto itemsize = static_cast<int64_t>(t.element_size());
   AIA_CHECK(!overflow && last < bytes / itemsize, name, " must lie inside its storage of ", bytes, " bytes, got ",
             described(t), " from element ", t.storage_offset(), " on");
@@ -182,10 +182,9 @@ inline int64_t bytes_of(Scalar scalar) { return scalar == Scalar::kFloat64 ? 8 :
 // A new tensor on the device of x. Not by way of the dispatcher, which takes some microseconds.
 inline Tensor new_strided(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type) {
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, type, device, x.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type, device, x.get_device_index(), &made));
   return Tensor(made);
 }
 inline Tensor new_tensor(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType type) {

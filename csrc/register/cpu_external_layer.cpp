@@ -132,7 +132,7 @@ Tensor shaped_as(const Tensor& t, const Tensor& other, std::optional<int64_t> fi
   std::vector<int64_t> strides(at.strides, at.strides + at.dim);
   if (first_stride) strides[0] = *first_stride;
   AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), at.dim, at.sizes, strides.data(), 0, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), at.dim, at.sizes, strides.data(), 0, &view));
   return Tensor(view);
 }
 // New numbers, stored as x, which is dense. A single sample may have been cut from others with any stride.
