@@ -34,6 +34,7 @@ from ..modules import counts
 from ..modules.linear_attention import attended, efficient_flow_is_faster, linear_flow_is_faster
 from ..modules.submodules import norm_of
 from ..reference import MLP, UNITS, Gate, Norm
+from ..reference.norm import updates, uses_batch
 from .storage import Storage
 
 
@@ -375,7 +376,7 @@ def _with_norm(weight: Tensor, bias: Tensor | None, norm: _BatchNorm | tuple | N
         return Gate(weight, of_bn)
     if of_bn is None:
         return Gate(weight, Norm(None, bias, torch.zeros_like(bias), torch.ones_like(bias), eps=0.0))
-    if of_bn.uses_batch:  # it takes the bias away again
+    if uses_batch(of_bn):  # it takes the bias away again
         return Gate(without_effect(weight, bias), of_bn)
     return Gate(weight, with_bias(of_bn, bias))
 
@@ -521,7 +522,7 @@ def _in_order(
 
 def _follow_bias(norm: Norm | None, bias: Tensor | None) -> None:
     """Move a running mean by what the bias of the convolution, which the gate was computed without, has in it."""
-    if bias is None or norm is None or not norm.updates or norm.running_mean is None:
+    if bias is None or norm is None or not updates(norm) or norm.running_mean is None:
         return
     factor: Any = norm.momentum
     if factor is None:

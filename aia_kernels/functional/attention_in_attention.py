@@ -32,6 +32,7 @@ from ..common.tracing import is_traced, needs_reference
 from ..operators import attention_in_attention as operators
 from ..reference import UNITS, Gate, Norm, Unit
 from ..reference import attention_in_attention as reference
+from ..reference.norm import uses_batch
 from . import sharded, unit_calls
 from .checks import check_clips
 from .running_statistics import update_running_statistics
@@ -202,7 +203,7 @@ def _through_passes(
     wide = False
     for weight, norm in gates:
         of = norm or _NO_NORM
-        own = of is not _NO_NORM and of.uses_batch
+        own = norm is not None and uses_batch(norm)
         parameters += weight, of.weight, of.bias
         fixed += _fixed(of, own)
         of_bn.append((own, of.eps, _group_name(of)))
@@ -326,7 +327,7 @@ def _validate(x: Tensor, unit: Unit, gates: Sequence[Gate], num_segments: int) -
             raise TypeError(f"weight of gate {letter}: got {type(weight).__name__}, expected a tensor")
         if norm and (norm.running_mean is None) != (norm.running_var is None):
             raise ValueError(f"BN of gate {letter}: got one of running_mean and running_var, expected both or neither")
-        if norm and norm.uses_batch and not norm.process_group and 0 < x.numel() == length[letter]:
+        if norm and uses_batch(norm) and not norm.process_group and 0 < x.numel() == length[letter]:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per map for BN in training")
         if tuple(weight.shape) != WEIGHT_SHAPE:
             raise ValueError(f"weight of gate {letter}: got shape {tuple(weight.shape)}, expected {WEIGHT_SHAPE}")

@@ -19,6 +19,7 @@ from ..common.dtypes import accumulate_dtype
 from ..common.layouts import as_maps, as_tokens
 from ..common.tracing import needs_reference
 from ..reference import Norm, norm_of_values
+from ..reference.norm import uses_batch
 
 #: What an activation may be called.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
@@ -71,7 +72,7 @@ def _values(attention: Tensor, value: Tensor, bias: Tensor | None, x: Tensor) ->
 def _joins(norm: Norm, slots: int, channels: int) -> bool:
     """Whether BN joins V. Where there are more slots than channels, BN of z takes and keeps less than the moments of A;
     but statistics are shared with other processes, and taken under vmap, as moments."""
-    return not norm.uses_batch or norm.process_group is not None or slots < channels or needs_reference()
+    return not uses_batch(norm) or norm.process_group is not None or slots < channels or needs_reference()
 
 
 def _joined(attention: Tensor, value: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

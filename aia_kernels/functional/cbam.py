@@ -25,6 +25,7 @@ from ..operators.cbam import cbam_forward
 from ..reference import MLP, Gate, Norm
 from ..reference import cbam as reference
 from ..reference.cbam import POOLS
+from ..reference.norm import uses_batch
 from . import sharded
 from .checks import check_tensor
 from .plain import WIDE
@@ -127,7 +128,7 @@ def _through_passes(
 ) -> tuple[Sequence[Tensor], Tensor | None]:
     """The results and the statistics [1, 3] of the spatial gate by one of the paths 1 (without passes), 3 and 4."""
     norm = gate.norm if gate is not None and gate.norm is not None else Norm()
-    batch = gate is not None and gate.norm is not None and norm.uses_batch
+    batch = gate is not None and gate.norm is not None and uses_batch(norm)
     plan = plan._replace(batch=batch, eps=norm.eps if gate is not None and gate.norm is not None else 0.0)
     if batch and norm.training and norm.process_group is not None:
         plan = plan._replace(group=norm.process_group.group_name)
@@ -202,7 +203,7 @@ def _fit(x: Tensor, mlp: MLP | None, gate: Gate | None) -> bool:
             return False
     if gate is not None:
         k = gate.weight.shape[-1] if sharded.is_plain(gate.weight) and gate.weight.ndim else 0
-        if k % 2 == 0 or (norm is not None and (not isinstance(norm, Norm) or (norm.uses_batch and x.numel() == c))):
+        if k % 2 == 0 or (norm is not None and (not isinstance(norm, Norm) or (uses_batch(norm) and x.numel() == c))):
             return False
         sizes.append((gate.weight, (1, 2, k, k)))
         if norm is not None:
@@ -255,7 +256,7 @@ def _check_gate(x: Tensor, gate: Gate, types: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"norm of gate: got {type(norm).__name__}, expected a Norm or None")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError("norm of gate: got one of running_mean and running_var, expected both or neither")
-    if norm.uses_batch and not norm.process_group and 0 < x.numel() == x.shape[1]:
+    if uses_batch(norm) and not norm.process_group and 0 < x.numel() == x.shape[1]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one position for BN in training")
     # A network in half precision may keep its norms in float32, as torch's batch norm takes them.
     wide = *types, accumulate_dtype(x.dtype)

@@ -29,6 +29,7 @@ from ..common.layouts import as_maps, as_tokens, contiguous, with_dense_maps, wi
 from ..common.tracing import is_statically, is_symbolic, is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
+from ..reference.norm import uses_batch
 from . import plain, sharded
 from .block import block, with_bias
 from .checks import check_tensor
@@ -365,7 +366,7 @@ def external_attention_block(
         return _nothing(empty, x, key, value, value_bias, *(norm[:2] if isinstance(norm, Norm) else ()))
     of_bn, move = norm if isinstance(norm, Norm) else None, None
     if of_bn is not None and value_bias is not None:
-        if of_bn.uses_batch:
+        if uses_batch(of_bn):
             key = without_effect(key, value_bias)  # the batch norm takes it away again
         else:
             norm, value_bias = with_bias(of_bn, value_bias), None
@@ -402,13 +403,13 @@ def _block_through_passes(
     members = _group_name(norm.process_group if norm.training else None)
     parameters = contiguous(key, value, norm.weight, norm.bias)
     if is_traced():
-        fixed = None if norm.uses_batch else torch.stack((norm.running_mean, norm.running_var))
-        settings = eps, norm.uses_batch, norm.eps, members, backend
+        fixed = None if uses_batch(norm) else torch.stack((norm.running_mean, norm.running_var))
+        settings = eps, uses_batch(norm), norm.eps, members, backend
         tokens, *_, statistics = operators.external_attention_block_forward(as_tokens(x), *parameters, fixed, *settings)
         return as_maps(tokens, x), statistics
-    of_norm = () if norm.uses_batch else contiguous(norm.running_mean.detach(), norm.running_var.detach())
+    of_norm = () if uses_batch(norm) else contiguous(norm.running_mean.detach(), norm.running_var.detach())
     passes = backends.passes(backend, FAMILY)
-    plan = Plan(passes, key.shape[0], eps, batch=norm.uses_batch, norm_eps=norm.eps, members=members)
+    plan = Plan(passes, key.shape[0], eps, batch=uses_batch(norm), norm_eps=norm.eps, members=members)
     if _wants_gradients(x, *parameters):
         return algorithm.ExternalAttentionBlockFunction.apply(x, *parameters, plan, of_norm)
     result = algorithm.block_forward(plan, as_tokens(x), *parameters, of_norm)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.autocast import autocast_dtype
 from ..reference import Norm
+from ..reference.norm import uses_batch
 from . import sharded
 from .block import ACTIVATIONS
 from .checks import check_integer, check_number, check_tensor
@@ -116,7 +117,7 @@ def _check_norm(norm: Any, x: Tensor, channels: int) -> None:
     if not isinstance(norm, Norm):
         raise TypeError(f"norm: got {type(norm).__name__}, expected a reference.Norm, a function or None")
     values = x.numel() // x.shape[1] if x.shape[1] else 0
-    if norm.uses_batch and not norm.process_group and values == 1:
+    if uses_batch(norm) and not norm.process_group and values == 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected more than one value per channel for BN in training")
     for name, p in zip(Norm._fields[:4], norm[:4], strict=True):
         if p is None:

@@ -19,6 +19,7 @@ from ..algorithms import few_slots, safe_normalization
 from ..backends.choices import FEW_SLOTS
 from ..common.tracing import is_symbolic, needs_reference
 from ..reference import Norm
+from ..reference.norm import updates, uses_batch
 from .sharded import PLAIN
 
 FAMILY = "external_attention"
@@ -229,5 +230,5 @@ def batch_norm(z: Tensor, norm: Norm) -> Tensor:
 
 def moves_at_once(norm: Norm) -> bool:
     """Whether batch_norm serves BN as it is set."""
-    fixed = not norm.uses_batch
-    return fixed or (norm.updates and norm.momentum is not None and norm.process_group is None)
+    fixed = not uses_batch(norm)
+    return fixed or (updates(norm) and norm.momentum is not None and norm.process_group is None)

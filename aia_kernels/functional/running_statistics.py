@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common.running_statistics import latest_statistics, move_statistics_
 from ..common.tracing import is_traced
 from ..reference import Norm
+from ..reference.norm import updates
 
 
 def update_running_statistics(
@@ -24,7 +25,7 @@ def update_running_statistics(
     updated = [
         (norm, s.detach() if s.requires_grad else s)
         for norm, s in zip(norms, statistics, strict=True)
-        if norm and norm.updates
+        if norm and updates(norm)
     ]
     if not updated:
         return

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reference import MLP, Gate, Norm, Unit
+from ..reference.norm import uses_batch
 
 #: The types of tensors that are of no class of their own.
 PLAIN = frozenset((Tensor, nn.Parameter))
@@ -196,7 +197,7 @@ class _Batch:
             names = ("running_mean", "running_var", "num_batches_tracked")
             buffers = [self.parameter(f"BN's {field} of {name}", getattr(norm, field)) for field in names]
         own = norm._replace(weight=weight, bias=bias, process_group=None, **dict(zip(names, buffers, strict=True)))
-        if not (norm.uses_batch and self.sharded and self.x.numel()):
+        if not (uses_batch(norm) and self.sharded and self.x.numel()):
             return own
         if len(self.sharded) > 1:
             raise ValueError(

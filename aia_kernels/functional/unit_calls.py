@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import backends
 from ..algorithms.unit import Buffers, Plan, UnitFunction, forward
 from ..reference import Norm, Unit
+from ..reference.norm import updates
 
 FAMILY = "attention_in_attention"
 
@@ -40,7 +41,7 @@ def moving(norms: Sequence[Norm | None]) -> tuple[Sequence[Tensor], float]:
     momentum, counted = norms[0] and norms[0].momentum, norms[0] and norms[0].num_batches_tracked is not None
     running: list[Any] = []
     for norm in norms:
-        if norm is None or not norm.updates or norm.momentum is None or norm.momentum != momentum:
+        if norm is None or not updates(norm) or norm.momentum is None or norm.momentum != momentum:
             return (), 0.0
         if (norm.num_batches_tracked is not None) != counted:
             return (), 0.0

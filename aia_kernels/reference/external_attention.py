@@ -24,7 +24,7 @@ from torch import Tensor
 from ..common.dtypes import accumulate_dtype
 from .all_reduce import all_reduce
 from .double_norm import double_normalize
-from .norm import Norm
+from .norm import Norm, uses_batch
 
 
 def external_attention(
@@ -138,7 +138,7 @@ def norm_of_values(attention: Tensor, value: Tensor, norm: Norm) -> tuple[Tensor
     """
     dtype = accumulate_dtype(attention.dtype)
     v, mean_of_a = value.to(dtype), None
-    if norm.uses_batch:
+    if uses_batch(norm):
         members = norm.process_group if norm.training else None
         mean_of_a, covariance, count = second_moments(attention, members)
         mean, var = v @ mean_of_a, ((v @ covariance) * v).sum(1).clamp_min(0)

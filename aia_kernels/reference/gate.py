@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.dtypes import accumulate_dtype
 from .all_reduce import all_reduce
-from .norm import Norm
+from .norm import Norm, uses_batch
 
 
 class Gate(NamedTuple):
@@ -50,7 +50,7 @@ def gate(pooled: Tensor, parameters: Gate) -> tuple[Tensor, Tensor]:
     if norm is None:
         return z.sigmoid(), torch.stack([z.new_full((), value, dtype=dtype) for value in (0, 1, 0)])
     u = z.to(dtype)
-    if norm.uses_batch:
+    if uses_batch(norm):
         mean, var, count = batch_statistics(u, norm.process_group if norm.training else None)
         share = count.reciprocal()
     else:

@@ -34,12 +34,13 @@ class Norm(NamedTuple):
     track: bool = True
     process_group: Any = None
 
-    @property
-    def uses_batch(self) -> bool:
-        """Whether this call normalizes by the statistics of its batch."""
-        return self.training or self.running_mean is None
 
-    @property
-    def updates(self) -> bool:
-        """Whether this call updates the running statistics."""
-        return self.training and self.track and self.running_mean is not None
+# Functions, not properties of the tuple: torch.compile of torch 2.10 cannot follow those.
+def uses_batch(norm: Norm) -> bool:
+    """Whether a call normalizes by the statistics of its batch."""
+    return norm.training or norm.running_mean is None
+
+
+def updates(norm: Norm) -> bool:
+    """Whether a call updates the running statistics."""
+    return norm.training and norm.track and norm.running_mean is not None
