@@ -12,6 +12,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 #: The modes of selective checkpointing: a result that was kept takes the place of running its operator again.
 _REPLAYING = (torch.utils.checkpoint._CachingTorchDispatchMode, torch.utils.checkpoint._CachedTorchDispatchMode)
 
+if torch.__version__ >= (2, 12):
+    is_exporting = torch.compiler.is_exporting
+else:
+
+    def is_exporting() -> bool:
+        """torch.compiler.is_exporting, which torch.compile of torch 2.10 and 2.11 takes for true in every record."""
+        return torch.compiler._is_exporting_flag
+
 
 def is_symbolic() -> bool:
     """Whether tensors may stand for others that come later: torch.compile, torch.export, make_fx, fake tensors."""
@@ -26,7 +34,7 @@ def is_symbolic() -> bool:
 def is_for_any_sizes() -> bool:
     """Whether a call is recorded for sizes that come later. torch.compile records it again for those that it does not
     know."""
-    return is_symbolic() and (not torch.compiler.is_compiling() or torch.compiler.is_exporting())
+    return is_symbolic() and (not torch.compiler.is_compiling() or is_exporting())
 
 
 def is_statically(condition: bool | torch.SymBool) -> bool:

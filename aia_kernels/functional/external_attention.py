@@ -26,7 +26,7 @@ from ..algorithms.external_attention import Plan
 from ..backends import choices
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.layouts import as_maps, as_tokens, contiguous, with_dense_maps, with_rows
-from ..common.tracing import is_statically, is_symbolic, is_traced, needs_reference
+from ..common.tracing import is_exporting, is_statically, is_symbolic, is_traced, needs_reference
 from ..operators import external_attention as operators
 from ..reference import Norm
 from ..reference.norm import uses_batch
@@ -436,7 +436,7 @@ def _path(x: Tensor, dtype: torch.dtype, rows: int, slots: int, process_group: A
 def compiler_takes(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether torch.compile records a call on a CPU of tensors of one type to which autocast gives no other. A layer
     that asks first spares the guards of all checks of a function."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling() or is_exporting():
         return False
     same = all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in parameters)
     # Of a set, torch.compile would guard the members in every call.
@@ -448,7 +448,7 @@ def compiler_fuses(x: Tensor, rows: int, slots: int, products: int, calls: int) 
     """Whether torch.compile gets plain operators, which it fuses, and not one of this package: as "auto" counts on a
     CPU, where the sizes are known when the call is recorded. rows, slots, products and calls as of
     choices.fusing_pays."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling() or is_exporting():
         return False
     if x.device.type != "cpu" or backends.chosen_backend() != "auto":
         return False

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import backends
 from ..common.autocast import autocast_dtype, no_autocast
 from ..common.layouts import in_order, memory_order, stored_for
-from ..common.tracing import is_for_any_sizes, is_observed, is_statically, is_traced
+from ..common.tracing import is_exporting, is_for_any_sizes, is_observed, is_statically, is_traced
 from ..functional import plain, small_calls
 from ..functional.block import ACTIVATIONS
 from ..functional.checks import check_at_least_one
@@ -284,7 +284,7 @@ class ExternalAttention2d(nn.Module):
         key = convolutions[1]._parameters.get("weight")
         if key is None or not (type(x) is Tensor or (isinstance(x, Tensor) and not is_distributed(x))) or x.ndim != 4:
             return False
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiled = torch.compiler.is_compiling() and not is_exporting()
         if is_traced() and not compiled:
             return False
         positions = x.numel() // max(1, x.shape[1])

@@ -18,6 +18,7 @@ from ..algorithms.double_backward import backward_is_followed, gradients
 from ..common import maps
 from ..common.dtypes import accumulate_dtype
 from ..common.layouts import dense_clips, save, saved, stored_as
+from ..common.tracing import is_exporting
 from ..reference import UNITS
 from ..schemas import packed_like
 from .registration import differentiate, register
@@ -89,7 +90,7 @@ def _gates(weight: Tensor, affine: Tensor, fixed: Tensor | None) -> list[algorit
 def evaluates(unit: str, backend: str, batch: Sequence[bool]) -> bool:
     """Whether unit_evaluate stands for a call that torch.compile records. Where gradients are recorded something may be
     kept; an exported program may be trained later; and a backend may lack the pass, as it does for averages."""
-    if torch.is_grad_enabled() or any(batch) or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if torch.is_grad_enabled() or any(batch) or not torch.compiler.is_compiling() or is_exporting():
         return False
     return backend in ("cpu", "cuda") and not UNITS[unit].averaged
 

@@ -18,6 +18,7 @@ from ..algorithms.double_backward import backward_is_followed, gradients
 from ..algorithms.external_attention import BatchNorm, Plan
 from ..common.dtypes import accumulate_dtype
 from ..common.layouts import contiguous, dense_tokens, save, saved, stored_as, with_rows
+from ..common.tracing import is_exporting
 from .registration import differentiate, register
 
 _SCHEMAS = {
@@ -152,7 +153,7 @@ def _attend_autograd(ctx, grad: Tensor | None, *_):
 def evaluates(backend: str) -> bool:
     """Whether external_attention_evaluate stands for an ordinary call that torch.compile records. Where gradients are
     recorded something is kept, and an exported program may be trained later."""
-    evaluating = not torch.is_grad_enabled() and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    evaluating = not torch.is_grad_enabled() and torch.compiler.is_compiling() and not is_exporting()
     return evaluating and backend == "cpu"
 
 
