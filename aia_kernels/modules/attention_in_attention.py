@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
@@ -58,8 +59,9 @@ class AttentionInAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_segments={self.num_segments}, use_BN={self.use_BN}"
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, AttentionInAttention.forward, x)
         unit = self.unit
         if not unit.averaged and (read := read_gates_at_once(x, self._modules, unit.letters, self.use_BN)) is not None:
             y = unit_calls.at_once(x, unit, self.num_segments, read)

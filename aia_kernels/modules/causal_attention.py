@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
 from ..functional.dot_product import dot_product_attention, opposed_attentions
@@ -55,8 +56,9 @@ class CausalAttention(nn.Module):
         self.M = nn.Parameter(torch.rand(1, slots, context_dim) / 100)
         self.fc = nn.Linear(2 * dim, dim)
 
-    @one_call
     def forward(self, h: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if isinstance(h, Proxy):
+            return one_call(self, CausalAttention.forward, h, context, mask)
         context = h if context is None else context
         dim = self.fc.out_features
         for name, t, width in (("h", h, dim), ("context", context, self.M.shape[2])):
@@ -114,8 +116,9 @@ class ComplementAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    @one_call
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return one_call(self, ComplementAttention.forward, x)
         check_tensor("x", x)
         proj, heads = self.proj, self.num_heads
         if x.ndim != 3 or x.shape[2] != proj.in_features:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, functional
@@ -100,8 +101,9 @@ class ChannelGate(nn.Module):
         """g_c [B, C, 1, 1], by calls of the submodules."""
         return sum(self.mlp(POOLS[name](x)) for name in self.pool_types).sigmoid()[:, :, None, None]
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, ChannelGate.forward, x)
         if (y := self._of_a_small_call(x)) is not None:
             return y
         if (mlp := _read_mlp(self)) is None:
@@ -132,8 +134,9 @@ class SpatialGate(nn.Module):
         """g_s [B, 1, H, W], by calls of the submodules."""
         return self.spatial(_pooled(x)).sigmoid()
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, SpatialGate.forward, x)
         if (gate := _read_spatial(self)) is None:
             return x * self._gate(_checked(x))
         return functional.cbam(x, None, gate)
@@ -210,8 +213,9 @@ class CBAM(_BothGates):
     ):
         super().__init__(in_planes, reduction_ratio, kernel_size, pool_types, no_spatial)
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, CBAM.forward, x)
         if (read := self._read()) is None:
             return self._through_submodules(x)
         return functional.cbam(x, *read, self.ChannelGate.pool_types)
@@ -246,8 +250,9 @@ class CausalCBAM(_BothGates):
         if not no_spatial:
             nn.init.zeros_(self.SpatialGate.spatial.bn.weight)
 
-    @one_call
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return one_call(self, CausalCBAM.forward, x)
         if (read := self._read()) is None:
             y = self._through_submodules(x)
             return y, x - y

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends
@@ -53,14 +54,8 @@ from .submodules import (
     read_at_once,
 )
 
-
-def published_eps() -> float:
-    """What EANet and EAMLP add to the sum over slots. A function, as a program of torch.compile for any sizes takes a
-    float of a module that is read in a forward behind recorded.one_call as an input."""
-    return 1e-9
-
-
-EPS = published_eps()
+#: What EANet and EAMLP add to the sum over slots.
+EPS = 1e-9
 
 
 class ExternalAttention(nn.Module):
@@ -88,8 +83,9 @@ class ExternalAttention(nn.Module):
         for linear in (self.mk, self.mv):
             nn.init.normal_(linear.weight, std=0.001)
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, ExternalAttention.forward, x)
         mk, mv = held(self, "mk"), held(self, "mv")
         if type(x) is Tensor and x.ndim == 3 and (found := read_at_once(x, (mk, mv))) is not None:
             key, key_bias, value, value_bias = found
@@ -185,8 +181,9 @@ class ExternalAttention2d(nn.Module):
                 weight.normal_(0, math.sqrt(2 / weight.shape[0]))
             self.linear_1.weight.copy_(shared)
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, ExternalAttention2d.forward, x)
         if getattr(x, "ndim", 4) in (3, 5):
             return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)
         y = self._attend(x)
@@ -214,7 +211,7 @@ class ExternalAttention2d(nn.Module):
             first, second, value, *last = [weight.flatten(1) for weight in weights]
             key, value = without_effect(second @ first, *biases), last[0] @ value if last else value
         settings: dict[str, Any] = {"activation": self.activation, "residual": self.residual}
-        return external_attention_block(x, key, value, read, eps=published_eps(), **settings)
+        return external_attention_block(x, key, value, read, eps=EPS, **settings)
 
     def _read_at_once(self, x: Tensor) -> tuple[list[Any], tuple[Any, Any], Any, Any] | None:
         """The weights, the biases, the norm and what is read of it, of an ordinary call on what is small; a norm that
@@ -253,11 +250,11 @@ class ExternalAttention2d(nn.Module):
     def _by_torch(self, x: Tensor, weights: list[Any], biases: tuple[Any, Any], norm: Any, read: Any) -> Tensor:
         """y in operators of PyTorch."""
         if not counts.block_folding_pays(x, weights):
-            z = plain.values_unfolded(x, weights, biases, published_eps())
+            z = plain.values_unfolded(x, weights, biases, EPS)
         else:
             first, second, value, *last = [weight.flatten(1) for weight in weights]
             key = _joined_to(second, first, *biases)
-            z = plain.values_of_maps(x, key, last[0] @ value if last else value, published_eps())
+            z = plain.values_of_maps(x, key, last[0] @ value if last else value, EPS)
         return self._finished(x, self._normed(z, norm, read))
 
     def _normed(self, z: Tensor, norm: Any, read: Any) -> Tensor:
@@ -312,7 +309,7 @@ class ExternalAttention2d(nn.Module):
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         conv1, linear_0, linear_1, conv2 = (held(self, name) for name in ("conv1", "linear_0", "linear_1", "conv2"))
-        attention = double_normalize(linear_0(conv1(x).flatten(2)), dims=(2, 1), eps=published_eps())
+        attention = double_normalize(linear_0(conv1(x).flatten(2)), dims=(2, 1), eps=EPS)
         return self._finished(x, conv2(linear_1(attention).unflatten(2, x.shape[2:])))
 
     def _finished(self, x: Tensor, z: Tensor) -> Tensor:
@@ -368,8 +365,9 @@ class MultiHeadExternalAttention(nn.Module):
         self.proj = nn.Linear(dim * self.coef, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, MultiHeadExternalAttention.forward, x)
         linears = tuple([held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "proj")])
         attn_drop, proj_drop = held(self, "attn_drop"), held(self, "proj_drop")
         parameters = read_at_once(x, linears)
@@ -383,7 +381,7 @@ class MultiHeadExternalAttention(nn.Module):
         folds = saved is None or is_statically(saved >= 0)
         if saved is not None and not dropout and self._is_small(x, parameters, at_once, saved if folds else 0):
             by_heads = small_calls.by_heads if at_once else plain.by_heads
-            return _dropped(proj_drop, by_heads(x, self.num_heads, published_eps(), *parameters))
+            return _dropped(proj_drop, by_heads(x, self.num_heads, EPS, *parameters))
         attend = self._folded if folds else self._by_heads
         return _dropped(proj_drop, attend(x, parameters, dropout))
 
@@ -423,12 +421,12 @@ class MultiHeadExternalAttention(nn.Module):
                 shared = back.sum(1)
                 of_bias = None if bias is None else bias.to(shared.dtype)
                 bias = shared @ value_bias if of_bias is None else torch.addmv(of_bias, shared, value_bias)
-        return external_attention(x, key, value, value_bias=bias, eps=published_eps(), group=self.k, dropout=dropout)
+        return external_attention(x, key, value, value_bias=bias, eps=EPS, group=self.k, dropout=dropout)
 
     def _by_heads(self, x: Tensor, parameters: list[Any], dropout: float) -> Tensor:
         trans_dims, trans_bias, key, key_bias, value, value_bias, proj, bias = parameters
         rows, key = nn.functional.linear(x, trans_dims), without_effect(key, trans_bias, key_bias)
-        settings: dict[str, Any] = {"heads": self.num_heads, "eps": published_eps(), "dropout": dropout}
+        settings: dict[str, Any] = {"heads": self.num_heads, "eps": EPS, "dropout": dropout}
         o = external_attention(rows, key, value, value_bias=value_bias, **settings)
         return nn.functional.linear(o, proj, bias)
 
@@ -438,7 +436,7 @@ class MultiHeadExternalAttention(nn.Module):
             held(self, name) for name in ("trans_dims", "linear_0", "linear_1", "attn_drop", "proj", "proj_drop")
         )
         heads = trans_dims(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, dim / heads]
-        attention = attn_drop(double_normalize(linear_0(heads), eps=published_eps()))
+        attention = attn_drop(double_normalize(linear_0(heads), eps=EPS))
         return proj_drop(proj(linear_1(attention).transpose(1, 2).flatten(2)))
 
 
@@ -487,8 +485,9 @@ class TokenExternalAttention(nn.Module):
         """The key and the value memory: nn.Linear, or what was put in their places."""
         return held(self, self.memories[0]), held(self, self.memories[1])
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, TokenExternalAttention.forward, x)
         if (y := self._at_once(x)) is not None:
             return y
         linears, attn_drop = (*self._memories(), held(self, "proj")), held(self, "attn_drop")
@@ -505,7 +504,7 @@ class TokenExternalAttention(nn.Module):
             folded = proj @ value
             if value_bias is not None:
                 bias = nn.functional.linear(value_bias, proj, bias)
-        o = external_attention(q, key, folded, key_bias=key_bias, value_bias=bias, eps=published_eps(), dropout=dropout)
+        o = external_attention(q, key, folded, key_bias=key_bias, value_bias=bias, eps=EPS, dropout=dropout)
         return q + _dropped(proj_drop, o)
 
     def _at_once(self, x: Tensor) -> Tensor | None:
@@ -534,7 +533,7 @@ class TokenExternalAttention(nn.Module):
     def _through_submodules(self, x: Tensor) -> Tensor:
         _check_tokens(x)
         q, (key, value) = self.q_linear(x), self._memories()
-        attention = self.attn_drop(double_normalize(key(q), eps=published_eps()))
+        attention = self.attn_drop(double_normalize(key(q), eps=EPS))
         return q + self.proj_drop(self.proj(value(attention)))
 
 

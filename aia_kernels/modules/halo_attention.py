@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..common.tracing import needs_reference
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
@@ -54,8 +55,9 @@ class HaloAttention(nn.Module):
         self.to_kv = nn.Linear(dim, dim_head * heads * 2, bias=False)
         self.to_out = nn.Linear(dim_head * heads, dim)
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, HaloAttention.forward, x)
         embedding: Any = self.rel_pos_emb
         _check_maps(x, self.dim, self.block_size, embedding.rel_height)
         by_position = x.movedim(1, -1)
@@ -116,8 +118,9 @@ class HaloAttn(nn.Module):
         for table in self.pos_embed.parameters():
             nn.init.trunc_normal_(table, std=self.scale)
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, HaloAttn.forward, x)
         embedding: Any = self.pos_embed
         _check_maps(x, self.dim, self.block_size, embedding.height_rel)
         q, kv = _projected(x, (self.q, self.kv))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import backends
 from ..algorithms.linear_attention import keeps
@@ -40,8 +41,9 @@ class _OnMaps(nn.Module):
     #: layouts.stored_for.
     storage = "as x"
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, _OnMaps.forward, x)
         if getattr(x, "ndim", 4) in (3, 5):
             return self._attend(x.flatten(2).unsqueeze(3)).reshape(x.shape)
         if getattr(x, "ndim", 4) != 4:

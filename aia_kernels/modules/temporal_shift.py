@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional
 from .recorded import one_call
@@ -27,6 +28,7 @@ class TemporalShift(nn.Module):
     def extra_repr(self) -> str:
         return f"num_segments={self.num_segments}, fold_div={self.fold_div}"
 
-    @one_call
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return one_call(self, TemporalShift.forward, x)
         return functional.temporal_shift(x, self.num_segments, self.fold_div)
