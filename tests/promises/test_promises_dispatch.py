@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +133,21 @@ def test_use_backend_is_for_this_thread_and_set_backend_for_all(monkeypatch):
     thread.start()
     thread.join()
     assert seen == ["auto", "reference"]
+
+
+@pytest.mark.parametrize("takes", [True, False], ids=["takes a reference", "as torch 2.10"])
+def test_the_choice_lives_as_long_as_torch_keeps_it(monkeypatch, takes):
+    """A store that lets go of a reference later, whether or not it has taken one, gets one to let go of."""
+    choice, kept, given = (threading.get_ident(), "cpu"), [], []
+
+    def stash(_key, stashed):
+        if takes:
+            kept.append(stashed)
+
+    monkeypatch.setattr(torch._C, "_stash_obj_in_tls", stash)
+    monkeypatch.setattr(ctypes, "pythonapi", SimpleNamespace(Py_IncRef=given.append))
+    backends._stash(*choice)
+    assert kept + [of.value for of in given] == [choice]
 
 
 def test_devices_are_chosen_for_one_by_one(monkeypatch):
