@@ -248,10 +248,10 @@ def _resolved(parameters: list[Tensor | None]) -> list[Tensor | None]:
     return [None if p is None else p.resolve_neg() for p in parameters]
 
 
-def _fixed(norm: Norm, uses_batch: bool) -> tuple[Tensor | None, Tensor | None]:
+def _fixed(norm: Norm, of_batch: bool) -> tuple[Tensor | None, Tensor | None]:
     """The mean and variance of a norm that does not use the batch's, None where they are 0 and 1 or not used."""
     mean, var = norm.running_mean, norm.running_var
-    if uses_batch or mean is None or var is None:
+    if of_batch or mean is None or var is None:
         return None, None
     return (mean.detach(), var.detach()) if mean.requires_grad or var.requires_grad else (mean, var)
 
