@@ -133,6 +133,12 @@ def softmax_kernel(
         tl.store(partial_ptr + (b * M + r) * tl.cdiv(n, G.tokens) + block, tl.sum(v, 1), mask=exists)
 
 
+@triton.jit
+def gradients_of(reached_ptr, grad_sums_ptr, r, t, exists, mask, n, ACC: tl.constexpr):
+    """Of a tile of phi(k): what reached it, and the gradient of its sums."""
+    return load_rows(reached_ptr, r, t, mask, n).to(ACC) + tl.load(grad_sums_ptr + r, exists, 0)[:, None]
+
+
 @tiles.launched
 def keys_backward_kernel(
     logits_ptr,  # the keys of [B, 2 H d, N]
@@ -158,13 +164,13 @@ def keys_backward_kernel(
         for first in range(0, G.d, G.block):
             r, exists = rows_from(first, G.d, G)
             mask = exists[:, None] & shown[None, :]
-            grad = load_rows(reached_ptr, r, t, mask, n).to(ACC) + tl.load(grad_sums_ptr + r, exists, 0)[:, None]
+            grad = gradients_of(reached_ptr, grad_sums_ptr, r, t, exists, mask, n, ACC)
             along += tl.sum(load_rows(z_ptr, r, t, mask, n).to(ACC) * inverse[None, :] * grad, 0)
     for first in range(0, G.d, G.block):
         r, exists = rows_from(first, G.d, G)
         mask = exists[:, None] & shown[None, :]
         z = load_rows(z_ptr, r, t, mask, n).to(ACC)
-        grad = load_rows(reached_ptr, r, t, mask, n).to(ACC) + tl.load(grad_sums_ptr + r, exists, 0)[:, None]
+        grad = gradients_of(reached_ptr, grad_sums_ptr, r, t, exists, mask, n, ACC)
         if G.feature == L2:
             grad = (grad - z * inverse[None, :] * along[None, :]) * inverse[None, :]
         else:
