@@ -179,7 +179,8 @@ def _channel_gate_backward(plan: Plan, grad: Tensor, kept: Kept, p: Parameters) 
     hidden, g, selection = kept.hidden, kept.channel, _selection(plan)
     pooled = _selected(kept.channel_pooled, selection)
     grad = grad * g * (1 - g)
-    grad_hidden = (grad @ p.weight_2).unsqueeze(1) * (hidden > 0)
+    # As relu's own backward: what does not pass is 0, though the gradient be infinite or NaN.
+    grad_hidden = torch.where(hidden <= 0, 0.0, (grad @ p.weight_2).unsqueeze(1))
     flat = grad_hidden.flatten(0, 1)
     grad_pooled = (flat @ p.weight_1).view_as(pooled)
     if selection is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.running_statistics import latest_statistics, move_statistics_
 from ..common.tracing import is_traced
 from ..reference import Norm
-from ..reference.norm import updates
+from ..reference.norm import is_number_of_batches, updates
 
 
 def update_running_statistics(
@@ -36,7 +36,7 @@ def update_running_statistics(
     # stands in it twice. vmap has no rule for lists.
     one_by_one = is_traced() or torch._C._are_functorch_transforms_active() or _shared((*means, *variances, *tracked))
     with torch.no_grad():
-        if one_by_one or None in momenta or len(momenta) > 1:
+        if one_by_one or None in momenta or len(momenta) > 1 or not all(map(is_number_of_batches, tracked)):
             _move_one_by_one(updated)
         else:
             (move or move_statistics_)(means, variances, tracked, latest, *momenta)

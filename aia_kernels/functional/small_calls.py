@@ -17,6 +17,7 @@ from .. import backends
 from ..algorithms.external_layer import Buffers, ExternalLayerFunction, Plan, forward
 from ..backends.choices import FEW_SLOTS
 from ..reference import Norm
+from ..reference.norm import is_number_of_batches
 from . import plain
 
 #: Elements of x and of the map beyond which operators of PyTorch, which share the work among threads, cost as little;
@@ -82,6 +83,8 @@ def block(
     """
     scale, shift, mean, var, tracked, training, momentum, norm_eps, *_ = norm
     if not plain.moves_at_once(norm) or (mean is not None and not mean.dtype is var.dtype is x.dtype):
+        return None
+    if training and tracked is not None and not is_number_of_batches(tracked):
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return None

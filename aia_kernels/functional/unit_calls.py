@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends
 from ..algorithms.unit import Buffers, Plan, UnitFunction, forward
 from ..reference import Norm, Unit
-from ..reference.norm import updates
+from ..reference.norm import is_number_of_batches, updates
 
 FAMILY = "attention_in_attention"
 
@@ -43,7 +43,8 @@ def moving(norms: Sequence[Norm | None]) -> tuple[Sequence[Tensor], float]:
     for norm in norms:
         if norm is None or not updates(norm) or norm.momentum is None or norm.momentum != momentum:
             return (), 0.0
-        if (norm.num_batches_tracked is not None) != counted:
+        tracked = norm.num_batches_tracked
+        if (tracked is not None) != counted or (counted and not is_number_of_batches(tracked)):
             return (), 0.0
         running += norm[2:5] if counted else norm[2:4]
     return running, momentum

@@ -19,6 +19,7 @@ from ..common.tracing import is_observed
 from ..functional import plain, unit_calls
 from ..functional.sharded import is_distributed, is_plain
 from ..reference import Norm
+from ..reference.norm import is_number_of_batches
 
 #: Modules, each with its forward as torch has it.
 _FORWARDS: dict[type[nn.Module], Any] = {
@@ -186,7 +187,7 @@ def read_gates_at_once(
     batch = (training,) * len(eps)
     if not training:
         return unit_calls.GatesRead(parameters, Buffers(fixed), batch, eps, 0.0)
-    if not tracks or type(momentum) is not float or any(number is None for number in running[2::3]):
+    if not tracks or type(momentum) is not float or not all(map(is_number_of_batches, running[2::3])):
         return None
     return unit_calls.GatesRead(parameters, Buffers((), running), batch, eps, momentum)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -44,3 +45,8 @@ def uses_batch(norm: Norm) -> bool:
 def updates(norm: Norm) -> bool:
     """Whether a call updates the running statistics."""
     return norm.training and norm.track and norm.running_mean is not None
+
+
+def is_number_of_batches(tracked: Tensor | None) -> bool:
+    """Whether the passes can add one to num_batches_tracked: int64, which Module.type casts as it does all buffers."""
+    return tracked is not None and tracked.dtype == torch.int64

@@ -240,6 +240,15 @@ def test_ties_and_nan(cbam_on):
     assert want[0].isnan().any()
 
 
+def test_a_gradient_of_nan_ends_at_a_hidden_layer_of_zeros(cbam_on):
+    """As in relu's own backward: nothing passes where the hidden layer is 0."""
+    module = layer("CBAM", device=cbam_on[1]).eval()
+    module.ChannelGate.mlp[1].bias.data.fill_(-1e3)
+    x = torch.randn((2, 6, 4, 3), dtype=torch.float64).to(cbam_on[1]).requires_grad_()
+    module(x).backward(torch.full_like(x, math.nan))
+    assert not module.ChannelGate.mlp[1].weight.grad.any() and module.ChannelGate.mlp[3].bias.grad.isnan().all()
+
+
 def test_degenerate_sizes(cbam_on):
     for name, sizes in {"CBAM": (2, 6, 1, 1), "CBAM, one channel": (3, 1, 2, 1), "CausalCBAM": (1, 6, 1, 9)}.items():
         module = layer(name, device=cbam_on[1])
