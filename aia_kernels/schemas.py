@@ -96,6 +96,15 @@ _DOUBLE_NORM_SCHEMAS = {
     "double_norm_backward_": "(Tensor(a!) grad, Tensor attention, Tensor mass, Tensor reduced, int group) -> ()",
 }
 
+# The double normalization as one in each direction, so that a call is not what its passes cost. logits, A and their
+# gradients are [B, N, S] or, of several heads, [B, N, heads, S], contiguous and not empty; the S slots of a head are a
+# group. mass is [B, N, heads], as of double_norm_. A backend may lack them.
+_NORMALIZE_SCHEMAS = {
+    "double_normalize": "(Tensor logits, float eps) -> (Tensor attention, Tensor mass)",
+    # The gradient of the logits for that of A.
+    "double_normalize_back": "(Tensor grad, Tensor attention, Tensor mass) -> Tensor",
+}
+
 # The end of the external attention block. z and x are [B, N, C], both contiguous or both with contiguous tokens (maps).
 _RESIDUAL_SCHEMAS = {
     # Overwrites z by relu(z + shift + x), shift [C] in accumulate_dtype or absent. Returns the signs, one bit per
@@ -227,16 +236,18 @@ _PROPAGATE_SCHEMAS = {
 
 # The same of a unit as a network has it, so that Python is not what a small call costs: x is [B * frames, C, H, W] or,
 # whatever frames is, [B, C, T, H, W], stored in one of maps.ORDERS. parameters are weight, scale and shift of each
-# gate, weights in the paper's order of axes; fixed is empty, or mean and variance of each, as of gate.
+# gate, weights in the paper's order of axes; fixed is empty, or mean and variance of each, as of gate. averaged: the
+# inner gates, over T, H and W, are averaged over the channels.
 _UNIT_SCHEMAS = {
     # y, stored as x, and what a backward takes, in one tensor of kept_bytes; without keep only
     # the numbers of the gates, and nothing of gates that all have fixed statistics. running: empty, or of each gate the
     # running mean and variance, and perhaps the number of batches, which move as move_statistics_ has it.
     "unit_propagate_": "(Tensor x, int frames, Tensor?[] parameters, Tensor?[] fixed, Tensor(a!)[] running, "
-    "float[] eps, bool[] batch, float momentum, int inner, int outer, bool keep) -> (Tensor y, Tensor kept)",
+    "float[] eps, bool[] batch, float momentum, int inner, int outer, bool averaged, bool keep) -> "
+    "(Tensor y, Tensor kept)",
     # The gradients that are needed, of parameters, in their order, and of x.
     "unit_propagate_back": "(Tensor grad_y, Tensor x, int frames, Tensor?[] parameters, Tensor kept, int inner, "
-    "int outer, bool[] needs) -> Tensor[]",
+    "int outer, bool averaged, bool[] needs) -> Tensor[]",
 }
 
 # The algorithm of attention by a memory per sample as one, products and passes, so that a small call is not what its
@@ -259,9 +270,9 @@ _MEMORY_PROPAGATE_SCHEMAS = {
 # weights are W_1 [heads * k, C], K, V, b_V, W_2 [O, heads * v] and b_2; W_1, W_2 and biases may be absent, the former
 # two of one head alone. fold: K W_1 and W_2 V are made first, and h and u never. norm is empty, or scale, shift, mean
 # and variance [C]; the latter two serve where batch is not set, else the moments of z do. x is contiguous [B, N, C] or
-# maps [B, C, H, W] in either order, as it is where norm is not empty; float32 or float64, and not empty; all else is
-# contiguous and of its type. Maps come out with as many channels, and take no biases. Weights may have axes of one
-# behind, as those of pointwise convolutions. A backend may lack them.
+# maps [B, C, H, W] in either order, as it is where norm is not empty; and not empty; all else is contiguous and of its
+# type. In 16 bits all of it is made in float32, and what is kept is float32. Maps come out with as many channels, and
+# take no biases. Weights may have axes of one behind, as those of pointwise convolutions. A backend may lack them.
 _EXTERNAL_PROPAGATE_SCHEMAS = {
     # y, stored as x, and all that is kept for a backward, in one tensor of parts whose lengths are multiples of 16; the
     # last one of a block begins with its statistics [C, 3]: mean, biased variance and share of one token, 0 where they
@@ -277,6 +288,7 @@ _EXTERNAL_PROPAGATE_SCHEMAS = {
 
 PASSES = tuple(_SCHEMAS)
 DOUBLE_NORM_PASSES = tuple(_DOUBLE_NORM_SCHEMAS)
+NORMALIZE_PASSES = tuple(_NORMALIZE_SCHEMAS)
 RESIDUAL_PASSES = tuple(_RESIDUAL_SCHEMAS)
 FOLD_PASSES = tuple(_FOLD_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
@@ -291,7 +303,7 @@ AVERAGE_PASSES = tuple(_AVERAGE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
 _PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS | _MEMORY_PROPAGATE_SCHEMAS
-_PASS_SCHEMAS |= _UNIT_SCHEMAS | _EXTERNAL_PROPAGATE_SCHEMAS | _AVERAGE_SCHEMAS | _FOLD_SCHEMAS
+_PASS_SCHEMAS |= _UNIT_SCHEMAS | _EXTERNAL_PROPAGATE_SCHEMAS | _AVERAGE_SCHEMAS | _FOLD_SCHEMAS | _NORMALIZE_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -488,7 +500,7 @@ def _(grad_y, x, weight, kept, inner, outer, needs_x):
 
 
 @_fake("unit_propagate_")
-def _(x, frames, parameters, fixed, running, eps, batch, momentum, inner, outer, keep):
+def _(x, frames, parameters, fixed, running, eps, batch, momentum, inner, outer, averaged, keep):
     b, *sizes = x.shape
     sizes = (b // frames, frames, *sizes) if x.ndim == 4 else (b, sizes[1], sizes[0], *sizes[2:])
     kept = kept_bytes(sizes, x.dtype, inner, outer, keep) if keep or any(batch) else 0
@@ -496,7 +508,7 @@ def _(x, frames, parameters, fixed, running, eps, batch, momentum, inner, outer,
 
 
 @_fake("unit_propagate_back")
-def _(grad_y, x, frames, parameters, kept, inner, outer, needs):
+def _(grad_y, x, frames, parameters, kept, inner, outer, averaged, needs):
     return [torch.empty_like(p) for p, needed in zip((*parameters, x), needs, strict=True) if needed]
 
 
@@ -521,6 +533,17 @@ def _(grad, attention, group):
 @_fake("double_norm_backward_")
 def _(grad, attention, mass, reduced, group):
     return None
+
+
+@_fake("double_normalize")
+def _(logits, eps):
+    heads = logits.shape[2] if logits.ndim == 4 else 1
+    return torch.empty_like(logits), logits.new_empty((*logits.shape[:2], heads), dtype=accumulate_dtype(logits.dtype))
+
+
+@_fake("double_normalize_back")
+def _(grad, attention, mass):
+    return torch.empty_like(attention)
 
 
 @_fake("residual_relu_")
@@ -654,7 +677,8 @@ def _(x, weights, norm, running, heads, eps, fold, batch, norm_eps, momentum):
     of_block = (rows * outputs, 3 * outputs) if norm else ()
     parts = rows * heads * slots, rows * heads, of_h, of_u, *of_block
     y = torch.empty_like(x) if on_maps else x.new_empty((b, rows // b, outputs))
-    return y, x.new_empty((sum((part + 15) // 16 * 16 for part in parts),))
+    count = sum((part + 15) // 16 * 16 for part in parts)
+    return y, x.new_empty((count,), dtype=accumulate_dtype(x.dtype))
 
 
 @_fake("external_propagate_back")

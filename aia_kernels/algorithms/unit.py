@@ -50,7 +50,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y and what is kept, as unit_propagate_ returns them."""
     unit = plan.unit
-    settings = plan.eps, plan.batch, plan.momentum, unit.inner, unit.outer, keep
+    settings = plan.eps, plan.batch, plan.momentum, unit.inner, unit.outer, unit.averaged, keep
     return plan.passes.unit_propagate_(x, plan.frames, parameters, *buffers, *settings)
 
 
@@ -86,8 +86,9 @@ class UnitFunction(torch.autograd.Function):
             return grad_x, None, None, *grads
         unit = plan.unit
         wanted = *needs, needs_x
+        of_unit = unit.inner, unit.outer, unit.averaged
         found = plan.passes.unit_propagate_back(
-            stored_as(grad_y, x), x, plan.frames, parameters, kept, unit.inner, unit.outer, wanted
+            stored_as(grad_y, x), x, plan.frames, parameters, kept, *of_unit, wanted
         )
         if all(wanted):
             return found[-1], None, None, *found[:-1]

@@ -362,7 +362,7 @@ def passes(name: str, family: str) -> Any:
     Returns:
         An object with the passes as attributes, by the names of schemas.PASSES or of schemas.SHIFT_PASSES, or, for
         external attention, algorithms.external_attention_passes.Passes and, on some backends, those of
-        schemas.EXTERNAL_PROPAGATE_PASSES; for linear attention, by those of
+        schemas.EXTERNAL_PROPAGATE_PASSES and schemas.NORMALIZE_PASSES; for linear attention, by those of
         schemas.MEMORY_PASSES and, on some backends, of schemas.MEMORY_PROPAGATE_PASSES. Those of Attention in Attention
         have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES, UNIT_PASSES or
         AVERAGE_PASSES.
@@ -374,7 +374,8 @@ def passes(name: str, family: str) -> Any:
     found = SimpleNamespace(**{p: schemas.callable_pass(p) for p in FAMILIES[family]})
     if family == "external_attention":
         found.move_statistics_ = schemas.callable_pass("move_statistics_")
-        more = {"cuda": schemas.FOLD_PASSES, "cpu": schemas.EXTERNAL_PROPAGATE_PASSES}[name]
+        of_cpu = *schemas.EXTERNAL_PROPAGATE_PASSES, *schemas.NORMALIZE_PASSES
+        more = {"cuda": schemas.FOLD_PASSES, "cpu": of_cpu}[name]
         vars(found).update((p, schemas.callable_pass(p)) for p in more)
         with_products = MatmulPasses(found)
         if name == "cpu":
@@ -386,9 +387,8 @@ def passes(name: str, family: str) -> Any:
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order
     found.evaluate = schemas.callable_pass("evaluate")
-    if family == "attention_in_attention" and name == "cuda":
-        vars(found).update((p, schemas.callable_pass(p)) for p in schemas.AVERAGE_PASSES)
-    if family == "attention_in_attention" and name == "cpu":
-        more = *schemas.PROPAGATE_PASSES, *schemas.UNIT_PASSES
+    if family == "attention_in_attention":
+        of_cpu = *schemas.PROPAGATE_PASSES, *schemas.UNIT_PASSES
+        more = *schemas.AVERAGE_PASSES, *(of_cpu if name == "cpu" else ())
         vars(found).update((p, schemas.callable_pass(p)) for p in more)
     return found

@@ -210,7 +210,7 @@ def _through_passes(
         wide = wide or (x.dtype != dtype and any(p is not None and p.dtype != weight.dtype for p in of[:2]))
     parameters, fixed = _resolved(parameters), _resolved(fixed)
     batch, eps, groups = zip(*of_bn, strict=True)
-    if unit_calls.has_units(passes, unit, groups):
+    if unit_calls.has_units(passes, groups):
         running, momentum = unit_calls.moving([gate.norm for gate in gates])
         of_unit = PlanOfUnit(unit, passes, num_segments, batch, eps, momentum)
         y, kept = unit_calls.called(of_unit, x, parameters, Buffers(fixed, running))

@@ -8,7 +8,9 @@ and float16 too, which are normalized in float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from .. import backends
 from ..algorithms import few_slots, safe_normalization
+from ..algorithms.double_normalization import NormalizeFunction
 from ..backends.choices import FEW_SLOTS
-from ..common.tracing import is_symbolic, needs_reference
+from ..common.tracing import is_statically, is_symbolic, needs_reference
+from ..operators import external_attention as operators
 from ..reference import Norm
 from ..reference.norm import updates, uses_batch
 from .sharded import PLAIN
@@ -28,10 +32,11 @@ FAMILY = "external_attention"
 #: So with fewer slots than FEW_SLOTS two softmaxes are slow from so many rows on; eight times as many where a backward
 #: follows, as what takes their place has a longer one. Without one they are not slow up to so many elements either.
 _FEW_ROWS, _FEW_ROWS_FOLLOWED, _FEW_ELEMENTS = 32, 256, 400
-#: Elements of a map beyond which, where no backward follows, the fused passes cost less than operators of PyTorch.
-_SMALL_MAP = 32768
-#: The same of 16 bits, which operators of PyTorch convert to float32 and back, in tensors of their own.
-_SMALL_MAP_OF_16_BITS = 16384
+#: Elements of a map beyond which one operator costs less than those of PyTorch: where no backward follows, and in 16
+#: bits, with a Function around it, where one does. And of a map that is rather overwritten than made anew.
+_SMALL_MAP, _MAP_IN_CACHE = 4096, 2**20
+#: Elements of a map of 16 bits up to which a compiler's own loops cost less than two calls of the package's operators.
+_SMALL_COMPILED_MAP = 65536
 #: The same as safe_normalization.SMALL_MAP for 16 bits: a division takes a conversion more, as it works in place.
 _SMALL_NARROW_MAP = 32768
 #: The same for tokens of so many slots: a softmax along long rows costs little beside its exponentials.
@@ -107,14 +112,28 @@ def _of_one_slot(logits: Tensor, tokens: int, slots: int) -> Tensor:
 def _normalized(logits: Tensor, eps: float) -> Tensor:
     """A of logits [B, N, S] or [B, N, heads, S], which it may overwrite."""
     slots, followed = logits.shape[-1], torch.is_grad_enabled() and logits.requires_grad
-    small = _SMALL_MAP if logits.dtype.itemsize > 2 else _SMALL_MAP_OF_16_BITS
-    large = logits.numel() > small and slots >= FEW_SLOTS and not followed
-    if large and backends.select(logits.device, logits.dtype, FAMILY) == "cpu":
-        passes, rows = backends.passes("cpu", FAMILY), logits.view(*logits.shape[:2], -1)
-        _, lse = passes.column_statistics(rows, None)
-        passes.double_norm_(rows, lse, slots, eps, None)
-        return logits
-    return double_normalize(logits, eps, tokens=1)
+    elements, narrow = logits.numel(), logits.dtype.itemsize < 4
+    if narrow:
+        by_torch = slots == 1 or (followed and slots >= FEW_SLOTS and elements <= _SMALL_MAP)
+    else:
+        by_torch = followed or slots < FEW_SLOTS or elements <= _SMALL_MAP
+    if by_torch or (passes := passes_of(logits.dtype)) is None:
+        return double_normalize(logits, eps, tokens=1)
+    if followed:
+        return NormalizeFunction.apply(logits.contiguous(), passes, eps)
+    if narrow or elements <= _MAP_IN_CACHE:
+        with torch._C._AutoDispatchBelowAutograd():
+            return passes.double_normalize(logits.contiguous(), eps)[0]
+    rows = logits.view(*logits.shape[:2], -1)
+    _, lse = passes.column_statistics(rows, None)
+    passes.double_norm_(rows, lse, slots, eps, None)
+    return logits
+
+
+@functools.cache
+def passes_of(dtype: torch.dtype) -> Any:
+    """The passes that "auto" takes on a CPU for a type; None where it has none."""
+    return None if backends.why_not("cpu", "cpu", dtype, FAMILY) else backends.passes("cpu", FAMILY)
 
 
 def external_attention(
@@ -150,8 +169,12 @@ def for_a_compiler(x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | N
 
 def _normalized_by_a_compiler(logits: Tensor, eps: float) -> Tensor:
     """A of logits [B, N, S] or [B, N, heads, S]."""
-    wide = logits if logits.dtype.itemsize > 2 else logits.float()  # a size of a type needs no guard
-    return safe_normalization.for_a_compiler(wide, 1, -1, eps).to(logits.dtype)
+    if logits.dtype.itemsize > 2:  # a size of a type needs no guard
+        return safe_normalization.for_a_compiler(logits, 1, -1, eps)
+    large = is_statically(logits.numel() > _SMALL_COMPILED_MAP)
+    if large and backends.select(logits.device, logits.dtype, FAMILY) == "cpu":
+        return operators.double_normalize(logits.contiguous(), eps)[0]
+    return safe_normalization.for_a_compiler(logits.float(), 1, -1, eps).to(logits.dtype)
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:

@@ -6,14 +6,12 @@ For ordinary calls alone, as modules/submodules.read_at_once finds them, which "
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..algorithms.external_layer import Buffers, ExternalLayerFunction, Plan, forward
 from ..backends.choices import FEW_SLOTS
 from ..reference import Norm
@@ -23,6 +21,9 @@ from . import plain
 #: Elements of x and of the map beyond which operators of PyTorch, which share the work among threads, cost as little;
 #: and slots as many as which fewer than FEW_SLOTS count.
 MOST_ELEMENTS, _AS_MANY = 32768, 128
+#: In 16 bits, which are converted to float32 here, beyond which that costs more than it saves: elements of all weights;
+#: and of the plain form multiplications of a product, twice as many where a backward follows.
+_MOST_WEIGHTS, _MOST_PRODUCTS = 2**18, 2**20
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:
@@ -34,6 +35,27 @@ def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> T
         return plain.by_heads(x, heads, eps, *parameters)
     layer = first, key, value, value_bias, last, last_bias, None, None, first_bias, key_bias
     return _called(x, Plan(passes, heads, eps), layer, Buffers())
+
+
+def external_attention(
+    x: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, value_bias: Tensor | None
+) -> Tensor:
+    """o [B, N, v] of x [B, N, d], as plain.external_attention. In float32 four operators of PyTorch cost less."""
+    if x.dtype.itemsize < 4 and value.shape[0] == x.shape[2] and x.is_contiguous() and _is_small_in_16_bits(x, key):
+        passes = _passes_for(x.dtype, (key, value, value_bias))
+        if passes is not None:
+            layer = None, key, value, value_bias, None, None, None, None, None, key_bias
+            return _called(x, Plan(passes, 1, 0.0), layer, Buffers())
+    return plain.external_attention(x, key, value, key_bias, value_bias)
+
+
+def _is_small_in_16_bits(x: Tensor, key: Tensor) -> bool:
+    """Whether plain external attention of 16 bits costs less in float32: what is converted, the map, and the products,
+    which a large call has faster in 16 bits, where a call of one costs 20 us."""
+    elements, rows = x.numel(), x.numel() // x.shape[2]
+    if max(elements, rows * key.shape[0] // 2) > MOST_ELEMENTS:
+        return False
+    return rows * key.numel() <= _MOST_PRODUCTS * (2 if torch.is_grad_enabled() else 1)
 
 
 def tokens(
@@ -106,16 +128,17 @@ def _passes(x: Tensor, rows: int, slots: int, tensors: Sequence[Tensor | None]) 
     # A vector is not filled by few slots, which cost as much as so many.
     if max(rows * (slots if slots >= FEW_SLOTS else _AS_MANY), x.numel()) > MOST_ELEMENTS:
         return None
+    return _passes_for(x.dtype, tensors)
+
+
+def _passes_for(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> Any:
+    elements = 0
     for t in tensors:
-        if t is not None and not t.is_contiguous():
-            return None
-    return _passes_of(x.dtype)
-
-
-@functools.cache
-def _passes_of(dtype: torch.dtype) -> Any:
-    served = dtype in plain.WIDE and backends.why_not("cpu", "cpu", dtype, plain.FAMILY) is None
-    return backends.passes("cpu", plain.FAMILY) if served else None
+        if t is not None:
+            if not t.is_contiguous():
+                return None
+            elements += t.numel()
+    return None if dtype.itemsize < 4 and elements > _MOST_WEIGHTS else plain.passes_of(dtype)
 
 
 def _called(x: Tensor, plan: Plan, layer: Sequence[Tensor | None], buffers: Buffers) -> Tensor:

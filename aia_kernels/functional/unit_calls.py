@@ -30,9 +30,9 @@ class GatesRead(NamedTuple):
     momentum: float
 
 
-def has_units(passes: Any, unit: Unit, groups: Sequence[str] = ()) -> bool:
-    """Whether passes have a unit as one operator: no averages, and no statistics shared with other processes."""
-    return hasattr(passes, "unit_propagate_") and not unit.averaged and not any(groups)
+def has_units(passes: Any, groups: Sequence[str] = ()) -> bool:
+    """Whether passes have a unit as one operator: no statistics are shared with other processes."""
+    return hasattr(passes, "unit_propagate_") and not any(groups)
 
 
 def moving(norms: Sequence[Norm | None]) -> tuple[Sequence[Tensor], float]:
@@ -67,7 +67,7 @@ def at_once(x: Tensor, unit: Unit, frames: Any, read: GatesRead) -> Tensor | Non
     if backends.chosen_backend() not in ("auto", "cpu") or backends.select(x.device, x.dtype, FAMILY) != "cpu":
         return None
     passes = backends.passes("cpu", FAMILY)
-    if not has_units(passes, unit):
+    if not has_units(passes):
         return None
     return called(Plan(unit, passes, frames, *read[2:]), x, read.parameters, read.buffers)[0]
 

@@ -63,7 +63,7 @@ class AttentionInAttention(nn.Module):
         if isinstance(x, Proxy):
             return one_call(self, AttentionInAttention.forward, x)
         unit = self.unit
-        if not unit.averaged and (read := read_gates_at_once(x, self._modules, unit.letters, self.use_BN)) is not None:
+        if (read := read_gates_at_once(x, self._modules, unit.letters, self.use_BN)) is not None:
             y = unit_calls.at_once(x, unit, self.num_segments, read)
             if y is not None:
                 return y

@@ -94,7 +94,7 @@ class ExternalAttention(nn.Module):
                 and x.numel()
                 and backends.plain_is_faster(x.device, _rows_to_fuse(x), key.shape[0])
             ):
-                return plain.external_attention(x, key, value, key_bias, value_bias)
+                return small_calls.external_attention(x, key, value, key_bias, value_bias)
         if getattr(x, "ndim", 3) > 3 or not (can_be_read(mk, nn.Linear) and can_be_read(mv, nn.Linear)):
             return self._through_submodules(x)
         key, key_bias, value, value_bias = memories = (*_linear(mk), *_linear(mv))

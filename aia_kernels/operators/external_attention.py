@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, schemas
+from ..algorithms import double_normalization
 from ..algorithms import external_attention as algorithm
 from ..algorithms.double_backward import backward_is_followed, gradients
 from ..algorithms.external_attention import BatchNorm, Plan
@@ -97,6 +98,16 @@ def _normalize_autograd(ctx, grad: Tensor | None, _grad_mass):
         formula = algorithm.normalize_formula(_normalize_plan(*ctx.settings), kept[-1])
         return *gradients(formula, (logits,), (True,), grad), *(None,) * 5
     return double_normalize_backward(grad, *kept, *ctx.settings), *(None,) * 5
+
+
+def _normalize_as_one_setup(ctx, inputs, output):
+    logits, eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    double_normalization.keep(ctx, logits, eps, *output)
+
+
+def _normalize_as_one_autograd(ctx, grad: Tensor | None, _grad_mass):
+    return double_normalization.gradient(ctx, grad, double_normalize_back), None
 
 
 def _attention_plan(group, eps, shards, scale, backend) -> Plan:
@@ -233,6 +244,11 @@ def _register(name: str, implementation: Callable, fake: Callable) -> torch._ops
 double_normalize_forward = _register("double_normalize_forward", _normalize, fake_normalize)
 double_normalize_backward = _register("double_normalize_backward", _normalize_backward, _fake_normalize_backward)
 differentiate("double_normalize_forward", _normalize_setup, _normalize_autograd, "double_normalize_backward")
+
+#: Passes of schemas.NORMALIZE_PASSES, which keep all that a backward takes: as they are they stand for themselves in a
+#: record.
+double_normalize, double_normalize_back = map(schemas.callable_pass, schemas.NORMALIZE_PASSES)
+differentiate("double_normalize", _normalize_as_one_setup, _normalize_as_one_autograd, "double_normalize_back")
 
 external_attention_forward = _register("external_attention_forward", _attend, fake_attend)
 external_attention_backward = _register("external_attention_backward", _attend_backward, _fake_attend_backward)

@@ -157,21 +157,36 @@ struct Group {
 };
 
 // The passes over the groups of a row of columns. A group of kVectors whole vectors, as in every published network,
-// stays in registers; 0 stands for any group.
+// stays in registers, and so does one of a part of a vector; 0 stands for any group.
+constexpr int kPart = -1;
 template <class A, int kFactors, int kVectors>
 class Groups {
  public:
   Groups(int64_t columns, int64_t group)
       : columns_(columns),
         group_(group),
-        terms_(vectors(columns)),
-        factors_(kVectors ? 0 : kFactors * vectors(columns)) {}
+        terms_(kVectors ? 0 : vectors(columns)),
+        factors_(kVectors ? 0 : kFactors * vectors(columns)) {
+    if constexpr (kVectors == kPart)
+      for (int lane = 0; lane < static_cast<int>(group); ++lane) insert_lane<A>(part_, lane);
+  }
 
   // Calls term(column, lanes) for every column, inspect(g, sum of the group's terms), which returns a Group, for every
   // group, and finish(column, lanes, term, factors of the lanes' groups) for every column.
   template <class Term, class Inspect, class Finish>
   AIA_INLINE void operator()(Term&& term, Inspect&& inspect, Finish&& finish) {
-    if constexpr (kVectors > 0) {
+    if constexpr (kVectors == kPart) {
+      const int lanes = static_cast<int>(group_);
+      for (int64_t c = 0, g = 0; c < columns_; c += group_, ++g) {
+        Vec<A> v = keep_lanes<A>(part_, term(c, lanes));
+        const Group<A, kFactors> found = inspect(g, sum_lanes<A>(v));
+        if (found.terms) [[unlikely]]
+          v = load(found.terms);
+        Vec<A> factors[kFactors];
+        for (int i = 0; i < kFactors; ++i) factors[i] = splat(found.factors[i]);
+        finish(c, lanes, v, factors);
+      }
+    } else if constexpr (kVectors > 0) {
       constexpr std::integral_constant<int, kLanes> whole;
       for (int64_t c = 0, g = 0; c < columns_; c += kVectors * kLanes, ++g) {
         Vec<A> v[kVectors], sum = v[0] = term(c, whole);
@@ -214,11 +229,14 @@ class Groups {
 
   int64_t columns_, group_;
   Buffer<A> terms_, factors_;
+  LaneSet<A> part_{};
 };
 
 // Calls body with the number of vectors in a group as a constant, 0 for a group that is held in memory.
 template <class Body>
 void with_vectors(int64_t group, Body&& body) {
+  // Vectors of several small groups take fewer exponentials.
+  if (group < kLanes && 4 * group >= kLanes) return body(std::integral_constant<int, kPart>{});
   if constexpr (kLanes <= 8)
     if (group == 8) return body(std::integral_constant<int, 8 / kLanes>{});
   switch (group) {
@@ -231,7 +249,7 @@ void with_vectors(int64_t group, Body&& body) {
 }
 
 // A group of a token whose mass is too small to be told from the terms of its sum (or is NaN), from its maximum: makes
-// the logits A, and returns the mass.
+// A of the logits, and returns the mass.
 template <class T, class A>
 __attribute__((noinline)) A normalize_from_maximum(const T* logits, const A* lse, int64_t group, A eps, A* attention) {
   for_columns(group,
@@ -248,16 +266,17 @@ __attribute__((noinline)) A normalize_from_maximum(const T* logits, const A* lse
 // What the passes below do with groups of kVectors vectors (with_vectors). Each is a function of its own: inlined side
 // by side into one, the registers of the hot loops are shared out worse, which costs 7 to 10 %.
 template <int kVectors, class T, class A = Accumulate<T>>
-__attribute__((noinline)) void double_norm_of(const Tokens& at, T* logits, const A* lse, A eps, A* mass, int64_t begin,
-                                              int64_t end) {
+__attribute__((noinline)) void double_norm_of(const Tokens& at, const T* logits, const A* lse, A eps, T* attention,
+                                              A* mass, int64_t begin, int64_t end) {
   Groups<A, 1, kVectors> groups(at.M, at.group);
-  std::unique_ptr<A[]> attention(new A[vectors(at.group) * kLanes]);
+  std::unique_ptr<A[]> another(new A[vectors(at.group) * kLanes]);
   const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
   for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
-    T* x = logits + token * at.M;
+    const T* x = logits + token * at.M;
+    T* a = attention + token * at.M;
     A* token_mass = mass + token * at.groups();
     if (at.padding && at.padding[token]) {
-      for_columns(at.M, [&](int64_t c, auto lanes) { store(x + c, Vec<A>{}, lanes); });
+      for_columns(at.M, [&](int64_t c, auto lanes) { store(a + c, Vec<A>{}, lanes); });
       std::fill_n(token_mass, at.groups(), eps);
       continue;
     }
@@ -268,10 +287,67 @@ __attribute__((noinline)) void double_norm_of(const Tokens& at, T* logits, const
              if (sum >= kSafeMass<A>) [[likely]]
                return {{A(1) / (sum + eps)}};
              const int64_t c = g * at.group;
-             token_mass[g] = normalize_from_maximum(x + c, origin + c, at.group, eps, attention.get());
-             return {{A(1)}, attention.get()};
+             token_mass[g] = normalize_from_maximum(x + c, origin + c, at.group, eps, another.get());
+             return {{A(1)}, another.get()};
            },
-           [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(x + c, p * factor[0], lanes); });
+           [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(a + c, p * factor[0], lanes); });
+  }
+}
+
+// Exponentials of kVectors vectors of columns of all rows, less the maximum of each column, and their statistics.
+template <int kVectors, class T, class A, class Lanes>
+AIA_INLINE void exponentials_of(const T* logits, const Tokens& at, A* exponentials, A* statistics, Lanes lanes) {
+  const int64_t pitch = vectors(at.M) * kLanes;
+  Statistics<A> found[kVectors];
+  for (int64_t n = 0; n < at.N; ++n)
+    for (int j = 0; j < kVectors; ++j)
+      found[j].maximum = larger<A>(load(logits + n * at.M + j * kLanes, lanes), found[j].maximum);
+  Vec<A> from[kVectors];
+  for (int j = 0; j < kVectors; ++j) from[j] = found[j].origin(found[j].maximum);
+  for (int64_t n = 0; n < at.N; ++n)
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec<A> e = exponential<A>(load(logits + n * at.M + j * kLanes, lanes) - from[j]);
+      store(exponentials + n * pitch + j * kLanes, e);
+      found[j].sum += e;
+    }
+  for (int j = 0; j < kVectors; ++j) found[j].write(statistics + j * kLanes, pitch, kLanes);
+}
+
+// double_norm of samples from their logits: P = exp(logits - maximum) / sum.
+template <int kVectors, class T, class A = Accumulate<T>>
+__attribute__((noinline)) void whole_of(const Tokens& at, const T* logits, A eps, T* attention, A* mass, int64_t begin,
+                                        int64_t end) {
+  const int64_t pitch = vectors(at.M) * kLanes;
+  Groups<A, 1, kVectors> groups(at.M, at.group);
+  std::unique_ptr<A[]> exponentials(new A[at.N * pitch]), statistics(new A[3 * pitch]);
+  std::unique_ptr<A[]> another(new A[vectors(at.group) * kLanes]);
+  A *sums = statistics.get() + pitch, *lse = sums + pitch;
+  for (int64_t b = begin; b < end; ++b) {
+    const T* sample = logits + b * at.N * at.M;
+    int64_t column = 0;
+    for (; column + 4 * kLanes <= at.M; column += 4 * kLanes)
+      exponentials_of<4>(sample + column, at, exponentials.get() + column, statistics.get() + column,
+                         std::integral_constant<int, kLanes>{});
+    for (; column < at.M; column += kLanes)
+      exponentials_of<1>(sample + column, at, exponentials.get() + column, statistics.get() + column,
+                         static_cast<int>(std::min<int64_t>(kLanes, at.M - column)));
+    for (int64_t c = 0; c < at.M; ++c) lse[c] = statistics[c] + std::log(sums[c]), sums[c] = A(1) / sums[c];
+    for (int64_t n = 0; n < at.N; ++n) {
+      const A* e = exponentials.get() + n * pitch;
+      const T* x = sample + n * at.M;
+      T* a = attention + (b * at.N + n) * at.M;
+      A* token_mass = mass + (b * at.N + n) * at.groups();
+      groups([&](int64_t c, auto lanes) { return load(e + c, lanes) * load(sums + c, lanes); },
+             [&](int64_t g, A sum) -> Group<A, 1> {
+               token_mass[g] = sum + eps;
+               if (sum >= kSafeMass<A>) [[likely]]
+                 return {{A(1) / (sum + eps)}};
+               const int64_t c = g * at.group;
+               token_mass[g] = normalize_from_maximum(x + c, lse + c, at.group, eps, another.get());
+               return {{A(1)}, another.get()};
+             },
+             [&](int64_t c, auto lanes, Vec<A> p, const Vec<A>(&factor)[1]) { store(a + c, p * factor[0], lanes); });
+    }
   }
 }
 
@@ -290,7 +366,13 @@ __attribute__((noinline)) void backward_reduce_of(const Tokens& at, const T* gra
       groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
              [](int64_t, A sum) -> Group<A, 1> { return {{sum}}; },
              [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&sum)[1]) {
-               sums[c / kLanes] += product - load(a + c, lanes) * sum[0];
+               const Vec<A> q = product - load(a + c, lanes) * sum[0];
+               if constexpr (kVectors == kPart) {  // groups begin within a vector
+                 A* to = reinterpret_cast<A*>(static_cast<Vec<A>*>(sums)) + c;
+                 store(to, load(to, lanes) + q, lanes);
+               } else {
+                 sums[c / kLanes] += q;
+               }
              });
     }
     A* out = partial + (block.b * split.chunks + block.chunk) * at.M + block.c;
@@ -299,26 +381,34 @@ __attribute__((noinline)) void backward_reduce_of(const Tokens& at, const T* gra
 }
 
 template <int kVectors, class T, class A = Accumulate<T>>
-__attribute__((noinline)) void backward_of(const Tokens& at, T* grad, const T* attention, const A* mass,
-                                           const A* reduced, int64_t begin, int64_t end) {
+__attribute__((noinline)) void backward_of(const Tokens& at, const T* grad, const T* attention, const A* mass,
+                                           const A* reduced, T* grad_logits, int64_t begin, int64_t end) {
   Groups<A, 2, kVectors> groups(at.M, at.group);
   const int64_t last = std::min(at.B * at.N, end * unit_tokens(at));
   for (int64_t token = begin * unit_tokens(at); token < last; ++token) {
-    T* g = grad + token * at.M;
-    const T* a = attention + token * at.M;
+    const T *g = grad + token * at.M, *a = attention + token * at.M;
+    T* out = grad_logits + token * at.M;
     const A *token_mass = mass + token * at.groups(), *d = reduced + token / at.N * at.M;
     groups([&](int64_t c, auto lanes) { return load(g + c, lanes) * load(a + c, lanes); },
            [&](int64_t i, A sum) -> Group<A, 2> { return {{sum, token_mass[i]}}; },
            [&](int64_t c, auto lanes, Vec<A> product, const Vec<A>(&f)[2]) {
-             store(g + c, product - load(a + c, lanes) * (f[0] + f[1] * load(d + c, lanes)), lanes);
+             store(out + c, product - load(a + c, lanes) * (f[0] + f[1] * load(d + c, lanes)), lanes);
            });
   }
 }
 
 template <class T, class A = Accumulate<T>>
-void double_norm(const Tokens& at, T* logits, const A* lse, double eps, A* mass, int64_t begin, int64_t end) {
+void double_norm(const Tokens& at, const T* logits, const A* lse, double eps, T* attention, A* mass, int64_t begin,
+                 int64_t end) {
+  with_vectors(at.group, [&](auto count) {
+    double_norm_of<count>(at, logits, lse, static_cast<A>(eps), attention, mass, begin, end);
+  });
+}
+
+template <class T, class A = Accumulate<T>>
+void whole(const Tokens& at, const T* logits, double eps, T* attention, A* mass, int64_t begin, int64_t end) {
   with_vectors(at.group,
-               [&](auto count) { double_norm_of<count>(at, logits, lse, static_cast<A>(eps), mass, begin, end); });
+               [&](auto count) { whole_of<count>(at, logits, static_cast<A>(eps), attention, mass, begin, end); });
 }
 
 template <class T, class A = Accumulate<T>>
@@ -328,15 +418,20 @@ void double_norm_backward_reduce(const Tokens& at, const T* grad, const T* atten
 }
 
 template <class T, class A = Accumulate<T>>
-void double_norm_backward(const Tokens& at, T* grad, const T* attention, const A* mass, const A* reduced, int64_t begin,
-                          int64_t end) {
-  with_vectors(at.group, [&](auto count) { backward_of<count>(at, grad, attention, mass, reduced, begin, end); });
+void double_norm_backward(const Tokens& at, const T* grad, const T* attention, const A* mass, const A* reduced,
+                          T* grad_logits, int64_t begin, int64_t end) {
+  with_vectors(at.group,
+               [&](auto count) { backward_of<count>(at, grad, attention, mass, reduced, grad_logits, begin, end); });
 }
 
 template <class T>
-constexpr DoubleNormPasses kPasses = {untyped<column_statistics<T>>,           untyped<join_statistics<Accumulate<T>>>,
-                                      untyped<log_sum_exp<Accumulate<T>>>,     untyped<double_norm<T>>,
-                                      untyped<double_norm_backward_reduce<T>>, untyped<join_sums<Accumulate<T>>>,
+constexpr DoubleNormPasses kPasses = {untyped<column_statistics<T>>,
+                                      untyped<join_statistics<Accumulate<T>>>,
+                                      untyped<log_sum_exp<Accumulate<T>>>,
+                                      untyped<double_norm<T>>,
+                                      untyped<whole<T>>,
+                                      untyped<double_norm_backward_reduce<T>>,
+                                      untyped<join_sums<Accumulate<T>>>,
                                       untyped<double_norm_backward<T>>};
 
 }  // namespace

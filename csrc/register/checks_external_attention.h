@@ -27,6 +27,22 @@ inline Logits logits_of(const Tensor& logits, int64_t group, const char* name,
   return {B, N, M, group, scalar, static_cast<const uint8_t*>(padding->const_data_ptr())};
 }
 
+// Logits or attention [B, N, S] or [B, N, heads, S]: the S slots of a head are a group.
+inline Logits logits_by_heads(const Tensor& logits, const char* name) {
+  const Layout at = check_operand(logits, logits, name);
+  AIA_CHECK((at.dim == 3 || at.dim == 4) && logits.is_contiguous() && at.numel > 0, name,
+            " must be contiguous [B, N, S] or [B, N, heads, S] and not empty, got ", described(logits));
+  const int64_t S = at.sizes[at.dim - 1];
+  return {at.sizes[0], at.sizes[1], at.dim == 3 ? S : at.sizes[2] * S, S, scalar_of(logits, name), nullptr};
+}
+
+inline Logits check_double_normalize_back(const Tensor& grad, const Tensor& attention, const Tensor& mass) {
+  const Logits at = logits_by_heads(attention, "attention");
+  check_same(grad, attention, "grad", "attention");
+  check_contiguous(mass, {at.B, at.N, at.groups()}, accumulate_type(attention), attention, "mass");
+  return at;
+}
+
 inline Logits check_double_norm(const Tensor& logits, const Tensor& lse, int64_t group, double eps,
                                 const std::optional<Tensor>& padding) {
   const Logits at = logits_of(logits, group, "logits", padding);

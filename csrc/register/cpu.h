@@ -90,6 +90,17 @@ void parallel(int64_t units, const Body& body) {
 #endif
 }
 
+// The same, on several threads only if there are so many elements that waking these pays: as many as torch's own
+// elementwise operators ask for.
+constexpr int64_t kElementsAlone = 32768;
+template <class Body>
+void split(int64_t units, int64_t elements, const Body& body) {
+  if (elements < kElementsAlone)
+    body(int64_t{0}, units);
+  else
+    parallel(units, body);
+}
+
 // An activation as passes see it whose vectors have so many lanes.
 inline Volume volume_of(const Activation& a, int lanes = 1) {
   const int64_t plane = a.H * a.W;

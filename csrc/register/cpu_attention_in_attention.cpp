@@ -57,6 +57,34 @@ Tensor new_map(const Tensor& x, std::vector<int64_t> lead, const Activation& a, 
   return with_large_pages(torch::stable::new_empty(x, lead, type));
 }
 
+// Of an averaged gate. Maps of x in CTHW are stored as those of TCHW here.
+Activation averaged_of(const Tensor& map, const std::vector<int64_t>& sizes, int64_t order, bool back,
+                       const char* name) {
+  const Activation a = aia::averaged_of(map, sizes, order, back, name);
+  AIA_CHECK(a.order != aia::Order::kCTHW, "order must be that in which the CPU stores maps, got ", order);
+  return a;
+}
+
+Tensor average_gate(const Tensor& gate, std::vector<int64_t> sizes, int64_t order) {
+  const Activation a = averaged_of(gate, sizes, order, false, "gate");
+  Tensor averaged = new_map(gate, {a.B}, a, aia::kChannel, gate.scalar_type());
+  with_type(gate, [&](auto zero) {
+    using A = decltype(zero);
+    aia::cpu::average_into(a, numbers<A>(gate), mutable_numbers<A>(averaged));
+  });
+  return averaged;
+}
+
+Tensor average_gate_back(const Tensor& grad, std::vector<int64_t> sizes, int64_t order) {
+  const Activation a = averaged_of(grad, sizes, order, true, "grad");
+  Tensor grad_gate = new_map(grad, {a.B}, a, aia::kSpacetime, grad.scalar_type());
+  with_type(grad, [&](auto zero) {
+    using A = decltype(zero);
+    aia::cpu::spread_into(a, numbers<A>(grad), mutable_numbers<A>(grad_gate));
+  });
+  return grad_gate;
+}
+
 std::tuple<Tensor, Tensor> pool(const Tensor& x, int64_t context, std::optional<Tensor> gate, int64_t gate_context) {
   const Activation a = activation_of(x, "x");
   check_context(context, "context");
@@ -181,6 +209,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
+  m.impl("average_gate", TORCH_BOX(&average_gate));
+  m.impl("average_gate_back", TORCH_BOX(&average_gate_back));
   m.impl("pool", TORCH_BOX(&pool));
   m.impl("unpool", TORCH_BOX(&unpool));
   m.impl("unpool_reduce", TORCH_BOX(&unpool_reduce));

@@ -13,6 +13,7 @@
 namespace aia::cpu {
 
 inline Tokens tokens_of(const aia::Logits& at) { return {at.B, at.N, at.M, at.group, at.scalar, at.padding}; }
+inline int64_t elements_of(const Tokens& at) { return at.B * at.N * at.M; }
 
 // A reduction over tokens: reduce writes [B, chunks, sizes..., M], and join, called with samples, [B, sizes..., M].
 template <class Reduce, class Join>
@@ -26,13 +27,12 @@ Tensor reduce_tokens(const Tensor& of, const Tokens& at, const Split& split, con
     partial = new_numbers(of, shape);
   }
   void *parts = partial.mutable_data_ptr(), *out = result.mutable_data_ptr();
-  parallel(split.units(at), [&](int64_t begin, int64_t end) { reduce(parts, begin, end); });
+  aia::cpu::split(split.units(at), elements_of(at), [&](int64_t begin, int64_t end) { reduce(parts, begin, end); });
   if (split.chunks > 1) parallel(at.B, [&](int64_t begin, int64_t end) { join(parts, out, begin, end); });
   return result;
 }
 
-inline std::tuple<Tensor, Tensor> column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
-  const Tokens at = tokens_of(aia::logits_of(logits, 1, "logits", padding));
+inline std::tuple<Tensor, Tensor> statistics_of(const Tokens& at, const Tensor& logits) {
   const void* data = logits.const_data_ptr();
   Tensor statistics = reduce_tokens(
       logits, at, statistics_split(at), {2, at.M},
@@ -45,18 +45,36 @@ inline std::tuple<Tensor, Tensor> column_statistics(const Tensor& logits, std::o
   Tensor lse = new_numbers(logits, {at.B, at.M});
   const void* found = statistics.const_data_ptr();
   void* out = lse.mutable_data_ptr();
-  parallel(at.B, [&](int64_t begin, int64_t end) {
+  split(at.B, elements_of(at), [&](int64_t begin, int64_t end) {
     passes<DoubleNormPasses>(at.scalar).log_sum_exp(at, found, out, begin, end);
   });
   return {statistics, lse};
 }
 
-// double_norm_ with a mass [B, N, groups] that is there.
-inline void normalize(const Tokens& at, const Tensor& logits, const Tensor& lse, double eps, const Tensor& mass) {
-  void *data = logits.mutable_data_ptr(), *out = mass.mutable_data_ptr();
-  const void* origin = lse.const_data_ptr();
-  parallel(token_units(at), [&](int64_t begin, int64_t end) {
-    passes<DoubleNormPasses>(at.scalar).double_norm(at, data, origin, eps, out, begin, end);
+inline std::tuple<Tensor, Tensor> column_statistics(const Tensor& logits, std::optional<Tensor> padding) {
+  return statistics_of(tokens_of(aia::logits_of(logits, 1, "logits", padding)), logits);
+}
+
+// Into attention, which may be the logits, and mass [B, N, groups].
+inline void normalize(const Tokens& at, const Tensor& logits, const Tensor& lse, double eps, const Tensor& attention,
+                      const Tensor& mass) {
+  void *made = attention.mutable_data_ptr(), *sums = mass.mutable_data_ptr();
+  const void *data = logits.const_data_ptr(), *origin = lse.const_data_ptr();
+  split(token_units(at), elements_of(at), [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).double_norm(at, data, origin, eps, made, sums, begin, end);
+  });
+}
+
+// Both, without padding.
+inline void normalize(const Tokens& at, const Tensor& logits, double eps, const Tensor& attention, const Tensor& mass) {
+  if (at.N * at.M > kSampleElements) {
+    normalize(at, logits, std::get<1>(statistics_of(at, logits)), eps, attention, mass);
+    return;
+  }
+  void *made = attention.mutable_data_ptr(), *sums = mass.mutable_data_ptr();
+  const void* data = logits.const_data_ptr();
+  split(at.B, elements_of(at), [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).whole(at, data, eps, made, sums, begin, end);
   });
 }
 
@@ -64,12 +82,11 @@ inline Tensor double_norm_(const Tensor& logits, const Tensor& lse, int64_t grou
                            std::optional<Tensor> padding) {
   const Tokens at = tokens_of(check_double_norm(logits, lse, group, eps, padding));
   Tensor mass = new_numbers(logits, {at.B, at.N, at.groups()});
-  normalize(at, logits, lse, eps, mass);
+  normalize(at, logits, lse, eps, logits, mass);
   return mass;
 }
 
-inline Tensor double_norm_backward_reduce(const Tensor& grad, const Tensor& attention, int64_t group) {
-  const Tokens at = tokens_of(aia::check_double_norm_backward_reduce(grad, attention, group));
+inline Tensor sums_of(const Tokens& at, const Tensor& grad, const Tensor& attention) {
   const void *g = grad.const_data_ptr(), *a = attention.const_data_ptr();
   return reduce_tokens(
       grad, at, sums_split(at), {at.M},
@@ -81,14 +98,25 @@ inline Tensor double_norm_backward_reduce(const Tensor& grad, const Tensor& atte
       });
 }
 
+inline Tensor double_norm_backward_reduce(const Tensor& grad, const Tensor& attention, int64_t group) {
+  return sums_of(tokens_of(aia::check_double_norm_backward_reduce(grad, attention, group)), grad, attention);
+}
+
+// Into grad_logits, which may be grad.
+inline void back_to_logits(const Tokens& at, const Tensor& grad, const Tensor& attention, const Tensor& mass,
+                           const Tensor& reduced, const Tensor& grad_logits) {
+  void* out = grad_logits.mutable_data_ptr();
+  const void *g = grad.const_data_ptr(), *a = attention.const_data_ptr();
+  const void *m = mass.const_data_ptr(), *d = reduced.const_data_ptr();
+  split(token_units(at), elements_of(at), [&](int64_t begin, int64_t end) {
+    passes<DoubleNormPasses>(at.scalar).backward(at, g, a, m, d, out, begin, end);
+  });
+}
+
 inline void double_norm_backward_(const Tensor& grad, const Tensor& attention, const Tensor& mass,
                                   const Tensor& reduced, int64_t group) {
   const Tokens at = tokens_of(aia::check_double_norm_backward(grad, attention, mass, reduced, group));
-  void* g = grad.mutable_data_ptr();
-  const void *a = attention.const_data_ptr(), *m = mass.const_data_ptr(), *d = reduced.const_data_ptr();
-  parallel(token_units(at), [&](int64_t begin, int64_t end) {
-    passes<DoubleNormPasses>(at.scalar).backward(at, g, a, m, d, begin, end);
-  });
+  back_to_logits(at, grad, attention, mass, reduced, grad);
 }
 
 }  // namespace aia::cpu

@@ -16,9 +16,11 @@ namespace {
 using aia::Activation;
 using aia::Gate;
 using aia::Gates;
+using aia::kChannel;
 using aia::kNone;
 using aia::Numbers;
 using aia::PackedDims;
+using aia::cpu::AveragePasses;
 using aia::cpu::ContextOfGates;
 using aia::cpu::GatePasses;
 using aia::cpu::maps_of;
@@ -77,7 +79,9 @@ void evaluate_clips(const Activation& a, const ContextOfGates& inner, const Cont
   clip.B = 1;
   const ContextGates<A> guide_of(clip, inner.gates, inner.context), gate_of(clip, outer.gates, outer.context);
   const auto run = [&](int64_t begin, int64_t end, const auto& split) {
-    const int64_t elements = guide_of.elements() + gate_of.elements();
+    const int64_t gates = guide_of.elements() + gate_of.elements(),
+                  average = inner.averaged ? clip.packed(kChannel) : 0;
+    const int64_t elements = gates + average;
     const std::unique_ptr<A[]> maps(new A[elements]);
     aia::cpu::advise_large_pages(maps.get(), elements * sizeof(A));
     for (int64_t b = begin; b < end; ++b) {
@@ -85,6 +89,11 @@ void evaluate_clips(const Activation& a, const ContextOfGates& inner, const Cont
       char* to = y + b * x.stride_b * itemsize;
       Gate guide{nullptr, kNone};
       if (inner.context) guide = guide_of(from, guide, maps.get(), split);
+      if (inner.averaged) {
+        A* averaged = maps.get() + gates;
+        passes<AveragePasses<A>>().average(clip, static_cast<const A*>(guide.maps), averaged, 0, 1);
+        guide = {averaged, kChannel};
+      }
       const Gate gate = gate_of(from, guide, maps.get() + guide_of.elements(), split);
       split(aia::cpu::elementwise_units(clip, outer.context), [&](int64_t first, int64_t last) {
         passes<RecalibratePasses>(x.scalar).recalibrate(clip, from, gate, to, first, last);

@@ -13,13 +13,33 @@
 namespace {
 
 using aia::new_numbers;
+using aia::cpu::back_to_logits;
+using aia::cpu::normalize;
 using aia::cpu::output_like;
 using aia::cpu::parallel;
 using aia::cpu::passes;
 using aia::cpu::ResidualPasses;
 using aia::cpu::Rows;
+using aia::cpu::sums_of;
+using aia::cpu::Tokens;
+using aia::cpu::tokens_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> double_normalize(const Tensor& logits, double eps) {
+  const Tokens at = tokens_of(aia::logits_by_heads(logits, "logits"));
+  aia::check_eps(eps);
+  Tensor attention = output_like(logits), mass = new_numbers(logits, {at.B, at.N, at.groups()});
+  normalize(at, logits, eps, attention, mass);
+  return {attention, mass};
+}
+
+Tensor double_normalize_back(const Tensor& grad, const Tensor& attention, const Tensor& mass) {
+  const Tokens at = tokens_of(aia::check_double_normalize_back(grad, attention, mass));
+  Tensor grad_logits = output_like(attention);
+  back_to_logits(at, grad, attention, mass, sums_of(at, grad, attention), grad_logits);
+  return grad_logits;
+}
 
 Rows rows_of(const aia::Residual& at) { return {at.B, at.N, at.C, at.maps, at.scalar}; }
 
@@ -57,6 +77,8 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
   m.impl("double_norm_", TORCH_BOX(&aia::cpu::double_norm_));
   m.impl("double_norm_backward_reduce", TORCH_BOX(&aia::cpu::double_norm_backward_reduce));
   m.impl("double_norm_backward_", TORCH_BOX(&aia::cpu::double_norm_backward_));
+  m.impl("double_normalize", TORCH_BOX(&double_normalize));
+  m.impl("double_normalize_back", TORCH_BOX(&double_normalize_back));
   m.impl("residual_relu_", TORCH_BOX(&residual_relu_));
   m.impl("residual_relu_backward", TORCH_BOX(&residual_relu_backward));
 }

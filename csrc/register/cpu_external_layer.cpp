@@ -21,19 +21,21 @@ namespace {
 
 using aia::new_numbers;
 using aia::cpu::BatchNormPasses;
-using aia::cpu::column_statistics;
 using aia::cpu::double_norm_backward_;
 using aia::cpu::double_norm_backward_reduce;
 using aia::cpu::for_numbers;
+using aia::cpu::is_narrow;
 using aia::cpu::multiply;
 using aia::cpu::multiply_matrices;
 using aia::cpu::mutable_numbers;
+using aia::cpu::narrowed;
 using aia::cpu::normalize;
 using aia::cpu::numbers;
 using aia::cpu::passes;
 using aia::cpu::Rows;
 using aia::cpu::Tokens;
 using aia::cpu::view_of;
+using aia::cpu::widened;
 using aia::cpu::with_type;
 using torch::stable::Tensor;
 
@@ -161,8 +163,7 @@ struct Layer {
     const int64_t B = at.sizes[0], N = on_maps ? at.sizes[2] * at.sizes[3] : at.sizes[1];
     const int64_t C = at.sizes[on_maps ? 1 : 2];
     const bool contiguous = tokens.is_contiguous();
-    const bool channels_last =
-        on_maps && !at.differs(1, 1) && !at.differs(3, C) && !at.differs(2, at.sizes[3] * C) && !at.differs(0, N * C);
+    const bool channels_last = on_maps && aia::cpu::is_channels_last(at);
     AIA_CHECK(contiguous || channels_last, "x must be contiguous or, of maps, channels_last, got ",
               aia::described(tokens));
     AIA_CHECK(weights.size() == 6 && weights[1] && weights[2], "weights must be W_1, K, V, a bias, W_2 and a bias, ",
@@ -304,9 +305,10 @@ void find_statistics(const Side& side, const Tensor& z, const Optional& mean, co
   });
 }
 
-std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, std::vector<Optional> weights,
-                                               std::vector<Optional> norm, std::vector<Tensor> running, int64_t heads,
-                                               double eps, bool fold, bool batch, double norm_eps, double momentum) {
+// Of float32 or float64.
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::vector<Optional>& weights,
+                                   const std::vector<Optional>& norm, const std::vector<Tensor>& running, int64_t heads,
+                                   double eps, bool fold, bool batch, double norm_eps, double momentum) {
   const Layer given(x, weights, norm, heads);
   AIA_CHECK(running.empty() || (given.block && batch && running.size() > 1 && running.size() < 4),
             "running must be empty or, of a batch, mean, variance and perhaps a number, got ", running.size(),
@@ -323,8 +325,7 @@ std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, std::vector<Opti
     at.x.times_into(kept.a, x, at.key, at.S, true);
   }
   const Tokens tokens{at.x.B, at.x.N, M, at.S, aia::scalar_of(x, "x"), nullptr};
-  const Tensor lse = std::get<1>(column_statistics(kept.a, std::nullopt));
-  normalize(tokens, kept.a, lse, eps, kept.mass);
+  normalize(tokens, kept.a, eps, kept.a, kept.mass);
   const Tensor y = at.made(x), z = at.block ? kept.z : y;
   if (at.last.defined()) {
     multiply_matrices(matrix(kept.u, rows, at.v), matrix(kept.a, rows, at.S), turned(at.value, at.v, at.S));
@@ -348,6 +349,17 @@ std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, std::vector<Opti
                norm[1] ? numbers<A>(*norm[1]) : none.data(), mutable_numbers<A>(y));
   });
   return {y, kept.all};
+}
+
+std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, std::vector<Optional> weights,
+                                               std::vector<Optional> norm, std::vector<Tensor> running, int64_t heads,
+                                               double eps, bool fold, bool batch, double norm_eps, double momentum) {
+  if (!is_narrow(x)) return forward(x, weights, norm, running, heads, eps, fold, batch, norm_eps, momentum);
+  const auto type = x.scalar_type();
+  const Tensor wide = widened(x, "x");
+  auto [y, kept] = forward(wide, widened(std::move(weights), type, "weights"), widened(std::move(norm), type, "norm"),
+                           running, heads, eps, fold, batch, norm_eps, momentum);
+  return {narrowed(y, x), kept};
 }
 
 // The gradients of W_1, K, V, the bias of V, W_2 and its bias, of scale and shift, and of x, in this order.
@@ -425,10 +437,11 @@ void unfold(const Layer& given, Found& found) {
   }
 }
 
-std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x, Optional y,
-                                            std::vector<Optional> weights, std::vector<Optional> norm,
-                                            const Tensor& kept_before, int64_t heads, bool fold, double norm_eps,
-                                            std::vector<bool> needs) {
+// Of float32 or float64.
+std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const Optional& y,
+                             const std::vector<Optional>& weights, const std::vector<Optional>& norm,
+                             const Tensor& kept_before, int64_t heads, bool fold, double norm_eps,
+                             const std::vector<bool>& needs) {
   const Layer given(x, weights, norm, heads);
   const bool block = given.block;
   AIA_CHECK(needs.size() == kGradients, "needs must hold ", int{kGradients}, " entries, got ", needs.size());
@@ -460,6 +473,22 @@ std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x,
   std::vector<Tensor> results;
   for (int i = 0; i < kGradients; ++i)
     if (needs[i]) results.push_back(i < kScale ? shaped_as(found[i], *weights[i]) : found[i]);
+  return results;
+}
+
+std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x, Optional y,
+                                            std::vector<Optional> weights, std::vector<Optional> norm,
+                                            const Tensor& kept, int64_t heads, bool fold, double norm_eps,
+                                            std::vector<bool> needs) {
+  if (!is_narrow(x)) return backward(grad, x, y, weights, norm, kept, heads, fold, norm_eps, needs);
+  const auto type = x.scalar_type();
+  for (const Tensor& of_y : {grad, y ? *y : grad})
+    AIA_CHECK(of_y.scalar_type() == type, "grad and y must be of the type of x, got ", aia::described(of_y));
+  if (y) y = widened(*y, "y");
+  std::vector<Tensor> results =
+      backward(widened(grad, "grad"), widened(x, "x"), y, widened(std::move(weights), type, "weights"),
+               widened(std::move(norm), type, "norm"), kept, heads, fold, norm_eps, needs);
+  for (Tensor& result : results) result = narrowed(result, x);
   return results;
 }
 

@@ -6,7 +6,8 @@
 
 #include <initializer_list>
 
-#include "checks.h"
+#include "../cpu/convert.h"
+#include "cpu.h"
 
 namespace aia::cpu {
 
@@ -30,6 +31,46 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 inline void multiply_added(const Tensor& out, const Tensor& added, const Tensor& a, const Tensor& b, double beta = 1,
                            double alpha = 1) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(out.get(), added.get(), a.get(), b.get(), beta, alpha));
+}
+
+inline bool is_narrow(const Tensor& t) { return t.scalar_type() != accumulate_type(t); }
+
+// A tensor [.., .., .., ..] whose axes lie in memory as those of channels_last.
+inline bool is_channels_last(const Layout& at) {
+  if (at.dim != 4) return false;
+  const int64_t C = at.sizes[1], row = at.sizes[3] * C;
+  return !at.differs(1, 1) && !at.differs(3, C) && !at.differs(2, row) && !at.differs(0, at.sizes[2] * row);
+}
+
+// A dense tensor in another type, stored alike.
+inline Tensor converted(const Tensor& t, ScalarType type, Scalar narrow,
+                        void (*ConvertPasses::*pass)(const void*, void*, int64_t)) {
+  const Layout at(t);
+  const Tensor to = new_strided(t, at.dim, at.sizes, at.strides, static_cast<int32_t>(type));
+  (passes<ConvertPasses>(narrow).*pass)(t.const_data_ptr(), to.mutable_data_ptr(), at.numel);
+  return to;
+}
+// A tensor of 16 bits in float32. One that is wide, or has gaps, stays as it is: whoever takes it refuses gaps.
+inline Tensor widened(const Tensor& t, const char* name) {
+  const Layout at = check_operand(t, t, name);
+  const Scalar scalar = scalar_of(t, name);
+  if (!is_narrow(t) || !(t.is_contiguous() || is_channels_last(at))) return t;
+  return converted(t, ScalarType::Float, scalar, &ConvertPasses::widen);
+}
+// The same of a list, all of one type.
+inline std::vector<std::optional<Tensor>> widened(std::vector<std::optional<Tensor>> list, ScalarType type,
+                                                  const char* name) {
+  for (std::optional<Tensor>& t : list) {
+    if (!t) continue;
+    AIA_CHECK(t->scalar_type() == type, name, " must be of the type of x, ", name_of(type), ", got ", described(*t));
+    t = widened(*t, name);
+  }
+  return list;
+}
+// A dense float32 tensor in the type of another one, itself if that is wide.
+inline Tensor narrowed(const Tensor& t, const Tensor& like) {
+  if (!is_narrow(like)) return t;
+  return converted(t, like.scalar_type(), scalar_of(like, "x"), &ConvertPasses::narrow);
 }
 
 // Calls body with a zero of the type of t, float or double.

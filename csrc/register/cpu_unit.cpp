@@ -25,6 +25,7 @@ using aia::Gate;
 using aia::GateParameters;
 using aia::Gates;
 using aia::index_type;
+using aia::kChannel;
 using aia::kNone;
 using aia::kSpacetime;
 using aia::new_numbers;
@@ -42,11 +43,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // One context of a unit: its gates, and what it keeps, as pool and gate give it. index_bytes of 0: no indices.
+// averaged: of an inner one whether its gates are, over the channels.
 struct Context {
   int context = kNone, index_bytes = 0;
   Gates gates{};
   void *pooled = nullptr, *argmax = nullptr, *norm = nullptr, *statistics = nullptr;
+  bool averaged = false;
 
+  // The context of the gates as they multiply x.
+  int of_gate() const { return averaged ? kChannel : context; }
   Unpooled unpooled(const void* grad) const { return {grad, argmax, index_bytes, context}; }
 };
 
@@ -61,6 +66,15 @@ Tensor new_maps(const Tensor& x, const Activation& a, int context, int64_t each)
   return with_large_pages(new_numbers(x, {a.B * each * a.packed(context)}));
 }
 
+// Spacetime gates, averaged over the channels into memory for them.
+Gate average_of(const Activation& a, const Gate& gate, const Tensor& to) {
+  with_type(to, [&](auto zero) {
+    using A = decltype(zero);
+    aia::cpu::average_into(a, static_cast<const A*>(gate.maps), mutable_numbers<A>(to));
+  });
+  return {to.const_data_ptr(), kChannel};
+}
+
 void forward(const Tensor& x, const Activation& a, const Context& inner, const Context& outer, const Tensor& y) {
   const void* data = x.const_data_ptr();
   const auto gates_of = [&](const Context& of, const Gate& guide, const Tensor& made) -> Gate {
@@ -73,8 +87,9 @@ void forward(const Tensor& x, const Activation& a, const Context& inner, const C
     return {made.const_data_ptr(), of.context};
   };
   Gate guide{nullptr, kNone};
-  Tensor of_inner;
+  Tensor of_inner, average;
   if (inner.context) guide = gates_of(inner, guide, of_inner = new_maps(x, a, inner.context, 1));
+  if (inner.averaged) guide = average_of(a, guide, average = new_maps(x, a, kChannel, 1));
   const Tensor of_outer = new_maps(x, a, outer.context, 1);
   const Gate gate = gates_of(outer, guide, of_outer);
   aia::cpu::recalibrate_into(a, data, gate, y.mutable_data_ptr());
@@ -119,14 +134,22 @@ void backward(const Tensor& grad_y, const Tensor& x, const Activation& a, const 
       x, a, outer, of_outer, [&](A* out) { aia::cpu::recalibrate_reduce_into(a, grad, data, outer.context, out); });
   const Unpooled from_outer = outer.unpooled(of_gate.grad_pooled);
   Back of_guide;
-  if (inner.context)
+  Tensor average;
+  if (inner.averaged) {
+    average = new_maps(x, a, kChannel, 1);
+    A* of_average = mutable_numbers<A>(average);
+    aia::cpu::unpool_reduce_into(a, data, from_outer, kChannel, of_average);
+    of_guide = back_through(x, a, inner, of_inner, [&](A* out) { aia::cpu::spread_into<A>(a, of_average, out); });
+    of_guide.gate = average_of(a, {of_guide.gate, inner.context}, average).maps;
+  } else if (inner.context) {
     of_guide = back_through(x, a, inner, of_inner,
                             [&](A* out) { aia::cpu::unpool_reduce_into(a, data, from_outer, inner.context, out); });
+  }
   if (!grad_x.defined()) return;
   const Unpooled from_inner =
       inner.context ? inner.unpooled(of_guide.grad_pooled) : Unpooled{nullptr, nullptr, 1, kNone};
-  aia::cpu::unpool_into(a, grad, {of_gate.gate, outer.context}, from_outer, {of_guide.gate, inner.context}, from_inner,
-                        grad_x.mutable_data_ptr());
+  aia::cpu::unpool_into(a, grad, {of_gate.gate, outer.context}, from_outer, {of_guide.gate, inner.of_gate()},
+                        from_inner, grad_x.mutable_data_ptr());
 }
 
 // For the gradient of a parameter, stored as it.
@@ -232,8 +255,9 @@ Tensor clips_of(const Tensor& x, int64_t frames) {
 }
 
 // How many gates a unit of these contexts has, with weight, scale and shift for each.
-int64_t count_of(int64_t inner, int64_t outer, const Numbers& parameters) {
+int64_t count_of(int64_t inner, int64_t outer, bool averaged, const Numbers& parameters) {
   aia::check_context(outer, "outer");
+  AIA_CHECK(!averaged || inner == kSpacetime, "averaged must be of an inner context over T, H and W, got ", inner);
   AIA_CHECK(parameters.size() % 3 == 0, "parameters must hold weight, scale and shift for each gate, got ",
             parameters.size(), " entries");
   aia::check_unit(inner, outer, {parameters.size() / 3});
@@ -380,8 +404,8 @@ class Running {
 std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numbers parameters, Numbers fixed,
                                            std::vector<Tensor> running, std::vector<double> eps,
                                            std::vector<bool> batch, double momentum, int64_t inner, int64_t outer,
-                                           bool keep) {
-  const auto n = static_cast<size_t>(count_of(inner, outer, parameters));
+                                           bool averaged, bool keep) {
+  const auto n = static_cast<size_t>(count_of(inner, outer, averaged, parameters));
   AIA_CHECK(fixed.empty() || fixed.size() == 2 * n, "fixed must be empty or hold mean and variance for each of ", n,
             " gates, got ", fixed.size(), " entries");
   aia::check_unit(inner, outer, {eps.size(), batch.size()});
@@ -392,7 +416,7 @@ std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numb
   Tensor y = output_like(x);
   const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool used) { return used; });
   if (!keep && !of_batch) {
-    aia::cpu::evaluate_unit(a, {gates.inner, static_cast<int>(inner)}, {gates.outer, static_cast<int>(outer)},
+    aia::cpu::evaluate_unit(a, {gates.inner, static_cast<int>(inner), averaged}, {gates.outer, static_cast<int>(outer)},
                             x.const_data_ptr(), y.mutable_data_ptr());
     return {y, new_tensor(x, {0}, ScalarType::Byte)};
   }
@@ -401,6 +425,7 @@ std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numb
   auto* memory = static_cast<char*>(kept.mutable_data_ptr());
   Context of_inner = places.at(memory, x, a, gates.inner, inner, outer, false),
           of_outer = places.at(memory, x, a, gates.outer, outer, inner, true);
+  of_inner.averaged = averaged;
   std::vector<Tensor> pooled;  // which nobody keeps
   for (Context* of : {&of_inner, &of_outer})
     if (of->context && !keep) {
@@ -415,8 +440,9 @@ std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numb
 
 // For each of parameters and for x whether its gradient is needed; those gradients, in this order.
 std::vector<Tensor> unit_propagate_back(const Tensor& grad_y, const Tensor& x, int64_t frames, Numbers parameters,
-                                        const Tensor& kept, int64_t inner, int64_t outer, std::vector<bool> needs) {
-  count_of(inner, outer, parameters);
+                                        const Tensor& kept, int64_t inner, int64_t outer, bool averaged,
+                                        std::vector<bool> needs) {
+  count_of(inner, outer, averaged, parameters);
   const size_t n = parameters.size();
   AIA_CHECK(needs.size() == n + 1, "needs must hold an entry for each of ", n, " parameters and for x, got ",
             needs.size());
@@ -433,8 +459,9 @@ std::vector<Tensor> unit_propagate_back(const Tensor& grad_y, const Tensor& x, i
     given = std::memcpy(own.mutable_data_ptr(), given, places.bytes);
   }
   auto* memory = static_cast<char*>(const_cast<void*>(given));
-  const Context of_inner = places.at(memory, x, a, turned_weights(parameters, inner, outer, a, x), inner, outer, false),
-                of_outer = places.at(memory, x, a, turned_weights(parameters, outer, inner, a, x), outer, inner, true);
+  Context of_inner = places.at(memory, x, a, turned_weights(parameters, inner, outer, a, x), inner, outer, false);
+  of_inner.averaged = averaged;
+  const Context of_outer = places.at(memory, x, a, turned_weights(parameters, outer, inner, a, x), outer, inner, true);
   Numbers found(n);
   for (size_t i = 0; i < n; ++i)
     if (needs[i] && parameters[i]) found[i] = new_gradient(*parameters[i]);

@@ -5,10 +5,11 @@
 
 namespace aia::cpu {
 
-// The gates of a context, 0 for none, which is the number of them.
+// The gates of a context, 0 for none, which is the number of them; averaged: over the channels, of an inner context.
 struct ContextOfGates {
   const Gates& gates;
   int context;
+  bool averaged = false;
 };
 
 // y, stored as x is, of x as `a` describes it.

@@ -7,21 +7,14 @@
 #include <vector>
 
 #include "../common/moments.h"
+#include "../cpu/average.h"
 #include "cpu.h"
 #include "cpu_gates.h"
 
 namespace aia::cpu {
 
-// Calls body(begin, end) for all units, on several threads if there are so many elements that waking these pays: as
-// many as torch's own elementwise operators ask for. An element of a map takes a gate 54 multiply-adds.
-constexpr int64_t kElementsAlone = 32768, kCostOfGate = 8;
-template <class Body>
-void split(int64_t units, int64_t elements, const Body& body) {
-  if (elements < kElementsAlone)
-    body(int64_t{0}, units);
-  else
-    parallel(units, body);
-}
+// An element of a map takes a gate 54 multiply-adds.
+constexpr int64_t kCostOfGate = 8;
 inline int64_t elements_of(const Activation& a) { return a.B * a.T * a.C * a.H * a.W; }
 template <class Body>
 void split_gates(const PackedDims& d, const Body& body) {
@@ -52,6 +45,20 @@ inline void unpool_reduce_into(const Activation& a, const void* x, const Unpoole
   const Volume v = volume_of(a, pass.lanes);
   split(reduction_units(v, gate_context), elements_of(a),
         [&](int64_t begin, int64_t end) { pass.unpool_reduce(v, x, from, gate_context, grad_gate, begin, end); });
+}
+
+// Of packed spacetime gates [B, M] the average over channels [B, T * H * W], and the transpose.
+template <class A>
+void average_into(const Activation& a, const A* gate, A* averaged) {
+  const Volume v = volume_of(a);
+  split(a.B, a.B * a.packed(kSpacetime),
+        [&](int64_t begin, int64_t end) { passes<AveragePasses<A>>().average(v, gate, averaged, begin, end); });
+}
+template <class A>
+void spread_into(const Activation& a, const A* grad, A* grad_gate) {
+  const Volume v = volume_of(a);
+  split(a.B, a.B * a.packed(kSpacetime),
+        [&](int64_t begin, int64_t end) { passes<AveragePasses<A>>().spread(v, grad, grad_gate, begin, end); });
 }
 
 inline void recalibrate_into(const Activation& a, const void* x, const Gate& gate, void* y) {

@@ -23,7 +23,7 @@ if backends.select("cpu", torch.float32, "attention_in_attention") != "cpu":
 
 #: Float64 sums in another order, of at most some hundred terms of order one, through batch norms of little variance.
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-ORDINARY = [name for name, unit in UNITS.items() if not unit.averaged]
+ORDINARY = [*UNITS]
 FORMS = {
     "contiguous": lambda: torch.randn(8, 5, 3, 4, dtype=torch.float64),
     "channels_last": lambda: FORMS["contiguous"]().to(memory_format=torch.channels_last),
@@ -224,9 +224,9 @@ def test_submodules_that_are_gone():
         module(FORMS["contiguous"]())
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "autocast", "averages", "expanded", "named backend"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "autocast", "expanded", "named backend"])
 def test_what_takes_another_way(name, calls):
-    module, x, context = unit("STinC2" if name == "averages" else "CinST").eval(), FORMS["contiguous"](), None
+    module, x, context = unit("CinST").eval(), FORMS["contiguous"](), None
     if name == "float32":
         module.float()  # x is not: refused by name
         with pytest.raises(TypeError, match=r"weight of gate C: got torch\.float32"):

@@ -1,4 +1,4 @@
-"""STinC2's averaged gate: the passes that CUDA has for it, and PyTorch's operators in their place elsewhere."""
+"""STinC2's averaged gate: the passes that CUDA and the CPU have for it, and PyTorch's operators in their place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pass_cases
 import pytest
 import torch
 from agreement import assert_within_budget
-from pass_backends import CUDA, each, on, passes_fixture
+from pass_backends import CPU, CUDA, each, on, passes_fixture
 from pass_cases import Case, agrees
 from raw_arguments import REFUSED, changed, implementation, put, to, wide
 
@@ -38,9 +38,9 @@ def random_map(case: Case, context: int) -> torch.Tensor:
     return torch.randn(sizes, dtype=accumulate_dtype(case.dtype)).to(pass_cases.DEVICE)
 
 
-@each((CUDA, CASES))
+@each((CPU, CASES), (CUDA, CASES))
 def test_against_operators_of_pytorch(passes, case):
-    sizes, order = case.shape, case.order
+    sizes, order = case.shape, passes.map_order(case.order)
     average, spread = algorithm.average_over_channels, algorithm.spread_over_channels
     for context, forms, terms in ((maps.SPACETIME, average, 3 * sizes[2]), (maps.CHANNEL, spread, max(sizes))):
         given = random_map(case, context)
@@ -71,7 +71,7 @@ GATE, GRAD = ((2, maps.packed_size((2, 3, 4, 5, 6), context)) for context in (ma
 #: Operator, argument, what it becomes, the words expected.
 BAD = [
     ("average_gate", 0, to(torch.bfloat16), "gate must be float32 or float64"),
-    ("average_gate", 0, lambda t: t[:, 1:], r"gate must be contiguous float32 \[2, 234\]"),
+    ("average_gate", 0, lambda t: t[:, 1:], r"gate must be contiguous float32 \[2, 252\]"),
     ("average_gate", 0, wide(1), "gate must be contiguous"),
     ("average_gate", 0, lambda t: t[:0], r"gate must be \[B, M\] with B > 0"),
     ("average_gate_back", 0, lambda t: t[0], r"grad must be \[B, M\] with B > 0"),
@@ -81,13 +81,22 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
 @pytest.mark.parametrize("name, place, change, words", BAD)
-def test_what_is_refused(name, place, change, words):
-    if (reason := extension.without_cuda()) is not None:
+def test_what_is_refused(name, place, change, words, key):
+    if (reason := extension.load() if key == "CPU" else extension.without_cuda()) is not None:
         pytest.skip(reason)
     good = [torch.randn(GATE if name == "average_gate" else GRAD), [3, 4, 5, 6], 0]
     with pytest.raises(REFUSED, match=words):
-        implementation("CUDA", name, changed(good, place, change))
+        implementation(key, name, changed(good, place, change))
+
+
+def test_an_order_that_the_cpu_does_not_store():
+    if (reason := extension.load()) is not None:
+        pytest.skip(reason)
+    for name, sizes in (("average_gate", GATE), ("average_gate_back", GRAD)):
+        with pytest.raises(REFUSED, match="order must be that in which the CPU stores maps, got 2"):
+            implementation("CPU", name, [torch.randn(sizes), [3, 4, 5, 6], 2])
 
 
 @pytest.mark.parametrize("name, sizes, found", [("average_gate", GATE, GRAD), ("average_gate_back", GRAD, GATE)])

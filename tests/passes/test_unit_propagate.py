@@ -7,7 +7,7 @@ import torch
 from pass_cases import CASES
 from torch.library import opcheck
 from torch.testing import assert_close
-from unit_cases import NORMS, ONE_BY_ONE, PASSES, UNITS_IN_ONE, arguments
+from unit_cases import NORMS, ONE_BY_ONE, PASSES, arguments
 
 from aia_kernels import schemas
 from aia_kernels.algorithms import attention_in_attention as algorithm
@@ -32,7 +32,7 @@ def given(unit: str, case: str, norm: str, ndim: int = 5):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("case", ["prime", "prime THWC", "prime CTHW", "one frame", "bf16 THWC", "fp16", "fp64"])
-@pytest.mark.parametrize("unit", UNITS_IN_ONE)
+@pytest.mark.parametrize("unit", UNITS)
 def test_as_one_by_one(unit, case, norm):
     ndim = 5 if CASES[case][1] == "CTHW" else 4
     of_unit, x, grad_y, parameters, fixed, (plan, gates) = given(unit, case, norm, ndim)
@@ -48,7 +48,7 @@ def test_as_one_by_one(unit, case, norm):
     of_gates = [g for weight, affine in zip(*of_parameters, strict=True) for g in (weight, *affine)]
     wanted = [None if p is None else g for p, g in zip(parameters, of_gates, strict=True)]
     wanted.append(as_input(grad_x, ndim))
-    contexts = UNITS[unit].inner, UNITS[unit].outer
+    contexts = UNITS[unit].inner, UNITS[unit].outer, UNITS[unit].averaged
     for left_out in (None, 0, 1, len(wanted) - 1):
         needs = [i != left_out and g is not None for i, g in enumerate(wanted)]
         found = PASSES.unit_propagate_back(grad_y, x, of_unit.frames, parameters, kept, *contexts, needs)
@@ -56,7 +56,7 @@ def test_as_one_by_one(unit, case, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("unit", UNITS_IN_ONE)
+@pytest.mark.parametrize("unit", UNITS)
 def test_nothing_is_kept_where_nobody_asks(unit, norm):
     of_unit, x, _, parameters, fixed, _ = given(unit, "prime", norm)
     (y, kept), (found, numbers) = (
@@ -104,7 +104,7 @@ def test_what_is_kept_may_lie_anywhere():
     of_unit, x, grad_y, parameters, _, _ = given("CinST", "prime", "batch")
     _, kept = of_units.forward(of_unit, x, parameters, of_units.Buffers(), True)
     moved = torch.empty(kept.numel() + 1, dtype=torch.uint8)[1:].copy_(kept)
-    settings = of_unit.unit.inner, of_unit.unit.outer, [True] * 13
+    settings = of_unit.unit.inner, of_unit.unit.outer, False, [True] * 13
     want, found = (
         PASSES.unit_propagate_back(grad_y, x, of_unit.frames, parameters, of, *settings) for of in (kept, moved)
     )
@@ -114,7 +114,7 @@ def test_what_is_kept_may_lie_anywhere():
 def raw() -> tuple[list, list]:
     """Arguments of unit_propagate_ and of unit_propagate_back."""
     of_unit, x, grad_y, parameters, _, _ = given("CinST", "prime", "batch", 4)
-    contexts = of_unit.unit.inner, of_unit.unit.outer
+    contexts = of_unit.unit.inner, of_unit.unit.outer, False
     settings = [1e-5] * 4, [True] * 4, 0.25, *contexts, True
     forward = [x, of_unit.frames, parameters, [], buffers(4, 3), *settings]
     _, kept = PASSES.unit_propagate_(*forward)
@@ -143,7 +143,14 @@ BAD = {
     "a gradient of another shape": (1, 0, torch.ones(1), "grad_y and x must agree"),
     "kept of another size": (1, 4, torch.ones(64, dtype=torch.uint8), "kept must be contiguous uint8"),
     "kept of another type": (1, 4, torch.ones(64), "kept must be contiguous uint8"),
-    "no answer for x": (1, 7, [True] * 12, "needs must hold an entry for each of 12 parameters and for x, got 12"),
+    "an average over the channels of a gate over C": (
+        0,
+        10,
+        True,
+        "averaged must be of an inner context over T, H and W",
+    ),
+    "the same, backward": (1, 7, True, "averaged must be of an inner context over T, H and W, got 1"),
+    "no answer for x": (1, 8, [True] * 12, "needs must hold an entry for each of 12 parameters and for x, got 12"),
 }
 
 

@@ -61,7 +61,7 @@ def test_the_chosen_backend_runs():
     assert ran("cpu") == ran("auto") == ALONE
 
 
-@pytest.mark.parametrize("name", ["C", "ST", "CinST", "STinC"])
+@pytest.mark.parametrize("name", ["C", "ST", "CinST", "STinC", "STinC2"])
 def test_nothing_runs_between_the_passes(name):
     """At small sizes calls are what a unit costs: one each way."""
     skip_unless_runnable("cpu", "cpu")
