@@ -175,6 +175,18 @@ _CONVOLVE_SCHEMAS = {
     "(Tensor grad_pooled, Tensor grad_weight)",
 }
 
+# The channel gate, of the pools [B, pools, C] of each sample: hidden [B, pools, hidden] = relu(weight_1 pool + bias_1)
+# and channel [B, C] = sigmoid(weight_2 (sum of hidden over pools) + pools * bias_2); and the transpose, in pooled, both
+# weights, [hidden, C] and [C, hidden], and both biases. All contiguous and in one accumulation type. A backend may lack
+# these two; PyTorch's operators then take their place. No x-sized traffic.
+_CHANNEL_GATE_SCHEMAS = {
+    "cbam_channel_gate": "(Tensor pooled, Tensor weight_1, Tensor? bias_1, Tensor weight_2, Tensor? bias_2) -> "
+    "(Tensor hidden, Tensor channel)",
+    "cbam_channel_gate_backward": "(Tensor grad_channel, Tensor pooled, Tensor hidden, Tensor channel, "
+    "Tensor weight_1, Tensor weight_2) -> (Tensor grad_pooled, Tensor grad_weight_1, Tensor grad_bias_1, "
+    "Tensor grad_weight_2, Tensor grad_bias_2)",
+}
+
 # Attention by a memory per sample (algorithms/linear_attention.py; N here is its number of tokens, d the features of a
 # key in each of H heads). logits [B, 2 H d, N] are Z, the keys and then the queries of all heads, tokens contiguous.
 # feature is the place of phi in reference.linear_attention.FEATURES; a head has R rows of phi, d + 1 for l2, else d.
@@ -294,6 +306,7 @@ FOLD_PASSES = tuple(_FOLD_SCHEMAS)
 SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 CBAM_PASSES = tuple(_CBAM_SCHEMAS)
 CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
+CHANNEL_GATE_PASSES = tuple(_CHANNEL_GATE_SCHEMAS)
 MEMORY_PASSES = tuple(_MEMORY_SCHEMAS)
 MEMORY_PROPAGATE_PASSES = tuple(_MEMORY_PROPAGATE_SCHEMAS)
 PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
@@ -302,8 +315,9 @@ EXTERNAL_PROPAGATE_PASSES = tuple(_EXTERNAL_PROPAGATE_SCHEMAS)
 AVERAGE_PASSES = tuple(_AVERAGE_SCHEMAS)
 
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
-_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS | _MEMORY_PROPAGATE_SCHEMAS
+_PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _CHANNEL_GATE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS
 _PASS_SCHEMAS |= _UNIT_SCHEMAS | _EXTERNAL_PROPAGATE_SCHEMAS | _AVERAGE_SCHEMAS | _FOLD_SCHEMAS | _NORMALIZE_SCHEMAS
+_PASS_SCHEMAS |= _MEMORY_PROPAGATE_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():
@@ -621,6 +635,19 @@ def _(pooled, weight):
 @_fake("cbam_convolve_backward")
 def _(grad_z, pooled, weight):
     return torch.empty_like(pooled), torch.empty_like(weight)
+
+
+@_fake("cbam_channel_gate")
+def _(pooled, weight_1, bias_1, weight_2, bias_2):
+    b, pools, c = pooled.shape
+    return pooled.new_empty((b, pools, len(weight_1))), pooled.new_empty((b, c))
+
+
+@_fake("cbam_channel_gate_backward")
+def _(grad_channel, pooled, hidden, channel, weight_1, weight_2):
+    biases = (pooled.new_empty(len(weight)) for weight in (weight_1, weight_2))
+    of_1, of_2 = zip(map(torch.empty_like, (weight_1, weight_2)), biases, strict=True)
+    return torch.empty_like(pooled), *of_1, *of_2
 
 
 def _memory_rows(logits: Tensor, feature: int, heads: int) -> int:

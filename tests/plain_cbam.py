@@ -65,6 +65,22 @@ class PlainCbam:
             guided = guided * of_channels(channel) + self.unpooled_positions(grad_y, grad_channel, channel_argmax)
         return (guided + rest).to(grad_y.dtype)
 
+    def cbam_channel_gate(
+        self, pooled: Tensor, weight_1: Tensor, bias_1: Tensor | None, weight_2: Tensor, bias_2: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        hidden = (pooled @ weight_1.mT + (0 if bias_1 is None else bias_1)).relu()
+        return hidden, (hidden @ weight_2.mT + (0 if bias_2 is None else bias_2)).sum(1).sigmoid()
+
+    def cbam_channel_gate_backward(
+        self, grad_channel: Tensor, pooled: Tensor, hidden: Tensor, channel: Tensor, weight_1: Tensor, weight_2: Tensor
+    ) -> tuple[Tensor, ...]:
+        grad = grad_channel * channel * (1 - channel)
+        of_hidden = torch.where(hidden <= 0, 0.0, (grad @ weight_2).unsqueeze(1))
+        of_weight_1 = (of_hidden.mT @ pooled).sum(0)
+        of_weight_2 = grad.mT @ hidden.sum(1)
+        of_biases = of_hidden.sum((0, 1)), grad.sum(0) * hidden.shape[1]
+        return of_hidden @ weight_1, of_weight_1, of_biases[0], of_weight_2, of_biases[1]
+
     @staticmethod
     def unpooled_channels(x: Tensor, grad: Tensor, argmax: Tensor) -> Tensor:
         """U of the spatial features [B, 2, H, W]: [B, C, H, W]."""

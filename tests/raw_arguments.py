@@ -64,6 +64,7 @@ def _of_cbam() -> dict[str, list]:
     of_channels = torch.rand(B, C), x(B, 2, C), torch.zeros(B, C, dtype=torch.int32)
     of_positions = torch.rand(B, 1, H, W), x(B, 2, H, W), torch.zeros(B, H, W, dtype=torch.int32)
     gates = torch.rand(B, C), torch.rand(B, 1, H, W)
+    pooled, first, second = x(B, 2, C), x(3, C), x(C, 3)
     return {
         "cbam_pool_positions": [x(B, C, H, W)],
         "cbam_pool_channels": [x(B, C, H, W), torch.rand(B, C)],
@@ -71,6 +72,8 @@ def _of_cbam() -> dict[str, list]:
         "cbam_recalibrate_reduce": [x(B, C, H, W), x(B, C, H, W), x(B, C, H, W), *gates],
         "cbam_unpool_reduce": [x(B, C, H, W), x(B, 2, H, W), torch.zeros(B, H, W, dtype=torch.int32)],
         "cbam_unpool": [x(B, C, H, W), x(B, C, H, W), *of_channels, *of_positions],
+        "cbam_channel_gate": [pooled, first, x(3), second, x(C)],
+        "cbam_channel_gate_backward": [x(B, C), pooled, x(B, 2, 3), x(B, C), first, second],
         "cbam_convolve": [x(B, 2, H, W), x(1, 2, 3, 3)],
         "cbam_convolve_backward": [x(B, 1, H, W), x(B, 2, H, W), x(1, 2, 3, 3)],
     }

@@ -29,13 +29,17 @@ from torch import Tensor
 
 from ..common.autocast import without_autocast
 from ..common.dtypes import accumulate_dtype
-from ..common.layouts import save, saved, stored_as, unviewed
+from ..common.layouts import contiguous, save, saved, stored_as, unviewed
 from ..common.process_groups import gather, joint_statistics, resolve
 from ..reference import MLP, Gate, Norm, cbam
 from .double_backward import backward_is_followed, gradients
 
 #: Where the pools of a channel gate stand in pooled features, "mix" being the mean of both; others have no pass.
 POOLS = {"max": (0,), "avg": (1,), "mix": (0, 1)}
+
+#: Rows of the MLP's products beyond which those of PyTorch take over: they first copy the weights into panels, which as
+#: many rows pay for.
+MOST_ROWS = 32
 
 
 class Plan(NamedTuple):
@@ -167,9 +171,17 @@ def _selected(pooled: Tensor, selection: list[tuple[int, ...]] | None) -> Tensor
     return torch.stack([pooled[:, places].mean(1) for places in selection], 1)
 
 
+def _has_products(passes: Any, pooled: Tensor) -> bool:
+    """Whether passes have the MLP as one, and take pools [B, pools, C] in less time than PyTorch's products."""
+    return hasattr(passes, "cbam_channel_gate") and pooled.shape[0] * pooled.shape[1] <= MOST_ROWS
+
+
 def _channel_gate(plan: Plan, pooled: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
     """The hidden layer [B, pools, hidden] and g_c [B, C]. The second map is linear: the pools are added before it."""
-    hidden = F.linear(_selected(pooled, _selection(plan)), p.weight_1, p.bias_1).relu()
+    pooled = _selected(pooled, _selection(plan))
+    if _has_products(plan.passes, pooled):
+        return plan.passes.cbam_channel_gate(pooled, *contiguous(*p[:4]))
+    hidden = F.linear(pooled, p.weight_1, p.bias_1).relu()
     bias = None if p.bias_2 is None else p.bias_2 * hidden.shape[1]
     return hidden, F.linear(hidden.sum(1), p.weight_2, bias).sigmoid()
 
@@ -178,17 +190,21 @@ def _channel_gate_backward(plan: Plan, grad: Tensor, kept: Kept, p: Parameters) 
     """The gradients of the pooled features [B, 2, C], and of weight_1, bias_1, weight_2 and bias_2."""
     hidden, g, selection = kept.hidden, kept.channel, _selection(plan)
     pooled = _selected(kept.channel_pooled, selection)
-    grad = grad * g * (1 - g)
-    # As relu's own backward: what does not pass is 0, though the gradient be infinite or NaN.
-    grad_hidden = torch.where(hidden <= 0, 0.0, (grad @ p.weight_2).unsqueeze(1))
-    flat = grad_hidden.flatten(0, 1)
-    grad_pooled = (flat @ p.weight_1).view_as(pooled)
+    if _has_products(plan.passes, pooled):
+        of_gate = pooled, hidden, g, *contiguous(p.weight_1, p.weight_2)
+        grad_pooled, *grads = plan.passes.cbam_channel_gate_backward(grad, *of_gate)
+    else:
+        grad = grad * g * (1 - g)
+        # As relu's own backward: what does not pass is 0, though the gradient be infinite or NaN.
+        grad_hidden = torch.where(hidden <= 0, 0.0, (grad @ p.weight_2).unsqueeze(1))
+        flat = grad_hidden.flatten(0, 1)
+        grad_pooled = (flat @ p.weight_1).view_as(pooled)
+        grads = [flat.mT @ pooled.flatten(0, 1), flat.sum(0), grad.mT @ hidden.sum(1), grad.sum(0) * hidden.shape[1]]
     if selection is not None:
         of_pools, grad_pooled = grad_pooled, torch.zeros_like(kept.channel_pooled)
         for i, places in enumerate(selection):
             grad_pooled[:, places] += of_pools[:, i : i + 1] / len(places)
-    grad_1 = flat.mT @ pooled.flatten(0, 1), flat.sum(0)
-    return grad_pooled, *grad_1, grad.mT @ hidden.sum(1), grad.sum(0) * hidden.shape[1]
+    return grad_pooled, *grads
 
 
 def _statistics(plan: Plan, z: Tensor, p: Parameters) -> Tensor:

@@ -382,7 +382,7 @@ def passes(name: str, family: str) -> Any:
             vars(with_products).update((p, getattr(found, p)) for p in more)
         return with_products
     if family == "cbam" and name == "cpu":
-        more = *schemas.CONVOLVE_PASSES, "move_statistics_"
+        more = *schemas.CONVOLVE_PASSES, *schemas.CHANNEL_GATE_PASSES, "move_statistics_"
         vars(found).update((p, schemas.callable_pass(p)) for p in more)
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order

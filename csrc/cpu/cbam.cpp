@@ -69,6 +69,7 @@ AIA_INLINE void store_index32(int32_t* p, IVec<A> wide, Lanes n) {
   __builtin_memcpy(p, &index, sizeof index);
 }
 
+constexpr unsigned kAllLanes = (1u << kLanes) - 1;
 template <class A>
 constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
@@ -81,34 +82,7 @@ struct Pooled {
     sum += v;
     max_first<A>(v, index, max, argmax);
   }
-  // Another run of elements, whichever comes first.
-  AIA_INLINE void take_larger(Vec<A> v, IVec<A> index) {
-    const IVec<A> nan = max != max, other_nan = v != v;
-    const IVec<A> larger = ~nan & (other_nan | (v > max));
-    const IVec<A> equal = (v == max) | (nan & other_nan);
-    const IVec<A> take = larger | (equal & (index < argmax));
-    max = take ? v : max;
-    argmax = take ? index : argmax;
-  }
-  AIA_INLINE void merge(const Pooled& other) {
-    sum += other.sum;
-    take_larger(other.max, other.argmax);
-  }
 };
-
-// Of as many rows as there are lanes, each into one lane.
-template <class A>
-Pooled<A> across_lanes(const Pooled<A>* rows) {
-  Vec<A> sums[kLanes], maxima[kLanes];
-  IVec<A> indices[kLanes];
-  for (int i = 0; i < kLanes; ++i) sums[i] = rows[i].sum, maxima[i] = rows[i].max, indices[i] = rows[i].argmax;
-  transpose(sums);
-  transpose(maxima);
-  transpose(indices);
-  Pooled<A> total{sums[0], maxima[0], indices[0]};
-  for (int i = 1; i < kLanes; ++i) total.merge({sums[i], maxima[i], indices[i]});
-  return total;
-}
 
 // n values of what is absent.
 template <class A>
@@ -150,49 +124,108 @@ AIA_INLINE void for_some_rows(int64_t first, int64_t last, Some&& some) {
   for (; r < last; ++r) some(r, std::integral_constant<int, 1>{});
 }
 
+// A row of n elements, times a gate where there is one. Lanes beyond its end are -inf as maxima see them.
 template <class T, bool kGated, class A = Accumulate<T>>
-AIA_INLINE Pooled<A> pool_row(const T* row, const A* gate, int64_t n) {
-  const auto value = [&](int64_t i, auto lanes) {
-    const Vec<A> v = load(row + i, lanes);
+struct GatedRow {
+  const T* data;
+  const A* gate;
+  int64_t n;
+
+  template <class Lanes>
+  AIA_INLINE Vec<A> operator()(int64_t i, Lanes lanes) const {
+    const Vec<A> v = load(data + i, lanes);
     return kGated ? v * load(gate + i, lanes) : v;
-  };
-  Pooled<A> total, odd;  // two chains of maxima, each of which waits for itself
-  IVec<A> index = iota<A>();
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes, index += 2 * kLanes) {
-    total.add(value(i, kFull), index);
-    odd.add(value(i + kLanes, kFull), index + kLanes);
   }
-  for_vectors_once<A>(i, n, [&](int64_t at, auto lanes, auto fresh) {
-    const Vec<A> v = value(at, lanes);
-    odd.sum += fresh(v, Vec<A>{});
-    odd.take_larger(fresh(v, splat(kLowest<A>)), iota<A>() + splat_index<A>(at));
+  // The vector at i, at most, that ends inside the row: a short row has but one.
+  AIA_INLINE Vec<A> candidates(int64_t i) const {
+    if (n >= kLanes) return (*this)(i, kFull);
+    return iota<A>() < splat_index<A>(n) ? (*this)(0, static_cast<int>(n)) : splat(kLowest<A>);
+  }
+};
+
+// By two chains of each, which wait for themselves. A NaN leaves a sum of NaN, and any maximum.
+template <class A, class Row>
+AIA_INLINE void sum_and_max(const Row& row, Vec<A>& sum, Vec<A>& max) {
+  Vec<A> odd_sum{}, odd_max = splat(kLowest<A>);
+  sum = odd_sum, max = odd_max;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= row.n; i += 2 * kLanes) {
+    const Vec<A> even = row(i, kFull), odd = row(i + kLanes, kFull);
+    sum += even, odd_sum += odd;
+    max = larger<A>(even, max), odd_max = larger<A>(odd, odd_max);
+  }
+  for_vectors_once<A>(i, row.n, [&](int64_t at, auto lanes, auto fresh) {
+    const Vec<A> v = row(at, lanes);
+    sum += fresh(v, Vec<A>{});
+    max = larger<A>(fresh(v, splat(kLowest<A>)), max);
   });
-  total.merge(odd);
-  return total;
+  sum += odd_sum;
+  max = larger<A>(odd_max, max);
+}
+
+// The first element of a row for which found(vector) has a bit, or n. Four vectors are asked at a time, the last ones
+// of a row in part again: one branch, which few rows take twice.
+template <class Row, class Found>
+AIA_INLINE int64_t first_where(const Row& row, Found&& found) {
+  const int64_t last = std::max<int64_t>(0, row.n - kLanes);
+  for (int64_t i = 0; i < row.n; i += 4 * kLanes) {
+    const int64_t begin = std::min(i, last);
+    uint64_t bits = 0;
+    for (int k = 0; k < 4; ++k) {
+      const int64_t at = std::min(begin + k * kLanes, last);
+      bits |= static_cast<uint64_t>(found(row.candidates(at))) << (at - begin);
+    }
+    if (bits) return begin + __builtin_ctzll(bits);
+  }
+  return row.n;
+}
+
+// Of as many rows as there are lanes or fewer, rows(k): first sums and maxima, in the fewest instructions, and then for
+// each maximum where it is.
+template <class A, class Rows>
+AIA_INLINE void pool_some_rows(int count, Rows&& rows, A share, A* maximum, A* mean, int32_t* argmax) {
+  Vec<A> sums[kLanes] = {}, maxima[kLanes] = {};
+  for (int k = 0; k < count; ++k) sum_and_max<A>(rows(k), sums[k], maxima[k]);
+  const Vec<A> sum = join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
+  const Vec<A> max = join_each<A>(maxima, [](Vec<A> a, Vec<A> b) { return larger<A>(a, b); });
+  store(maximum, max, count);
+  store(mean, sum * share, count);
+  const unsigned numbers = equal_lanes<A>(sum, sum);
+  for (int k = 0; k < count; ++k) {
+    const auto row = rows(k);
+    int64_t at = row.n;
+    if (!(numbers >> k & 1)) at = first_where(row, [](Vec<A> v) { return ~equal_lanes<A>(v, v) & kAllLanes; });
+    if (at < row.n)
+      maximum[k] = std::numeric_limits<A>::quiet_NaN();
+    else
+      at = first_where(row, [m = splat(maximum[k])](Vec<A> v) { return equal_lanes<A>(v, m); });
+    argmax[k] = static_cast<int32_t>(at);
+  }
+}
+
+template <class T, bool kGated>
+void pool_gated_columns(const Matrix& x, const T* data, const Accumulate<T>* gate, Accumulate<T>* pooled,
+                        int32_t* argmax, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
+  const A share = A(1) / static_cast<A>(x.columns);
+  for_rows_of_units(x, begin, end, [&](int64_t b, int64_t first, int64_t last) {
+    A *maximum = pooled + b * 2 * x.rows, *mean = maximum + x.rows;
+    const A* factors = kGated ? gate + b * x.columns : nullptr;
+    for (int64_t r = first; r < last; r += kLanes) {
+      const T* rows = data + b * x.size() + r * x.columns;
+      pool_some_rows<A>(
+          static_cast<int>(std::min<int64_t>(kLanes, last - r)),
+          [&](int k) { return GatedRow<T, kGated>{rows + k * x.columns, factors, x.columns}; }, share, maximum + r,
+          mean + r, argmax + b * x.rows + r);
+    }
+  });
 }
 
 template <class T>
 void pool_columns(const Matrix& x, const T* data, const Accumulate<T>* gate, Accumulate<T>* pooled, int32_t* argmax,
                   int64_t begin, int64_t end) {
-  using A = Accumulate<T>;
-  const A share = A(1) / static_cast<A>(x.columns);
-  for_rows_of_units(x, begin, end, [&](int64_t b, int64_t first, int64_t last) {
-    A *maximum = pooled + b * 2 * x.rows, *mean = maximum + x.rows;
-    const A* factors = gate ? gate + b * x.columns : nullptr;
-    Pooled<A> rows[kLanes];
-    for (int64_t r = first; r < last; r += kLanes) {
-      const auto lanes = static_cast<int>(std::min<int64_t>(kLanes, last - r));
-      for (int k = 0; k < lanes; ++k) {
-        const T* row = data + b * x.size() + (r + k) * x.columns;
-        rows[k] = gate ? pool_row<T, true>(row, factors, x.columns) : pool_row<T, false>(row, factors, x.columns);
-      }
-      const Pooled<A> total = across_lanes<A>(rows);
-      store(maximum + r, total.max, lanes);
-      store(mean + r, total.sum * share, lanes);
-      store_index32<A>(argmax + b * x.rows + r, total.argmax, lanes);
-    }
-  });
+  const auto pass = gate ? pool_gated_columns<T, true> : pool_gated_columns<T, false>;
+  pass(x, data, gate, pooled, argmax, begin, end);
 }
 
 template <class T>
@@ -341,17 +374,19 @@ struct OfRow {
     const A* grad = static_cast<const A*>(side.grad) + b * 2 * n + r;
     peak = grad[0], mean = grad[n] * share, argmax = side.argmax[b * n + r];
   }
-  template <class Lanes>
-  AIA_INLINE Vec<A> gate_at(int64_t, Lanes) const {
-    return splat(gate);
-  }
-  template <class Lanes>
-  AIA_INLINE Vec<A> unpooled(int64_t i, Lanes) const {
+  AIA_INLINE Vec<A> unpooled(int64_t i) const {
     return add_where<A>(iota<A>() + splat_index<A>(i) == splat_index<A>(argmax), splat(mean), splat(peak));
   }
 };
 
-// The same of the n columns: their indices count rows, of which `row` is met.
+// The same of some of the n columns: their indices count rows, of which r is met.
+template <class A>
+struct SomeColumns {
+  Vec<A> gate, mean, peak;
+  IVec<A> argmax;
+
+  AIA_INLINE Vec<A> unpooled(int64_t r) const { return add_where<A>(argmax == splat_index<A>(r), mean, peak); }
+};
 template <class A>
 class OfColumns {
  public:
@@ -364,16 +399,11 @@ class OfColumns {
     mean_ = side_.grad ? peak_ + n_ : peak_;
     argmax_ = or_constant<int32_t>(side_.argmax ? side_.argmax + b * n_ : nullptr, -1, n_, none_);
   }
-  void meet_row(int64_t r) { row_ = splat_index<A>(r); }
 
   template <class Lanes>
-  AIA_INLINE Vec<A> gate_at(int64_t i, Lanes lanes) const {
-    return load(gate_ + i, lanes);
-  }
-  template <class Lanes>
-  AIA_INLINE Vec<A> unpooled(int64_t i, Lanes lanes) const {
-    const IVec<A> here = load_index32<A>(argmax_ + i, lanes) == row_;
-    return add_where<A>(here, load(mean_ + i, lanes) * share_, load(peak_ + i, lanes));
+  AIA_INLINE SomeColumns<A> at(int64_t i, Lanes lanes) const {
+    return {load(gate_ + i, lanes), load(mean_ + i, lanes) * share_, load(peak_ + i, lanes),
+            load_index32<A>(argmax_ + i, lanes)};
   }
 
  private:
@@ -382,7 +412,6 @@ class OfColumns {
   A share_;
   const A *gate_ = nullptr, *peak_ = nullptr, *mean_ = nullptr;
   const int32_t* argmax_ = nullptr;
-  IVec<A> row_{};
   std::vector<A> ones_, zeros_;
   std::vector<int32_t> none_;
 };
@@ -429,8 +458,7 @@ void reduce_channel_columns(const Matrix& x, const Parts& parts, const T* data, 
       const OfRow<A> of[4] = {side(0), side(count > 1), side(count > 1 ? 2 : 0), side(count > 1 ? 3 : 0)};
       for_vectors(at.n, [&](int64_t i, auto lanes) {
         Vec<A> total = acc[slot(i)];
-        for (int k = 0; k < count; ++k)
-          total += load(rows + k * x.columns + i, lanes) * of[k].unpooled(at.column + i, lanes);
+        for (int k = 0; k < count; ++k) total += load(rows + k * x.columns + i, lanes) * of[k].unpooled(at.column + i);
         acc[slot(i)] = total;
       });
     });
@@ -458,45 +486,56 @@ void join_sums(int64_t parts, int64_t n, const A* from, A* to, int64_t begin, in
     });
 }
 
-template <class T, bool kConfounder, class Channel, class Spatial>
-AIA_INLINE void unpool_row(const T* grad_y, const T* grad_confounder, const Channel& channel, const Spatial& spatial,
-                           T* grad_x, int64_t n) {
-  using A = Accumulate<T>;
-  for_vectors(n, [&](int64_t i, auto lanes) {
-    const Vec<A> g = gradient<T, kConfounder>(grad_y, grad_confounder, i, lanes);
-    const Vec<A> guided = g * spatial.gate_at(i, lanes) + spatial.unpooled(i, lanes);
-    Vec<A> out = guided * channel.gate_at(i, lanes) + channel.unpooled(i, lanes);
-    if (kConfounder) out += load(grad_confounder + i, lanes);
-    store(grad_x + i, out, lanes);
+// Rows that are so short are met four at a time where a level has registers for it: what belongs to columns, most of
+// what is loaded, is loaded once for all four. Four longer ones would be four streams of memory, which are slower.
+constexpr int64_t kShortRow = 4 * kLanes;
+inline bool met_in_fours(const Matrix& x) { return kMasks && x.columns <= kShortRow; }
+
+// Rows r to r + count of a sample, whose elements begin at `at`.
+template <class T, bool kConfounder, bool kRowsAreChannels, int count, class A = Accumulate<T>>
+AIA_INLINE void unpool_some_rows(const Matrix& x, const T* grad_y, const T* grad_confounder, const OfRow<A>* rows,
+                                 const OfColumns<A>& columns, int64_t r, int64_t at, T* grad_x) {
+  for_vectors(x.columns, [&](int64_t i, auto lanes) {
+    const SomeColumns<A> column = columns.at(i, lanes);
+    for (int k = 0; k < count; ++k) {
+      const int64_t place = at + k * x.columns + i;
+      const Vec<A> g = gradient<T, kConfounder>(grad_y, grad_confounder, place, lanes);
+      const Vec<A> of_row = rows[k].unpooled(i), of_column = column.unpooled(r + k);
+      Vec<A> out = kRowsAreChannels ? (g * column.gate + of_column) * rows[k].gate + of_row
+                                    : (g * rows[k].gate + of_row) * column.gate + of_column;
+      if (kConfounder) out += load(grad_confounder + place, lanes);
+      store(grad_x + place, out, lanes);
+    }
   });
 }
 
-template <class T, bool kConfounder>
+template <class T, bool kConfounder, bool kRowsAreChannels>
 void unpool_rows(const Matrix& x, const T* grad_y, const T* grad_confounder, const Side& channel, const Side& spatial,
                  T* grad_x, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const A of_channel = A(1) / static_cast<A>(x.positions()), of_spatial = A(1) / static_cast<A>(x.channels());
-  const Side &of_rows = x.rows_are_channels ? channel : spatial, &of_columns = x.rows_are_channels ? spatial : channel;
-  OfColumns<A> columns(of_columns, x.columns, x.rows_are_channels ? of_spatial : of_channel);
+  const Side &of_rows = kRowsAreChannels ? channel : spatial, &of_columns = kRowsAreChannels ? spatial : channel;
+  OfColumns<A> columns(of_columns, x.columns, kRowsAreChannels ? of_spatial : of_channel);
   for_rows_of_units(x, begin, end, [&](int64_t b, int64_t first, int64_t last) {
     columns.meet(b);
-    for (int64_t r = first; r < last; ++r) {
-      const OfRow<A> row(of_rows, x.rows, b, r, x.rows_are_channels ? of_channel : of_spatial);
-      columns.meet_row(r);
-      const int64_t at = b * x.size() + r * x.columns;
-      const T* other = kConfounder ? grad_confounder + at : nullptr;
-      if (x.rows_are_channels)
-        unpool_row<T, kConfounder>(grad_y + at, other, row, columns, grad_x + at, x.columns);
-      else
-        unpool_row<T, kConfounder>(grad_y + at, other, columns, row, grad_x + at, x.columns);
-    }
+    const auto some = [&](int64_t r, auto count) {
+      const auto rows = at_each<count>(
+          [&](int k) { return OfRow<A>(of_rows, x.rows, b, r + k, kRowsAreChannels ? of_channel : of_spatial); });
+      unpool_some_rows<T, kConfounder, kRowsAreChannels, count>(x, grad_y, grad_confounder, rows.data(), columns, r,
+                                                                b * x.size() + r * x.columns, grad_x);
+    };
+    const int64_t in_fours = met_in_fours(x) ? last : first;
+    for_some_rows(first, in_fours, some);
+    for (int64_t r = in_fours; r < last; ++r) some(r, std::integral_constant<int, 1>{});
   });
 }
 
 template <class T>
 void unpool(const Matrix& x, const T* grad_y, const T* grad_confounder, const Side& channel, const Side& spatial,
             T* grad_x, int64_t begin, int64_t end) {
-  const auto pass = grad_confounder ? unpool_rows<T, true> : unpool_rows<T, false>;
+  const auto pass = x.rows_are_channels ? grad_confounder ? unpool_rows<T, true, true> : unpool_rows<T, false, true>
+                    : grad_confounder   ? unpool_rows<T, true, false>
+                                        : unpool_rows<T, false, false>;
   pass(x, grad_y, grad_confounder, channel, spatial, grad_x, begin, end);
 }
 

@@ -154,4 +154,36 @@ struct MapConvolution {
   }
 };
 
+// The MLP of a channel gate: pools of each sample [B, pools, C], and weights [hidden, C] and [C, hidden].
+struct ChannelMlp {
+  int64_t B, pools, C, hidden;
+  ScalarType type;
+
+  ChannelMlp(const Tensor& pooled, const Tensor& weight_1, const Tensor& weight_2) {
+    const Layout at = check_operand(pooled, pooled, "pooled");
+    type = pooled.scalar_type();
+    AIA_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+              "pooled must be float32 or float64, as pooled features are, got ", name_of(type));
+    AIA_CHECK(at.dim == 3 && at.numel > 0, "pooled must be [B, pools, C] and not empty, got ", described(pooled));
+    B = at.sizes[0], pools = at.sizes[1], C = at.sizes[2];
+    check_contiguous(pooled, {B, pools, C}, type, pooled, "pooled");
+    const Layout of = check_operand(weight_1, pooled, "weight_1");
+    AIA_CHECK(of.dim == 2 && of.numel > 0, "weight_1 must be [hidden, ", C, "] and not empty, got ",
+              described(weight_1));
+    hidden = of.sizes[0];
+    check_contiguous(weight_1, {hidden, C}, type, pooled, "weight_1");
+    check_contiguous(weight_2, {C, hidden}, type, pooled, "weight_2");
+  }
+  void check_biases(const std::optional<Tensor>& bias_1, const std::optional<Tensor>& bias_2, const Tensor& of) const {
+    if (bias_1) check_contiguous(*bias_1, {hidden}, type, of, "bias_1");
+    if (bias_2) check_contiguous(*bias_2, {C}, type, of, "bias_2");
+  }
+  void check_results(const Tensor& grad_channel, const Tensor& of_hidden, const Tensor& channel,
+                     const Tensor& of) const {
+    check_contiguous(grad_channel, {B, C}, type, of, "grad_channel");
+    check_contiguous(of_hidden, {B, pools, hidden}, type, of, "hidden");
+    check_contiguous(channel, {B, C}, type, of, "channel");
+  }
+};
+
 }  // namespace aia

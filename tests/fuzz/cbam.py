@@ -161,6 +161,47 @@ def check_convolve_backward(before, after, results):
         sums_within(got, want, sizes, n)
 
 
+def draw_mlp(r):
+    b, pools, c, hidden = (
+        r.choice((1, 2, 5, 9)),
+        r.choice((1, 2, 3)),
+        r.choice((1, 3, 16, 70)),
+        r.choice((1, 2, 17, 40)),
+    )
+    dtype = r.choice(FLOATS[:2])
+    sizes = (b, pools, c), (hidden, c), (hidden,), (c, hidden), (c,)
+    pooled, first, first_bias, second, second_bias = (placed(r, torch.randn(size).to(dtype)) for size in sizes)
+    return [pooled, first, r.choice((None, first_bias)), second, r.choice((None, second_bias))]
+
+
+def check_mlp(before, after, results):
+    wants, sizes = (
+        plain_cbam.cbam_channel_gate(*double(*before)),
+        [t if t is None else t.abs() for t in double(*before)],
+    )
+    of_hidden, _ = plain_cbam.cbam_channel_gate(*sizes)
+    sums_within(results[0], wants[0], of_hidden, before[0].shape[2])
+    # A logit's error reaches its sigmoid at most by a quarter.
+    of_logits = (of_hidden @ sizes[3].mT + (0 if sizes[4] is None else sizes[4])).sum(1)
+    sums_within(results[1], wants[1], of_logits / 4 + wants[1], sum(before[3].shape))
+
+
+def draw_mlp_backward(r):
+    pooled, first, _, second, _ = draw_mlp(r)
+    (b, pools, c), hidden = pooled.shape, len(first)
+    sizes = (b, c), (b, pools, hidden), (b, c)
+    grad, of_hidden, channel = (torch.randn(size, dtype=pooled.dtype) for size in sizes)
+    return [placed(r, grad), pooled, placed(r, of_hidden.relu()), placed(r, channel.sigmoid()), first, second]
+
+
+def check_mlp_backward(before, after, results):
+    (b, pools, c), hidden = before[1].shape, len(before[4])
+    wants = plain_cbam.cbam_channel_gate_backward(*double(*before))
+    sizes = plain_cbam.cbam_channel_gate_backward(*magnitude(*before))
+    for got, want, of_magnitudes in zip(results, wants, sizes, strict=True):
+        sums_within(got, want, of_magnitudes, b * pools + c + hidden)
+
+
 OPERATORS = {
     "cbam_pool_positions": Operator(draw_pool_positions, check_map_pool("cbam_pool_positions")),
     "cbam_pool_channels": Operator(draw_pool_channels, check_map_pool("cbam_pool_channels")),
@@ -168,6 +209,8 @@ OPERATORS = {
     "cbam_recalibrate_reduce": Operator(draw_map_recalibrate_reduce, check_map_recalibrate_reduce),
     "cbam_unpool_reduce": Operator(draw_map_unpool_reduce, check_map_unpool_reduce),
     "cbam_unpool": Operator(draw_map_unpool, check_map_unpool),
+    "cbam_channel_gate": Operator(draw_mlp, check_mlp),
+    "cbam_channel_gate_backward": Operator(draw_mlp_backward, check_mlp_backward),
     "cbam_convolve": Operator(draw_convolve, check_convolve),
     "cbam_convolve_backward": Operator(draw_convolve_backward, check_convolve_backward),
 }

@@ -438,12 +438,13 @@ def test_every_pass_runs_once():
         y = module(x)
     with Recorder() as backward:
         y.sum().backward()
-    passes = ["cbam_pool_positions", "cbam_pool_channels", "cbam_convolve", "cbam_recalibrate"]
+    passes = ["cbam_pool_positions", "cbam_channel_gate", "cbam_pool_channels", "cbam_convolve", "cbam_recalibrate"]
     assert forward.names == [*passes, "move_statistics_"]
     assert backward.names == [
         "cbam_recalibrate_reduce",
         "cbam_convolve_backward",
         "cbam_unpool_reduce",
+        "cbam_channel_gate_backward",
         "cbam_unpool",
     ]
 

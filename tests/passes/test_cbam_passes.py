@@ -198,6 +198,55 @@ def test_convolve(passes, case, kernel_size):
         agrees(got, want, sizes, n)
 
 
+#: Samples, pools, channels and hidden features: vectors that are full, in part and less than one, rows beyond a block.
+MLPS = [(1, 1, 1, 1), (1, 2, 5, 3), (3, 2, 70, 17), (8, 2, 64, 16), (9, 3, 33, 40), (17, 2, 256, 31)]
+
+
+def mlp_of(sizes: tuple[int, ...], dtype: torch.dtype):
+    b, pools, c, hidden = sizes
+    return [torch.randn(s, dtype=dtype) for s in ((b, pools, c), (hidden, c), (hidden,), (c, hidden), (c,), (b, c))]
+
+
+@on(*CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", MLPS, ids=str)
+@pytest.mark.parametrize("biases", [True, False])
+def test_channel_gate(passes, sizes, dtype, biases):
+    pooled, first, first_bias, second, second_bias, grad = mlp_of(sizes, dtype)
+    if not biases:
+        first_bias = second_bias = None
+    b, pools, c, width = sizes
+    arguments = pooled, first, first_bias, second, second_bias
+    hidden, channel = passes.cbam_channel_gate(*arguments)
+    assert hidden.dtype is channel.dtype is dtype
+    want = plain.cbam_channel_gate(*double(*arguments))
+    sizes_of = magnitude(*arguments)
+    of_hidden, _ = plain.cbam_channel_gate(*sizes_of)
+    agrees(hidden, want[0], of_hidden, c)
+    # A logit's error reaches its sigmoid at most by a quarter.
+    of_logits = (of_hidden @ sizes_of[3].mT + (sizes_of[4] if biases else 0)).sum(1)
+    agrees(channel, want[1], of_logits / 4 + want[1], c + width)
+
+    arguments = grad, pooled, hidden, channel, first, second
+    found = passes.cbam_channel_gate_backward(*arguments)
+    wants = plain.cbam_channel_gate_backward(*double(*arguments))
+    for got, exact, magnitudes in zip(
+        found, wants, plain.cbam_channel_gate_backward(*magnitude(*arguments)), strict=True
+    ):
+        assert got.dtype is dtype and got.shape == exact.shape
+        agrees(got, exact, magnitudes, b * pools + c + width)
+
+
+@on(*CPU)
+def test_channel_gate_of_values_that_are_no_numbers(passes):
+    """NaN goes through ReLU and sigmoid as through torch's; a gate of an infinite logit is 0 or 1."""
+    pooled, first = torch.tensor([math.nan, math.inf, -math.inf]).view(3, 1, 1), torch.tensor([[1.0]])
+    arguments = pooled, first, None, torch.tensor([[-2.0]]), None
+    hidden, channel = passes.cbam_channel_gate(*arguments)
+    want = plain.cbam_channel_gate(*arguments)
+    torch.testing.assert_close((hidden, channel), want, rtol=1e-6, atol=0, equal_nan=True)
+
+
 @on(*CPU)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_same_bits_on_any_number_of_threads(passes, channels_last):
@@ -205,6 +254,8 @@ def test_same_bits_on_any_number_of_threads(passes, channels_last):
     x, grad_y, other = (maps_of(case) for _ in range(3))
     gates, (of_c, arg_c, of_s, arg_s) = gates_of(x), features_of(x)
     weight = numbers(x, 1, 2, 7, 7)
+    pooled, *mlp, grad = mlp_of((9, 2, 512, 65), torch.float32)
+    hidden, channel = passes.cbam_channel_gate(pooled, *mlp)
 
     def everything():
         return [
@@ -216,6 +267,8 @@ def test_same_bits_on_any_number_of_threads(passes, channels_last):
             passes.cbam_unpool(grad_y, other, gates[0], of_c, arg_c, gates[1], of_s, arg_s),
             passes.cbam_convolve(of_s, weight),
             *passes.cbam_convolve_backward(gates[1], of_s, weight),
+            *passes.cbam_channel_gate(pooled, *mlp),
+            *passes.cbam_channel_gate_backward(grad, pooled, hidden, channel, *mlp[::2]),
         ]
 
     same_bits_with_any_threads(everything)
@@ -229,6 +282,7 @@ def test_operator_checks_of_the_framework(kind, channels_last):
     x = maps_of(Maps(shape, channels_last)).cpu()
     gates, (of_c, arg_c, of_s, arg_s) = gates_of(x), features_of(x)
     weight = numbers(x, 1, 2, 3, 3)
+    pooled, *mlp, grad = mlp_of((2, 2, 5, 3), torch.float32)
     passes = backends.passes("cpu", "cbam")
     for operator, arguments in (
         (passes.cbam_pool_positions, (x,)),
@@ -239,5 +293,7 @@ def test_operator_checks_of_the_framework(kind, channels_last):
         (passes.cbam_unpool, (x, None, gates[0], of_c, arg_c, gates[1], of_s, arg_s)),
         (passes.cbam_convolve, (of_s, weight)),
         (passes.cbam_convolve_backward, (gates[1].contiguous(), of_s, weight)),
+        (passes.cbam_channel_gate, (pooled, *mlp)),
+        (passes.cbam_channel_gate_backward, (grad, pooled, numbers(x, 2, 2, 3), grad, *mlp[::2])),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -48,11 +48,12 @@ from aia_kernels.backends import extension
 from aia_kernels.common import maps
 
 #: What the CPU alone has.
-ON_CPU = schemas.CONVOLVE_PASSES + schemas.MEMORY_PASSES + schemas.MEMORY_PROPAGATE_PASSES
+OF_GATES = schemas.CONVOLVE_PASSES + schemas.CHANNEL_GATE_PASSES
+ON_CPU = OF_GATES + schemas.MEMORY_PASSES + schemas.MEMORY_PROPAGATE_PASSES
 NOT_CUDA = (*schemas.CBAM_PASSES, *ON_CPU)
 #: Of Triton the framework's own operators, or part of a product (values, signed).
 NOT_TRITON = "move_statistics_", "residual_relu_", "residual_relu_backward"
-NOT_TRITON += schemas.CONVOLVE_PASSES + schemas.MEMORY_PROPAGATE_PASSES
+NOT_TRITON += OF_GATES + schemas.MEMORY_PROPAGATE_PASSES
 
 
 def cpu(name: str, arguments: list) -> Any:
@@ -305,6 +306,19 @@ BAD = {
         0,
         lambda g: g.repeat(1, 2, 1, 1),
         r"grad_z must be contiguous float32 \[2, 1, 5, 6\]",
+    ),
+    "mlp: rank": ("cbam_channel_gate", 0, lambda p: p[0], r"pooled must be \[B, pools, C\] and not empty"),
+    "mlp: half": ("cbam_channel_gate", 0, to(torch.float16), "pooled must be float32 or float64"),
+    "mlp: no features": ("cbam_channel_gate", 1, lambda w: w[:0], r"weight_1 must be \[hidden, 4\] and not empty"),
+    "mlp: another width": ("cbam_channel_gate", 1, lambda w: w[:, :3], r"weight_1 must be contiguous .*\[3, 4\]"),
+    "mlp: not turned": ("cbam_channel_gate", 3, lambda w: w.mT, r"weight_2 must be contiguous float32 \[4, 3\]"),
+    "mlp: a long bias": ("cbam_channel_gate", 4, lambda b: b.repeat(2), r"bias_2 must be .*\[4\]"),
+    "mlp: one pool": ("cbam_channel_gate_backward", 2, lambda h: h[:, :1], r"hidden must be .*\[2, 2, 3\]"),
+    "mlp: a gradient of pools": (
+        "cbam_channel_gate_backward",
+        0,
+        lambda g: g.unsqueeze(1),
+        r"grad_channel must be contiguous float32 \[2, 4\]",
     ),
     # Attention by a memory per sample.
     "memory: rank": ("memory_queries", 0, lambda z: z[0], r"logits must be \[B, 2 H d, N\] and not empty"),
