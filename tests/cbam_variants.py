@@ -155,6 +155,25 @@ class ReducedOneAfterTheOther(nn.Module):
         return x * sum(self.second(self.first(pool).relu()) for pool in pools).sigmoid()[:, :, None, None]
 
 
+class PoolsOfRows(nn.Module):
+    """Every pool as one over the last axis of a matrix: positions for the channel gate, channels for the spatial one,
+    whose map is repeated for all channels before its sigmoid."""
+
+    def __init__(self, c=6):
+        super().__init__()
+        self.squeeze = nn.AdaptiveAvgPool1d(1), nn.AdaptiveMaxPool1d(1)
+        self.down, self.up = nn.Linear(c, 2), nn.Linear(2, c)
+        self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x):
+        b, c, h, w = x.size()
+        of_channels = (self.up(F.relu(self.down(pool(x.flatten(2)).squeeze(2)))) for pool in self.squeeze)
+        x = torch.sigmoid(sum(of_channels)).view(b, c, 1, 1).repeat(1, 1, h, w) * x
+        by_position = x.view(b, c, h * w).transpose(1, 2)
+        pools = (pool(by_position, c).transpose(1, 2).view(b, 1, h, w) for pool in (F.max_pool1d, F.avg_pool1d))
+        return self.conv(torch.cat([*pools], dim=1)).repeat(1, c, 1, 1).sigmoid() * x
+
+
 class PositionsAlone(nn.Module):
     """A spatial gate alone, with a bias and a norm, inside of a network."""
 
@@ -216,6 +235,7 @@ KINDS = {
     InOneForward: (["CBAM"], MAPS),
     AfterThePublished: (["CBAM"], MAPS),
     ReducedOneAfterTheOther: (["ChannelGate"], (2, 5, 4, 6)),
+    PoolsOfRows: (["CBAM"], MAPS),
     PositionsAlone: (["SpatialGate"], (2, 4, 5, 6)),
     InABottleneck: (["CBAM"], MAPS),
 }

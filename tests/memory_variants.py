@@ -126,6 +126,31 @@ class DividedByTokens(JoinedHeads):
         return self.to_out(o.reshape(b, -1, h, w))
 
 
+class ShapedBySizesOfBefore(_Projections):
+    """A number of tokens that is used in the memory and again behind it, where the result gets its rows and columns in
+    the order in which they were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        b, c, width, height = x.shape
+        n = width * height
+        q, k = (F.normalize(to(x).view(b, -1, n), dim=1) for to in (self.to_q, self.to_k))
+        v = self.to_v(x).view(b, -1, n)
+        above = torch.einsum("bcn->bc", v).unsqueeze(-1).expand(-1, c, n) + v @ k.mT @ q
+        o = above / (n + (k.sum(-1) + 1e-6).unsqueeze(1) @ q)
+        return self.gamma * o.view(b, c, height, width)
+
+
+class OfSquareMaps(ShapedBySizesOfBefore):
+    """With x added, it runs on square maps alone."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 class InANetwork(nn.Module):
     """Behind a convolution and before a norm."""
 
@@ -144,6 +169,8 @@ KINDS = {
     UnitVectors: (["linear_attention"], MAPS),
     UnitVectorsOfTokens: (["linear_attention"], (2, 9, 6)),
     Softplus: (["linear_attention"], MAPS),
+    ShapedBySizesOfBefore: (["linear_attention"], MAPS),
+    OfSquareMaps: (["linear_attention"], (2, 6, 4, 4)),
     JoinedHeads: (["efficient_attention"], MAPS),
     DividedByTokens: (["efficient_attention"], MAPS),
     HeadsInALoop: (["efficient_attention"], MAPS),

@@ -26,7 +26,12 @@ from .spellings import Reader
 _SPREAD = (*LAYOUT, "expand", "expand_as", "repeat")
 _OTHER_GATES = ("hardsigmoid", "tanh", "softmax", "softplus", "hardtanh", "clamp")
 _OTHER_ACTIVATIONS = ("gelu", "silu", "hardswish", "tanh", "sigmoid", "elu", "leaky_relu", "relu6", "mish", "prelu")
-_WHOLE_PLANE = {"adaptive_avg_pool2d": "mean", "adaptive_max_pool2d": "max", "avg_pool2d": "mean", "max_pool2d": "max"}
+_WHOLE_AXES = {
+    f"{before}{kind}_pool{axes}d": now
+    for before in ("adaptive_", "")
+    for kind, now in (("avg", "mean"), ("max", "max"))
+    for axes in (1, 2)
+}
 _REPEATED = "repeated"
 _OF_AXES = {"mean": "mean", "amax": "max", "max": "max"}
 
@@ -169,15 +174,16 @@ class _Search:
         operation, source = self.reader.operation(sigmoid), self.reader.operand(sigmoid)
         if operation not in ("sigmoid", *_OTHER_GATES) or source not in self.reader.shapes:
             return None
+        before, source = self._down(source, _SPREAD)
         found: Any = self._spatial(source, x) or self._channel(source, x)
         if found is None:
             return None
         gate, nodes, axes = found
-        if not self._is_spread(self._along(path, axes), x):
+        if not self._is_spread(self._along([*path, *before], axes), x):
             return None
         if operation != "sigmoid":
             raise _Differs(f"{sigmoid.name} is a {operation}: a gate of CBAM is a sigmoid, as functional.cbam has it")
-        return gate, {*nodes, *path, sigmoid}
+        return gate, {*nodes, *path, *before, sigmoid}
 
     def _is_spread(self, axes: Sequence[Axis] | None, x: Node) -> bool:
         """Whether each axis of a gate is that of x at which it stands, or is repeated along it."""
@@ -217,6 +223,13 @@ class _Search:
     def _spatial(self, node: Node, x: Node) -> tuple[SpatialGate, set[Node], Sequence[Axis] | None] | None:
         """The spatial gate before its sigmoid, its nodes and its axes."""
         path, node = self._down(node, LAYOUT)
+        if self.reader.operation(node) in ("relu", *_OTHER_ACTIVATIONS):
+            if self._spatial(self.reader.operand(node), x) is not None:
+                raise _Differs(
+                    f"{node.name} is a {self.reader.operation(node)} between the convolution and the sigmoid: CBAM's "
+                    "spatial gate has none there, as functional.cbam has it"
+                )
+            return None
         norm = None
         if self.reader.operation(node) == "batch_norm":
             norm = node
@@ -339,7 +352,7 @@ class _Search:
                     path.append(node)
                     node = node.args[0]
                 operation = reader.operation(node)
-                now = _OF_AXES.get(operation) or _WHOLE_PLANE.get(operation)
+                now = _OF_AXES.get(operation) or _WHOLE_AXES.get(operation)
                 if now is None or kind not in ("", now):
                     return None
                 kind = now
@@ -378,16 +391,59 @@ class _Search:
         if operation in LAYOUT:
             found = after(reader, node, axes)
             return None if found is None else tuple(found)
-        if operation in _WHOLE_PLANE:
-            taken = next((reader.shapes[n] for n in (node, *node.users) if n in reader.shapes), ())
-            is_sized = _tells_sizes(reader, node, operation)
-            return (*axes[:-2], (Atom(1),), (Atom(1),)) if tuple(taken[-2:]) == (1, 1) and is_sized else None
+        if operation in _WHOLE_AXES:
+            last = 1 if operation.endswith("1d") else 2
+            whole = self._takes_all(node, operation, axes[-last:]) if len(axes) > last else False
+            return (*axes[:-last], *((Atom(1),) for _ in range(last))) if whole else None
         dims = reader.argument(node, 1, "dim", "axis")
         dims = [dims] if isinstance(dims, int) else dims
         if not isinstance(dims, (list, tuple)) or not dims or not all(type(d) is int for d in dims):
             return None
         dims, keeps = {d % len(axes) for d in dims}, reader.argument(node, 2, "keepdim", "keepdims", default=False)
         return tuple((Atom(1),) if i in dims else axis for i, axis in enumerate(axes) if keeps or i not in dims)
+
+    def _takes_all(self, node: Node, operation: str, axes: Sequence[Axis]) -> bool:
+        """Whether a pool is as large as the last axes of its operand, whatever their lengths are, and adds nothing."""
+        reader = self.reader
+        if operation.startswith("adaptive"):
+            taken = next((reader.shapes[n] for n in (node, *node.users) if n in reader.shapes), ())
+            return tuple(taken[-len(axes) :]) == (1,) * len(axes)
+        padding, dilation = reader.argument(node, 3, "padding", default=0), 1
+        if "max" in operation:
+            dilation = reader.argument(node, 4, "dilation", default=1)
+        elif reader.argument(node, 6, "divisor_override") is not None:
+            return False
+        plain = {*_each(padding)} == {0} and {*_each(dilation)} == {1}
+        lengths = [*self._lengths(reader.argument(node, 1, "kernel_size"))]
+        lengths = lengths * len(axes) if len(lengths) == 1 else lengths
+        return plain and len(lengths) == len(axes) and all(map(self._is_length, lengths, axes))
+
+    def _lengths(self, kernel: Any) -> Iterator[tuple[Node, int] | int | None]:
+        """The lengths of a kernel: numbers, and tensors with the axis of which the length is asked; None for others."""
+        kernel = kernel.args[0] if self.reader.operation(kernel) == "Size" else kernel  # torch.Size, as Dynamo has it
+        for given in _each(kernel):
+            sizes, index = given, slice(None)
+            if self.reader.operation(given) == "getitem":
+                sizes, index = given.args[:2]
+            if self.reader.operation(sizes) == "size":
+                index = self.reader.argument(sizes, 1, "dim", default=index)
+            t = self.reader.operand(sizes) if self.reader.operation(sizes) in ("size", "shape") else None
+            if isinstance(given, int) or t not in self.reader.shapes or not isinstance(index, (int, slice)):
+                yield given if isinstance(given, int) else None
+                continue
+            dims = range(len(self.reader.shapes[t]))[index]
+            yield from ((t, dim) for dim in ([dims] if isinstance(dims, int) else dims))
+
+    def _is_length(self, given: tuple[Node, int] | int | None, axis: Axis) -> bool:
+        """Whether this is the length of an axis whenever the graph runs."""
+        if given is None:
+            return False
+        if isinstance(given, int):
+            return self.reader.fixed and given == math.prod(atom.size for atom in leaves(axis))
+        t, dim = given
+        if t in self.axes:  # otherwise one with the sizes of x, as x times another gate
+            return leaves(self.axes[t][dim]) == leaves(axis)
+        return self.reader.shapes[t][dim] == math.prod(atom.size for atom in leaves(axis))
 
 
 #: The names of pools by their shares.
@@ -401,6 +457,10 @@ _NAMES = {
 def _kept(axes: Iterable[Axis]) -> list[Axis]:
     """The parts of each axis that are longer than one and are not repeated."""
     return [tuple(atom for atom in leaves(axis) if atom.size != 1 and atom.name != _REPEATED) for axis in axes]
+
+
+def _each(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 def _repeated(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis] | None:
@@ -422,18 +482,9 @@ def _mapped(product: Product, axes: Sequence[Axis] | None, of: Axis, to: Axis) -
 
 def _is_first(reader: Reader, node: Node) -> bool:
     """Whether a node takes the values of a maximum, and not its indices."""
-    of_maximum = reader.operation(node.args[0]) in ("max", "adaptive_max_pool2d", "max_pool2d")
+    operation = reader.operation(node.args[0])
+    of_maximum = operation == "max" or _WHOLE_AXES.get(operation) == "max"
     return of_maximum and (reader.operation(node) == "values" or node.args[1] == 0)
-
-
-def _tells_sizes(reader: Reader, node: Node, operation: str) -> bool:
-    """Whether a pool is as large as the map whatever the map is: by its kind, by the sizes that it is given, or as the
-    whole graph is of these sizes."""
-    if operation.startswith("adaptive"):
-        return True
-    given = reader.argument(node, 1, "kernel_size")
-    given = given if isinstance(given, (list, tuple)) else (given,)
-    return reader.fixed or any(isinstance(size, Node) for size in given)
 
 
 def _is_of_maps(reader: Reader, node: Node, features: int) -> bool:

@@ -68,8 +68,8 @@ def _gates_of_cbam(module: nn.Module) -> tuple[int, int] | None:
 
 def likely_shapes(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Shapes, Shapes]]:
     """Shapes that the inputs of a module may have, by their names, the likeliest first: tokens and maps of as many
-    features as the parameters suggest. No two axes have the same length. With each of them come shapes with another
-    batch and other tokens, for which a recorded forward must hold as well."""
+    features as the parameters suggest. No two axes have the same length, but in square maps, which come last. With each
+    of them come shapes with another batch and other tokens, for which a recorded forward must hold as well."""
     if holds_gates(module):
         yield from _clips(module, inputs)
     features = _features(module)
@@ -85,6 +85,8 @@ def likely_shapes(module: nn.Module, inputs: Sequence[str]) -> Iterator[tuple[Sh
                 sides = ((2 * side, 3 * side), (3 * side, 5 * side))
                 shapes = ((b, h, w, c) if last else (b, c, h, w) for b, (h, w) in zip((4, 3), sides, strict=True))
                 yield tuple((shape,) * len(inputs) for shape in shapes)  # type: ignore[misc]
+    for c in features:  # last, as two of their axes cannot be told apart
+        yield tuple(((b, c, h, h),) * len(inputs) for b, (h, _) in ((_BATCH, first), (_BATCH - 1, second)))  # type: ignore[misc]
 
 
 def _numbers(module: nn.Module, least: int, most: int) -> list[int]:

@@ -93,6 +93,8 @@ def _compare(module: nn.Module, form: Form) -> tuple[type[nn.Module], dict[str, 
         if (reason := behaviour.difference(module, layer, settings, *inputs, several=form.several)) is None:
             return layer, _storage(module, layer, form)
         told = told or reason
+    if form.known and told.startswith("its y "):
+        told = f"{form.known}; {told}"
     others = " and ".join(layer.__name__ for layer in layers[1:])
     return f"{told}; {others} do not fit either" if others else told
 

@@ -22,7 +22,8 @@ class Form(NamedTuple):
     why the submodules of a module with these names are not the published ones, or None. settings: attributes that the
     fused layer reads, as the submodules have them. example: a small input of random numbers, in float64 on the CPU.
     of_other_rank: one of another rank, where the published forward takes it too. common: many other layers have these
-    names, and nothing is said of those. several: the forward returns several tensors.
+    names, and nothing is said of those. several: the forward returns several tensors. known: what public code with
+    these submodules is known to compute instead, told where y differs.
     """
 
     children: frozenset[str]
@@ -33,6 +34,7 @@ class Form(NamedTuple):
     of_other_rank: Callable[[nn.Module, torch.Generator], Tensor] | None = None
     common: bool = False
     several: bool = False
+    known: str = ""
 
 
 def find_form(module: nn.Module) -> Form | None:
@@ -333,8 +335,9 @@ def _timm_halo_mismatch(attention: nn.Module) -> str | None:
 
 
 def _blocks(channels: int, block: int, generator: torch.Generator) -> Tensor:
-    """Maps of two blocks by one."""
-    return _normal((2, channels, 2 * block, block), generator)
+    """Maps of one block by two. Where blocks stand below one another alone, the published code happens to leave y with
+    its channels innermost."""
+    return _normal((2, channels, block, 2 * block), generator)
 
 
 def _eps(attention: nn.Module) -> dict[str, float]:
@@ -418,6 +421,7 @@ FORMS = (
         _halonet_mismatch,
         lambda attention: {"dim": attention.to_q.in_features},
         lambda attention, generator: _blocks(attention.to_q.in_features, attention.block_size, generator),
+        known="HaloAttention leaves out the positions beyond the map, and halonet-pytorch up to 0.0.4 those inside",
     ),
     Form(
         frozenset({"q", "kv", "pos_embed"}),

@@ -159,7 +159,8 @@ def is_arranged(reader: Reader, node: Node) -> bool:
 
 def read_elsewhere(reader: Reader, nodes: Iterable[Node], end: Node) -> str | None:
     """Why one call cannot stand in the place of nodes up to an end: a mode that is on at some of them, or a user
-    outside; None if it can. Sizes and numbers made of them may be used inside alone."""
+    outside; None if it can. Sizes and numbers made of them may be used inside alone; numbers made of other things stay
+    where something outside uses them."""
     if not reader.in_one_mode(nodes):
         return "autocast or no_grad is on at a part of it alone"
     inside = set(nodes)
@@ -169,8 +170,12 @@ def read_elsewhere(reader: Reader, nodes: Iterable[Node], end: Node) -> str | No
             return False
         return all(user in inside or serves(user) for user in node.users)
 
+    def stays(node: Node) -> bool:
+        number = node not in reader.shapes and is_number(reader, node)
+        return number and all(given not in inside or stays(given) for given in node.all_input_nodes)
+
     for node in inside - {end}:
-        for user in node.users:
+        for user in () if stays(node) else node.users:
             if user.op == "output":
                 return f"the forward returns {node.name} as well"
             unused = not user.users and not reader.changes_in_place(user)

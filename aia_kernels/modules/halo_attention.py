@@ -22,17 +22,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..common.layouts import in_order, suggests_channels_last
 from ..common.tracing import needs_reference
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
 from ..functional.dot_product import attention_of_made, stay_in_cache
 from .recorded import one_call
 from .submodules import is_pointwise, must_be_called
 
+CHANNELS_LAST = 0, 2, 3, 1  # the order of the axes of such a map
+
 
 class HaloAttention(nn.Module):
     """HaloNet's attention on maps, with the parameters of halonet-pytorch; positions beyond the map are left out.
 
-    It takes x [B, dim, H, W], H and W multiples of block_size, and returns o of that shape.
+    It takes x [B, dim, H, W], H and W multiples of block_size, and returns o of that shape, stored as storage has it.
 
     Args:
         dim: The channels of x.
@@ -44,6 +47,9 @@ class HaloAttention(nn.Module):
     Raises:
         TypeError, ValueError: A size is no integer of at least 1; in forward, x is none of these maps.
     """
+
+    #: "as x", or "contiguous" whatever x is, as the published layer has it: convert sets that.
+    storage = "as x"
 
     def __init__(self, *, dim: int, block_size: int, halo_size: int, dim_head: int = 64, heads: int = 8):
         super().__init__()
@@ -66,13 +72,14 @@ class HaloAttention(nn.Module):
         kv = kv.unflatten(3, (2, self.heads, -1)).permute(0, 4, 1, 2, 3, 5).flatten(4)
         plan = Plan(self.block_size, self.halo_size, kv.shape[-1] // 2, self.scale, self.scale, masked=True)
         o = _attend(_heads_first(q, self.heads), kv, embedding.rel_height, embedding.rel_width, plan)
-        return self.to_out(o).movedim(-1, 1)
+        return in_order(self.to_out(_by_position(o)).movedim(-1, 1), _order(x, self.storage))
 
 
 class HaloAttn(nn.Module):
     """HaloNet's attention on maps, with the parameters of timm's layer; positions beyond the map are zeros, as there.
 
-    It takes x [B, dim, H, W], H and W multiples of block_size, and returns o [B, dim_out, H, W].
+    It takes x [B, dim, H, W], H and W multiples of block_size, and returns o [B, dim_out, H, W], stored as storage has
+    it.
 
     Args:
         dim: The channels of x.
@@ -88,6 +95,9 @@ class HaloAttn(nn.Module):
         TypeError, ValueError: A size is no integer of at least 1, or dim_out no multiple of num_heads; in forward, x is
             none of these maps.
     """
+
+    #: "as x", or "contiguous" whatever x is, as the published layer has it: convert sets that.
+    storage = "as x"
 
     def __init__(
         self,
@@ -128,7 +138,8 @@ class HaloAttn(nn.Module):
         q, kv = _heads_first(q, self.num_heads), _heads_first(kv, self.num_heads)
         of_terms = self.scale if self.scale_pos_embed else 1.0
         plan = Plan(self.block_size, self.halo_size, self.keys // self.num_heads, self.scale, of_terms, masked=False)
-        return _attend(q, kv, embedding.height_rel, embedding.width_rel, plan).movedim(-1, 1)
+        o = _attend(q, kv, embedding.height_rel, embedding.width_rel, plan)
+        return _by_position(o).movedim(-1, 1) if _order(x, self.storage) == CHANNELS_LAST else _by_channel(o)
 
 
 def _projected(x: Tensor, convolutions: tuple[Any, ...]) -> list[Tensor]:
@@ -171,7 +182,8 @@ class _Positions(nn.Module):
 
 
 def _attend(q: Tensor, kv: Tensor, row_table: Tensor, column_table: Tensor, plan: Plan) -> Tensor:
-    """o [B, H, W, heads * v] of q [B, heads, H, W, d] and of keys and values side by side [B, heads, H, W, d + v]."""
+    """o of q [B, heads, H, W, d] and of keys and values side by side [B, heads, H, W, d + v], block by block:
+    [B, heads, H / b, W / b, b, b, v]."""
     b, heads, h, w, _ = q.shape
     block, tensors = plan.block, (q, kv, row_table, column_table)
     if flex_attention_runs(q, kv[..., plan.keys :]):
@@ -180,8 +192,24 @@ def _attend(q: Tensor, kv: Tensor, row_table: Tensor, column_table: Tensor, plan
         o = _with_terms(*_in_blocks(plan, *tensors), plan.scale)
     else:  # windows overlap, so they are several times as large as what they are made of
         o = attention_of_made(lambda *tensors: _with_places(*_in_blocks(plan, *tensors), plan.scale), *tensors)
-    o = o.view(b, heads, h // block, w // block, block, block, kv.shape[-1] - plan.keys)
-    return o.permute(0, 2, 4, 3, 5, 1, 6).reshape(b, h, w, heads * o.shape[-1])
+    return o.view(b, heads, h // block, w // block, block, block, kv.shape[-1] - plan.keys)
+
+
+def _by_position(o: Tensor) -> Tensor:
+    """[B, H, W, heads * v] of _attend, contiguous."""
+    b, heads, rows, columns, block, _, v = o.shape
+    return o.permute(0, 2, 4, 3, 5, 1, 6).reshape(b, rows * block, columns * block, heads * v)
+
+
+def _by_channel(o: Tensor) -> Tensor:
+    """[B, heads * v, H, W] of _attend, contiguous."""
+    b, heads, rows, columns, block, _, v = o.shape
+    return o.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, heads * v, rows * block, columns * block)
+
+
+def _order(x: Tensor, storage: str) -> tuple[int, ...]:
+    """The order of axes in which a result is stored."""
+    return CHANNELS_LAST if storage == "as x" and suggests_channels_last(x) else (0, 1, 2, 3)
 
 
 def _in_blocks(plan: Plan, q: Tensor, kv: Tensor, row_table: Tensor, column_table: Tensor) -> Blocks:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from convert_cases import EXACT, assert_same_objects, tensors
 from fuse_steps import assert_same_steps, build, inputs_of
 from torch import nn
@@ -84,6 +85,24 @@ class SelfAttention(causal.ComplementAttention):
         return super().forward(x)[0]
 
 
+class InsideLeftOut(halo.HaloAttention):
+    """As halonet-pytorch has it: what is left out is what is inside of the map."""
+
+    def forward(self, x):
+        (b, _, h, w), n, halo_size = x.shape, self.block_size, self.halo_size
+        window = {"kernel_size": n + 2 * halo_size, "stride": n, "padding": halo_size}
+        blocks = x.unfold(2, n, n).unfold(3, n, n).permute(0, 2, 3, 4, 5, 1).reshape(b, -1, n * n, x.shape[1])
+        around = F.unfold(x, **window).view(b, x.shape[1], -1, blocks.shape[1]).permute(0, 3, 2, 1)
+        q, k, v = self.to_q(blocks), *self.to_kv(around).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(3, (self.heads, -1)).transpose(2, 3).flatten(0, 2) for t in (q, k, v))
+        logits = self.scale * q @ k.mT + self.rel_pos_emb(self.scale * q)
+        inside = F.unfold(x.new_ones(1, 1, h, w), **window)[0].t()[None, :, None, None, :]
+        logits = logits.view(b, -1, self.heads, *logits.shape[1:])
+        o = logits.masked_fill(inside == 1, -torch.finfo(x.dtype).max).softmax(-1).flatten(0, 2) @ v
+        o = self.to_out(o.view(b, -1, self.heads, n * n, o.shape[-1]).transpose(2, 3).flatten(3))
+        return o.view(b, h // n, w // n, n, n, -1).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
 def spoiled(name, change):
     def make():
         module = LAYERS[name][0]()
@@ -98,6 +117,10 @@ def spoiled(name, change):
     [
         (lambda: SelfAttention(6, 3), None),
         (spoiled("halonet-pytorch", lambda m: setattr(m, "scale", 1.0)), None),
+        (
+            lambda: InsideLeftOut(dim=6, block_size=2, halo_size=1, dim_head=4, heads=2),
+            "leaves out the positions beyond the map, and halonet-pytorch up to 0.0.4 those inside",
+        ),
         (spoiled("halonet-pytorch", lambda m: setattr(m, "halo_size", 2)), r"rel_height: got \(7, 4\)"),
         (spoiled("timm", lambda m: setattr(m, "pool", nn.AvgPool2d(2))), "pool is a AvgPool2d"),
         (spoiled("timm", lambda m: setattr(m, "q", nn.Conv2d(6, 6, 1, stride=2))), "q.stride: got"),

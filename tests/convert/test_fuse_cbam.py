@@ -104,10 +104,54 @@ class OtherConvolution(InOneForward):
         return x * torch.sigmoid(self.conv(torch.cat((x.mean(1, True), x.amax(1, True)), 1)))
 
 
+class WithinWindows(InOneForward):
+    """Pools that leave positions out, or count some twice, and still make one number of a map of 4 x 5."""
+
+    def __init__(self, average, largest):
+        super().__init__()
+        self.average, self.largest = average, largest
+
+    def forward(self, x):
+        pools = (pool(x).flatten(1) for pool in (self.average, self.largest))
+        return x * torch.sigmoid(sum(map(self.mlp, pools)))[:, :, None, None]
+
+
+class Activated(InOneForward):
+    """A spatial gate with an activation behind its convolution."""
+
+    def __init__(self):
+        super().__init__()
+        del self.fc1, self.fc2
+
+    def forward(self, x):
+        return x * torch.sigmoid(F.relu(self.conv(torch.cat((x.mean(1, True), x.amax(1, True)), 1))))
+
+
 class TestLookAlikes:
+    @pytest.mark.parametrize(
+        "average, largest",
+        [
+            (lambda x: F.avg_pool2d(x, x.size(2)), lambda x: F.max_pool2d(x, x.size(2))),
+            (nn.AvgPool2d(4), nn.MaxPool2d(4)),
+            (nn.AvgPool2d((4, 5), divisor_override=7), nn.MaxPool2d((4, 5))),
+            (nn.AvgPool2d((4, 5), padding=1), nn.MaxPool2d((4, 5), padding=1)),
+            (nn.AvgPool2d((4, 5)), nn.MaxPool2d((2, 3), dilation=2)),
+            (lambda x: F.avg_pool1d(x.flatten(2), 16), lambda x: F.max_pool1d(x.flatten(2), 16)),
+        ],
+    )
+    def test_pools_of_a_part_of_the_map(self, average, largest):
+        """A compiler's graph is compared with nothing: what is taken for a gate must be one."""
+        own, (x,) = build(lambda: WithinWindows(average, largest)), inputs_of([(2, 6, 4, 5)])
+        torch._dynamo.reset()
+        compiled = torch.compile(own, backend=aia_kernels.fuse_backend, options={"backend": "aot_eager"})
+        torch.testing.assert_close(compiled(x), own(x), **EXACT)
+        graph_module = torch.export.export(own, (x,)).module()
+        assert not aia_kernels.fuse(graph_module).converted
+
     @pytest.mark.parametrize(
         "make, reason",
         [
+            (Activated, "is a relu between the convolution and the sigmoid"),
             (lambda: LookAlike(act=F.gelu), "comes after a gelu"),
             (lambda: LookAlike(squash=F.hardsigmoid), "is a hardsigmoid"),
             (lambda: LookAlike(other=True), "different layers for the two pools"),

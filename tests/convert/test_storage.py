@@ -17,6 +17,7 @@ from torch import nn
 import aia_kernels
 from aia_kernels.common.layouts import in_order, memory_order
 from benchmarks.published import external_attention as external
+from benchmarks.published import halo_attention as halo
 from benchmarks.published import linear_attention as linear
 
 SHAPES = fuse_cases.KINDS | fuse_variants.VARIANTS | fuse_wordings.WORDINGS | memory_variants.KINDS
@@ -91,6 +92,11 @@ LAYERS = {
     "channels": (linear.ChannelLinearAttention, (2, 6, 4, 4)),
     "efficient attention": (lambda: linear.EfficientAttention(6, 4, 2, 8), (2, 6, 4, 4)),
     "CBAM": convert_cases.LAYERS["CBAM"][:2],
+    "HaloAttention": (
+        lambda: halo.HaloAttention(dim=6, block_size=2, halo_size=1, dim_head=4, heads=2),
+        (2, 6, 4, 6),
+    ),
+    "HaloAttn": (lambda: halo.HaloAttn(6, 2, 2, 1), (2, 6, 4, 6)),
     "CinST": convert_cases.LAYERS["CinST"][:2],
 }
 
@@ -178,12 +184,14 @@ def test_graphs():
         lambda: aia_kernels.ExternalAttention2d(6, 5),
         lambda: aia_kernels.PositionLinearAttention(6, 2),
         lambda: aia_kernels.EfficientAttention(6, 4, 2, 8),
+        lambda: aia_kernels.HaloAttention(dim=6, block_size=2, halo_size=1, dim_head=4, heads=2),
+        lambda: aia_kernels.HaloAttn(6, num_heads=2, block_size=2, halo_size=1),
     ],
 )
 def test_the_layers_themselves_store_y_as_x(layer):
     module = build(layer, torch.float32)
     for layout in (torch.Tensor.contiguous, channels_last):
-        x = layout(torch.randn(3, 6, 4, 5))
+        x = layout(torch.randn(3, 6, 4, 6))
         assert_stored_alike(module(x), x)
 
 
