@@ -192,7 +192,7 @@ _CHANNEL_GATE_SCHEMAS = {
 # feature is the place of phi in reference.linear_attention.FEATURES; a head has R rows of phi, d + 1 for l2, else d.
 # padding [B, N] is boolean, True where a token takes no part: all that is made of it is 0. gamma [1] is of the type of
 # logits, absent for 1; sums, rows and query are in accumulate_dtype. rows [B, H R + 2 H d, N] are phi(k) of all
-# heads, and behind it room for the gradients of keys and queries. Triton's rows and query are bfloat16 where logits
+# heads, and behind it room for the gradients of keys and queries. On a GPU rows and query are bfloat16 where logits
 # are: the products that follow take them so, and a cast would be a launch. No x-sized traffic.
 _MEMORY_SCHEMAS = {
     # phi(k) [B, H R, N], or rows, and its sums over tokens, s [B, H R]. statistics [B, 2, H d]: of a softmax over
@@ -655,23 +655,28 @@ def _memory_rows(logits: Tensor, feature: int, heads: int) -> int:
     return logits.shape[1] // 2 + (heads if feature == 0 else 0)
 
 
+def _dtype_of_memory_rows(logits: Tensor) -> torch.dtype:
+    narrow = logits.dtype == torch.bfloat16 and logits.device.type != "cpu"
+    return logits.dtype if narrow else accumulate_dtype(logits.dtype)
+
+
 @_fake("memory_keys")
 def _(logits, feature, heads, padding, statistics, gradients):
     b, columns, n = logits.shape
     rows, dtype = _memory_rows(logits, feature, heads), accumulate_dtype(logits.dtype)
     shape = b, rows + (columns if gradients else 0), n
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty((b, rows), dtype=dtype)
+    return logits.new_empty(shape, dtype=_dtype_of_memory_rows(logits)), logits.new_empty((b, rows), dtype=dtype)
 
 
 @_fake("memory_queries")
 def _(logits, feature, heads, padding, sums, gamma, eps):
     b, _, n = logits.shape
-    return sums.new_empty((b, _memory_rows(logits, feature, heads), n))
+    return logits.new_empty((b, _memory_rows(logits, feature, heads), n), dtype=_dtype_of_memory_rows(logits))
 
 
 @_fake("memory_queries_backward_")
 def _(rows, logits, feature, heads, padding, sums, gamma, eps, reached):
-    return rows.new_empty(reached.shape), torch.empty_like(sums), rows.new_empty(1)
+    return rows.new_empty(reached.shape), torch.empty_like(sums), sums.new_empty(1)
 
 
 @_fake("memory_keys_backward_")

@@ -48,10 +48,13 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 FAMILIES = {
     "attention_in_attention": schemas.PASSES,
     "external_attention": schemas.DOUBLE_NORM_PASSES + schemas.RESIDUAL_PASSES,
-    "linear_attention": (),  # products of PyTorch; where there are no schemas.MEMORY_PASSES, memory_passes has them
+    "linear_attention": schemas.MEMORY_PASSES,
     "temporal_shift": schemas.SHIFT_PASSES,
     "cbam": schemas.CBAM_PASSES,
 }
+
+#: Where these have no passes of linear attention, PyTorch's operators take their place (memory_passes).
+WITHOUT_MEMORY_PASSES = ("cpu", "triton")
 
 #: What "auto" tries, in order, by type of device, where nothing was measured (choices.csv); the reference runs
 #: everywhere.
@@ -169,10 +172,9 @@ def _triton_missing(family: str) -> str | None:
 
 
 def _triton_passes(family: str) -> tuple[str, ...]:
-    """External attention's products belong to Triton's own passes; its residual is part of them. Those of memories may
-    lack, as PyTorch's operators take their place."""
-    more = {"external_attention": schemas.DOUBLE_NORM_PASSES + FUSED_PASSES, "linear_attention": schemas.MEMORY_PASSES}
-    return more.get(family, FAMILIES[family])
+    """External attention's products belong to Triton's own passes; its residual is part of them."""
+    own = {"external_attention": schemas.DOUBLE_NORM_PASSES + FUSED_PASSES}
+    return own.get(family, FAMILIES[family])
 
 
 def _interpreted() -> bool:
@@ -217,7 +219,7 @@ def why_not(name: str, device: torch.device | str, dtype: torch.dtype, family: s
     if device.type != needed:
         hint = " unless TRITON_INTERPRET=1 is set" if name == "triton" and needed == "cuda" else ""
         return f"the {name} backend runs on {needed} tensors{hint}, and these are on {device.type}"
-    if not FAMILIES[family]:
+    if family == "linear_attention" and name in WITHOUT_MEMORY_PASSES:
         return None
     if name == "triton":
         return _triton_missing(family)
@@ -348,6 +350,8 @@ def _of_memories(name: str) -> Any:
     if name == "cpu" and extension.load() is None:
         more = schemas.MEMORY_PROPAGATE_PASSES
         return SimpleNamespace(**{p: schemas.callable_pass(p) for p in (*schemas.MEMORY_PASSES, *more)})
+    if name == "cuda":
+        return SimpleNamespace(**{p: schemas.callable_pass(p) for p in schemas.MEMORY_PASSES})
     return memory_passes
 
 

@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "columns.cuh"
+#include "statistics.cuh"
 #include "teams.cuh"
 
 namespace aia::cuda {
@@ -19,33 +20,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBatch = 4;  // vectors that a thread asks for before it uses the first
-
-template <class A>
-__device__ __forceinline__ A lowest() {
-  return static_cast<A>(-INFINITY);
-}
-
-// The maximum and the sum of exp(x - maximum) of some numbers; -inf and 0 where there are none.
-template <class A>
-struct Statistics {
-  A maximum, sum;
-
-  static __device__ __forceinline__ Statistics none() { return {lowest<A>(), 0}; }
-  // Where to count from: exp(x - maximum) would be NaN with a maximum of -inf.
-  static __device__ __forceinline__ A origin(A maximum) { return maximum == lowest<A>() ? A(0) : maximum; }
-
-  __device__ __forceinline__ void raise(A to) {
-    if (!(to > maximum)) return;
-    sum *= std::exp(maximum - origin(to));
-    maximum = to;
-  }
-  __device__ __forceinline__ void merge(const Statistics& other) {
-    raise(other.maximum);
-    sum += other.sum * std::exp(other.maximum - origin(maximum));
-  }
-  // Comparisons let NaN pass by; it shows in the sum. Only with +inf the sum is NaN and the maximum is not.
-  __device__ __forceinline__ A seen_maximum() const { return sum != sum && maximum != -lowest<A>() ? sum : maximum; }
-};
 
 // Statistics in memory: [B, chunks, 2, M]; and of a single chunk, the whole, their logarithm [B, M], else null.
 template <class A>

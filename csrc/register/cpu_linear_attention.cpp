@@ -18,37 +18,33 @@
 
 namespace {
 
+using aia::Feature;
+using aia::Memory;
 using aia::memory_of;
-using aia::MemoryLogits;
 using aia::new_numbers;
 using aia::Span;
-using aia::cpu::Feature;
 using aia::cpu::for_numbers;
-using aia::cpu::Memory;
+using aia::cpu::key_parts;
+using aia::cpu::key_units;
 using aia::cpu::MemoryPasses;
 using aia::cpu::multiply;
 using aia::cpu::multiply_added;
 using aia::cpu::numbers;
 using aia::cpu::parallel;
 using aia::cpu::passes;
+using aia::cpu::tile_units;
+using aia::cpu::tiles;
 using aia::cpu::view_of;
 using aia::cpu::with_large_pages;
 using aia::cpu::with_type;
 using torch::stable::Tensor;
 
-Memory memory(const MemoryLogits& at) {
-  return {at.B, at.H, at.d, at.N, static_cast<Feature>(at.feature), at.scalar, at.padding};
-}
-
 const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor> keys(const Tensor& logits, int64_t feature, int64_t heads, std::optional<Tensor> padding,
                                 std::optional<Tensor> statistics, bool gradients) {
-  const Memory at = memory(memory_of(logits, feature, heads, padding));
-  if (statistics) {
-    AIA_CHECK(at.feature == Feature::kSoftmax, "statistics must be None but for a softmax");
-    aia::check_contiguous(*statistics, {at.B, 2, at.H * at.d}, aia::accumulate_type(logits), logits, "statistics");
-  }
+  const Memory at = memory_of(logits, feature, heads, padding);
+  aia::check_statistics(statistics, logits, at);
   const int64_t pitch = at.H * (at.R() + (gradients ? 2 * at.d : 0)), parts = key_parts(at);
   Tensor rows = with_large_pages(new_numbers(logits, {at.B, pitch, at.N}));
   Tensor sums = new_numbers(logits, {at.B, at.H * at.R()});
@@ -64,9 +60,8 @@ std::tuple<Tensor, Tensor> keys(const Tensor& logits, int64_t feature, int64_t h
 
 Tensor queries(const Tensor& logits, int64_t feature, int64_t heads, std::optional<Tensor> padding, const Tensor& sums,
                std::optional<Tensor> gamma, double eps) {
-  const MemoryLogits given = memory_of(logits, feature, heads, padding);
-  aia::check_divisor(sums, gamma, eps, logits, given);
-  const Memory at = memory(given);
+  const Memory at = memory_of(logits, feature, heads, padding);
+  aia::check_divisor(sums, gamma, eps, logits, at);
   Tensor query = with_large_pages(new_numbers(logits, {at.B, at.H * at.R(), at.N}));
   const void *data = logits.const_data_ptr(), *total = sums.const_data_ptr(), *factor = data_of(gamma);
   void* out = query.mutable_data_ptr();
@@ -79,15 +74,8 @@ Tensor queries(const Tensor& logits, int64_t feature, int64_t heads, std::option
 std::tuple<Tensor, Tensor, Tensor> queries_backward_(const Tensor& rows, const Tensor& logits, int64_t feature,
                                                      int64_t heads, std::optional<Tensor> padding, const Tensor& sums,
                                                      std::optional<Tensor> gamma, double eps, const Tensor& reached) {
-  const MemoryLogits given = memory_of(logits, feature, heads, padding);
-  aia::check_divisor(sums, gamma, eps, logits, given);
-  aia::check_rows(rows, logits, given);
-  aia::check_reached(reached, logits, given);
-  const Span written(rows, "rows", true);
-  aia::check_apart(written, {{sums, "sums"}, {reached, "reached"}});
-  if (padding) aia::check_apart(written, {{*padding, "padding"}});
-  if (gamma) aia::check_apart(written, {{*gamma, "gamma"}});
-  const Memory at = memory(given);
+  const Memory at = memory_of(logits, feature, heads, padding);
+  aia::check_queries_backward(rows, aia::accumulate_type(logits), logits, padding, sums, gamma, eps, reached, at);
   Tensor query = with_large_pages(new_numbers(logits, {at.B, at.H * at.R(), at.N}));
   Tensor grad_sums = new_numbers(logits, {at.B, at.H * at.R()}), grad_gamma = new_numbers(logits, {1});
   Tensor partial = new_numbers(logits, {at.heads(), tiles(at), at.R() + 1});
@@ -105,19 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> queries_backward_(const Tensor& rows, const T
 void keys_backward_(const Tensor& rows, const Tensor& logits, int64_t feature, int64_t heads,
                     std::optional<Tensor> padding, const Tensor& reached, const Tensor& grad_sums,
                     std::optional<Tensor> reduced) {
-  const MemoryLogits given = memory_of(logits, feature, heads, padding);
-  const Memory at = memory(given);
-  aia::check_rows(rows, logits, given);
-  aia::check_reached(reached, logits, given);
-  aia::check_contiguous(grad_sums, {at.B, at.H * at.R()}, aia::accumulate_type(logits), logits, "grad_sums");
-  const Span written(rows, "rows", true);
-  aia::check_apart(written, {{reached, "reached"}, {grad_sums, "grad_sums"}});
-  if (padding) aia::check_apart(written, {{*padding, "padding"}});
-  if (reduced) {
-    AIA_CHECK(at.feature == Feature::kSoftmax, "reduced must be None but for a softmax");
-    aia::check_contiguous(*reduced, {at.B, at.H * at.d}, aia::accumulate_type(logits), logits, "reduced");
-    aia::check_apart(written, {{*reduced, "reduced"}});
-  }
+  const Memory at = memory_of(logits, feature, heads, padding);
+  aia::check_keys_backward(rows, aia::accumulate_type(logits), logits, padding, reached, grad_sums, reduced, at);
   const void *data = logits.const_data_ptr(), *of_memory = reached.const_data_ptr();
   const void *of_sums = grad_sums.const_data_ptr(), *known = data_of(reduced);
   void* grads = rows.mutable_data_ptr();

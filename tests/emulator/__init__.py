@@ -96,6 +96,11 @@ def _copy(tensor: Tensor, array) -> None:
     tensor.as_strided((tensor.numel(),), (1,)).copy_(torch.from_numpy(array).view(tensor.dtype))
 
 
+def _dtype_of_rows(logits: Tensor) -> torch.dtype:
+    """That of phi in the passes of attention by a memory per sample."""
+    return logits.dtype if logits.dtype == torch.bfloat16 else accumulate_dtype(logits.dtype)
+
+
 def _poison(tensor: Tensor) -> Tensor:
     """Fill with NaN, or with an index that no axis has, so that an element left unwritten shows."""
     return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
@@ -152,6 +157,10 @@ class Emulator:
     def barriers(self) -> set[str]:
         """The barriers met since the last call of schedule, as file:line."""
         return self.call("barriers")[0]
+
+    def launches(self) -> int:
+        """The launches since the last call of schedule."""
+        return self.call("launches")[0]
 
     def schedule(self, backward: bool = False, dropped: str = "") -> None:
         """Choose the order in which the threads of a block run, and a barrier that they pass without waiting."""
@@ -346,6 +355,39 @@ class Emulator:
         sums = _poison(grad_y.new_empty(grad_y.shape[2], dtype=accumulate_dtype(grad_y.dtype)))
         self._launch_features("residual_relu_backward", grad_y, [grad_y, signs], [grad, sums])
         return grad, sums
+
+    def _launch_memory(self, name: str, of: tuple, settings: tuple, arguments, outputs: list[Tensor]) -> None:
+        """of: logits, feature and heads."""
+        logits, feature, heads = of
+        b, columns, n = logits.shape
+        sizes = b, heads, columns // 2 // heads, n, feature
+        self._run(name, (sizes, _SCALARS.index(logits.dtype), *settings), [logits, *arguments], outputs)
+
+    def memory_keys(self, logits, feature, heads, padding, statistics, gradients):
+        (b, columns, n), dtype = logits.shape, accumulate_dtype(logits.dtype)
+        features = columns // 2 + (heads if feature == 0 else 0)
+        shape = b, features + (columns if gradients else 0), n
+        rows = _poison(logits.new_empty(shape, dtype=_dtype_of_rows(logits)))
+        sums = _poison(logits.new_empty((b, features), dtype=dtype))
+        of = logits, feature, heads
+        self._launch_memory("memory_keys", of, (shape[1],), [padding, statistics], [rows, sums])
+        return rows, sums
+
+    def memory_queries(self, logits, feature, heads, padding, sums, gamma, eps):
+        shape = *sums.shape, logits.shape[2]
+        query = _poison(logits.new_empty(shape, dtype=_dtype_of_rows(logits)))
+        self._launch_memory("memory_queries", (logits, feature, heads), (eps,), [padding, sums, gamma], [query])
+        return query
+
+    def memory_queries_backward_(self, rows, logits, feature, heads, padding, sums, gamma, eps, reached):
+        results = [_poison(t) for t in (rows.new_empty(reached.shape), torch.empty_like(sums), sums.new_empty(1))]
+        arguments, of = [padding, sums, gamma, reached], (logits, feature, heads)
+        self._launch_memory("memory_queries_backward_", of, (eps,), arguments, [rows, *results])
+        return tuple(results)
+
+    def memory_keys_backward_(self, rows, logits, feature, heads, padding, reached, grad_sums, reduced):
+        arguments = [padding, reached, grad_sums, reduced]
+        self._launch_memory("memory_keys_backward_", (logits, feature, heads), (), arguments, [rows])
 
     def _launch_matrix(self, name: str, x: Tensor, arguments, outputs: list[Tensor]) -> None:
         self._run(name, (_extents(x), _SCALARS.index(x.dtype)), arguments, outputs)

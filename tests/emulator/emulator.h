@@ -9,6 +9,7 @@ namespace aia::cuda {
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void*,
            std::type_identity_t<Parameters>... parameters) {
+  ++emulator::schedule.launches;
   const std::function<void()> call = [&] { kernel(parameters...); };
   for (int64_t i = 0; i < blocks; ++i)
     emulator::run_together(emulator::Scope::kBlock, emulator::schedule.in_order(i, blocks), 1, size.threads,
@@ -22,6 +23,7 @@ inline int multiprocessors() { return 6; }
 template <class... Parameters>
 int launch_together(void (*kernel)(Parameters...), int64_t blocks, BlockSize size, void*,
                     std::type_identity_t<Parameters>... parameters) {
+  ++emulator::schedule.launches;
   if (blocks > multiprocessors()) throw std::runtime_error("these blocks do not fit together");
   const std::function<void()> call = [&] { kernel(parameters...); };
   emulator::run_together(emulator::Scope::kGrid, 0, static_cast<int>(blocks), size.threads, size.shared_bytes, call);
@@ -44,6 +46,7 @@ Answer clusters_together(void (*)(Parameters...), int cluster, int, int shared_b
 template <class... Parameters>
 int launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
                     std::type_identity_t<Parameters>... parameters) {
+  ++emulator::schedule.launches;
   if (blocks % cluster != 0 || clusters_together(kernel, cluster, threads, shared_bytes).value == 0)
     throw std::runtime_error("these clusters do not fit");
   const std::function<void()> call = [&] { kernel(parameters...); };

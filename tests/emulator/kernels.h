@@ -59,6 +59,7 @@ struct Schedule {
   bool backward = false;           // the order in which blocks run, and threads between barriers
   std::string dropped;             // a barrier that is to be skipped, to see whether anything notices
   std::set<std::string> barriers;  // all that were met, as file:line
+  int launches = 0;
 
   int64_t in_order(int64_t i, int64_t count) const { return backward ? count - 1 - i : i; }
 };

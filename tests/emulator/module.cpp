@@ -13,6 +13,7 @@
 #include "../../csrc/cuda/evaluate.h"
 #include "../../csrc/cuda/fold.h"
 #include "../../csrc/cuda/launch.cuh"
+#include "../../csrc/cuda/memory.h"
 #include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/residual.h"
 #include "../../csrc/cuda/shares.h"
@@ -55,6 +56,17 @@ Tokens tokens_of(const std::array<int64_t, 4>& sizes, int scalar, const Array& p
 
 Features features_of(const std::array<int64_t, 3>& sizes, bool maps, int scalar) {
   return {sizes[0], sizes[1], sizes[2], maps, static_cast<Scalar>(scalar)};
+}
+
+// B, H, d, N and the place of phi.
+Memory memory_of(const std::array<int64_t, 5>& sizes, int scalar, const Array& padding) {
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          static_cast<Feature>(sizes[4]),
+          static_cast<Scalar>(scalar),
+          static_cast<const uint8_t*>(data(padding))};
 }
 
 // B, rows and columns, and whether rows are channels.
@@ -275,6 +287,36 @@ PYBIND11_MODULE(aia_emulator, m) {
                            partial.get(), sums.mutable_data(), nullptr);
   });
 
+  m.def("memory_keys", [](std::array<int64_t, 5> sizes, int scalar, int64_t pitch, py::array logits, Array padding,
+                          Array statistics, py::array rows, py::array sums) {
+    const Memory at = memory_of(sizes, scalar, padding);
+    const auto partial = doubles_of_nan(memory_keys_partials(at, statistics.has_value()));
+    memory_keys(at, logits.data(), data(statistics), rows.mutable_data(), pitch, partial.get(), sums.mutable_data(),
+                nullptr);
+  });
+  m.def("memory_queries", [](std::array<int64_t, 5> sizes, int scalar, double eps, py::array logits, Array padding,
+                             py::array sums, Array gamma, py::array query) {
+    memory_queries(memory_of(sizes, scalar, padding), logits.data(), sums.data(), data(gamma), eps,
+                   query.mutable_data(), nullptr);
+  });
+  m.def("memory_queries_backward_",
+        [](std::array<int64_t, 5> sizes, int scalar, double eps, py::array logits, Array padding, py::array sums,
+           Array gamma, py::array reached, py::array rows, py::array query, py::array grad_sums, py::array grad_gamma) {
+          const Memory at = memory_of(sizes, scalar, padding);
+          const auto partial = doubles_of_nan(memory_queries_backward_partials(at));
+          memory_queries_backward(
+              at, logits.data(), sums.data(), data(gamma), eps, reached.data(),
+              {rows.mutable_data(), query.mutable_data(), grad_sums.mutable_data(), grad_gamma.mutable_data()},
+              partial.get(), nullptr);
+        });
+  m.def("memory_keys_backward_", [](std::array<int64_t, 5> sizes, int scalar, py::array logits, Array padding,
+                                    py::array reached, py::array grad_sums, Array reduced, py::array rows) {
+    const Memory at = memory_of(sizes, scalar, padding);
+    const auto partial = doubles_of_nan(memory_keys_backward_partials(at, reduced.has_value()));
+    memory_keys_backward(at, logits.data(), reached.data(), grad_sums.data(), data(reduced), rows.mutable_data(),
+                         partial.get(), nullptr);
+  });
+
   m.def("cbam_pool", [](Extents extents, int scalar, bool over_columns, py::array x, Array gate, py::array pooled,
                         py::array argmax) {
     const Matrix matrix = matrix_of(extents, scalar);
@@ -347,6 +389,7 @@ PYBIND11_MODULE(aia_emulator, m) {
   });
 
   m.def("schedule",
-        [](bool backward, std::string dropped) { emulator::schedule = {backward, std::move(dropped), {}}; });
+        [](bool backward, std::string dropped) { emulator::schedule = {backward, std::move(dropped), {}, 0}; });
   m.def("barriers", [] { return emulator::schedule.barriers; });
+  m.def("launches", [] { return emulator::schedule.launches; });
 }

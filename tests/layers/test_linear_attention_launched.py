@@ -1,7 +1,8 @@
 """Linear and efficient attention in the forms that are taken where a call is a launch, with the passes of PyTorch's
-operators and those of Triton.
+operators, those of Triton and those of CUDA.
 
-Only a GPU takes them by itself. Here the CPU is made to, and Triton's kernels run in their interpreter."""
+Only a GPU takes them by itself. Here the CPU is made to. Triton's kernels run in their interpreter, those of CUDA on
+the emulator."""
 
 from __future__ import annotations
 
@@ -30,11 +31,12 @@ def launched(monkeypatch):
     monkeypatch.setattr(algorithm, "_is_launched", lambda _: True)
 
 
-@pytest.fixture(params=["plain", "triton"])
+@pytest.fixture(params=["plain", "triton", "emulator"])
 def backend(request, monkeypatch) -> str:
     """One that has the passes; those of PyTorch's operators as they are taken where a backend has none."""
-    if request.param == "plain":
-        monkeypatch.setattr(backends, "passes", lambda *_: memory_passes)
+    if request.param != "triton":
+        found = memory_passes if request.param == "plain" else request.getfixturevalue("emulator")
+        monkeypatch.setattr(backends, "passes", lambda *_: found)
         return "cpu"
     skip_unless_runnable("triton", "cpu", FAMILY)
     assert backends.passes("triton", FAMILY) is not memory_passes

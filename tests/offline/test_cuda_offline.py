@@ -38,13 +38,20 @@ WIDTHS = (
     rf"(reduce_rows)INS0_\S*?RowOpI({_TYPE})Li(\d+)E",
     rf"(elements_kernel)ILi\d+ENS\d_\S*?OpI({_TYPE})Li(\d+)E",
 )
+#: And those that are told whether a lane's tokens are neighbours: then they move 16 bytes at a time.
+BY_TOKENS = re.compile(
+    r"(?<=\d)(keys_kernel|keys_backward_kernel|queries_kernel|queries_backward_kernel|statistics_kernel|softmax_kernel|"
+    rf"reduced_kernel|softmax_backward_kernel)I(?:LNS_7FeatureE\dE)?Lb([01])E({_TYPE})"
+)
 #: Those that store as they load.
 STORING = (
     *("elementwise_kernel", "evaluate_kernel", "gate_kernel", "double_norm_kernel", "double_norm_backward_kernel"),
-    *("temporal_shift_kernel", "elements_kernel"),
+    *("temporal_shift_kernel", "elements_kernel", "keys_kernel", "keys_backward_kernel", "queries_kernel"),
+    *("queries_backward_kernel", "softmax_kernel", "softmax_backward_kernel"),
 )
 SINGLE = re.compile(
-    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel|unpool_kernel|\w*_strips_kernel)|"
+    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel|unpool_kernel|join_kernel|"
+    r"\w*_strips_kernel)|"
     r"reduce_columnsILi1E\S*Join"
 )
 
@@ -54,6 +61,8 @@ def width_of(name: str) -> tuple[str, int] | None:
     for pattern in WIDTHS:
         if match := re.search(pattern, name):
             return match[1], int(match[3]) * BYTES[match[2]]
+    if match := BY_TOKENS.search(name):
+        return match[1], 16 if match[2] == "1" else BYTES[match[3]]
     assert SINGLE.search(name), f"this test does not know the kernel {name}"
     return None
 

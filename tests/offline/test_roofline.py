@@ -120,10 +120,11 @@ def test_attention_by_a_memory_meets_x_as_often_as_designed(name, provider):
         assert sum(of_x(case, "published", "step")) > 3 * case.traffic("step")
 
 
-#: The most launches of an evaluation and of a step, with Triton's passes, and with PyTorch's operators in their places.
+#: The most launches of an evaluation and of a step. A pass of CUDA counts as one, though some take two: with those they
+#: are as many as Triton's (test_memory_passes.py).
 OF_MEMORIES = {
-    "PositionLinearAttention": {"triton": (10, 31), "cuda": (40, 123)},
-    "EfficientAttention": {"triton": (12, 38), "cuda": (17, 60)},
+    "PositionLinearAttention": {"triton": (10, 31), "cuda": (9, 28)},
+    "EfficientAttention": {"triton": (12, 38), "cuda": (11, 34)},
     "ChannelLinearAttention": {"triton": (19, 62), "cuda": (19, 62)},
 }
 
@@ -132,8 +133,9 @@ OF_MEMORIES = {
 @pytest.mark.parametrize("provider", ["triton", "cuda"])
 @pytest.mark.parametrize("name", OF_MEMORIES)
 def test_launches_of_attention_by_a_memory(name, provider, dtype):
-    """And all that Triton's read and write, in |X|: what is as large as x, and four times over what keys and queries
-    have. Those are a quarter of x, as are their gradients."""
+    """And all that they read and write, in |X|: what is as large as x, and four times over what keys and queries have.
+    Those are a quarter of x, as are their gradients. A pass of CUDA counts all that it is given, of which it reads keys
+    or queries."""
     if provider == "triton":
         pytest.importorskip("triton", reason="its launches are counted")
     cases = (case for case in linear_attention.cases() if case.name == name and case.stage.endswith("x64x64"))
@@ -142,8 +144,9 @@ def test_launches_of_attention_by_a_memory(name, provider, dtype):
             launches = roofline.count(case, provider, mode)
             assert len(launches) <= most, [f"{one.part} {one.name}" for one in launches]
             moved = sum(one.read + one.written for one in launches) / case.x_bytes
-            if provider == "triton" and name != "ChannelLinearAttention":
-                assert moved < case.traffic(mode) + (2 if mode == "eval" else 6), case
+            if name != "ChannelLinearAttention":
+                more = {"eval": 2, "step": 6 if provider == "triton" else 8}[mode]
+                assert moved < case.traffic(mode) + more, case
 
 
 def recorded() -> list[dict]:

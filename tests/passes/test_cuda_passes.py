@@ -90,6 +90,24 @@ def cbam(passes) -> list[torch.Tensor]:
     return results
 
 
+def memories(passes) -> list[torch.Tensor]:
+    """Results of all kernels of attention by a memory per sample that have barriers, from the same inputs every time: a
+    feature map with a constant, and a softmax over the features of the queries, over several tiles of tokens."""
+    torch.manual_seed(0)
+    results = []
+    for feature, rows in ((0, 10), (2, 9)):
+        sizes = (2, 18, 150), (2, rows, 150), (2, rows)
+        logits, reached, sums = (1 + torch.rand(of).to(pass_cases.DEVICE) for of in sizes)
+        of = logits, feature, 1, None
+        phi, s = passes.memory_keys(*of, None, True)
+        phi[:, rows:] = 0.0
+        results += s, passes.memory_queries(*of, sums, None, 1e-3)
+        results += passes.memory_queries_backward_(phi, *of, sums, None, 1e-3, reached)
+        passes.memory_keys_backward_(phi, *of, reached, sums, None)
+        results.append(phi)
+    return results
+
+
 #: By family, its kernels, and the files whose barriers they meet.
 FAMILIES = {
     "attention_in_attention": (
@@ -98,6 +116,7 @@ FAMILIES = {
     ),
     "external_attention": (double_norm_fold_and_residual, {"columns.cuh", "fold.cu"}),
     "cbam": (cbam, {"columns.cuh", "rows.cuh"}),
+    "linear_attention": (memories, {"memory_join.cu", "memory_tiles.cuh"}),
 }
 
 

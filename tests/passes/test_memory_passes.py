@@ -1,5 +1,5 @@
 """The passes of attention by a memory per sample against the formula of phi and its derivatives in float64: Triton, the
-CPU at every instruction level, and PyTorch's own operators, which every other backend takes."""
+CPU at every instruction level, CUDA, and PyTorch's own operators, which a backend takes that has none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pass_cases
 import pytest
 import torch
-from pass_backends import CPU, on_threads, passes_of
+from pass_backends import CPU, CUDA, on_threads, passes_of
 from torch import Tensor
 
 from aia_kernels import backends
@@ -20,7 +20,10 @@ from aia_kernels.reference.linear_attention import FEATURES
 EPS = 1e-2  # large, so that it would be missed
 
 
-@pytest.fixture(params=["plain", "triton", *CPU])
+COMPILED = "triton", *CPU, *CUDA
+
+
+@pytest.fixture(params=["plain", *COMPILED])
 def memory_on(request, monkeypatch) -> Iterator[Any]:
     if request.param == "plain":
         yield memory_passes
@@ -28,8 +31,13 @@ def memory_on(request, monkeypatch) -> Iterator[Any]:
         yield from _compiled(request, monkeypatch)
 
 
-@pytest.fixture(params=["triton", *CPU])
+@pytest.fixture(params=COMPILED)
 def memory_compiled_on(request, monkeypatch) -> Iterator[Any]:
+    yield from _compiled(request, monkeypatch)
+
+
+@pytest.fixture(params=["emulator, between vectors"])
+def memory_between_vectors(request, monkeypatch) -> Iterator[Any]:
     yield from _compiled(request, monkeypatch)
 
 
@@ -56,9 +64,13 @@ class Sizes(NamedTuple):
 
 #: Ends of vectors at every level, one of everything, several tiles (memory.h), whole vectors alone.
 SIZES = (Sizes(2, 2, 3, 7), Sizes(1, 1, 1, 1), Sizes(2, 3, 5, 67), Sizes(1, 1, 70, 600), Sizes(1, 1, 4, 8300))
-#: Each size in one type, each type with ends of vectors.
+#: Each size in one type, each type with ends of vectors, and with whole vectors, tiles and strips of them.
 SIZES_AND_DTYPES = [(sizes, torch.float32) for sizes in SIZES]
-SIZES_AND_DTYPES += [(SIZES[2], dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16)]
+SIZES_AND_DTYPES += [
+    (sizes, dtype)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16)
+    for sizes in (SIZES[2], Sizes(2, 1, 9, 1160))
+]
 
 
 class Given(NamedTuple):
@@ -139,8 +151,8 @@ def assert_near(found: Tensor, expected: Tensor, sizes: Sizes, term: float = 1.0
 
 def dtype_of_rows(passes: Any, a: Given) -> torch.dtype:
     """A GPU's products take bfloat16 as it is."""
-    narrow = a.logits.dtype == torch.bfloat16 and passes is backends.passes("triton", "linear_attention")
-    return torch.bfloat16 if narrow else a.sums.dtype
+    wide = passes is memory_passes or passes is backends.passes("cpu", "linear_attention")
+    return torch.bfloat16 if a.logits.dtype == torch.bfloat16 and not wide else a.sums.dtype
 
 
 CASES = pytest.mark.parametrize("name", FEATURES)
@@ -202,6 +214,14 @@ def test_backward(memory_on, name, sizes, masked, dtype):
     assert {found[1].dtype, found[2].dtype} == {a.sums.dtype}
 
 
+@CASES
+def test_rows_that_begin_between_vectors(memory_between_vectors, name):
+    """They are as long as whole vectors."""
+    for dtype in (torch.float32, torch.bfloat16):
+        test_forward(memory_between_vectors, name, Sizes(1, 1, 9, 520), True, dtype)
+        test_backward(memory_between_vectors, name, Sizes(1, 1, 9, 520), True, dtype)
+
+
 @MASKED
 def test_what_is_known_of_a_softmax(memory_on, masked):
     """The maximum and the sum of a column, and the product with its gradient, as the members of a group exchange them:
@@ -260,6 +280,46 @@ def test_nan_stays_where_it_belongs(memory_compiled_on, name, place):
             assert not spoiled[per_head:].any()
         assert query[0, :per_head, place].isnan().all() and not query[0, per_head:].isnan().any()
         assert not query[0, :, torch.arange(sizes.n) != place].isnan().any()
+
+
+@MASKED
+def test_strips_of_several_blocks(memory_on, masked):
+    """More tokens than a softmax over them has strips."""
+    sizes = Sizes(1, 1, 1, 70_000)
+    a, of = given(sizes, "softmax", torch.float32, masked), (FEATURES.index("softmax"), 1)
+    rows, sums = memory_on.memory_keys(a.logits, *of, a.padding, None, True)
+    expected = phi_of_keys("softmax", a.logits, 1, a.padding)
+    assert_near(rows[:, :1] * sizes.n, expected * sizes.n, sizes)
+    assert_near(sums, expected.sum(2), sizes)
+    memory_on.memory_keys_backward_(rows, a.logits, *of, a.padding, a.reached, a.grad_sums, None)
+    reached = a.reached.double()
+    gradient = expected * (reached - (expected * reached).sum(2, keepdim=True))
+    assert_near(rows[:, 1:2] * sizes.n, gradient * sizes.n, sizes)
+
+
+@CASES
+@pytest.mark.parametrize("tokens", [9, 700], ids=["one tile", "tiles"])
+def test_launches_of_cuda(emulator, name, tokens):
+    """One for what is of each token alone; another joins sums over tiles of tokens, or is the second of a softmax."""
+    sizes, softmax = Sizes(1, 1, 3, tokens), name == "softmax"
+    a, of = given(sizes, name, torch.float32), (FEATURES.index(name), 1)
+
+    def count(call: str, *arguments) -> int:
+        emulator.schedule()
+        getattr(emulator, call)(*arguments)
+        return emulator.launches()
+
+    rows = emulator.memory_keys(a.logits, *of, None, None, True)[0]
+    assert count("memory_keys", a.logits, *of, None, None, True) == (2 if softmax or tokens == 700 else 1)
+    divisor = a.logits, *of, None, a.sums, a.gamma, EPS
+    assert count("memory_queries", *divisor) == 1
+    assert count("memory_queries_backward_", rows, *divisor, a.reached) == 2
+    backward = rows, a.logits, *of, None, a.reached, a.grad_sums
+    assert count("memory_keys_backward_", *backward, None) == (2 if softmax else 1)
+    if softmax:
+        assert count("memory_keys_backward_", *backward, a.grad_sums) == 1
+        known = torch.stack((a.grad_sums, a.grad_sums.abs()), 1)
+        assert count("memory_keys", a.logits, *of, None, known, True) == (2 if tokens == 700 else 1)
 
 
 @CASES

@@ -48,12 +48,9 @@ from aia_kernels.backends import extension
 from aia_kernels.common import maps
 
 #: What the CPU alone has.
-OF_GATES = schemas.CONVOLVE_PASSES + schemas.CHANNEL_GATE_PASSES
-ON_CPU = OF_GATES + schemas.MEMORY_PASSES + schemas.MEMORY_PROPAGATE_PASSES
-NOT_CUDA = (*schemas.CBAM_PASSES, *ON_CPU)
+NOT_CUDA = schemas.CONVOLVE_PASSES + schemas.CHANNEL_GATE_PASSES + schemas.MEMORY_PROPAGATE_PASSES
 #: Of Triton the framework's own operators, or part of a product (values, signed).
-NOT_TRITON = "move_statistics_", "residual_relu_", "residual_relu_backward"
-NOT_TRITON += OF_GATES + schemas.MEMORY_PROPAGATE_PASSES
+NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *NOT_CUDA)
 
 
 def cpu(name: str, arguments: list) -> Any:
