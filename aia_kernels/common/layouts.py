@@ -68,6 +68,17 @@ def in_order(t: Tensor, order: tuple[int, ...]) -> Tensor:
     return moved.permute([order.index(i) for i in range(t.ndim)]) if turned else moved
 
 
+def with_exchanged(y: Tensor, x: Tensor) -> Tensor:
+    """y, shaped as x, with its last two axes exchanged in memory where x is a dense tensor in which they are; else
+    itself. Sizes and strides may be symbols, which nothing can be sorted by."""
+    turned = x.mT
+    if turned.is_contiguous():
+        return y.mT.contiguous().mT
+    if turned.movedim(1, -1).is_contiguous():
+        return y.mT.movedim(1, -1).contiguous().movedim(-1, 1).mT
+    return y
+
+
 def suggests_channels_last(weight: Tensor) -> bool:
     """Whether a convolution with this weight writes channels_last whatever its input is. A kernel of one is contiguous
     and channels_last alike: its strides tell."""

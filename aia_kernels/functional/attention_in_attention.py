@@ -27,7 +27,7 @@ from ..algorithms.unit import Plan as PlanOfUnit
 from ..common import maps
 from ..common.autocast import autocast_dtype
 from ..common.dtypes import accumulate_dtype
-from ..common.layouts import as_clips, as_input, with_dense_clips
+from ..common.layouts import as_clips, as_input, with_dense_clips, with_exchanged
 from ..common.tracing import is_traced, needs_reference
 from ..operators import attention_in_attention as operators
 from ..reference import UNITS, Gate, Norm, Unit
@@ -188,7 +188,7 @@ def attention_in_attention(x: Tensor, unit: str, gates: Sequence[Gate], num_segm
     if statistics is not None:
         order = _ORDERS[unit]
         update_running_statistics([gates[i].norm for i in order], [statistics[i] for i in order], move)
-    return y
+    return y if dense is x else with_exchanged(y, x)
 
 
 def _through_passes(

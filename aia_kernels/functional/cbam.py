@@ -19,7 +19,7 @@ from ..algorithms import cbam as algorithm
 from ..algorithms.cbam import Parameters, Plan
 from ..common.autocast import autocast_dtype
 from ..common.dtypes import accumulate_dtype
-from ..common.layouts import with_dense_maps
+from ..common.layouts import with_dense_maps, with_exchanged
 from ..common.tracing import is_traced, needs_reference
 from ..operators.cbam import cbam_forward
 from ..reference import MLP, Gate, Norm
@@ -111,7 +111,7 @@ def _cbam(
     _check(x, mlp, gate)
     if x.numel() == 0:
         return _empty(x, mlp, gate)[: 1 + confounder]
-    x, norm = with_dense_maps(x), None if gate is None else gate.norm
+    given, x, norm = x, with_dense_maps(x), None if gate is None else gate.norm
     backend, passes = backends.select(x.device, x.dtype, FAMILY), None
     if backend == "reference" or needs_reference() or not algorithm.POOLS.keys() >= set(pool_types):
         *results, statistics = reference(x, mlp, gate, pool_types)
@@ -120,7 +120,7 @@ def _cbam(
         passes = None if is_traced() else backends.passes(backend, FAMILY)
         results, statistics = _through_passes(x, mlp, gate, Plan(passes, pool_types, confounder=confounder), backend)
     update_running_statistics([norm], [statistics], getattr(passes, "move_statistics_", None))
-    return tuple(results)
+    return tuple(results if x is given else (with_exchanged(y, given) for y in results))
 
 
 def _through_passes(

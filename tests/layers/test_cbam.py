@@ -270,6 +270,18 @@ def test_empty(name, sizes, cbam_on):
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
+@pytest.mark.parametrize("name", MAIN)
+def test_height_and_width_exchanged(name, cbam_on):
+    """Results lie in memory as x does, as those of the published code."""
+    module, x = layer(name, device=cbam_on[1]).eval(), sample(name).to(cbam_on[1])
+    turned = x.mT.contiguous().mT
+    for found, expected in zip(results(module, turned), results(module, x), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+    y = module(turned)
+    for result in y if isinstance(y, tuple) else (y,):
+        assert result.stride() == turned.stride() != x.stride()
+
+
 def test_input_of_other_strides(cbam_on):
     module = layer("CBAM", device=cbam_on[1])
     x = sample("CBAM", h=10).to(cbam_on[1])[:, :, ::2].requires_grad_()

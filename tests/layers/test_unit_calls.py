@@ -313,3 +313,25 @@ def test_hooks_of_single_tensors_that_are_saved(name):
         found.append(torch.autograd.grad(y.sin().sum(), [leaf]))
         assert bool(unpacked) == hooked
     assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("form", ["contiguous", "5d"])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_height_and_width_exchanged(name, form, training):
+    """y lies in memory as x does, as that of the published code."""
+    x, module = FORMS[form](), unit(name).train(training)
+    weight, turned = torch.randn_like(x), x.mT.contiguous().mT
+
+    def results(x: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [x.requires_grad_(), *module.parameters()]
+        with torch.no_grad():
+            evaluated = copy.deepcopy(module)(x)
+        y = module(x)
+        assert y.stride() == evaluated.stride() == x.stride()
+        gradients = torch.autograd.grad((y * weight).sum(), inputs)
+        y.mul_(2)  # no view that autograd forbids to change
+        return [y.detach(), evaluated, *gradients]
+
+    assert turned.stride() != x.stride()
+    assert_close(results(turned), results(x), **EXACT)
