@@ -33,6 +33,9 @@ _OTHER_FEATURES = ("elu", "relu", "exp", "celu", "selu", "sigmoid", "gelu", "sil
 _MOST = 400
 #: Of the largest number of o: both are computed in float64, in another order. An eps of 1e-6 moves o by 1e-8.
 _TOLERANCE = 1e-11
+#: Much smaller and much larger projections, which show what clamps them, and how far o may be off. Small ones may have
+#: an eps of 1e-12 beside their length, large ones lose digits where a softmax is written out.
+_SCALES = {1e-8: 1e-3, 1e2: 1e-9, 1e6: 1e-6}
 
 
 class Rows(NamedTuple):
@@ -175,6 +178,9 @@ class _Search:
         core = self._core(numbers, o)
         if core is None:
             return self._other_feature()
+        if not self._is_so_at_any_scale(core):
+            told = "of numbers around one, but not of much smaller or larger ones: something clamps them"
+            return Missed(self.end, f"{self.end.name} is linear or efficient attention {told}", of_unit=True)
         general = core if self.reader.fixed else self._for_any_number(core)
         if general is None:
             told = f"for {math.prod(self._lengths(0))} tokens, but not for other numbers of them"
@@ -200,14 +206,14 @@ class _Search:
             of_unit=True,
         )
 
-    def _computed(self, more: int) -> tuple[dict[Node, Tensor], Tensor | None]:
-        """Random numbers for the projections, and what the region makes of them. more: added to each length of x but
-        those of its samples and features."""
+    def _computed(self, more: int, scale: float = 1.0) -> tuple[dict[Node, Tensor], Tensor | None]:
+        """Random numbers of a scale for the projections, and what the region makes of them. more: added to each length
+        of x but those of its samples and features."""
         generator, values = torch.Generator().manual_seed(0), {}
         numbers = {}
         for product in self.region.roots:
             shape = self._shape(product.node, more)
-            numbers[product.node] = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+            numbers[product.node] = scale * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         values.update(numbers)
         try:
             with torch.no_grad(), torch.device("cpu"):
@@ -284,7 +290,21 @@ class _Search:
                         return core._replace(factor=factor)
         return None
 
-    def _factor(self, core: _Core, numbers: dict[Node, Tensor], o: Tensor, more: int = 0) -> float | None:
+    def _is_so_at_any_scale(self, core: _Core) -> bool:
+        """Whether the formula holds for small and large numbers too, as far as they do not overflow in the network's
+        own words."""
+        for scale, tolerance in _SCALES.items():
+            numbers, o = self._computed(0, scale)
+            if o is None or not bool(torch.isfinite(o).all()):
+                continue
+            factor = self._factor(core, numbers, o, tolerance=tolerance)
+            if factor is None or not math.isclose(factor, core.factor, rel_tol=tolerance):
+                return False
+        return True
+
+    def _factor(
+        self, core: _Core, numbers: dict[Node, Tensor], o: Tensor, more: int = 0, tolerance: float = _TOLERANCE
+    ) -> float | None:
         """The number by which o is larger than the formula; None where it is something else."""
         query, key, value = (
             numbers[r.product.node].movedim(self.feature, 1)[:, r.start : r.stop].flatten(2) for r in core[:3]
@@ -296,7 +316,7 @@ class _Search:
         found = found.reshape(o.shape)
         factor = ((found * o).sum() / found.square().sum()).item()
         error = (o - factor * found).abs().max().item()
-        return _rounded(factor) if factor and error <= _TOLERANCE * o.abs().max().item() else None
+        return _rounded(factor) if factor and error <= tolerance * o.abs().max().item() else None
 
     def _for_any_number(self, core: _Core) -> _Core | None:
         """The same with the factor that holds for any number of tokens, or None. Code that runs for one number alone is

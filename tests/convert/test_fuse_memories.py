@@ -118,6 +118,20 @@ class LookAlike(UnitVectors):
         return (o + k.sum() if self.also else o).view_as(x)
 
 
+class Clamped(UnitVectors):
+    """Linear attention but for numbers that are very small or large."""
+
+    def __init__(self, of_keys=lambda t: F.normalize(t, dim=1), of_values=lambda t: t):
+        super().__init__()
+        self.of_keys, self.of_values = of_keys, of_values
+
+    def forward(self, x):
+        q, k = F.normalize(self.to_q(x).flatten(2), dim=1), self.of_keys(self.to_k(x).flatten(2))
+        v = self.of_values(self.to_v(x).flatten(2))
+        above = v.sum(2, keepdim=True) + v @ k.mT @ q
+        return (above / (x.shape[2] * x.shape[3] + k.sum(2).unsqueeze(1) @ q)).view_as(x)
+
+
 class RootOfTokens(DividedByTokens):
     """Divided by another function of the number of tokens: in a graph of one size it looks like a constant."""
 
@@ -136,6 +150,9 @@ class TestLookAlikes:
             (lambda: LookAlike(also=True), "reads"),
             (lambda: LookAlike(lambda t: t.square()), None),
             (RootOfTokens, "tokens, but not for other numbers of them"),
+            (lambda: Clamped(of_keys=lambda t: F.normalize(t, dim=1, eps=1e-3)), "something clamps them"),
+            (lambda: Clamped(of_keys=lambda t: F.normalize(t.clamp(-30.0, 30.0), dim=1)), "something clamps them"),
+            (lambda: Clamped(of_values=lambda t: F.hardtanh(t, -1e3, 1e3)), "something clamps them"),
         ],
     )
     def test_is_left_alone(self, make, reason):
