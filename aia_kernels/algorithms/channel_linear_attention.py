@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from ..common.autocast import without_autocast
-from ..common.dtypes import accumulate_dtype
 from ..common.layouts import save, saved, stored_as, unviewed
 from ..reference.linear_attention import channel_linear_attention as reference
 from .double_backward import backward_is_followed, gradients
+from .linear_attention import dtype_of_memory
 
 
 class Directions(NamedTuple):
@@ -50,10 +50,13 @@ class Memory(NamedTuple):
 
 
 def forward(x: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Memory]:
-    """y, of the type of x [B, C, N] and stored as it, whose positions or channels are contiguous, and the memory in
-    accumulate_dtype. Nothing is changed in place: selective checkpointing may put results that it kept in the place of
-    these."""
-    dtype = accumulate_dtype(x.dtype)
+    """y, of the type of x [B, C, N] and stored as it, whose positions or channels are contiguous, and the memory.
+    Nothing is changed in place: selective checkpointing may put results that it kept in the place of these.
+
+    All is made in dtype_of_memory: on a GPU bfloat16 is what the products take, and h in float32 would be as many bytes
+    as two of x, written and read by each of the operators around them.
+    """
+    dtype = dtype_of_memory(x)
     wide = x.to(dtype)
     of = _directions(wide, eps)
     memory = _memory(wide, of)
@@ -157,7 +160,7 @@ class ChannelLinearAttentionFunction(torch.autograd.Function):
         x, gamma, *kept = saved(ctx)
         if backward_is_followed():
             return *gradients(partial(reference, eps=ctx.eps), (x, gamma), ctx.needs_input_grad[:2], grad), None
-        dtype = accumulate_dtype(x.dtype)
+        dtype = dtype_of_memory(x)
         wide = stored_as(grad, x).to(dtype), x.to(dtype), None if gamma is None else gamma.to(dtype)
         memory = None if kept[0] is None else Memory(*kept)
         grad_x, grad_gamma = backward(*wide, ctx.eps, memory)

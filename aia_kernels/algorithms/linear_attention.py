@@ -94,7 +94,7 @@ def keeps(channels: int, keys: int, rows: int, tokens: int | None) -> tuple[bool
     return keeps_logits, (logits if keeps_logits else 0.0) + sums <= 0.29
 
 
-def dtype_of_memory(x: Tensor, shards: str) -> torch.dtype:
+def dtype_of_memory(x: Tensor, shards: str = "") -> torch.dtype:
     """The type of T, M and their gradients, that of the products over tokens rounded once.
 
     Small products of bfloat16 stay in it where a cast is a launch: they round what the published flow rounds too.

@@ -12,7 +12,15 @@ from agreement import EXACT, assert_within_budget
 from conftest import skip_unless_runnable
 from torch import Tensor, nn
 
-from aia_kernels import EfficientAttention, PositionLinearAttention, backends, functional, operators, testing
+from aia_kernels import (
+    ChannelLinearAttention,
+    EfficientAttention,
+    PositionLinearAttention,
+    backends,
+    functional,
+    operators,
+    testing,
+)
 from aia_kernels.algorithms import linear_attention as algorithm
 from aia_kernels.backends import memory_passes
 
@@ -58,6 +66,18 @@ def test_error_budget(name, dtype, backend):
             x, grad_y = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_y))
         excesses.append(testing.compare(module, x, grad_y, backend))
     assert_within_budget(sorted(excesses, key=lambda of: of[0].ratio)[len(excesses) // 2])
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 5, 7), (2, 20, 3, 3)], ids=["positions", "channels"])
+@pytest.mark.parametrize("stored", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_error_budget_over_channels(sizes, stored):
+    """In bfloat16 all is made in it, where x has more positions than channels and where it has fewer."""
+    module = testing.randomise(ChannelLinearAttention()).bfloat16()
+    excesses = []
+    for _ in range(3):
+        x, grad_y = (t.contiguous(memory_format=stored) for t in torch.randn(2, *sizes).bfloat16())
+        excesses.append(testing.compare(module, x, grad_y, "cpu"))
+    assert_within_budget(sorted(excesses, key=lambda of: of[0].ratio)[1])
 
 
 def call(feature: str, x: Tensor, tensors: dict[str, Tensor], **settings) -> Tensor:

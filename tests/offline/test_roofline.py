@@ -125,7 +125,7 @@ def test_attention_by_a_memory_meets_x_as_often_as_designed(name, provider):
 OF_MEMORIES = {
     "PositionLinearAttention": {"triton": (10, 31), "cuda": (9, 28)},
     "EfficientAttention": {"triton": (12, 38), "cuda": (11, 34)},
-    "ChannelLinearAttention": {"triton": (19, 62), "cuda": (19, 62)},
+    "ChannelLinearAttention": {"triton": (16, 54), "cuda": (16, 54)},
 }
 
 
@@ -135,7 +135,7 @@ OF_MEMORIES = {
 def test_launches_of_attention_by_a_memory(name, provider, dtype):
     """And all that they read and write, in |X|: what is as large as x, and four times over what keys and queries have.
     Those are a quarter of x, as are their gradients. A pass of CUDA counts all that it is given, of which it reads keys
-    or queries."""
+    or queries. Over channels nothing folds: there it is less than what the published flow moves, in both types."""
     if provider == "triton":
         pytest.importorskip("triton", reason="its launches are counted")
     cases = (case for case in linear_attention.cases() if case.name == name and case.stage.endswith("x64x64"))
@@ -144,7 +144,10 @@ def test_launches_of_attention_by_a_memory(name, provider, dtype):
             launches = roofline.count(case, provider, mode)
             assert len(launches) <= most, [f"{one.part} {one.name}" for one in launches]
             moved = sum(one.read + one.written for one in launches) / case.x_bytes
-            if name != "ChannelLinearAttention":
+            if name == "ChannelLinearAttention":
+                of_published = roofline.count(case, "published", mode)
+                assert moved < 0.7 * sum(one.read + one.written for one in of_published) / case.x_bytes, case
+            else:
                 more = {"eval": 2, "step": 6 if provider == "triton" else 8}[mode]
                 assert moved < case.traffic(mode) + more, case
 
