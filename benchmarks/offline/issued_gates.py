@@ -48,7 +48,7 @@ COLUMNS = [
 #: the divisors behind them, of three numbers each.
 HEAD, DIVISORS = 16, 7
 FIELDS = (
-    *("d0", "d1", "d2", "start", "length", "chunks", "strip", "strips", "columns", "slabs"),
+    *("d0", "d1", "d2", "start", "length", "chunks", "strip", "across", "wide", "strips", "columns", "slabs"),
     *("tiles_down", "tiles_across", "pitch", "slab_step", "first_block", "blocks"),
 )
 
@@ -89,7 +89,7 @@ def row(library: Library, name: str, context: int, side: int, layout: str, chann
         groups = -(-share["chunks"] // share["slabs"])
         items = CLIPS * groups * share["tiles_down"] * share["tiles_across"] / share["blocks"]
         # The first block of a map has as many items as any.
-        strips = share["slabs"] * share["strips"] * share["columns"] * STRIP_THREADS[name]
+        strips = share["slabs"] * share["strips"] * (share["columns"] // share["across"]) * STRIP_THREADS[name]
         found = _of_block(program, bank, share["first_block"], launch.threads, strips)
         slowest = max(slowest, found[0])
         totals.append([share["blocks"] * number * items / math.ceil(items) for number in found])

@@ -12,50 +12,73 @@
 namespace aia::cuda {
 namespace {
 
-// Both features of an element, side by side in shared memory.
-template <class A>
-using Features = Vector<A, 2>;
+// Features of an element that lie side by side in shared memory: both, which one read brings, or each in an array of
+// its own, so that neighbours are vectors of it.
+template <int kWide>
+constexpr int kTogether = kWide > 1 ? 1 : 2;
+template <int kWide>
+constexpr int kArrays = 2 / kTogether<kWide>;
+template <class A, int kWide>
+using Features = Vector<A, kTogether<kWide>>;
 
-template <class A>
-constexpr int kPlaces = kForwardCapacity<A>.places;
-// The places of each buffer, and the one that is none.
-template <class A>
-constexpr int kSharedBytes = kBuffers * (kPlaces<A> + 1) * static_cast<int>(sizeof(Features<A>));
+// The places of each array, and a vector of them that is none.
+template <class A, int kWide>
+constexpr int kStride = kForwardCapacity<A, kWide>.places + 4;
+template <class A, int kWide>
+constexpr int kSharedBytes = kBuffers * 2 * kStride<A, kWide> * static_cast<int>(sizeof(A));
 
-// What a strip sees of a plane.
-template <class A>
-struct Window : FrameWindow<A, Features<A>> {
-  using FrameWindow<A, Features<A>>::FrameWindow;
-  // Adds what it gives to the results of a plane, whose taps begin at kTap; as the first one if kFirst.
-  template <int kTap, bool kFirst>
-  __device__ __forceinline__ void add(const A (&w)[2][27], A (&z)[kStrip<A>]) const {
+// Adds what a strip sees of some features of a plane to the results of a plane, whose taps begin at kTap; as the first
+// ones if kFirst.
+template <int kTap, bool kFirst, class A, class Seen, int kWide>
+__device__ __forceinline__ void add(const FrameWindow<A, Seen, kWide>& window, const A (*w)[27], Strip<A, kWide>& z) {
+  constexpr int kColumns = kAcross<kWide>;
 #pragma unroll
-    for (int i = 0; i < kStrip<A> + 2; ++i)
+  for (int i = 0; i < kStrip<A> + 2; ++i)
 #pragma unroll
-      for (int j = 0; j < 3; ++j) {
-        const Features<A> seen = this->at(i, j);
+    for (int j = 0; j < kColumns + 2; ++j) {
+      const Seen seen = window.at(i, j);
 #pragma unroll
-        for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r)
+      for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r)
 #pragma unroll
-          for (int f = 0; f < 2; ++f) {
-            const A weight = w[f][kTap + (i - r) * 3 + j];
-            z[r] = kFirst && i == r && j + f == 0 ? weight * seen.at[f] : z[r] + weight * seen.at[f];
+        for (int c = j < 2 ? 0 : j - 2; c <= j && c < kColumns; ++c)
+#pragma unroll
+          for (int f = 0; f < kTogether<kWide>; ++f) {
+            const A product = w[f][kTap + (i - r) * 3 + j - c] * seen.at[f];
+            z[r].at[c] = kFirst && i == r && j == c && f == 0 ? product : z[r].at[c] + product;
           }
-      }
-  }
-};
+    }
+}
+
+// Adds what a strip sees of plane q, in the buffer of this turn, to the results of the planes before, at and behind it,
+// as far as an item of so many planes has them.
+template <int kTurn, int kWide, class A>
+__device__ __forceinline__ void meet(const Features<A, kWide>* buffers, const FrameRows<A, Features<A, kWide>>& rows,
+                                     const A (&w)[2][27], int length, int q, Strip<A, kWide> (&z)[kBuffers]) {
+  const auto meet_array = [&](auto array) {
+    constexpr int kArray = decltype(array)::value;
+    const A(*const taps)[27] = w + kArray;
+    const FrameWindow<A, Features<A, kWide>, kWide> window(
+        buffers + (kTurn * kArrays<kWide> + kArray) * kStride<A, kWide>, rows);
+    if (in_item(length, q - 1)) add<18, false>(window, taps, z[kTurn]);
+    if (in_item(length, q)) add<9, false>(window, taps, z[(kTurn + 1) % kBuffers]);
+    if (in_item(length, q + 1)) add<0, kArray == 0>(window, taps, z[(kTurn + 2) % kBuffers]);
+  };
+  meet_array(std::integral_constant<int, 0>{});
+  if constexpr (kArrays<kWide> == 2) meet_array(std::integral_constant<int, 1>{});
+}
 
 // Convolves the items of this block's map; found(to, k, rows, z) takes a strip of results, of which there are so many
 // rows, the first at to[k] in each of the results' arrays [B, M].
-template <class A, int kArrays, class Found>
+template <int kWide, class A, int kResults, class Found>
 __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const GateParameters& gate,
-                                         const A* __restrict__ pooled, A* const (&results)[kArrays],
+                                         const A* __restrict__ pooled, A* const (&results)[kResults],
                                          const Found& found) {
-  constexpr int kSlots = kForwardCapacity<A>.staged / kGateThreads, kStride = kPlaces<A> + 1;
-  AIA_DYNAMIC_SHARED(Features<A>, buffers);
+  using Staged = Features<A, kWide>;
+  constexpr int kApart = kArrays<kWide>, kPlaces = kStride<A, kWide>;
+  AIA_DYNAMIC_SHARED(Staged, buffers);
   AIA_SHARED(A, weight, kSharedWeight);
   share_weight(gate, weight);
-  clear<kStride>(map, buffers);
+  clear<kBuffers * kApart, kPlaces>(map, buffers);
   __syncthreads();
   A w[2][27];
   load_weight(weight, w);
@@ -64,41 +87,43 @@ __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const
   opaque(length), opaque(last_visit);
   const Item step(map, map.blocks);
   Own own(map, threadIdx.x);
-  Slots<kSlots> slots(map);
-  const FrameRows<A, Features<A>> rows(own, map.pitch);
+  Slots<kForwardCapacity<A, kWide>.staged, kWide> slots(map);
+  constexpr int kSlots = decltype(slots)::kSlots;
+  const FrameRows<A, Staged> rows(own, map.pitch);
   SharedPlace places[kSlots];
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) places[k] = shared_place(buffers + slots.place[k]);
   for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
     own.begin(map, item), slots.begin(map, item);
     const A *maximum = pooled + (2 * item.clip * maps.packed + map.start), *mean = maximum + maps.packed;
-    A* to[kArrays];
+    A* to[kResults];
 #pragma unroll
-    for (int n = 0; n < kArrays; ++n) {
+    for (int n = 0; n < kResults; ++n) {
       to[n] = results[n] + (item.clip * maps.packed + own.offset);
       opaque(to[n]);
     }
     // Asks for the next plane.
     const auto copy = [&](auto buffer) {
-      constexpr int kBuffer = decltype(buffer)::value * kStride * sizeof(Features<A>);
+      constexpr int kFirst = decltype(buffer)::value * kApart * kPlaces * sizeof(Staged);
+      constexpr int kSecond = kFirst + (kApart == 1 ? sizeof(A) : kPlaces * sizeof(Staged));
       opaque(maximum), opaque(mean);
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
         const bool present = slots.present(k);
-        copy_async_or_zero<sizeof(A), kBuffer>(places[k], maximum + slots.at[k], present);
-        copy_async_or_zero<sizeof(A), kBuffer + sizeof(A)>(places[k], mean + slots.at[k], present);
+        copy_async_or_zero<kWide * sizeof(A), kFirst>(places[k], maximum + slots.at[k], present);
+        copy_async_or_zero<kWide * sizeof(A), kSecond>(places[k], mean + slots.at[k], present);
         slots.at[k] += slots.plane;
       }
       end_of_copies();
     };
-    A z[kBuffers][kStrip<A>] = {};
+    Strip<A, kWide> z[kBuffers] = {};
     copy(std::integral_constant<int, 0>{});
     if (map.first_visit() < last_visit)
       copy(std::integral_constant<int, 1>{});
     else
       end_of_copies();
     march(map.first_visit(), length, [&](auto turn, int q) {
-      constexpr int kTurn = decltype(turn)::value, kNext = (kTurn + 1) % kBuffers, kLast = (kTurn + 2) % kBuffers;
+      constexpr int kTurn = decltype(turn)::value, kLast = (kTurn + 2) % kBuffers;
       if (q <= last_visit) {
         wait_for_copies<1>();
         // What all have copied is here, and nobody reads the plane before any more.
@@ -107,12 +132,7 @@ __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const
           copy(std::integral_constant<int, kLast>{});
         else
           end_of_copies();
-        if (own.planes) {
-          const Window<A> window(buffers + kTurn * kStride, rows);
-          if (in_item(length, q - 1)) window.template add<18, false>(w, z[kTurn]);
-          if (in_item(length, q)) window.template add<9, false>(w, z[kNext]);
-          if (in_item(length, q + 1)) window.template add<0, true>(w, z[kLast]);
-        }
+        if (own.planes) meet<kTurn, kWide>(buffers, rows, w, length, q, z);
       }
       if (q > 0 && q <= own.planes) found(to, (q - 1) * slots.plane, own.rows, z[kTurn]);
     });
@@ -127,21 +147,26 @@ struct Sample {
   A origin = 0, sum = 0, squares = 0;
   int count = 0;
 
-  __device__ __forceinline__ void add(const A (&values)[kStrip<A>], int rows) {
-    if (count == 0) origin = values[0];
-    count += rows;
+  template <int kColumns>
+  __device__ __forceinline__ void add(const Vector<A, kColumns> (&rows_of)[kStrip<A>], int rows) {
+    if (count == 0) origin = rows_of[0].at[0];
+    count += rows * kColumns;
     if (rows >= kStrip<A>) {
 #pragma unroll
-      for (int r = 0; r < kStrip<A>; ++r) add(values[r]);
+      for (int r = 0; r < kStrip<A>; ++r) add(rows_of[r]);
     } else {
 #pragma unroll
       for (int r = 0; r < kStrip<A> - 1; ++r)
-        if (r < rows) add(values[r]);
+        if (r < rows) add(rows_of[r]);
     }
   }
-  __device__ __forceinline__ void add(A value) {
-    const A deviation = value - origin;
-    sum += deviation, squares += deviation * deviation;
+  template <int kColumns>
+  __device__ __forceinline__ void add(const Vector<A, kColumns>& row) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const A deviation = row.at[c] - origin;
+      sum += deviation, squares += deviation * deviation;
+    }
   }
 };
 
@@ -203,7 +228,7 @@ __device__ __forceinline__ void write_norm(int m, const A (&row)[4], const A (&u
   for (int i = 0; i < 3; ++i) statistics[3 * m + i] = used[i];
 }
 
-template <class A, int V>
+template <class A, int kWide, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
     gate_kernel(Maps maps, Gates gates,
                 const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
@@ -219,10 +244,11 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   int pitch = map.d2;
   opaque(pitch);
   A* const results[] = {gate};
-  convolve(maps, map, gates.at[own], pooled, results, [&](A* const(&to)[1], int k, int rows, const A(&z)[kStrip<A>]) {
-    store_strip(to[0] + k, pitch, rows, z);
+  const auto found = [&](A* const(&to)[1], int k, int rows, const Strip<A, kWide>& z) {
+    store_strip<kWide>(to[0] + k, pitch, rows, z);
     sample.add(z, rows);
-  });
+  };
+  convolve<kWide>(maps, map, gates.at[own], pooled, results, found);
   PartialMoments* const partial = reinterpret_cast<PartialMoments*>(workspace);
   leave_moments(sample, shared, partial);
   grid_barrier();
@@ -251,7 +277,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 }
 
 // By a norm that is known, or made of the gates' fixed statistics and then returned; z is stored where wanted.
-template <class A>
+template <class A, int kWide>
 __global__ void __launch_bounds__(kGateThreads, 1)
     known_gate_kernel(Maps maps, Gates gates,
                       const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
@@ -274,14 +300,16 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   int pitch = map.d2;
   opaque(pitch);
   A* const results[] = {gate, z ? z : gate};
-  convolve(maps, map, gates.at[m], pooled, results,
-           [&](A* const(&to)[2], int k, int rows, const A(&values)[kStrip<A>]) {
-             A gates[kStrip<A>];
+  const auto found = [&](A* const(&to)[2], int k, int rows, const Strip<A, kWide>& values) {
+    Strip<A, kWide> gates;
 #pragma unroll
-             for (int r = 0; r < kStrip<A>; ++r) gates[r] = sigmoid(values[r]);
-             store_strip(to[0] + k, pitch, rows, gates);
-             if (z) store_strip(to[1] + k, pitch, rows, values);
-           });
+    for (int r = 0; r < kStrip<A>; ++r)
+#pragma unroll
+      for (int c = 0; c < kAcross<kWide>; ++c) gates[r].at[c] = sigmoid(values[r].at[c]);
+    store_strip<kWide>(to[0] + k, pitch, rows, gates);
+    if (z) store_strip<kWide>(to[1] + k, pitch, rows, values);
+  };
+  convolve<kWide>(maps, map, gates.at[m], pooled, results, found);
 }
 
 }  // namespace
@@ -291,17 +319,20 @@ int gate_blocks_together() { return std::clamp(multiprocessors(), kFewestGateBlo
 int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, const void* pooled, void* gate, void* norm,
          void* statistics, Workspace workspace, void* stream) {
   const Gates of_maps = gates_of(gates, dims.n);
+  const bool known = std::none_of(gates, gates + dims.n, [](const GateParameters& g) { return g.batch; });
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    const BlockSize size(kGateThreads, kSharedBytes<A>);
-    if (std::none_of(gates, gates + dims.n, [](const GateParameters& g) { return g.batch; })) {
-      const Maps maps = cut(dims, kForwardCapacity<A>, gate_blocks_together());
-      return launch(known_gate_kernel<A>, maps.blocks(), size, stream, maps, of_maps, static_cast<const A*>(pooled),
-                    nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm), static_cast<A*>(statistics));
-    }
-    return with_width<A>(dims, {gate}, [&](auto width) {
-      const Maps maps = cut(dims, kForwardCapacity<A>, workspace.blocks);
-      return launch_together(gate_kernel<A, width.value>, maps.blocks(), size, stream, maps, of_maps,
+    return with_widths<A>(dims, {pooled, gate}, [&](auto width, auto straight) {
+      constexpr int kWide = width.value;
+      const BlockSize size(kGateThreads, kSharedBytes<A, kWide>);
+      if (known) {
+        const Maps maps = cut(dims, kForwardCapacity<A, kWide>, gate_blocks_together());
+        return launch(known_gate_kernel<A, kWide>, maps.blocks(), size, stream, maps, of_maps,
+                      static_cast<const A*>(pooled), nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm),
+                      static_cast<A*>(statistics));
+      }
+      const Maps maps = cut(dims, kForwardCapacity<A, kWide>, workspace.blocks);
+      return launch_together(gate_kernel<A, kWide, straight.value>, maps.blocks(), size, stream, maps, of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
                              static_cast<A*>(statistics), workspace.data);
     });
@@ -312,10 +343,13 @@ int gate_again(const PackedDims& dims, Scalar scalar, const GateParameters* gate
                void* gate, void* z, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    const Maps maps = cut(dims, kForwardCapacity<A>, gate_blocks_together());
-    return launch(known_gate_kernel<A>, maps.blocks(), {kGateThreads, kSharedBytes<A>}, stream, maps,
-                  gates_of(gates, dims.n), static_cast<const A*>(pooled), static_cast<const A*>(norm),
-                  static_cast<A*>(gate), static_cast<A*>(z), nullptr, nullptr);
+    return with_widths<A>(dims, {pooled, gate, z}, [&](auto width, auto) {
+      constexpr int kWide = width.value;
+      const Maps maps = cut(dims, kForwardCapacity<A, kWide>, gate_blocks_together());
+      return launch(known_gate_kernel<A, kWide>, maps.blocks(), {kGateThreads, kSharedBytes<A, kWide>}, stream, maps,
+                    gates_of(gates, dims.n), static_cast<const A*>(pooled), static_cast<const A*>(norm),
+                    static_cast<A*>(gate), static_cast<A*>(z), nullptr, nullptr);
+    });
   });
 }
 

@@ -88,12 +88,17 @@ using SharedPlace = unsigned;
 __device__ __forceinline__ SharedPlace shared_place(const void* address) {
   return static_cast<SharedPlace>(__cvta_generic_to_shared(address));
 }
-// Copies so many bytes, 4 or 8, or zeros where nothing is wanted, to kOffset bytes behind a place.
+// Copies so many bytes, 4, 8 or 16, or zeros where nothing is wanted, to kOffset bytes behind a place.
 template <int kBytes, int kOffset>
 __device__ __forceinline__ void copy_async_or_zero(SharedPlace to, const void* from, bool wanted) {
-  asm volatile("cp.async.ca.shared.global [%0 + %3], [%1], %2, %4;" ::"r"(to), "l"(from), "n"(kBytes), "n"(kOffset),
-               "r"(wanted ? kBytes : 0)
-               : "memory");
+  const int bytes = wanted ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16, %3;" ::"r"(to), "l"(from), "n"(kOffset), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0 + %3], [%1], %2, %4;" ::"r"(to), "l"(from), "n"(kBytes), "n"(kOffset),
+                 "r"(bytes)
+                 : "memory");
 }
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLater>

@@ -41,17 +41,17 @@ struct Item {
   }
 };
 
-// What a thread knows of its strip: its slab, and its first row and column in a tile; where the frame around them
-// begins among the places of a plane. In an item: of how many planes and rows it has results, none where it lies
-// outside, and where the first one lies in a packed clip.
+// What a thread knows of its strip: its slab, its first row and column in a tile, and where these lie among the places
+// of a plane. In an item: of how many planes and rows it has results, none where it lies outside, and where the first
+// one lies in a packed clip.
 struct Own {
   int slab, row, column, place;
   int planes, rows, offset;
 
   __device__ __forceinline__ Own(const Map& map, int thread) : row(thread) {
-    column = row, row = map.by_columns.divide(column);
-    slab = map.by_strips.divide(row), row *= map.strip;
-    place = slab * map.slab_step + row * map.pitch + column;
+    column = row, row = map.by_strips_across.divide(column);
+    slab = map.by_strips.divide(row), row *= map.strip, column *= map.across;
+    place = slab * map.slab_step + map.place(row, column);
   }
   __device__ __forceinline__ void begin(const Map& map, const Item& item) {
     int y, x;
@@ -65,10 +65,12 @@ struct Own {
   }
 };
 
-// The elements of a plane that a thread stages: their rows and columns in a tile with its frame, and their places in
+// The vectors of a plane that a thread stages: their rows and columns in a tile with its frame, and their places in
 // shared memory. In an item: where in the map the next one lies. What lies outside of the map is zero there.
-template <int kSlots>
+template <int kStaged, int kWide>
 struct Slots {
+  static constexpr int kSlots = kStaged / (kGateThreads * kWide);
+  static_assert(kSlots * kGateThreads * kWide == kStaged);
   // Far below the map, whose planes come to fewer than 2^31 elements together.
   static constexpr int kNowhere = INT32_MIN;
   int row[kSlots], column[kSlots], from[kSlots], place[kSlots], at[kSlots], size, plane;
@@ -76,15 +78,16 @@ struct Slots {
   __device__ __forceinline__ explicit Slots(const Map& map) {
     plane = map.plane_size(), size = map.d0 * plane;
     const int count = map.staged(), columns = map.staged_columns(), rows = map.staged_rows();
-    int x = threadIdx.x, y = map.by_staged_columns.divide(x), slab = map.by_staged_rows.divide(y);
-    y -= map.frame_down(), x -= map.frame_across();
-    int across = kGateThreads, down = map.by_staged_columns.divide(across), on = map.by_staged_rows.divide(down);
+    int x = threadIdx.x, y = map.by_vectors.divide(x), slab = map.by_staged_rows.divide(y);
+    y -= map.frame_down(), x = x * kWide - map.frame_across();
+    int across = kGateThreads, down = map.by_vectors.divide(across), on = map.by_staged_rows.divide(down);
+    across *= kWide;
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
-      const bool own = k * kGateThreads + static_cast<int>(threadIdx.x) < count;
+      const bool own = (k * kGateThreads + static_cast<int>(threadIdx.x)) * kWide < count;
       row[k] = y, column[k] = x;
       from[k] = own ? (slab * map.length + map.first_visit()) * plane + y * map.d2 + x : kNowhere;
-      place[k] = own ? slab * map.slab_step + (y + 1) * map.pitch + x + 1 : map.places();
+      place[k] = own ? slab * map.slab_step + map.place(y, x) : map.places();
       x += across, y += down, slab += on;
       if (x >= columns - map.frame_across()) x -= columns, ++y;
       if (y >= rows - map.frame_down()) y -= rows, ++slab;
@@ -109,13 +112,15 @@ struct Slots {
 // The buffers through which planes go, one after the other; results go round with them.
 constexpr int kBuffers = 3;
 
-// Zeros in all buffers, for the places in which nothing is staged, and behind them one for staged elements that are
-// none.
-template <int kPlaces, class Staged>
-__device__ __forceinline__ void clear(const Map& map, Staged* buffers) {
-  for (int e = threadIdx.x; e <= map.places(); e += kGateThreads)
+// Zeros in so many arrays of places side by side, for those in which nothing is staged, and behind them for staged
+// vectors that are none.
+template <int kArrays, int kStride, class Staged>
+__device__ __forceinline__ void clear(const Map& map, Staged* arrays) {
+  constexpr int kVector = 16 / sizeof(Staged);
+  static_assert(kStride % kVector == 0);
+  for (int e = threadIdx.x * kVector; e < map.places() + map.wide; e += kGateThreads * kVector)
 #pragma unroll
-    for (int b = 0; b < kBuffers; ++b) buffers[b * kPlaces + e] = {};
+    for (int b = 0; b < kArrays; ++b) store_vector(arrays + b * kStride + e, Vector<Staged, kVector>{});
 }
 
 // Calls visit(turn, q) for the planes of an item from its first visit on and, for the last results, for the one behind
@@ -155,16 +160,20 @@ __device__ __forceinline__ void for_each_run(const Maps& maps, const Map& map, c
   }
 }
 
+// Numbers of a strip.
+template <class A, int kWide>
+using Strip = Vector<A, kAcross<kWide>>[kStrip<A>];
+
 // Writes the rows of a strip that are there, which lie `pitch` apart.
-template <class A>
-__device__ __forceinline__ void store_strip(A* to, int pitch, int rows, const A (&values)[kStrip<A>]) {
+template <int kWide, class A>
+__device__ __forceinline__ void store_strip(A* to, int pitch, int rows, const Strip<A, kWide>& values) {
   if (rows >= kStrip<A>) {
 #pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r, to += pitch) opaque(to), *to = values[r];
+    for (int r = 0; r < kStrip<A>; ++r, to += pitch) opaque(to), store_vector(to, values[r]);
   } else {
 #pragma unroll
     for (int r = 0; r < kStrip<A> - 1; ++r)
-      if (r < rows) to[r * pitch] = values[r];
+      if (r < rows) store_vector(to + r * pitch, values[r]);
   }
 }
 
@@ -203,7 +212,8 @@ __device__ __forceinline__ bool in_item(int length, int plane) {
   return static_cast<uint32_t>(plane) < static_cast<uint32_t>(length);
 }
 
-// Where the rows of the frame around a strip begin in a buffer, in bytes; found once, so that no visit adds them up.
+// Where the rows of a strip, and those above and below it, begin in a buffer, in bytes; found once, so that no visit
+// adds them up.
 template <class A, class Staged>
 struct FrameRows {
   int at[kStrip<A> + 2];
@@ -211,38 +221,43 @@ struct FrameRows {
   __device__ __forceinline__ FrameRows(const Own& own, int pitch) {
 #pragma unroll
     for (int i = 0; i < kStrip<A> + 2; ++i) {
-      at[i] = (own.place + i * pitch) * static_cast<int>(sizeof(Staged));
+      at[i] = (own.place + (i - 1) * pitch) * static_cast<int>(sizeof(Staged));
       opaque(at[i]);
     }
   }
-  __device__ __forceinline__ Staged read(const Staged* buffer, int row, int column) const {
-    return reinterpret_cast<const Staged*>(reinterpret_cast<const unsigned char*>(buffer) + at[row])[column];
+  __device__ __forceinline__ const Staged* row(const Staged* buffer, int row) const {
+    return reinterpret_cast<const Staged*>(reinterpret_cast<const unsigned char*>(buffer) + at[row]);
   }
 };
 
-// What a strip sees of a plane in a buffer. Floats are held in registers for the three planes that meet them, doubles
-// are read anew by each, as registers are short.
-template <class A, class Staged>
+// What a strip sees of a plane in a buffer, a column to its left and one to its right among it. Floats are held in
+// registers for the planes that meet them, doubles are read anew by each, as registers are short.
+template <class A, class Staged, int kWide>
 class FrameWindow {
   static constexpr bool kHeld = sizeof(A) == 4;
+  static constexpr int kColumns = kAcross<kWide> + 2;
   const Staged* buffer_;
   const FrameRows<A, Staged>& rows_;
-  Staged held_[kHeld ? kStrip<A> + 2 : 1][3];
+  Staged held_[kHeld ? kStrip<A> + 2 : 1][kColumns];
 
  public:
   __device__ __forceinline__ FrameWindow(const Staged* buffer, const FrameRows<A, Staged>& rows)
       : buffer_(buffer), rows_(rows) {
     if constexpr (kHeld)
 #pragma unroll
-      for (int i = 0; i < kStrip<A> + 2; ++i)
+      for (int i = 0; i < kStrip<A> + 2; ++i) {
+        const Staged* const row = rows.row(buffer, i);
+        const auto own = load_vector<kColumns - 2>(row);
+        held_[i][0] = row[-1], held_[i][kColumns - 1] = row[kColumns - 2];
 #pragma unroll
-        for (int j = 0; j < 3; ++j) held_[i][j] = rows.read(buffer, i, j);
+        for (int j = 1; j < kColumns - 1; ++j) held_[i][j] = own.at[j - 1];
+      }
   }
   __device__ __forceinline__ Staged at(int row, int column) const {
     if constexpr (kHeld)
       return held_[row][column];
     else
-      return rows_.read(buffer_, row, column);
+      return rows_.row(buffer_, row)[column - 1];
   }
 };
 
@@ -291,13 +306,28 @@ int with_maps(Scalar scalar, Body&& body) {
   return scalar == Scalar::kFloat64 ? body(double{}) : body(float{});
 }
 
-// Calls body with the width of the vectors in which maps of packed clips at these addresses can be moved.
+// Calls body with the width of the vectors in which packed clips at these addresses can be moved, map by map: of 16
+// bytes, or 1.
 template <class A, class Body>
-int with_width(const PackedDims& dims, std::initializer_list<const void*> addresses, Body&& body) {
+int with_straight_width(const PackedDims& dims, std::initializer_list<const void*> addresses, Body&& body) {
   constexpr int kWide = 16 / sizeof(A);
   bool wide = are_aligned(addresses);
   for (int m = 0; m < dims.n; ++m) wide = wide && dims.numel(m) % kWide == 0;
   return wide ? body(std::integral_constant<int, kWide>{}) : body(std::integral_constant<int, 1>{});
+}
+
+// The same, behind the width of the vectors in which their rows can be moved: of floats 4, 2 or 1, of doubles 1.
+template <class A, class Body>
+int with_widths(const PackedDims& dims, std::initializer_list<const void*> addresses, Body&& body) {
+  return with_straight_width<A>(dims, addresses, [&](auto straight) {
+    if constexpr (straight.value == 4) {
+      int64_t rows = 0;
+      for (int m = 0; m < dims.n; ++m) rows |= dims.dims[m][2];
+      if (rows % 4 == 0) return body(straight, straight);
+      if (rows % 2 == 0) return body(std::integral_constant<int, 2>{}, straight);
+    }
+    return body(std::integral_constant<int, 1>{}, straight);
+  });
 }
 
 inline Gates gates_of(const GateParameters* gates, int n) {

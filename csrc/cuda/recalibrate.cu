@@ -6,6 +6,7 @@
 #include "elementwise.cuh"
 #include "reduce.cuh"
 #include "strips.h"
+#include "unpool.h"
 
 namespace aia::cuda {
 namespace {
@@ -27,6 +28,10 @@ struct RecalibrateOp {
 }  // namespace
 
 int recalibrate(const Shape& shape, const void* x, Gate gate, void* y, void* stream) {
+  if (gate.context == kSpacetime) {
+    const int error = recalibrate_by_walk(shape, x, gate, y, stream);
+    if (error >= 0) return error;
+  }
   return with_scalar(shape.scalar, [&](auto type) {
     using T = decltype(type);
     return elementwise<T, 4>(shape, x, y, RecalibrateOp<Accumulate<T>>{GateField<Accumulate<T>>(gate)}, stream);

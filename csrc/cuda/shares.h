@@ -18,45 +18,56 @@ namespace aia::cuda {
 // have multiples of seven; doubles are short of registers.
 template <class A>
 constexpr int kStrip = sizeof(A) == 4 ? 7 : 3;  // odd, for Map::lay_out
+// The threads that shared memory serves in a turn.
+constexpr int kTurn = 16;
+
+// And its columns: two where rows are copied in vectors, which then begin and end with them.
+template <int kWide>
+constexpr int kAcross = kWide > 1 ? 2 : 1;
 
 // One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of the planes, some strips high, of
-// `slabs` neighbouring chunks of a clip; a chunk has `length` planes, a strip so many rows.
+// `slabs` neighbouring chunks of a clip; a chunk has `length` planes, a strip so many rows and columns. Rows are copied
+// in vectors of `wide` neighbours, which divides d2.
 struct Map {
   int d0, d1, d2;
   int start;  // in a packed clip
   int length, chunks;
-  int strip, strips, columns, slabs;
+  int strip, across, wide;
+  int strips, columns, slabs;
   int tiles_down, tiles_across;
   int pitch, slab_step;  // how far apart rows, and slabs, lie among the places of a plane in shared memory
   int first_block, blocks;
-  Divisor by_columns, by_strips, by_staged_columns, by_staged_rows, by_tiles_across, by_tiles, by_groups;
+  Divisor by_strips_across, by_strips, by_vectors, by_staged_rows, by_tiles_across, by_tiles, by_groups;
 
   AIA_HOST_DEVICE int plane_size() const { return d1 * d2; }
   AIA_HOST_DEVICE int rows() const { return strips * strip; }
   AIA_HOST_DEVICE int tiles() const { return tiles_down * tiles_across; }
   AIA_HOST_DEVICE int groups() const { return (chunks + slabs - 1) / slabs; }
 
-  // A tile that has neighbours is staged with a frame of one element. The others have a frame of zeros, of which
-  // neighbouring rows, and slabs, share one side. `frame`: whether there are neighbours; staged rows and columns of a
-  // slab; the rows from a slab to the next one; the places of all.
+  // A tile that has neighbours is staged with a frame of them, one row, and one vector of columns. The others have a
+  // frame of zeros, of which neighbouring rows, and slabs, share one side. `frame`: how many neighbours; staged rows
+  // and columns of a slab; the rows from a slab to the next one; the places of all.
   AIA_HOST_DEVICE int frame_down() const { return tiles_down > 1; }
-  AIA_HOST_DEVICE int frame_across() const { return tiles_across > 1; }
+  AIA_HOST_DEVICE int frame_across() const { return tiles_across > 1 ? wide : 0; }
   AIA_HOST_DEVICE int staged_rows() const { return tiles_down > 1 ? rows() + 2 : d1; }
   AIA_HOST_DEVICE int staged_columns() const { return columns + 2 * frame_across(); }
   AIA_HOST_DEVICE int height() const { return rows() + 1 + frame_down(); }
   AIA_HOST_DEVICE int staged() const { return slabs * staged_rows() * staged_columns(); }
+  AIA_HOST_DEVICE int strips_across() const { return columns / across; }
   AIA_HOST_DEVICE int places() const { return (slabs - 1) * slab_step + places_of_slab(); }
-  AIA_HOST_DEVICE int places_of_slab() const { return (height() + 1 - frame_down()) * pitch + 1 - frame_across(); }
+  AIA_HOST_DEVICE int places_of_slab() const { return (height() + 1 - frame_down()) * pitch + wide - frame_across(); }
+  // Where an element of a slab lies, from the slab's first place on.
+  AIA_HOST_DEVICE int place(int row, int column) const { return (row + 1) * pitch + column + wide; }
 
-  // Lays rows and slabs out: side by side, or so far apart that shared memory, which serves so many places a turn, sees
-  // the strips of neighbouring threads side by side.
-  void lay_out(bool apart) {
-    constexpr int kTurn = 16;
-    const auto reaching = [](int residue, int step) { return ((residue - step) % kTurn + kTurn) % kTurn; };
-    pitch = columns + 1 + frame_across();
-    while (apart && strips > 1 && reaching(columns, strip * pitch)) ++pitch;
+  // Lays rows and slabs out: side by side, or each so far apart that shared memory, which serves so many threads a
+  // turn, sees the strips of neighbouring ones side by side.
+  void lay_out(bool rows_apart, bool slabs_apart) {
+    const int turn = kTurn * across;
+    const auto reaching = [&](int residue, int step) { return ((residue - step) % turn + turn) % turn; };
+    pitch = columns + wide + frame_across();
+    while (rows_apart && strips > 1 && reaching(columns, strip * pitch)) pitch += wide;
     slab_step = height() * pitch;
-    if (apart) slab_step += reaching(strips * columns, slab_step);
+    while (slabs_apart && reaching(strips * columns, slab_step)) slab_step += wide;
   }
 
   // The planes of an item that are visited: from its first on, or from the one before.
@@ -67,8 +78,8 @@ struct Map {
 
   // What a launch needs of a map that is cut, so that blocks need no division.
   void prepare() {
-    by_columns = Divisor(columns), by_strips = Divisor(strips);
-    by_staged_columns = Divisor(staged_columns()), by_staged_rows = Divisor(staged_rows());
+    by_strips_across = Divisor(strips_across()), by_strips = Divisor(strips);
+    by_vectors = Divisor(staged_columns() / wide), by_staged_rows = Divisor(staged_rows());
     by_tiles_across = Divisor(tiles_across), by_tiles = Divisor(tiles()), by_groups = Divisor(groups());
   }
 };
@@ -84,24 +95,55 @@ struct Maps {
   AIA_HOST_DEVICE int blocks() const { return at[n - 1].first_block + at[n - 1].blocks; }
 };
 
-// What a block has room for: strips of so many rows that its threads compute, elements of a plane that they stage, and
-// their places in shared memory.
+// What a block has room for: strips of so many rows and columns that its threads compute, elements of a plane that they
+// stage, in vectors, and their places in shared memory.
 struct Capacity {
-  int strip, strips, staged, places;
+  int strip, across, wide, strips, staged, places;
 
   bool holds(const Map& map) const {
-    return map.slabs * map.strips * map.columns <= strips && map.staged() <= staged && map.places() <= places;
+    return map.slabs * map.strips * map.strips_across() <= strips && map.staged() <= staged && map.places() <= places;
   }
 };
 
-// Forward a thread has a strip; backward two have one, each for a feature.
-template <class A>
-constexpr Capacity kForwardCapacity{kStrip<A>, 256, sizeof(A) == 4 ? 1792 : 1280, sizeof(A) == 4 ? 4096 : 2048};
-template <class A>
-constexpr Capacity kBackwardCapacity{kStrip<A>, 128, sizeof(A) == 4 ? 1024 : 512, sizeof(A) == 4 ? 2304 : 640};
+// Forward a thread has a strip; backward two have one, each for a feature. A block of every device has so much shared
+// memory.
+template <class A, int kWide>
+constexpr Capacity kForwardCapacity{kStrip<A>,
+                                    kAcross<kWide>,
+                                    kWide,
+                                    256,
+                                    kStrip<A> != 7 ? 1280
+                                    : kWide == 4   ? 4096
+                                                   : 1792 * kWide,
+                                    kStrip<A> != 7 ? 2048 : 4160};
+template <class A, int kWide>
+constexpr Capacity kBackwardCapacity{
+    kStrip<A>, kAcross<kWide>, kWide, 128, kStrip<A> != 7 ? 512 : 1024 * kAcross<kWide>, kStrip<A> != 7 ? 640 : 2304};
 
 // The least length of parts that are as many as those of `most`.
 inline int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
+
+// The neighbouring chunks that an item can have at most.
+inline int most_slabs(const Map& map, Capacity capacity) {
+  const int strips = capacity.strips / (map.strips * map.strips_across());
+  const int staged = capacity.staged / (map.staged_rows() * map.staged_columns());
+  const int places = 1 + (capacity.places - map.places_of_slab()) / map.slab_step;
+  return std::max(1, std::min({map.chunks, strips, staged, places}));
+}
+
+// Lays a tile out as far apart as costs no slab; whether there is room for it.
+inline bool lay_out(Map& map, Capacity capacity) {
+  map.lay_out(false, false);
+  if (!capacity.holds(map)) return false;
+  map.chunks = map.d0;
+  const int most = most_slabs(map, capacity);
+  for (const bool rows_apart : {true, false}) {
+    map.lay_out(rows_apart, true);
+    if (capacity.holds(map) && most_slabs(map, capacity) == most) return true;
+  }
+  map.lay_out(false, false);
+  return true;
+}
 
 inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
   constexpr int kWhole = 64, kHigh = 8;
@@ -110,21 +152,18 @@ inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
   map.d1 = static_cast<int>(dims.dims[m][1]);
   map.d2 = static_cast<int>(dims.dims[m][2]);
   map.start = static_cast<int>(dims.offset(m));
-  map.strip = capacity.strip, map.slabs = 1;
+  map.strip = capacity.strip, map.across = capacity.across, map.wide = capacity.wide, map.slabs = 1;
   const int strips = ceil_div(map.d1, map.strip);
   // Whole rows need no frame at their ends. Longer ones are cut for tiles of about as many rows as columns.
   const int high = std::min(strips, kHigh);
-  const int wide = std::min(capacity.strips / high, capacity.places / (high * map.strip + 2) - 2);
-  map.columns = map.d2 <= kWhole ? map.d2 : even(map.d2, wide);
+  const int wide = map.wide, whole = capacity.across * capacity.strips / high;
+  const int most = std::min(whole, capacity.places / (high * map.strip + 2) - 2 * wide) / wide;
+  map.columns = map.d2 <= kWhole ? map.d2 : even(map.d2 / wide, most) * wide;
   map.tiles_across = ceil_div(map.d2, map.columns);
-  for (int most = std::min(strips, capacity.strips / map.columns);; --most) {
+  for (int most = std::min(strips, capacity.strips / map.strips_across());; --most) {
     map.strips = even(strips, most);
     map.tiles_down = ceil_div(strips, map.strips);
-    for (const bool apart : {true, false}) {
-      map.lay_out(apart);
-      if (capacity.holds(map)) return map;
-    }
-    if (most == 1) return map;
+    if (lay_out(map, capacity) || most == 1) return map;
   }
 }
 
@@ -132,13 +171,6 @@ inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
 inline void cut_into_chunks(Map& map, int chunks) {
   map.length = ceil_div(map.d0, chunks);
   map.chunks = ceil_div(map.d0, map.length);
-}
-
-inline int most_slabs(const Map& map, Capacity capacity) {
-  const int strips = capacity.strips / (map.strips * map.columns);
-  const int staged = capacity.staged / (map.staged_rows() * map.staged_columns());
-  const int places = 1 + (capacity.places - map.places_of_slab()) / map.slab_step;
-  return std::max(1, std::min({map.chunks, strips, staged, places}));
 }
 
 inline int64_t items_of(const Map& map, int64_t batch) { return batch * map.groups() * map.tiles(); }
@@ -160,9 +192,9 @@ inline Map cut_for(const Map& whole, int64_t batch, Capacity capacity, int64_t w
   return best;
 }
 
-// Cuts every map into items, and shares the blocks of a launch, at most so many and one for each map at least, out
-// among the maps.
-inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
+// Cuts every map into items of tiles as large as there is room for, and shares the blocks of a launch, at most so many
+// and one for each map at least, out among the maps.
+inline Maps cut_into_large_tiles(const PackedDims& dims, Capacity capacity, int most) {
   Maps maps{dims.n, static_cast<int>(dims.packed()), dims.B, {}};
   Map whole[3];
   int64_t work = 2;
@@ -189,6 +221,32 @@ inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
     next += map.blocks;
   }
   return maps;
+}
+
+// What the blocks of a launch do: the work of the slowest one, that of all, and how long the slowest one issues, whose
+// planes take as long as they have warps.
+struct Load {
+  int64_t slowest = 0, all = 0, longest = 0;
+
+  explicit Load(const Maps& maps) {
+    constexpr int kWarp = 32;
+    for (int m = 0; m < maps.n; ++m) {
+      const Map& map = maps.at[m];
+      const int64_t items = items_of(map, maps.batch), work = (items + map.blocks - 1) / map.blocks * map.work();
+      slowest = std::max(slowest, work), all += items * map.work();
+      longest = std::max(longest, work * ceil_div(map.slabs * map.strips * map.strips_across(), kWarp));
+    }
+  }
+};
+
+// The same in smaller tiles where large ones do not come out even and small ones end sooner.
+inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
+  const Maps large = cut_into_large_tiles(dims, capacity, most);
+  const Load load(large);
+  if (4 * load.slowest * large.blocks() <= 5 * load.all) return large;
+  capacity.strips /= 2;
+  const Maps small = cut_into_large_tiles(dims, capacity, most);
+  return Load(small).longest < load.longest ? small : large;
 }
 
 }  // namespace aia::cuda

@@ -2,6 +2,8 @@
 //
 //   unpool  reads 1 |X|, writes 1 |X|   grad_y * G + G_inner * U + U_inner
 //
+// and what is left of it without U, x * G with a G over T, H and W, which is recalibrate.
+//
 // A thread owns V neighbours in memory of kPlanes channels and walks with them over T. What it needs of the maps over
 // [H, W, C], which meet every frame, stays in registers, and frames of grad_y are always on their way. The contexts are
 // parameters of the template. V neighbours never leave a row; with channels innermost, they are channels.
@@ -9,6 +11,7 @@
 #include <type_traits>
 
 #include "elementwise.cuh"
+#include "unpool.h"
 #include "walk.cuh"
 
 namespace aia::cuda {
@@ -18,7 +21,10 @@ namespace {
 template <int kGate, int kOuter, int kInnerGate, int kInner>
 struct Unit {
   static constexpr int gate = kGate, outer = kOuter, inner_gate = kInnerGate, inner = kInner;
+  static constexpr bool unpools = kOuter != kNone || kInner != kNone;
 };
+// That of recalibrate.
+using GateAlone = Unit<kSpacetime, kNone, kNone, kNone>;
 
 // The fields of a call, and how a clip is shared out: a unit of work is a thread's.
 template <class A>
@@ -104,8 +110,11 @@ __global__ void __launch_bounds__(kElementThreads, 2)
       const auto g = gate.of_vector(here, r), inside = inner_gate.of_vector(here, r);
       Vector<T, V> stored;
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        stored.at[j] = narrow<T>(widen(grads[r].at[j]) * g.at[j] + (inside.at[j] * unpooled.at[j] + result.at[j]));
+      for (int j = 0; j < V; ++j) {
+        A value = widen(grads[r].at[j]) * g.at[j];
+        if constexpr (Unit::unpools) value += inside.at[j] * unpooled.at[j] + result.at[j];
+        stored.at[j] = narrow<T>(value);
+      }
       store_vector(to + here.x, stored);
     }
   }
@@ -187,6 +196,24 @@ struct Unpooling {
     return v.I > 1 ? run<T, 1, 1, true, Of, int, int>() : run<T, 1, 1, false, Of, int, int>();
   }
 
+  // The same without U, -1 where there are no such vectors.
+  template <class T>
+  int of_gate() const {
+    if constexpr (sizeof(T) <= 4) {
+      constexpr int kPlanes = sizeof(T) == 2 ? 4 : 2;
+      const Volume<Accumulate<T>> v(shape);
+      const bool maps = aligned(), words = sizeof(T) == 4 || are_aligned({grad_y});
+      const int packed = v.packed(kSpacetime), length = v.I > 1 ? v.I : v.W;
+      const bool fours = maps && length % 4 == 0 && packed % 4 == 0;
+      if (fours && v.I % 256 == 0) return run<T, 4, kPlanes, true, GateAlone, uint8_t, uint8_t>();
+      if (v.I > 1 || v.O % 4 != 0) return -1;
+      if (fours) return run<T, 4, kPlanes, false, GateAlone, uint8_t, uint8_t>();
+      if (maps && length % 2 == 0 && packed % 2 == 0) return run<T, 2, 4, false, GateAlone, uint8_t, uint8_t>();
+      if (words) return run<T, 1, 4, false, GateAlone, uint8_t, uint8_t>();
+    }
+    return -1;
+  }
+
   template <class T>
   int any() const {
     using A = Accumulate<T>;
@@ -202,6 +229,11 @@ struct Unpooling {
 };
 
 }  // namespace
+
+int recalibrate_by_walk(const Shape& shape, const void* x, Gate gate, void* y, void* stream) {
+  const Unpooling call{shape, x, gate, {}, {}, {}, y, stream};
+  return with_scalar(shape.scalar, [&](auto type) { return call.of_gate<decltype(type)>(); });
+}
 
 int unpool(const Shape& shape, const void* grad_y, Gate gate, Unpooled outer, Gate inner_gate, Unpooled inner,
            void* grad_x, void* stream) {

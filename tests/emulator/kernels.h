@@ -340,8 +340,8 @@ using SharedPlace = char*;
 inline SharedPlace shared_place(void* address) { return static_cast<SharedPlace>(address); }
 template <int kBytes, int kOffset>
 void copy_async_or_zero(SharedPlace to, const void* from, bool wanted) {
-  static const double zero = 0;
-  copy_async<kBytes>(to + kOffset, wanted ? from : &zero);
+  alignas(16) static const double zeros[2] = {};
+  copy_async<kBytes>(to + kOffset, wanted ? from : zeros);
 }
 inline void end_of_copies() { emulator::copies_of_thread().emplace_back(); }
 template <int kLater>

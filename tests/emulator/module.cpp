@@ -194,14 +194,21 @@ PYBIND11_MODULE(aia_emulator, m) {
     });
   });
   m.def("shares", [](int64_t batch, std::vector<int64_t> dims, bool backward, int blocks) {
-    const Capacity capacity = backward ? kBackwardCapacity<float> : kForwardCapacity<float>;
+    const auto of_width = [&](auto width) {
+      return backward ? kBackwardCapacity<float, width.value> : kForwardCapacity<float, width.value>;
+    };
+    int64_t rows = 0;
+    for (size_t i = 2; i < dims.size(); i += 3) rows |= dims[i];
+    const Capacity capacity = rows % 4 == 0   ? of_width(std::integral_constant<int, 4>{})
+                              : rows % 2 == 0 ? of_width(std::integral_constant<int, 2>{})
+                                              : of_width(std::integral_constant<int, 1>{});
     const PackedDims packed = dims_of(batch, dims);
     const Maps maps = cut(packed, capacity, blocks);
     std::vector<std::array<int64_t, 5>> found;
     for (int m = 0; m < maps.n; ++m) {
-      Map map = tiled(packed, m, capacity);
-      map.chunks = map.d0;
       const Map& of = maps.at[m];
+      Map map = of;
+      map.chunks = map.d0;
       found.push_back({items_of(of, batch), of.work(), of.blocks, map.tiles(), most_slabs(map, capacity)});
     }
     return found;

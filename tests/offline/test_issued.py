@@ -25,8 +25,8 @@ REACHED = {
     ("unpool", "THWC", "bf16"): (1.1, 1.1, 1.1, 1.1),
     ("inner pool", "TCHW", "fp32"): (0.39, 0.38, 0.40, 0.36),
     ("inner pool", "TCHW", "bf16"): (0.75, 0.82, 0.92, 0.75),
-    ("recalibrate", "TCHW", "fp32"): (0.55, 0.55, 0.75, 0.75),
-    ("recalibrate", "TCHW", "bf16"): (1.22, 1.27, 1.76, 1.78),
+    ("recalibrate", "TCHW", "fp32"): (0.21, 0.21, 0.28, 0.53),
+    ("recalibrate", "TCHW", "bf16"): (0.41, 0.41, 0.66, 1.25),
     ("unpool_reduce", "TCHW", "fp32"): (0.97, 1.04, 1.92, 1.53),
     ("unpool_reduce", "TCHW", "bf16"): (1.99, 2.38, 4.05, 3.27),
     ("pool by strips", "TCHW", "fp32"): (1.1, 1.11, 1.26, 1.96),
@@ -42,8 +42,16 @@ REACHED = {
 #: of the one that meets three maps a multiprocessor holds one block.
 FEWER_IN_FLIGHT = {"inner pool": 8, "unpool_reduce": 4}
 
-#: By gate pass, what was reached of instructions for each multiply-add over T, H and W. Wanted are 1.5.
-GATES = {"gate": 2.4, "gate_again": 2.2, "gate_backward": 2.0}
+#: By gate pass and layout, what was reached of instructions for each multiply-add over T, H and W, at 56, 28, 14 and 7,
+#: and a hundredth. Wanted are 1.5. Rows of 7 have no vectors.
+GATES = {
+    ("gate", "TCHW"): (1.56, 1.73, 1.76, 2.27),
+    ("gate", "THWC"): (1.73, 1.61, 1.63, 1.72),
+    ("gate_again", "TCHW"): (1.44, 1.58, 1.56, 2.08),
+    ("gate_again", "THWC"): (1.62, 1.46, 1.46, 1.51),
+    ("gate_backward", "TCHW"): (1.54, 1.60, 1.71, 1.96),
+    ("gate_backward", "THWC"): (1.77, 1.59, 1.52, 1.88),
+}
 #: Microseconds that a gate's pass over C takes of the model at most, in a step at any stage.
 GATES_OVER_C = 4.3
 
@@ -83,7 +91,9 @@ def test_the_committed_rows_of_gates():
     for row in rows:
         assert int(row["local_bytes"]) == 0, row
         # Over C a block has a few planes, and what it does once counts for more.
-        assert float(row["per_multiply_add"]) <= GATES[row["pass"]] or row["maps"] == "C", row
+        if row["maps"] != "C":
+            most = GATES[row["pass"], row["layout"]][(56, 28, 14, 7).index(int(row["stage"]))]
+            assert float(row["per_multiply_add"]) <= most, row
         assert float(row["slowest_block"]) <= 1.25, row
     lines = issued_gates.markdown(rows)
     assert len(lines) == 2 + kinds * len(issued_gates.PASSES) and len({line.count("|") for line in lines}) == 1

@@ -144,12 +144,21 @@ def test_pool_special_values(passes, plain, case, kind):
 def test_recalibrate(passes, plain, case):
     x, grad_y = activation(case), activation(case)
     for context in (maps.CHANNEL, maps.SPACETIME):
-        gate = gate_of(x, context)
-        y = passes.recalibrate(x, gate, context)
-        assert y.dtype == x.dtype and maps.storage_order(y) == maps.storage_order(x)
-        arguments = (x, gate, context)
-        agrees(y, plain.recalibrate(*double(*arguments)), plain.recalibrate(*magnitude(*arguments)), 1)
+        recalibrate_agrees(passes, plain, x, context)
         recalibrate_reduce_agrees(passes, plain, grad_y, x, context)
+
+
+@each((CUDA, FRAMES))
+def test_recalibrate_walks_over_frames(passes, plain, case):
+    recalibrate_agrees(passes, plain, activation(case), maps.SPACETIME)
+
+
+def recalibrate_agrees(passes, plain, x, context):
+    gate = gate_of(x, context)
+    y = passes.recalibrate(x, gate, context)
+    assert y.dtype == x.dtype and maps.storage_order(y) == maps.storage_order(x)
+    arguments = (x, gate, context)
+    agrees(y, plain.recalibrate(*double(*arguments)), plain.recalibrate(*magnitude(*arguments)), 1)
 
 
 def recalibrate_reduce_agrees(passes, plain, grad_y, x, context):

@@ -61,13 +61,13 @@ FAULTS = {
         "cuda/launch.cuh",
         "return queue_blocks(cudaLaunchKernel, kernel,",
         "cudaDeviceSynchronize();\n  return queue_blocks(cudaLaunchKernel, kernel,",
-        *(("recalibrate.cu",), "test_nothing_waits and CinST", "launches wait"),
+        *(_GATE, "test_nothing_waits and CinST", "launches wait"),
     ),
     "more blocks than fit together": Fault(
         *(
             "cuda/gate.cu",
-            "launch_together(gate_kernel<A, width.value>, maps.blocks(),",
-            "launch_together(gate_kernel<A, width.value>, maps.blocks() + 2000,",
+            "launch_together(gate_kernel<A, kWide, straight.value>, maps.blocks(),",
+            "launch_together(gate_kernel<A, kWide, straight.value>, maps.blocks() + 2000,",
         ),
         *(_GATE, "test_where and CinST and default", "blocks fit together"),
     ),
