@@ -223,30 +223,27 @@ inline Maps cut_into_large_tiles(const PackedDims& dims, Capacity capacity, int 
   return maps;
 }
 
-// What the blocks of a launch do: the work of the slowest one, that of all, and how long the slowest one issues, whose
-// planes take as long as they have warps.
-struct Load {
-  int64_t slowest = 0, all = 0, longest = 0;
-
-  explicit Load(const Maps& maps) {
-    constexpr int kWarp = 32;
-    for (int m = 0; m < maps.n; ++m) {
-      const Map& map = maps.at[m];
-      const int64_t items = items_of(map, maps.batch), work = (items + map.blocks - 1) / map.blocks * map.work();
-      slowest = std::max(slowest, work), all += items * map.work();
-      longest = std::max(longest, work * ceil_div(map.slabs * map.strips * map.strips_across(), kWarp));
-    }
+// How long the slowest block of a launch issues, in halves of a plane for half of a block's threads: that many keep the
+// four schedulers of a multiprocessor busy, and fewer do not come to an end sooner.
+inline int64_t longest(const Maps& maps, int strips) {
+  int64_t most = 0;
+  for (int m = 0; m < maps.n; ++m) {
+    const Map& map = maps.at[m];
+    const int rounds = ceil_div(items_of(map, maps.batch), map.blocks);
+    most = std::max(most,
+                    int64_t{rounds} * map.work() * ceil_div(2 * map.slabs * map.strips * map.strips_across(), strips));
   }
-};
+  return most;
+}
 
-// The same in smaller tiles where large ones do not come out even and small ones end sooner.
+// The same in tiles of half the size where these end sooner by a fifth, as a scheduler then has one warp that waits
+// alone: large tiles have few items, which come out less even, and which threads begin and end more often.
 inline Maps cut(const PackedDims& dims, Capacity capacity, int most) {
+  const int strips = capacity.strips;
   const Maps large = cut_into_large_tiles(dims, capacity, most);
-  const Load load(large);
-  if (4 * load.slowest * large.blocks() <= 5 * load.all) return large;
   capacity.strips /= 2;
   const Maps small = cut_into_large_tiles(dims, capacity, most);
-  return Load(small).longest < load.longest ? small : large;
+  return 5 * longest(small, strips) < 4 * longest(large, strips) ? small : large;
 }
 
 }  // namespace aia::cuda

@@ -199,11 +199,12 @@ PYBIND11_MODULE(aia_emulator, m) {
     };
     int64_t rows = 0;
     for (size_t i = 2; i < dims.size(); i += 3) rows |= dims[i];
-    const Capacity capacity = rows % 4 == 0   ? of_width(std::integral_constant<int, 4>{})
-                              : rows % 2 == 0 ? of_width(std::integral_constant<int, 2>{})
-                                              : of_width(std::integral_constant<int, 1>{});
+    Capacity capacity = rows % 4 == 0   ? of_width(std::integral_constant<int, 4>{})
+                        : rows % 2 == 0 ? of_width(std::integral_constant<int, 2>{})
+                                        : of_width(std::integral_constant<int, 1>{});
     const PackedDims packed = dims_of(batch, dims);
-    const Maps maps = cut(packed, capacity, blocks);
+    const Maps maps = cut(packed, capacity, blocks), large = cut_into_large_tiles(packed, capacity, blocks);
+    if (std::memcmp(&maps, &large, sizeof(Maps)) != 0) capacity.strips /= 2;
     std::vector<std::array<int64_t, 5>> found;
     for (int m = 0; m < maps.n; ++m) {
       const Map& of = maps.at[m];
