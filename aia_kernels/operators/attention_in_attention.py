@@ -19,8 +19,8 @@ from ..common import maps
 from ..common.dtypes import accumulate_dtype
 from ..common.layouts import dense_clips, save, saved, stored_as
 from ..common.tracing import is_exporting
+from ..fakes import packed_like
 from ..reference import UNITS
-from ..schemas import packed_like
 from .registration import differentiate, register
 
 _FORWARD = (

@@ -16,6 +16,7 @@ PACKAGE = Path(aia_kernels.__file__).parent
 LAYERS = (
     "common",
     "reference",
+    "fakes",
     "schemas",
     "algorithms",
     "triton",
