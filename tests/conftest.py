@@ -243,6 +243,16 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def as_many_threads_as_before() -> Iterator[None]:
+    """A test may set the number of threads, as the benchmarks do. Bits of products hang on it, and some files compare
+    bits with those that a test before has left (uses_layers.plain_step)."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch) -> None:
     """Inputs of tests are small; "auto" would leave external and linear attention, CaaM's pair and HaloNet's windows to
     plain PyTorch (test_small_calls.py, test_linear_attention_modules.py, test_causal_attention.py and

@@ -500,7 +500,10 @@ def _in_order(
     rows = x.mT if x.ndim == 3 else x.flatten(2)  # [B, C, N]
 
     def mapped(weight: Tensor, bias: Tensor | None, of: Tensor) -> Tensor:
-        return weight @ of if bias is None else torch.add(weight @ of, bias.unsqueeze(1))
+        """Of features side by side a linear map, else a convolution: what a network has there; neither copies."""
+        if of.mT.is_contiguous():
+            return F.linear(of.mT, weight, bias).mT
+        return F.conv1d(of, weight.unsqueeze(2), bias)
 
     query, key, value = (mapped(*pair, rows) for pair in zip(weights[:3], biases[:3], strict=True))
     if form.feature == "softmax":

@@ -29,11 +29,7 @@ def test_rows_and_picture(tmp_path, monkeypatch):
     small = [next(c for c in ratios.cells() if c.layer == layer) for layer in names]
     monkeypatch.setattr(ratios, "cells", lambda: iter(small))
     monkeypatch.setattr(ratios, "ROUNDS", 2)
-    threads = torch.get_num_threads()
-    try:
-        assert ratios.main(["--results", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert ratios.main(["--results", str(tmp_path)]) == 0
     with (tmp_path / "ratios.csv").open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert [(row["layer"], row["mode"]) for row in rows] == [(c.layer, m) for c in small for m in ("eval", "step")]
@@ -48,11 +44,8 @@ def test_other_rows_stand_in_files_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(ratios, "cells", lambda: iter([one]))
     monkeypatch.setattr(ratios, "ROUNDS", 2)
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: layer)  # takes half a minute
-    threads, options = torch.get_num_threads(), ["--compiled", "--dtype", "bf16", "--layout", "channels_last"]
-    try:
-        assert ratios.main([*options, "--results", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    options = ["--compiled", "--dtype", "bf16", "--layout", "channels_last"]
+    assert ratios.main([*options, "--results", str(tmp_path)]) == 0
     with (tmp_path / "ratios_compiled_bf16_channels_last.csv").open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert {(row["flow"], row["dtype"], row["layout"]) for row in rows} == {("compiled", "bf16", "channels_last")}

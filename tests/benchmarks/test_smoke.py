@@ -28,12 +28,10 @@ def path(tmp_path):
 @pytest.fixture
 def cpu_backend():
     """In a process of its own a subject chooses the backend for good."""
-    threads = torch.get_num_threads()
     if (reason := aia_kernels.available_backends()["cpu"]) is not None:
         pytest.skip(reason)
     yield
     aia_kernels.set_backend("auto")
-    torch.set_num_threads(threads)
 
 
 def test_every_layer_and_every_familys_passes_are_subjects():
