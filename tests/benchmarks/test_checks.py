@@ -77,9 +77,12 @@ def test_every_test_is_told_of_and_one_that_hangs_or_loses_the_device_ends_its_p
 
 
 def test_the_end_of_the_time_loses_nothing_and_leaves_no_process(tests):
+    start = time.time()
+    subprocess.run(tests(0, "-k", "test_hangs")[0], cwd=ROOT, capture_output=True, timeout=100)
+    enough = 3 * (time.time() - start)  # to begin all of them, at what this machine has to do beside it
     command, path = tests(1000, "--seconds-each", "900", "-k", "not test_loses")
     start = time.time()
-    assert checks.within(8, command) is None and time.time() - start < 60
+    assert checks.within(enough, command) is None and time.time() - start < enough + 60
     found, left = told.read(path)
     outcomes = {name: outcome for name, (outcome, _) in names(found).items()}
     assert outcomes["test_hangs"] == told.BEGUN and outcomes["test_right"] == "passed"
