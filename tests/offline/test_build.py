@@ -134,5 +134,5 @@ def test_architectures_follow_the_variable(build):
     environment = {"CUDA_HOME": str(build.folder.parent / "cuda"), "FORCE_CUDA": "1"}
     build(**environment, TORCH_CUDA_ARCH_LIST="8.6 9.0a+PTX")
     ninja = (build.folder / "build" / "ninja" / "build.ninja").read_text()
-    assert "-gencode arch=compute_86,code=sm_86 -gencode arch=compute_90a,code=[sm_90a,compute_90a]" in ninja
+    assert "-gencode arch=compute_86,code=[sm_86] -gencode arch=compute_90a,code=[sm_90a,compute_90a]" in ninja
     assert "write numbers" in build(expect=1, **environment, TORCH_CUDA_ARCH_LIST="Hopper")
