@@ -135,4 +135,8 @@ def test_architectures_follow_the_variable(build):
     build(**environment, TORCH_CUDA_ARCH_LIST="8.6 9.0a+PTX")
     ninja = (build.folder / "build" / "ninja" / "build.ninja").read_text()
     assert "-gencode arch=compute_86,code=[sm_86] -gencode arch=compute_90a,code=[sm_90a,compute_90a]" in ninja
+    build(**environment, TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0+PTX")
+    ninja = (build.folder / "build" / "ninja" / "build.ninja").read_text()
+    shared = "-gencode arch=compute_90,code=[sm_90,sm_100,compute_90]"  # one pass of the front end
+    assert f"-gencode arch=compute_80,code=[sm_80] {shared}" in ninja
     assert "write numbers" in build(expect=1, **environment, TORCH_CUDA_ARCH_LIST="Hopper")
