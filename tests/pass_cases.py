@@ -293,10 +293,10 @@ CHUNKS = {
     "chunks": (1, (70, 3, 5, 2, 6, 40, 33, 1, 1), torch.float64),
     "chunks side by side": (9, (64, 2, 3), torch.float32),
     "pixels": (3, (50, 1, 1), torch.float32),
-    "rows of fours": (2, (3, 41, 132, 4, 70, 8), torch.float32),
-    "rows of twos": (1, (4, 33, 74, 2, 40, 6), torch.float32),
-    "fours side by side": (2, (30, 7, 8, 9, 3, 4), torch.float32),
-    "twos side by side": (2, (24, 14, 14, 2, 16, 2), torch.float32),
+    "rows of fours": (2, (3, 41, 132, 4, 70, 8, 2, 5, 12), torch.float32),
+    "rows of twos": (1, (4, 33, 74, 2, 40, 6, 3, 5, 10), torch.float32),
+    "fours side by side": (2, (30, 7, 8, 9, 3, 4, 5, 3, 4), torch.float32),
+    "twos side by side": (2, (24, 14, 14, 2, 16, 2, 6, 4, 6), torch.float32),
 }
 GATES_BETWEEN_VECTORS = {
     "fp32": (2, (4, 4, 8, 4, 4, 8, 2, 2, 4), torch.float32),

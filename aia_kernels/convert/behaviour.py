@@ -39,6 +39,10 @@ TOLERANCE = 1e-7
 #: The same for forwards that cast to float32 somewhere.
 SINGLE_TOLERANCE = 1e-5
 
+#: Much smaller and much larger inputs, which show what clamps them. Where the module makes no numbers of them, as a
+#: softmax written out overflows, they tell nothing; nor in float32, whose logits of a thousand are off by 1e-4.
+_SCALES = 1e-3, 1e3
+
 #: The elements of all inputs up to which a graph is tried.
 LARGEST = 2**18
 
@@ -138,6 +142,14 @@ def difference(
                 when = "with a marked dropout" if marked else "in training" if training else "in evaluation"
                 if (reason := _unlike_in_a_run(*copies, inputs, refuses, when, tolerance, several)) is not None:
                     return reason
+                if training:
+                    continue
+                for scale in _SCALES if tolerance <= TOLERANCE else ():
+                    scaled = [scale * x if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+                    of = f"{when}, of numbers around {scale:g},"
+                    reason = _unlike_in_a_run(*copies, tuple(scaled), True, of, tolerance, several)
+                    if reason is not None:
+                        return reason
     return None
 
 
@@ -218,6 +230,8 @@ def _unlike_in_a_run(
         return f"its forward fails on an input of shape {shapes}: {type(error).__name__}: {line(error)}"
     if isinstance(found, str):
         return f"its forward returns {found}, expected a tensor"
+    if may_fail and not all(bool(value.isfinite().all()) for value in found.values()):
+        return None
     if read.found:
         return "its forward reads numbers out of tensors, as `if x.mean() > 0` does: others may decide otherwise"
     after = dict(_observed(own))

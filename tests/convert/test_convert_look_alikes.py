@@ -11,7 +11,9 @@ from convert_cases import TokenPerformer, assert_same_objects, assert_same_step,
 from torch import nn
 
 import aia_kernels
+from aia_kernels import testing
 from benchmarks.published import attention_in_attention as units
+from benchmarks.published import cbam, linear_attention
 from benchmarks.published import external_attention as external
 
 
@@ -255,7 +257,46 @@ REWRITTEN = {
 }
 
 
+#: Published layers, and the sizes of an input.
+PUBLISHED = {
+    "C": (lambda kind: kind(2), units.C, FRAMES),
+    "CinST": (lambda kind: kind(2), units.CinST, FRAMES),
+    "ExternalAttention": (lambda kind: kind(6, 4), external.ExternalAttention, (2, 9, 6)),
+    "ExternalAttention2d": (lambda kind: kind(6, 4), external.ExternalAttention2d, (2, 6, 3, 4)),
+    "MultiHead": (lambda kind: kind(6, 2), external.MultiHeadExternalAttention, (2, 9, 6)),
+    "CBAM": (lambda kind: kind(6, 2), cbam.CBAM, (2, 6, 5, 4)),
+    "PositionLinearAttention": (lambda kind: kind(16), linear_attention.PositionLinearAttention, (2, 16, 4, 4)),
+    "EfficientAttention": (lambda kind: kind(6, 4, 2, 4), linear_attention.EfficientAttention, (2, 6, 3, 4)),
+}
+
+
+#: Those whose y is an average of memories, and does not grow with x.
+OF_MEMORIES_ALONE = ("ExternalAttention", "MultiHead")
+
+
+def clamped(kind: type[nn.Module], of: str) -> type[nn.Module]:
+    """A layer that clamps its x or its y, at numbers that are seldom met."""
+
+    class Clamped(kind):
+        def forward(self, x):
+            return super().forward(x.clamp(-50, 50)) if of == "x" else super().forward(x).clamp(-50, 50)
+
+    return Clamped
+
+
 class TestLookAlikes:
+    @pytest.mark.parametrize(
+        "name, of", [(name, of) for name in PUBLISHED for of in "xy" if of == "x" or name not in OF_MEMORIES_ALONE]
+    )
+    def test_a_clamp_at_large_numbers_stays(self, name, of):
+        make, kind, sizes = PUBLISHED[name]
+        module = testing.randomise(make(clamped(kind, of)).double()).eval()
+        own, x = copy.deepcopy(module), 1e3 * torch.randn(sizes, dtype=torch.float64)
+        aia_kernels.convert(module)
+        expected = own(x)
+        assert of == "x" or expected.abs().max() == 50
+        torch.testing.assert_close(module(x), expected)
+
     @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("name", LEFT_ALONE)
     def test_left_alone_and_named(self, name):
