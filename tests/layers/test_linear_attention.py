@@ -170,8 +170,9 @@ def test_channels_backward(c, n, by_channel, linear_compiled_on):
 
 
 def test_channels_in_narrow_types(linear_compiled_on):
+    """But bfloat16 on a GPU, which is made in it (test_linear_attention_launched.py holds it to its error budget)."""
     x = tokens(2, 40, 5, linear_compiled_on[1]).detach()
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.float16,) if x.is_cuda else (torch.bfloat16, torch.float16):
         narrow, wide = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
         found, expected = (functional.channel_linear_attention(t) for t in (narrow, wide))
         ones = torch.ones_like(expected)
