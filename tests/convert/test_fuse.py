@@ -26,7 +26,7 @@ KINDS = fuse_cases.KINDS | VARIANTS | WORDINGS
 
 # float32 sums of up to a hundred terms, through two normalizations and their gradients: 1e2 roundings of 6e-8.
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}
-# Behind a batch norm that joined the values, gradients are differences of sums of sixty terms, of up to forty: either
+# Behind a norm that joined the values, gradients are differences of sums of sixty terms, of up to forty: either
 # order of these sums rounds them by up to 60 * 40 * 6e-8 / 2.
 BEHIND_NORM = {"rtol": 1e-5, "atol": 7e-5}
 
@@ -79,8 +79,8 @@ class TestKinds:
             model.drop.p = own.drop.p = 0.0  # the fused layer draws its masks in another order
         # What casts to float32 inside rounds to it.
         rounded = kind in (fuse_cases.InSinglePrecision, fuse_cases.SinglePrecisionSoftmax)
-        behind_norm = kind in (fuse_cases.NoActivation, fuse_cases.OtherActivation, fuse_cases.OtherResidual)
-        single = BEHIND_NORM if behind_norm else SINGLE
+        of_norm = fuse_cases.NoActivation, fuse_cases.OtherActivation, fuse_cases.OtherResidual, fuse_cases.NormOfGroups
+        single = BEHIND_NORM if kind in of_norm else SINGLE
         for dtype, tolerance in ((torch.float64, SINGLE if rounded else EXACT), (torch.float32, single)):
             for training in (True, False):
                 model.to(dtype).train(training)
