@@ -347,11 +347,9 @@ def _of_memories(name: str) -> Any:
     """passes of linear attention."""
     if name == "triton" and _triton_missing("linear_attention") is None:
         return importlib.import_module("..triton", __package__)
-    if name == "cpu" and extension.load() is None:
-        more = schemas.MEMORY_PROPAGATE_PASSES
+    if name == "cuda" or (name == "cpu" and extension.load() is None):
+        more = schemas.MEMORY_PROPAGATE_PASSES if name == "cpu" else ()
         return SimpleNamespace(**{p: schemas.callable_pass(p) for p in (*schemas.MEMORY_PASSES, *more)})
-    if name == "cuda":
-        return SimpleNamespace(**{p: schemas.callable_pass(p) for p in schemas.MEMORY_PASSES})
     return memory_passes
 
 

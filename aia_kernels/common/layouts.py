@@ -68,6 +68,10 @@ def in_order(t: Tensor, order: tuple[int, ...]) -> Tensor:
     return moved.permute([order.index(i) for i in range(t.ndim)]) if turned else moved
 
 
+#: The order of axes in which a map [B, C, H, W] in channels_last is stored, as in_order takes it.
+CHANNELS_LAST = 0, 2, 3, 1
+
+
 def with_exchanged(y: Tensor, x: Tensor) -> Tensor:
     """y, shaped as x, with its last two axes exchanged in memory where x is a dense tensor in which they are; else
     itself. Sizes and strides may be symbols, which nothing can be sorted by."""
@@ -90,7 +94,7 @@ def stored_for(y: Tensor, storage: str, weight: Tensor | None) -> Tensor:
     """y [B, C, H, W] "contiguous", or "as weights": contiguous unless a convolution with this weight writes
     channels_last."""
     if storage == "as weights" and weight is not None and suggests_channels_last(weight):
-        return in_order(y, (0, 2, 3, 1))
+        return in_order(y, CHANNELS_LAST)
     return in_order(y, (0, 1, 2, 3))
 
 

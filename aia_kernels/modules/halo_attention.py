@@ -22,14 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..common.layouts import in_order, suggests_channels_last
+from ..common.layouts import CHANNELS_LAST, in_order, suggests_channels_last
 from ..common.tracing import needs_reference
 from ..functional.checks import check_at_least_one, check_beside, check_tensor
 from ..functional.dot_product import attention_of_made, stay_in_cache
 from .recorded import one_call
 from .submodules import is_pointwise, must_be_called
-
-CHANNELS_LAST = 0, 2, 3, 1  # the order of the axes of such a map
 
 
 class HaloAttention(nn.Module):
