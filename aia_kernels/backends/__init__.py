@@ -296,7 +296,7 @@ def select(device: torch.device | str, dtype: torch.dtype, family: str) -> str:
     return _resolve(chosen_backend(), device, dtype, family)
 
 
-def plain_is_faster(device: torch.device, rows: int, slots: int, products: int = 0, calls: int = 1) -> bool:
+def plain_is_faster(device: torch.device, rows: int, slots: int, products: int = 0, calls: float = 1) -> bool:
     """Tell whether "auto" leaves a call of external attention to plain PyTorch, as there is too little to fuse.
 
     Args:

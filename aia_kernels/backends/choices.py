@@ -47,7 +47,7 @@ FOLDING_COST, TRAFFIC_GAIN = 5_000_000, 100
 FEW_SLOTS = 16
 
 
-def fusing_pays(rows: int, slots: int, products: int = 0, calls: int = 1) -> bool:
+def fusing_pays(rows: int, slots: int, products: int = 0, calls: float = 1) -> bool:
     """Tell whether the fused passes of external attention are faster than plain PyTorch on a CPU.
 
     Args:

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..common.tracing import is_traced, needs_reference
+from .. import backends
+from ..common.tracing import is_observed, is_traced, needs_reference
 from ..modules.submodules import is_pointwise
 from . import behaviour
 from .calls import NotAsRecorded
+from .costs import Cost
 from .examples import Shapes, example_of, has_both_gates, has_gates, holds_a_gate_of_cbam, holds_gates, likely_shapes
 from .graphs import casts_to_single, method_of, rewrite, source_of
 from .names import names_in
@@ -45,13 +47,14 @@ class Recipe(NamedTuple):
 
     kind: its class before. sources: the code of the forward and the names that it uses, by training mode. ranks: the
     number of axes of each input that it holds for, None for an integer. read: the submodules that it reads without
-    calling them, and what they compute.
+    calling them, and what they compute. costs: those of the calls that may not pay, nothing where one always does.
     """
 
     kind: type[nn.Module]
     sources: Mapping[bool, tuple[str, Mapping[str, Any]]]
     ranks: tuple[int | None, ...]
     read: Mapping[str, str]
+    costs: tuple[Cost, ...] = ()
 
 
 class Flow(NamedTuple):
@@ -238,6 +241,7 @@ def _attempt(
     """One attempt, with the forwards of submodules recorded in their places or not."""
     graphs: dict[bool, Graph] = {}
     calls: list[str] = []
+    costs: list[Cost | None] = []
     read: dict[str, str] = {}
     for training in (True, False):
         recorded = _recorded(module, inputs, training, opened, likely)
@@ -255,6 +259,7 @@ def _attempt(
         if not fused:
             return missed[0] if missed else None
         likely, graphs[training], calls = [shapes], graph, [call.now for call in fused]
+        costs = [call.cost for call in fused]
         read |= {name: operation_of(module.get_submodule(name)) for name in sorted(before - _called(graph))}
     sources = {training: source_of(graph) for training, graph in graphs.items()}
     recipe = Recipe(
@@ -262,6 +267,7 @@ def _attempt(
         sources,
         _ranks(likely[0][0]),
         read,
+        tuple(cost for cost in costs if cost is not None) if None not in costs else (),
     )
     layer: Any = rewritten_class(recipe)
     single = any(casts_to_single(graph) for graph in graphs.values())
@@ -340,9 +346,12 @@ def rewritten_class(recipe: Recipe) -> type[nn.Module]:
     own = _Forwards(recipe)
     others: dict[Any, _Forwards | None] = {}
     names = list(inspect.signature(kind.forward).parameters)[1 : 1 + len(recipe.ranks)]
+    left: dict[Any, bool] = {}  # whether calls with inputs of some sizes are left to the forward that the module had
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        if recipe.costs and not named and not layer._tried and _is_left(recipe, inputs, left):
+            return kind.forward(self, *inputs)
         given = (*inputs, *(named[name] for name in names[len(inputs) :] if name in named))
         if len(given) == len(inputs) + len(named) == len(recipe.ranks):
             if own.hold(self, given):
@@ -370,6 +379,28 @@ def rewritten_class(recipe: Recipe) -> type[nn.Module]:
     }
     layer: Any = type(kind.__name__, (kind,), members | {"__qualname__": kind.__qualname__, "__doc__": kind.__doc__})
     return layer
+
+
+#: The sizes of inputs of which a class remembers whether its calls pay.
+_MOST_SIZES = 64
+
+
+def _is_left(recipe: Recipe, inputs: tuple[Any, ...], known: dict[Any, bool]) -> bool:
+    """Whether "auto" leaves an ordinary call on a CPU to the forward that the module had, as the fused calls cost as
+    much as they save; known: answers for earlier calls."""
+    # This runs in every call, so nothing here is a call that need not be one.
+    key: Any = torch.is_grad_enabled()
+    for x in inputs:
+        if type(x) is not Tensor:
+            return False
+        key = key, x.shape, x.dtype, x.is_contiguous(), x.is_cpu
+    if is_observed() or backends.chosen_backend() != "auto" or len(inputs) != len(recipe.ranks):
+        return False
+    if (answer := known.get(key)) is None:
+        answer = all(cost.is_left(inputs[cost.input]) for cost in recipe.costs)
+        if len(known) < _MOST_SIZES:
+            known[key] = answer
+    return answer
 
 
 class _Forwards:

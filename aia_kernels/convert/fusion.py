@@ -72,7 +72,7 @@ def _fuse_graph(module: GraphModule, inputs: tuple[Any, ...], report: Report) ->
         module.graph = before
         report.left_alone += [LeftAlone((call.node.name,), call.before, reason) for call in fused]
         return
-    report.converted += [Converted((node.name,), old, new) for node, old, new in fused]
+    report.converted += [Converted((call.node.name,), call.before, call.now) for call in fused]
     report.left_alone += [LeftAlone((m.node.name,), m.node.name, m.reason) for m in missed if not m.faint]
     if fused:
         module.recompile()

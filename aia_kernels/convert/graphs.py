@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
 
-from . import calls
+from . import calls, costs
 from .cbam import FoundGates, find_gates
 from .look_alikes import look_alikes
 from .memories import FoundMemory, find_memories
@@ -82,11 +82,13 @@ def shapes_of(module: nn.Module, graph: Graph, inputs: Iterable[tuple[int, ...]]
 
 
 class Fused(NamedTuple):
-    """A call that was put into a graph: its node, what stood there, and the name of the function that it calls."""
+    """A call that was put into a graph: its node, what stood there, the name of the function that it calls, and how to
+    count whether it pays, None where it always does or the inputs do not tell."""
 
     node: Node
     before: str
     now: str
+    cost: costs.Cost | None = None
 
 
 def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
@@ -102,19 +104,22 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
             missed.append(unit)
         else:
             before = f"{unit.nodes[0].name} to {unit.end.name}"
-            fused.append(Fused(_recalibrate(reader, unit), before, unit.form.unit))
+            cost = costs.of_unit(reader, unit)
+            fused.append(Fused(_recalibrate(reader, unit), before, unit.form.unit, cost))
     for gates in [*find_gates(reader)]:
         if isinstance(gates, Missed):
             missed.append(gates)
         else:
             before = f"{gates.nodes[0].name} to {gates.end.name}"
-            fused.append(Fused(_gated(reader, gates), before, gates.name))
+            cost = costs.of_gates(reader, gates)
+            fused.append(Fused(_gated(reader, gates), before, gates.name, cost))
     for memory in [*find_memories(reader)]:
         if isinstance(memory, Missed):
             missed.append(memory)
         else:
             before = f"{memory.nodes[0].name} to {memory.end.name}"
-            fused.append(Fused(_remembered(reader, memory), before, memory.name))
+            cost = costs.of_memory(reader, memory)
+            fused.append(Fused(_remembered(reader, memory), before, memory.name, cost))
     merge_softmaxes(reader)
     if written_out := name_softmaxes(reader):
         doubled = (found for found in find_normalizations(reader) if isinstance(found, Normalization))
@@ -124,12 +129,13 @@ def rewrite(reader: Reader) -> tuple[list[Fused], list[Missed]]:
         if isinstance(found, Missed):
             missed.append(found)
             continue
-        before = f"{found.softmax.name} to {found.end.name}"
-        if (region := find_region(reader, found)) is not None:
+        before, region = f"{found.softmax.name} to {found.end.name}", find_region(reader, found)
+        cost = costs.of_attention(reader, found, region)
+        if region is not None:
             now = "external_attention" if region.block is None else "external_attention_block"
-            fused.append(Fused(_attend(reader, found, region), before, now))
+            fused.append(Fused(_attend(reader, found, region), before, now, cost))
         else:
-            fused.append(Fused(_normalize(reader, found), before, "double_normalize"))
+            fused.append(Fused(_normalize(reader, found), before, "double_normalize", cost))
     if fused:
         _remove_unused(reader)
     return fused, missed

@@ -177,7 +177,7 @@ inline void add_norms(Gates& gates, int n, const Numbers& scale, const Numbers& 
 // The contexts of a whole unit, and the lengths of the lists that have an entry for each gate.
 inline void check_unit(int64_t inner, int64_t outer, std::initializer_list<size_t> sizes) {
   check_context(outer, "outer");
-  AIA_CHECK(inner == kNone || inner + outer == kChannel + kSpacetime,
+  AIA_CHECK(inner == kNone || inner == kChannel + kSpacetime - outer,
             "inner must be 0 or the context that outer is not, got ", inner, " and ", outer);
   const auto n = static_cast<size_t>(inner + outer);  // a context is the number of its gates
   for (const size_t size : sizes)

@@ -232,7 +232,7 @@ std::vector<Tensor> propagate_back(const Tensor& grad_y, const Tensor& x, std::v
     backward<A>(grad_y, x, a, of_inner, of_outer, found_inner, found_outer, grad_x);
     for (int64_t first = 0, count; first < static_cast<int64_t>(n); first += count) {
       count = first == 0 && contexts == 2 ? 1 : n - first;
-      const Tensor affine = torch::stable::new_empty(weight[0], {count, 2});
+      const Tensor affine = torch::stable::new_empty(weight[first], {count, 2});
       const aia::Parameter of = aia::parameter_of(affine, x, "grad_affine", true);
       for (int64_t i = 0; i < 2 * count; ++i) aia::write(of, i, sums[2 * first + i]);
       results.push_back(affine);
@@ -463,8 +463,11 @@ std::vector<Tensor> unit_propagate_back(const Tensor& grad_y, const Tensor& x, i
   of_inner.averaged = averaged;
   const Context of_outer = places.at(memory, x, a, turned_weights(parameters, outer, inner, a, x), outer, inner, true);
   Numbers found(n);
-  for (size_t i = 0; i < n; ++i)
-    if (needs[i] && parameters[i]) found[i] = new_gradient(*parameters[i]);
+  for (size_t i = 0; i < n; ++i) {
+    if (i % 3) aia::number_of(parameters[i], x, i % 3 == 1 ? "scale" : "shift");
+    AIA_CHECK(!needs[i] || parameters[i], "needs must be of parameters that are there, got parameter ", i);
+    if (needs[i]) found[i] = new_gradient(*parameters[i]);
+  }
   const Tensor grad_x = needs[n] ? output_like(x) : Tensor();
   with_type(x, [&](auto zero) {
     using A = decltype(zero);

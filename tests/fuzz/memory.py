@@ -87,7 +87,7 @@ def near(got: Tensor, want: Tensor, error: float) -> None:
 
 
 def largest(*tensors: Tensor | None) -> float:
-    return max((float(t.double().abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
+    return max((float(t.detach().double().abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
 
 
 def draw_keys(r):

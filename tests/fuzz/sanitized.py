@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from aia_kernels.backends import extension
+
 from .sets import Set
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +114,7 @@ def run(kind: str, library: Path, seeds: range, level: str = "", operator: str =
         if done.returncode == 0:
             return None
         last = Path(at.name).read_text()
+    extension.load()  # arguments of some are made by operators
     told = Set(int(last), operator) if last else "before the first set"
     return f"{kind}{level and f' at {level}'}: {told}\n{done.stdout}{done.stderr[:8000]}"
 

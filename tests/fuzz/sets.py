@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, cbam, memory
+from . import arguments, cbam, memory, wholes
 from .spoiled import readable, spoil
 
-OPERATORS = arguments.OPERATORS | cbam.OPERATORS | memory.OPERATORS
+OPERATORS = arguments.OPERATORS | cbam.OPERATORS | memory.OPERATORS | wholes.OPERATORS
 
 
 class Set:

