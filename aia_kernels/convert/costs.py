@@ -136,12 +136,12 @@ def of_attention(reader: Reader, found: Normalization, region: Region | None) ->
     """That of external attention, or of the double normalization where no region is around it, counted by the largest
     input: the map grows as it does."""
     known = [(math.prod(reader.shapes[x]), i) for i, x in enumerate(_inputs(reader)) if x in reader.shapes]
-    logits = reader.shapes.get(found.softmax)
-    if not known or logits is None:
+    sizes = reader.shapes.get(found.end)
+    if not known or sizes is None:
         return None
     elements, place = max(known)
-    slots = logits[found.slots]
-    rows = math.prod(logits) / slots / elements
+    slots = sizes[found.slots]
+    rows = math.prod(sizes) / slots / elements
     if region is None:
         return Attention(place, rows, slots, 0.0, 0, NORMALIZE_CALLS)
     per_token, once = _saved_by_folding(region, slots)
