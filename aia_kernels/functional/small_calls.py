@@ -22,8 +22,10 @@ from . import plain
 #: and slots as many as which fewer than FEW_SLOTS count.
 MOST_ELEMENTS, _AS_MANY = 32768, 128
 #: In 16 bits, which are converted to float32 here, beyond which that costs more than it saves: elements of all weights;
-#: and of the plain form multiplications of a product, twice as many where a backward follows.
+#: and of the plain and of the token form multiplications of a product, twice as many where a backward follows.
 _MOST_WEIGHTS, _MOST_PRODUCTS = 2**18, 2**20
+#: And the elements of a memory by which a single row is multiplied in 16 bits in 4 us.
+_OF_ONE_ROW = 2**12
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:
@@ -53,9 +55,13 @@ def _is_small_in_16_bits(x: Tensor, key: Tensor) -> bool:
     """Whether plain external attention of 16 bits costs less in float32: what is converted, the map, and the products,
     which a large call has faster in 16 bits, where a call of one costs 20 us."""
     elements, rows = x.numel(), x.numel() // x.shape[2]
-    if max(elements, rows * key.shape[0] // 2) > MOST_ELEMENTS:
+    if max(elements, rows * key.shape[0] // 2) > MOST_ELEMENTS or (rows == 1 and key.numel() <= _OF_ONE_ROW):
         return False
-    return rows * key.numel() <= _MOST_PRODUCTS * (2 if torch.is_grad_enabled() else 1)
+    return rows * key.numel() <= _most_products()
+
+
+def _most_products() -> int:
+    return _MOST_PRODUCTS * (2 if torch.is_grad_enabled() else 1)
 
 
 def tokens(
@@ -72,6 +78,8 @@ def tokens(
     parameters = key, value, value_bias, last, last_bias
     rows = q.numel() // q.shape[2]
     if last.shape[0] != q.shape[2] or not q.is_contiguous():
+        return None
+    if q.dtype.itemsize < 4 and rows * (2 * key.numel() + last.numel()) > 2 * _most_products():
         return None
     passes = _passes(q, rows, key.shape[0], parameters)
     if passes is None:

@@ -514,7 +514,7 @@ class TokenExternalAttention(nn.Module):
             return None
         of: Any = self._modules
         found = read_at_once(x, (of["q_linear"], *(of[name] for name in self.memories), of["proj"]))
-        if found is None or x.dtype not in plain.WIDE:
+        if found is None:
             return None
         for name in ("attn_drop", "proj_drop"):
             drop = of[name]

@@ -170,6 +170,8 @@ struct Layer {
               "of which K and V are there, got ", weights.size(), " entries");
     AIA_CHECK(heads == 1 || (heads > 1 && weights[0] && weights[4]), "several heads need W_1 and W_2");
     const Optional of_first = weight_of(weights[0], tokens, "W_1"), of_last = weight_of(weights[4], tokens, "W_2");
+    AIA_CHECK(heads == 1 || heads <= std::min(of_first->size(0), of_last->size(1)),
+              "W_1 must have rows, and W_2 columns, for each head, got ", heads, " heads");
     key = *weight_of(weights[1], tokens, "K"), value = *weight_of(weights[2], tokens, "V");
     if (of_first) first = *of_first;
     if (of_last) last = *of_last;

@@ -198,6 +198,7 @@ NARROW = {
     "block, unfolded": (lambda: block("not folded"), torch.contiguous_format),
     "no norm": (lambda: block("folded", norm=None), torch.channels_last),
     "multi-head": (lambda: multi_head("odd"), None),
+    "token": (token, None),
     "plain": (lambda: (testing.randomise(aia_kernels.ExternalAttention(6, 5)).double(), torch.randn(2, 9, 6)), None),
 }
 
@@ -400,6 +401,7 @@ BAD = {
     "other outputs": (0, 1, put(4, torch.ones(5, 4)), "maps must have as many channels behind"),
     "a bias in a block": (0, 1, put(3, torch.ones(4)), "maps must have .* no biases"),
     "heads without W_1": (0, 4, lambda _: 0, "several heads need W_1 and W_2"),
+    "more heads than rows": (0, 4, lambda _: 2**62, "W_1 must have rows, and W_2 columns, for each head"),
     "norm too short": (0, 2, lambda norm: norm[:3], "norm must be empty, or scale, shift"),
     "a scale of other channels": (0, 2, put(0, torch.ones(3)), "scale, shift, mean and variance must be contiguous"),
     "nothing to normalize by": (0, 7, lambda _: False, "running must be empty or, of a batch"),
