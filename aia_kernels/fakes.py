@@ -260,6 +260,16 @@ def _(grad_z, pooled, weight):
     return torch.empty_like(pooled), torch.empty_like(weight)
 
 
+@_fake("cbam_spatial_gate")
+def _(z, scale, shift, mean, var, eps, batch):
+    return torch.empty_like(z), z.new_empty((1, 3))
+
+
+@_fake("cbam_spatial_gate_backward")
+def _(grad, z, spatial, statistics, scale, eps):
+    return torch.empty_like(z), z.new_empty(1), z.new_empty(1)
+
+
 @_fake("cbam_channel_gate")
 def _(pooled, weight_1, bias_1, weight_2, bias_2):
     b, pools, c = pooled.shape
@@ -271,6 +281,33 @@ def _(grad_channel, pooled, hidden, channel, weight_1, weight_2):
     biases = (pooled.new_empty(len(weight)) for weight in (weight_1, weight_2))
     of_1, of_2 = zip(map(torch.empty_like, (weight_1, weight_2)), biases, strict=True)
     return torch.empty_like(pooled), *of_1, *of_2
+
+
+def cbam_kept_bytes(x: Tensor, parameters) -> int:
+    """The bytes that cbam_propagate_ keeps."""
+    b, c, h, w = x.shape
+    itemsize, first, conv = accumulate_dtype(x.dtype).itemsize, parameters[0], parameters[4]
+    parts = [7 * itemsize]
+    if first is not None:
+        parts += b * 2 * c * itemsize, b * c * 4, b * 2 * first.shape[0] * itemsize, b * c * itemsize
+    if conv is not None:
+        parts += b * 2 * h * w * itemsize, b * h * w * 4, b * h * w * itemsize, b * h * w * itemsize
+    return sum((part + 63) // 64 * 64 for part in parts)
+
+
+@_fake("cbam_propagate_")
+def _(x, parameters, fixed, running, eps, batch, momentum, confounder, keep):
+    short = 0 if parameters[4] is None else 7 * accumulate_dtype(x.dtype).itemsize
+    kept = x.new_empty((cbam_kept_bytes(x, parameters) if keep else short,), dtype=torch.uint8)
+    return [*(torch.empty_like(x) for _ in range(2 if confounder else 1)), kept]
+
+
+@_fake("cbam_propagate_back")
+def _(grad_y, grad_confounder, x, parameters, kept, needs):
+    dtype = accumulate_dtype(x.dtype)
+    wanted = (p for p, needed in zip(parameters, needs, strict=False) if needed and p is not None)
+    found = [x.new_empty(p.shape, dtype=dtype) for p in wanted]
+    return found + ([torch.empty_like(x)] if needs[-1] else [])
 
 
 def _memory_rows(logits: Tensor, feature: int, heads: int) -> int:
@@ -311,7 +348,7 @@ def _(rows, logits, feature, heads, padding, reached, grad_sums, reduced):
 def _(x, weights, feature, eps, residual):
     b, n, c = x.shape
     columns = weights[0].shape[0]
-    rows = columns // 2 + (feature == 0)
+    rows = columns // 2 + (weights[2].shape[0] if feature == 0 else 0)
     return [torch.empty_like(x), *(x.new_empty(shape) for shape in ((b, columns, n), (b, rows, c), (b, rows)))]
 
 

@@ -174,6 +174,17 @@ _CONVOLVE_SCHEMAS = {
     "(Tensor grad_pooled, Tensor grad_weight)",
 }
 
+# The spatial gate of z [B, 1, H, W], all contiguous and in one accumulation type: sigmoid(scale (z - mean) rsqrt(var +
+# eps) + shift), where batch is set by the moments of z, and the transpose. The numbers of BN are of any type, as of
+# gate. A backend may lack these two; PyTorch's operators then take their place. No x-sized traffic.
+_SPATIAL_GATE_SCHEMAS = {
+    # The gate [B, 1, H, W] and statistics [1, 3] as gate has them.
+    "cbam_spatial_gate": "(Tensor z, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? var, float eps, bool batch) "
+    "-> (Tensor spatial, Tensor statistics)",
+    "cbam_spatial_gate_backward": "(Tensor grad, Tensor z, Tensor spatial, Tensor statistics, Tensor? scale, "
+    "float eps) -> (Tensor grad_z, Tensor grad_scale, Tensor grad_shift)",
+}
+
 # The channel gate, of the pools [B, pools, C] of each sample: hidden [B, pools, hidden] = relu(weight_1 pool + bias_1)
 # and channel [B, C] = sigmoid(weight_2 (sum of hidden over pools) + pools * bias_2); and the transpose, in pooled, both
 # weights, [hidden, C] and [C, hidden], and both biases. All contiguous and in one accumulation type. A backend may lack
@@ -184,6 +195,21 @@ _CHANNEL_GATE_SCHEMAS = {
     "cbam_channel_gate_backward": "(Tensor grad_channel, Tensor pooled, Tensor hidden, Tensor channel, "
     "Tensor weight_1, Tensor weight_2) -> (Tensor grad_pooled, Tensor grad_weight_1, Tensor grad_bias_1, "
     "Tensor grad_weight_2, Tensor grad_bias_2)",
+}
+
+# All of CBAM as one, passes and gates, so that a small call is not what its calls of passes cost. parameters are those
+# of algorithms.cbam.Parameters that have a gradient, in its order, each in accumulate_dtype or in the type of x, and
+# contiguous; the channel gate pools by maximum and mean. fixed is empty, or mean and variance of the spatial gate's BN.
+# A backend may lack them. Reads 3 |X| and writes 1 |X|; back, reads 4 |X| and writes 1 |X|.
+_CBAM_PROPAGATE_SCHEMAS = {
+    # y, the confounder if it is wanted, and what a backward takes, in one tensor of bytes; it begins with norm [4] and
+    # statistics [3] as gate has them, and without keep ends there. running: empty, or the running mean and variance,
+    # and perhaps the number of batches, which move as move_statistics_ has it.
+    "cbam_propagate_": "(Tensor x, Tensor?[] parameters, Tensor?[] fixed, Tensor(a!)[] running, float eps, bool batch, "
+    "float momentum, bool confounder, bool keep) -> Tensor[]",
+    # The gradients that are needed, of parameters, in their order and in accumulate_dtype, and of x.
+    "cbam_propagate_back": "(Tensor grad_y, Tensor? grad_confounder, Tensor x, Tensor?[] parameters, Tensor kept, "
+    "bool[] needs) -> Tensor[]",
 }
 
 # Attention by a memory per sample (algorithms/linear_attention.py; N here is its number of tokens, d the features of a
@@ -262,8 +288,9 @@ _UNIT_SCHEMAS = {
 }
 
 # The algorithm of attention by a memory per sample as one, products and passes, so that a small call is not what its
-# calls cost; for one head and tokens that are no shards, none of which is padding. x [B, N, C] is float32 or float64,
-# stored densely; weights are those of reference.Weights. A backend may lack them. Traffic: see docs/how-it-works.md.
+# calls cost; for tokens that are no shards, none of which is padding. x [B, N, C] is float32 or float64, stored
+# densely; weights are those of reference.Weights, of as many heads as its value has. A backend may lack them. Traffic:
+# see docs/how-it-works.md.
 _MEMORY_PROPAGATE_SCHEMAS = {
     # y, Z, T and s.
     "memory_propagate": "(Tensor x, Tensor?[] weights, int feature, float eps, bool residual) -> Tensor[]",
@@ -306,6 +333,8 @@ SHIFT_PASSES = tuple(_SHIFT_SCHEMAS)
 CBAM_PASSES = tuple(_CBAM_SCHEMAS)
 CONVOLVE_PASSES = tuple(_CONVOLVE_SCHEMAS)
 CHANNEL_GATE_PASSES = tuple(_CHANNEL_GATE_SCHEMAS)
+SPATIAL_GATE_PASSES = tuple(_SPATIAL_GATE_SCHEMAS)
+CBAM_PROPAGATE_PASSES = tuple(_CBAM_PROPAGATE_SCHEMAS)
 MEMORY_PASSES = tuple(_MEMORY_SCHEMAS)
 MEMORY_PROPAGATE_PASSES = tuple(_MEMORY_PROPAGATE_SCHEMAS)
 PROPAGATE_PASSES = tuple(_PROPAGATE_SCHEMAS)
@@ -316,7 +345,7 @@ AVERAGE_PASSES = tuple(_AVERAGE_SCHEMAS)
 _PASS_SCHEMAS = _SCHEMAS | _EVALUATE_SCHEMAS | _DOUBLE_NORM_SCHEMAS | _RESIDUAL_SCHEMAS | _SHIFT_SCHEMAS | _CBAM_SCHEMAS
 _PASS_SCHEMAS |= _CONVOLVE_SCHEMAS | _CHANNEL_GATE_SCHEMAS | _PROPAGATE_SCHEMAS | _MEMORY_SCHEMAS
 _PASS_SCHEMAS |= _UNIT_SCHEMAS | _EXTERNAL_PROPAGATE_SCHEMAS | _AVERAGE_SCHEMAS | _FOLD_SCHEMAS | _NORMALIZE_SCHEMAS
-_PASS_SCHEMAS |= _MEMORY_PROPAGATE_SCHEMAS
+_PASS_SCHEMAS |= _MEMORY_PROPAGATE_SCHEMAS | _CBAM_PROPAGATE_SCHEMAS | _SPATIAL_GATE_SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _PASS_SCHEMAS.items():

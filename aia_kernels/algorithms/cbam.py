@@ -114,7 +114,9 @@ def forward(plan: Plan, x: Tensor, parameters: Parameters, keeps: bool = True) -
     if p.conv is not None:
         spatial_pooled, spatial_argmax = passes.cbam_pool_channels(x, channel)
         z = _convolve(passes, spatial_pooled, p.conv)
-        if keeps or plan.batch:
+        if hasattr(passes, "cbam_spatial_gate") and not plan.group:
+            spatial, statistics = passes.cbam_spatial_gate(z, p.scale, p.shift, p.mean, p.var, plan.eps, plan.batch)
+        elif keeps or plan.batch:
             statistics = _statistics(plan, z, p)
             spatial = _spatial_gate(plan, z, *statistics[0].split(1)[:2], p)
         else:
@@ -231,6 +233,11 @@ def _spatial_gate(plan: Plan, z: Tensor, mean: Tensor, var: Tensor, p: Parameter
 
 def _spatial_gate_backward(plan: Plan, grad: Tensor, kept: Kept, p: Parameters) -> tuple[Tensor, ...]:
     """The gradients of the pooled features [B, 2, H, W], and of conv, scale and shift."""
+    if hasattr(plan.passes, "cbam_spatial_gate_backward") and not plan.group:
+        of_gate = kept.z, kept.spatial, kept.statistics, p.scale, plan.eps
+        dz, grad_scale, grad_shift = plan.passes.cbam_spatial_gate_backward(grad, *of_gate)
+        grad_pooled, grad_conv = _convolve_backward(plan.passes, dz, kept.spatial_pooled, p.conv)
+        return grad_pooled, grad_conv, grad_scale, grad_shift
     du = torch.ops.aten.sigmoid_backward(grad, kept.spatial)
     mean, var, share = kept.statistics[0].split(1)
     if plan.group:

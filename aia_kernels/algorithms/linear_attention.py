@@ -172,7 +172,7 @@ def backward(
 
 def can_propagate(plan: Plan, x: Tensor, padding: Tensor | None) -> bool:
     """Whether the passes have all of a direction as one: then nothing is between a call and its products."""
-    if not hasattr(plan.passes, "memory_propagate") or plan.form.heads != 1 or plan.shards or padding is not None:
+    if not hasattr(plan.passes, "memory_propagate") or plan.shards or padding is not None:
         return False
     return x.dtype in (torch.float32, torch.float64) and x.shape[1] <= CHUNK
 

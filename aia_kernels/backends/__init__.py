@@ -367,7 +367,8 @@ def passes(name: str, family: str) -> Any:
         schemas.EXTERNAL_PROPAGATE_PASSES and schemas.NORMALIZE_PASSES; for linear attention, by those of
         schemas.MEMORY_PASSES and, on some backends, of schemas.MEMORY_PROPAGATE_PASSES. Those of Attention in Attention
         have map_order beside them; some backends evaluate, and some have schemas.PROPAGATE_PASSES, UNIT_PASSES or
-        AVERAGE_PASSES.
+        AVERAGE_PASSES, and for CBAM CONVOLVE_PASSES,
+        CHANNEL_GATE_PASSES, SPATIAL_GATE_PASSES and CBAM_PROPAGATE_PASSES.
     """
     if family == "linear_attention":
         return _of_memories(name)
@@ -384,7 +385,8 @@ def passes(name: str, family: str) -> Any:
             vars(with_products).update((p, getattr(found, p)) for p in more)
         return with_products
     if family == "cbam" and name == "cpu":
-        more = *schemas.CONVOLVE_PASSES, *schemas.CHANNEL_GATE_PASSES, "move_statistics_"
+        of_gates = *schemas.CONVOLVE_PASSES, *schemas.CHANNEL_GATE_PASSES, *schemas.SPATIAL_GATE_PASSES
+        more = *of_gates, *schemas.CBAM_PROPAGATE_PASSES, "move_statistics_"
         vars(found).update((p, schemas.callable_pass(p)) for p in more)
     # The CPU's maps have innermost what lies side by side in x: channels, or the positions of a plane (csrc/cpu).
     found.map_order = _lane_order if name == "cpu" else _any_order

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .. import backends
 from ..algorithms import cbam as algorithm
+from ..algorithms import cbam_layer as layer
 from ..algorithms.cbam import Parameters, Plan
+from ..algorithms.unit import statistics_of
 from ..common.autocast import autocast_dtype
 from ..common.dtypes import accumulate_dtype
 from ..common.layouts import with_dense_maps, with_exchanged
@@ -27,11 +29,12 @@ from ..reference import cbam as reference
 from ..reference.cbam import POOLS
 from ..reference.norm import uses_batch
 from . import sharded
+from .cbam_calls import FAMILY, called
 from .checks import check_tensor
 from .plain import WIDE
 from .running_statistics import update_running_statistics
+from .unit_calls import moving
 
-FAMILY = "cbam"
 POOL_TYPES = ("avg", "max")
 
 
@@ -119,14 +122,16 @@ def _cbam(
     else:
         passes = None if is_traced() else backends.passes(backend, FAMILY)
         results, statistics = _through_passes(x, mlp, gate, Plan(passes, pool_types, confounder=confounder), backend)
-    update_running_statistics([norm], [statistics], getattr(passes, "move_statistics_", None))
+    if statistics is not None:
+        update_running_statistics([norm], [statistics], getattr(passes, "move_statistics_", None))
     return tuple(results if x is given else (with_exchanged(y, given) for y in results))
 
 
 def _through_passes(
     x: Tensor, mlp: MLP | None, gate: Gate | None, plan: Plan, backend: str
 ) -> tuple[Sequence[Tensor], Tensor | None]:
-    """The results and the statistics [1, 3] of the spatial gate by one of the paths 1 (without passes), 3 and 4."""
+    """The results by one of the paths 1 (without passes), 3 and 4, and the statistics [1, 3] of the spatial gate, None
+    where no running ones are left to move."""
     norm = gate.norm if gate is not None and gate.norm is not None else Norm()
     batch = gate is not None and gate.norm is not None and uses_batch(norm)
     plan = plan._replace(batch=batch, eps=norm.eps if gate is not None and gate.norm is not None else 0.0)
@@ -142,6 +147,12 @@ def _through_passes(
         settings = plan.pool_types, batch, plan.eps, plan.group, plan.confounder, backend
         y, confounder, *_kept, statistics = cbam_forward(x, *learned, packed, *settings)
         return (y, confounder) if plan.confounder else (y,), statistics if gate is not None else None
+    if layer.serves(plan, x, mlp is not None):
+        running, momentum = moving([norm]) if batch else ((), 0.0)
+        buffers = layer.Buffers(() if fixed[0] is None else fixed, running, momentum)
+        *results, kept = called(plan, x, learned, buffers)
+        moved = gate is None or not batch or bool(running)
+        return results, None if moved else statistics_of(kept, 1, accumulate_dtype(x.dtype))
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *learned)):
         y, confounder, (statistics,) = algorithm.CbamFunction.apply(x, plan, fixed, *learned)
         return (y, confounder) if plan.confounder else (y,), statistics

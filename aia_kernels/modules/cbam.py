@@ -18,11 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, functional
 from ..functional.cbam import POOL_TYPES, channel_gate_of_few_operators
+from ..functional.cbam_calls import at_once
 from ..functional.checks import check_integer
 from ..reference import MLP, Gate
 from ..reference.cbam import POOLS
 from .recorded import one_call
-from .submodules import can_be_read, held, must_be_called, norm_of, read_at_once
+from .submodules import can_be_read, held, must_be_called, norm_of, read_at_once, read_cbam_at_once
 
 
 class BasicConv(nn.Module):
@@ -177,6 +178,29 @@ class _BothGates(nn.Module):
             return None
         return mlp, gate
 
+    def _at_once(self, x: Tensor, confounder: bool) -> list[Tensor] | None:
+        """The results of an ordinary call, all that it needs read at once; None where this cannot be told, which says
+        nothing yet."""
+        if type(x) is not Tensor or torch.compiler.is_compiling():  # which would guard each later check
+            return None
+        modules: Any = self._modules
+        of_channels, of_positions = modules.get("ChannelGate"), modules.get("SpatialGate")
+        if type(of_channels) is not ChannelGate or _is_hooked(of_channels):
+            return None
+        conv = bn = None
+        if not self.no_spatial:
+            if type(of_positions) is not SpatialGate or _is_hooked(of_positions):
+                return None
+            spatial = of_positions._modules.get("spatial")
+            if type(spatial) is not BasicConv or _is_hooked(spatial):
+                return None
+            conv, bn = spatial._modules.get("conv"), spatial._modules.get("bn")
+            if conv is None or bn is None:
+                return None
+        if (read := read_cbam_at_once(x, held(of_channels, "mlp"), conv, bn)) is None:
+            return None
+        return at_once(x, read, of_channels.pool_types, confounder)
+
     def _must_be_called(self, gate: nn.Module, kind: type[nn.Module]) -> bool:
         return _is_hooked(gate) or (not self.gates_are_read and type(gate).forward is not kind.forward)
 
@@ -216,6 +240,8 @@ class CBAM(_BothGates):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return one_call(self, CBAM.forward, x)
+        if (found := self._at_once(x, False)) is not None:
+            return found[0]
         if (read := self._read()) is None:
             return self._through_submodules(x)
         return functional.cbam(x, *read, self.ChannelGate.pool_types)
@@ -253,6 +279,9 @@ class CausalCBAM(_BothGates):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(x, Proxy):
             return one_call(self, CausalCBAM.forward, x)
+        if (found := self._at_once(x, True)) is not None:
+            causal, confounder = found
+            return causal, confounder
         if (read := self._read()) is None:
             y = self._through_submodules(x)
             return y, x - y

@@ -168,8 +168,7 @@ def efficient_flow_is_faster(x: Tensor, channels: int, keys: int, values: int, h
     positions = x.numel() // channels
     per_sample = 4 * keys * channels * values // heads  # small products, at half the speed of large ones
     elements = 2 * (keys + values) * positions // 3  # measured: x itself is met less often than in linear attention
-    calls = 1 if heads == 1 else 2  # all as one operator for one head (algorithms.linear_attention.can_propagate)
-    return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0], calls)
+    return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0])
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, feature: str, eps: float) -> Tensor:

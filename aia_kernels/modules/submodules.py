@@ -14,9 +14,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
+from ..algorithms import cbam_layer
 from ..algorithms.unit import Buffers
 from ..common.tracing import is_observed
-from ..functional import plain, unit_calls
+from ..functional import cbam_calls, plain, unit_calls
 from ..functional.sharded import is_distributed, is_plain
 from ..reference import Norm
 from ..reference.norm import is_number_of_batches
@@ -190,6 +191,80 @@ def read_gates_at_once(
     if not tracks or type(momentum) is not float or not all(map(is_number_of_batches, running[2::3])):
         return None
     return unit_calls.GatesRead(parameters, Buffers((), running), batch, eps, momentum)
+
+
+#: Stride, dilation, groups and padding_mode of the convolution of CBAM's spatial gate as published.
+_OF_MAP = (1, 1), (1, 1), 1, "zeros"
+_LAYERS_OF_MLP = (nn.Flatten, nn.Linear, nn.ReLU, nn.Linear)
+#: Where the parameters of the spatial gate would stand.
+_NO_GATE = None, None, None
+
+
+def _is_hooked(of: Mapping[str, Any]) -> bool:
+    """Whether a module has hooks or a forward of its own, from its dictionary."""
+    return bool(
+        of["_forward_hooks"]
+        or of["_forward_pre_hooks"]
+        or of["_backward_hooks"]
+        or of["_backward_pre_hooks"]
+        or "forward" in of
+    )
+
+
+def read_cbam_at_once(x: Tensor, mlp: nn.Module, conv: nn.Module | None, bn: Any) -> cbam_calls.CbamRead | None:
+    """What an ordinary call of CBAM reads of its submodules: as read_at_once, and BN has fixed statistics or running
+    ones that move. conv: None without a spatial gate."""
+    if (dtype := _type_of_ordinary(x)) is None:
+        return None
+    parameters: list[Any] = []
+    layers = (*mlp._modules.values(),)
+    if type(mlp) is not nn.Sequential or (*map(type, layers),) != _LAYERS_OF_MLP:
+        return None
+    if any(_is_hooked(layer.__dict__) for layer in (mlp, *layers)):
+        return None
+    try:  # a name that is not there: a submodule computes its parameters
+        for layer in layers[1::2]:
+            own = layer.__dict__["_parameters"]  # type: ignore[union-attr]
+            parameters += own["weight"], own["bias"]
+        if conv is None:
+            parameters += _NO_GATE
+            return _of_ordinary(parameters, dtype, cbam_layer.Buffers(), False, 0.0)
+        of = conv.__dict__
+        set_as, (k, width) = (of["stride"], of["dilation"], of["groups"], of["padding_mode"]), of["kernel_size"]
+        own = of["_parameters"]
+        if type(conv) is not nn.Conv2d or set_as != _OF_MAP or own["bias"] is not None or _is_hooked(of):
+            return None
+        if k != width or not k % 2 or of["padding"] != (k // 2, k // 2) or own["weight"].shape != (1, 2, k, k):
+            return None
+        of = bn.__dict__
+        if type(bn) is not nn.BatchNorm2d or _is_hooked(of):
+            return None
+        buffers = of["_buffers"]
+        fixed = buffers["running_mean"], buffers["running_var"]
+        parameters += own["weight"], of["_parameters"]["weight"], of["_parameters"]["bias"]
+        for p in (*fixed, *parameters[5:]):
+            if p is not None and p.numel() != 1:
+                return None
+        if fixed[0] is None or fixed[1] is None or {type(fixed[0]), type(fixed[1])} != {Tensor}:
+            return None
+        if not of["training"]:
+            return _of_ordinary(parameters, dtype, cbam_layer.Buffers(fixed), False, of["eps"])
+        tracked, momentum = buffers["num_batches_tracked"], of["momentum"]
+        if not of["track_running_stats"] or type(momentum) is not float or not is_number_of_batches(tracked):
+            return None
+        return _of_ordinary(parameters, dtype, cbam_layer.Buffers((), (*fixed, tracked), momentum), True, of["eps"])
+    except KeyError:
+        return None
+
+
+def _of_ordinary(
+    parameters: list[Any], dtype: torch.dtype, buffers: cbam_layer.Buffers, batch: bool, eps: float
+) -> cbam_calls.CbamRead | None:
+    """What was read, if all parameters are torch's own, on the CPU and of one type."""
+    for p in parameters:
+        if p is not None and (type(p) is not nn.Parameter or p.dtype is not dtype or not p.is_cpu):
+            return None
+    return cbam_calls.CbamRead(parameters, buffers, batch, eps)
 
 
 def can_be_read(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -146,7 +146,7 @@ class Named:
         self._passes, self._counter = passes, counter
 
     def __getattr__(self, name: str) -> Any:
-        if name in schemas.MEMORY_PROPAGATE_PASSES:
+        if name in schemas.MEMORY_PROPAGATE_PASSES + schemas.CBAM_PROPAGATE_PASSES:
             raise AttributeError(f"{name}: its products and passes are counted one by one")
         found = getattr(self._passes, name)
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/matrix.h"
-#include "checks.h"
+#include "checks_attention_in_attention.h"
 
 namespace aia {
 
@@ -153,6 +153,35 @@ struct MapConvolution {
     check_contiguous(weight, {1, 2, k, k}, type, pooled, "weight");
   }
 };
+
+// What a spatial gate is made of: z [B, 1, H, W], contiguous, in an accumulation type.
+struct SpatialMaps {
+  int64_t B, H, W;
+
+  explicit SpatialMaps(const Tensor& z) {
+    const Layout at = check_operand(z, z, "z");
+    const ScalarType type = z.scalar_type();
+    AIA_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+              "z must be float32 or float64, as pooled features are, got ", name_of(type));
+    AIA_CHECK(at.dim == 4 && at.sizes[1] == 1 && at.numel > 0, "z must be [B, 1, H, W] and not empty, got ",
+              described(z));
+    B = at.sizes[0], H = at.sizes[2], W = at.sizes[3];
+    check_contiguous(z, {B, 1, H, W}, type, z, "z");
+  }
+  int64_t positions() const { return H * W; }
+};
+
+// What it is normalized by.
+inline GateParameters norm_of(const Tensor& first, const std::optional<Tensor>& scale,
+                              const std::optional<Tensor>& shift, const std::optional<Tensor>& mean,
+                              const std::optional<Tensor>& var, double eps, bool batch) {
+  check_eps(eps);
+  GateParameters of{};
+  of.scale = number_of(scale, first, "scale"), of.shift = number_of(shift, first, "shift");
+  of.mean = number_of(mean, first, "mean"), of.var = number_of(var, first, "var");
+  of.eps = eps, of.batch = batch;
+  return of;
+}
 
 // The MLP of a channel gate: pools of each sample [B, pools, C], and weights [hidden, C] and [C, hidden].
 struct ChannelMlp {

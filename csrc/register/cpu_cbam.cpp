@@ -2,15 +2,12 @@
 // the instruction level, and the split over threads. The work itself is in cpu/cbam.cpp.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "../cpu/cbam.h"
-#include "../cpu/convolve.h"
-#include "checks_cbam.h"
-#include "cpu.h"
+#include "cpu_cbam_steps.h"
 
 namespace {
 
@@ -19,38 +16,17 @@ using aia::maps_of;
 using aia::Matrix;
 using aia::matrix_of;
 using aia::new_numbers;
-using aia::Side;
-using aia::cpu::CbamPasses;
 using aia::cpu::Convolution;
-using aia::cpu::ConvolvePasses;
+using aia::cpu::mutable_numbers;
+using aia::cpu::numbers;
 using aia::cpu::output_like;
-using aia::cpu::parallel;
-using aia::cpu::Parts;
-using aia::cpu::passes;
-using aia::cpu::row_units;
-using torch::headeronly::ScalarType;
+using aia::cpu::with_type;
 using torch::stable::Tensor;
 
-// Over the columns or over the rows of x, times a gate of these or null, into pooled [B, 2, ...] and argmax [B, ...].
+// As pool_into, of tensors.
 void pool(const Matrix& m, const Tensor& x, bool over_columns, const void* gate, Tensor& pooled, Tensor& argmax) {
-  const CbamPasses& pass = passes<CbamPasses>(m.scalar);
-  const void* data = x.const_data_ptr();
-  void *out = pooled.mutable_data_ptr(), *index = argmax.mutable_data_ptr();
-  if (over_columns) {
-    parallel(row_units(m),
-             [&](int64_t begin, int64_t end) { pass.pool_columns(m, data, gate, out, index, begin, end); });
-    return;
-  }
-  const Parts parts(m);
-  const bool whole = parts.of_rows == 1;
-  const double share = whole ? 1.0 / static_cast<double>(m.rows) : 1.0;
-  Tensor partial = whole ? pooled : new_numbers(x, {m.B * parts.of_rows, 2, m.columns});
-  Tensor indices = whole ? argmax : torch::stable::new_empty(x, {m.B * parts.of_rows, m.columns}, ScalarType::Int);
-  void *values = partial.mutable_data_ptr(), *where = indices.mutable_data_ptr();
-  parallel(parts.units(m),
-           [&](int64_t begin, int64_t end) { pass.pool_rows(m, parts, data, gate, share, values, where, begin, end); });
-  if (whole) return;
-  parallel(m.B, [&](int64_t begin, int64_t end) { pass.join_pooled(m, parts, values, where, out, index, begin, end); });
+  aia::cpu::pool_into(m, x, x.const_data_ptr(), over_columns, gate, pooled.mutable_data_ptr(),
+                      argmax.mutable_data_ptr());
 }
 
 std::tuple<Tensor, Tensor> pool_positions(const Tensor& x) { return aia::pooled_positions(x, pool); }
@@ -68,22 +44,8 @@ std::vector<Tensor> recalibrate(const Tensor& x, std::optional<Tensor> channel, 
   if (with_confounder) results.push_back(output_like(x));
   const void* data = x.const_data_ptr();
   void *y = results[0].mutable_data_ptr(), *rest = with_confounder ? results[1].mutable_data_ptr() : nullptr;
-  const void *of_rows = gates.of_rows(m), *of_columns = gates.of_columns(m);
-  parallel(row_units(m), [&](int64_t begin, int64_t end) {
-    passes<CbamPasses>(m.scalar).recalibrate(m, data, of_rows, of_columns, y, rest, begin, end);
-  });
+  aia::cpu::recalibrate_into(m, data, gates.of_rows(m), gates.of_columns(m), y, rest);
   return results;
-}
-
-// Sums [B, n] of `parts` for each sample, which are there if it is one; fill(data) makes them.
-template <class Fill>
-void join(const Matrix& m, const Tensor& of, int64_t parts, int64_t n, Tensor& result, Fill&& fill) {
-  Tensor partial = parts == 1 ? result : new_numbers(of, {m.B, parts, n});
-  void *from = partial.mutable_data_ptr(), *to = result.mutable_data_ptr();
-  fill(from);
-  if (parts == 1) return;
-  parallel(m.B,
-           [&](int64_t begin, int64_t end) { passes<CbamPasses>(m.scalar).join_sums(parts, n, from, to, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> recalibrate_reduce(const Tensor& grad_y, std::optional<Tensor> grad_confounder,
@@ -95,22 +57,10 @@ std::tuple<Tensor, Tensor> recalibrate_reduce(const Tensor& grad_y, std::optiona
   const void* confounder = aia::confounder_of(grad_confounder, grad_y);
   const aia::MapGates gates(channel, spatial, at, x);
   Tensor grad_channel = new_numbers(x, {at.B, at.C}), grad_spatial = new_numbers(x, {at.B, 1, at.H, at.W});
-  const Parts parts(m);
-  const void *grad = grad_y.const_data_ptr(), *data = x.const_data_ptr();
-  const auto reduce = [&](const void* of_rows, const void* of_columns, Tensor& over_columns, Tensor& over_rows) {
-    join(m, x, parts.of_columns, m.rows, over_columns, [&](void* row_sums) {
-      join(m, x, parts.of_rows, m.columns, over_rows, [&](void* column_sums) {
-        parallel(parts.units(m), [&](int64_t begin, int64_t end) {
-          passes<CbamPasses>(m.scalar).recalibrate_reduce(m, parts, grad, confounder, data, of_rows, of_columns,
-                                                          row_sums, column_sums, begin, end);
-        });
-      });
-    });
-  };
-  if (m.rows_are_channels)
-    reduce(gates.channel, gates.spatial, grad_channel, grad_spatial);
-  else
-    reduce(gates.spatial, gates.channel, grad_spatial, grad_channel);
+  void *of_channels = grad_channel.mutable_data_ptr(), *of_positions = grad_spatial.mutable_data_ptr();
+  if (!m.rows_are_channels) std::swap(of_channels, of_positions);
+  aia::cpu::recalibrate_reduce_into(m, x, grad_y.const_data_ptr(), confounder, x.const_data_ptr(), gates.of_rows(m),
+                                    gates.of_columns(m), of_channels, of_positions);
   return {grad_channel, grad_spatial};
 }
 
@@ -119,15 +69,8 @@ Tensor unpool_reduce(const Tensor& x, const Tensor& grad_spatial, const Tensor& 
   const Matrix m = matrix_of(at);
   const aia::MapFeatures from = aia::MapFeatures::of_positions(grad_spatial, spatial_argmax, at, x);
   Tensor grad_channel = new_numbers(x, {at.B, at.C});
-  const Parts parts(m);
-  const Side spatial{nullptr, from.grad, from.argmax};
-  const void* data = x.const_data_ptr();
-  const int64_t units = m.rows_are_channels ? row_units(m) : parts.units(m);
-  join(m, x, m.rows_are_channels ? 1 : parts.of_rows, at.C, grad_channel, [&](void* sums) {
-    parallel(units, [&](int64_t begin, int64_t end) {
-      passes<CbamPasses>(m.scalar).unpool_reduce(m, parts, data, spatial, sums, begin, end);
-    });
-  });
+  aia::cpu::unpool_reduce_into(m, x, x.const_data_ptr(), {nullptr, from.grad, from.argmax},
+                               grad_channel.mutable_data_ptr());
   return grad_channel;
 }
 
@@ -137,20 +80,10 @@ Tensor unpool(const Tensor& grad_y, std::optional<Tensor> grad_confounder, std::
   const aia::UnpoolMaps given(grad_y, grad_confounder, channel, grad_channel, channel_argmax, spatial, grad_spatial,
                               spatial_argmax);
   const Matrix m = matrix_of(given.at);
-  const Side of_channels = given.of_channels(), of_positions = given.of_positions();
   Tensor grad_x = output_like(grad_y);
-  const void* data = grad_y.const_data_ptr();
-  void* out = grad_x.mutable_data_ptr();
-  parallel(row_units(m), [&](int64_t begin, int64_t end) {
-    passes<CbamPasses>(m.scalar).unpool(m, data, given.grad_confounder, of_channels, of_positions, out, begin, end);
-  });
+  aia::cpu::unpool_into(m, grad_y.const_data_ptr(), given.grad_confounder, given.of_channels(), given.of_positions(),
+                        grad_x.mutable_data_ptr());
   return grad_x;
-}
-
-// Calls body with a value of the type of the maps.
-template <class Body>
-void with_map_type(ScalarType type, Body&& body) {
-  return type == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 Convolution convolution_of(const aia::MapConvolution& at) { return {at.B, at.H, at.W, at.k}; }
@@ -159,14 +92,9 @@ Tensor convolve(const Tensor& pooled, const Tensor& weight) {
   const aia::MapConvolution at(pooled, weight);
   const Convolution c = convolution_of(at);
   Tensor z = torch::stable::new_empty(pooled, {at.B, 1, at.H, at.W});
-  with_map_type(at.type, [&](auto type) {
-    using A = decltype(type);
-    const auto *in = static_cast<const A*>(pooled.const_data_ptr()),
-               *w = static_cast<const A*>(weight.const_data_ptr());
-    auto* out = static_cast<A*>(z.mutable_data_ptr());
-    parallel(units_of(c), [&](int64_t begin, int64_t end) {
-      passes<ConvolvePasses<A>>().convolve(c, 2, 1, in, w, out, begin, end);
-    });
+  with_type(pooled, [&](auto zero) {
+    using A = decltype(zero);
+    aia::cpu::convolve_into<A>(c, numbers<A>(pooled), numbers<A>(weight), mutable_numbers<A>(z));
   });
   return z;
 }
@@ -177,28 +105,52 @@ std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_z, const Tensor&
   const Convolution c = convolution_of(at);
   Tensor grad_pooled = torch::stable::new_empty(pooled, {at.B, 2, at.H, at.W});
   Tensor grad_weight = torch::stable::new_empty(pooled, {1, 2, at.k, at.k});
-  with_map_type(at.type, [&](auto type) {
-    using A = decltype(type);
-    const auto *grad = static_cast<const A*>(grad_z.const_data_ptr()),
-               *in = static_cast<const A*>(pooled.const_data_ptr()),
-               *w = static_cast<const A*>(weight.const_data_ptr());
-    // The transpose of a convolution is one by the turned weight.
-    std::vector<A> turned(2 * c.taps()), partial(units_of(c) * 2 * c.taps());
-    for (int64_t q = 0; q < 2; ++q)
-      std::reverse_copy(w + q * c.taps(), w + (q + 1) * c.taps(), turned.begin() + q * c.taps());
-    auto* out = static_cast<A*>(grad_pooled.mutable_data_ptr());
-    parallel(units_of(c), [&](int64_t begin, int64_t end) {
-      passes<ConvolvePasses<A>>().convolve(c, 1, 2, grad, turned.data(), out, begin, end);
-      passes<ConvolvePasses<A>>().weight_gradient(c, 2, in, grad, partial.data(), begin, end);
-    });
-    auto* sums = static_cast<A*>(grad_weight.mutable_data_ptr());
-    for (int64_t t = 0; t < 2 * c.taps(); ++t) {
-      double total = 0;
-      for (int64_t unit = 0; unit < units_of(c); ++unit) total += partial[unit * 2 * c.taps() + t];
-      sums[t] = static_cast<A>(total);
-    }
+  with_type(pooled, [&](auto zero) {
+    using A = decltype(zero);
+    aia::cpu::convolve_back_into<A>(c, numbers<A>(grad_z), numbers<A>(pooled), numbers<A>(weight),
+                                    mutable_numbers<A>(grad_pooled), mutable_numbers<A>(grad_weight));
   });
   return {grad_pooled, grad_weight};
+}
+
+std::tuple<Tensor, Tensor> spatial_gate(const Tensor& z, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                        std::optional<Tensor> mean, std::optional<Tensor> var, double eps, bool batch) {
+  const aia::SpatialMaps at(z);
+  const aia::GateParameters of = aia::norm_of(z, scale, shift, mean, var, eps, batch);
+  Tensor gate = new_numbers(z, {at.B, 1, at.H, at.W}), statistics = new_numbers(z, {1, 3});
+  with_type(z, [&](auto zero) {
+    using A = decltype(zero);
+    A norm[4];
+    aia::cpu::norm_into(of, at.B, at.positions(), numbers<A>(z), norm, mutable_numbers<A>(statistics));
+    aia::cpu::activate_into<A>(at.B, at.positions(), numbers<A>(z), norm, mutable_numbers<A>(gate));
+  });
+  return {gate, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> spatial_gate_backward(const Tensor& grad, const Tensor& z, const Tensor& gate,
+                                                         const Tensor& statistics, std::optional<Tensor> scale,
+                                                         double eps) {
+  const aia::SpatialMaps at(z);
+  const auto type = z.scalar_type();
+  aia::check_contiguous(grad, {at.B, 1, at.H, at.W}, type, z, "grad");
+  aia::check_contiguous(gate, {at.B, 1, at.H, at.W}, type, z, "spatial");
+  aia::check_contiguous(statistics, {1, 3}, type, z, "statistics");
+  aia::GateParameters of = aia::norm_of(z, scale, std::nullopt, std::nullopt, std::nullopt, eps, false);
+  Tensor grad_z = new_numbers(z, {at.B, 1, at.H, at.W}), grad_scale = new_numbers(z, {1}),
+         grad_shift = new_numbers(z, {1});
+  with_type(z, [&](auto zero) {
+    using A = decltype(zero);
+    const A* known = numbers<A>(statistics);
+    const aia::Scalar scalar = aia::scalar_of(z, "z");
+    of.mean = {const_cast<A*>(known), scalar}, of.var = {const_cast<A*>(known + 1), scalar};
+    A norm[4], own[3];
+    aia::finish_norm(of, 0, 0, 1, norm, own);
+    std::copy_n(numbers<A>(grad), at.B * at.positions(), mutable_numbers<A>(grad_z));
+    aia::cpu::norm_back_into<A>(at.B, at.positions(), numbers<A>(z), numbers<A>(gate), norm, known,
+                                mutable_numbers<A>(grad_z), mutable_numbers<A>(grad_scale),
+                                mutable_numbers<A>(grad_shift));
+  });
+  return {grad_z, grad_scale, grad_shift};
 }
 
 }  // namespace
@@ -212,4 +164,6 @@ STABLE_TORCH_LIBRARY_IMPL(aia_kernels, CPU, m) {
   m.impl("cbam_unpool", TORCH_BOX(&unpool));
   m.impl("cbam_convolve", TORCH_BOX(&convolve));
   m.impl("cbam_convolve_backward", TORCH_BOX(&convolve_backward));
+  m.impl("cbam_spatial_gate", TORCH_BOX(&spatial_gate));
+  m.impl("cbam_spatial_gate_backward", TORCH_BOX(&spatial_gate_backward));
 }

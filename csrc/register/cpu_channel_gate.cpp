@@ -4,73 +4,16 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../cpu/perceptron.h"
-#include "checks_cbam.h"
-#include "cpu.h"
-#include "cpu_products.h"
+#include "cpu_cbam_steps.h"
 
 namespace {
 
 using aia::new_numbers;
 using aia::cpu::mutable_numbers;
 using aia::cpu::numbers;
-using aia::cpu::parallel;
-using aia::cpu::passes;
-using aia::cpu::PerceptronPasses;
-using aia::cpu::SmallProduct;
 using aia::cpu::with_type;
 using torch::stable::Tensor;
-
-// Waking other threads takes as long as so many multiply-adds.
-constexpr int64_t kMultiplyAddsAlone = int64_t{1} << 18;
-
-template <class Body>
-void split(const SmallProduct& p, int64_t unit_columns, const Body& body) {
-  const int64_t units = (p.columns + unit_columns - 1) / unit_columns;
-  if (p.multiply_adds() < kMultiplyAddsAlone)
-    body(int64_t{0}, units);
-  else
-    parallel(units, body);
-}
-
-// a [rows, depth] times the transpose of b [columns, depth].
-template <class A>
-void times_transposed(const SmallProduct& p, const A* a, const A* b, A* out) {
-  const PerceptronPasses<A>& pass = passes<PerceptronPasses<A>>();
-  split(p, pass.dot_columns, [&](int64_t begin, int64_t end) { pass.times_transposed(p, a, b, out, begin, end); });
-}
-
-// a [rows, depth] times b [depth, columns].
-template <class A>
-void times(const SmallProduct& p, const A* a, const A* b, A* out) {
-  const PerceptronPasses<A>& pass = passes<PerceptronPasses<A>>();
-  split(p, pass.block_columns, [&](int64_t begin, int64_t end) { pass.times(p, a, p.depth, 1, b, out, begin, end); });
-}
-// The transpose of a [depth, rows] times b [depth, columns].
-template <class A>
-void transposed_times(const SmallProduct& p, const A* a, const A* b, A* out) {
-  const PerceptronPasses<A>& pass = passes<PerceptronPasses<A>>();
-  split(p, pass.block_columns, [&](int64_t begin, int64_t end) { pass.times(p, a, 1, p.rows, b, out, begin, end); });
-}
-
-// The sums [B, n] over the middle axis of from [B, pools, n].
-template <class A>
-std::vector<A> sum_of_pools(int64_t B, int64_t pools, int64_t n, const A* from) {
-  std::vector<A> sums(B * n);
-  for (int64_t row = 0; row < B * pools; ++row)
-    for (int64_t i = 0; i < n; ++i) sums[row / pools * n + i] += from[row * n + i];
-  return sums;
-}
-// The sums [n] over the rows of from [rows, n], times a factor.
-template <class A>
-void sum_rows(int64_t rows, int64_t n, const A* from, A factor, A* sums) {
-  std::fill_n(sums, n, A(0));
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < n; ++i) sums[i] += from[row * n + i];
-  for (int64_t i = 0; i < n; ++i) sums[i] *= factor;
-}
 
 std::tuple<Tensor, Tensor> channel_gate(const Tensor& pooled, const Tensor& weight_1, std::optional<Tensor> bias_1,
                                         const Tensor& weight_2, std::optional<Tensor> bias_2) {
@@ -79,22 +22,10 @@ std::tuple<Tensor, Tensor> channel_gate(const Tensor& pooled, const Tensor& weig
   Tensor hidden = new_numbers(pooled, {at.B, at.pools, at.hidden}), channel = new_numbers(pooled, {at.B, at.C});
   with_type(pooled, [&](auto zero) {
     using A = decltype(zero);
-    A *h = mutable_numbers<A>(hidden), *g = mutable_numbers<A>(channel);
-    const int64_t rows = at.B * at.pools;
-    times_transposed<A>({rows, at.C, at.hidden}, numbers<A>(pooled), numbers<A>(weight_1), h);
-    const A* bias = bias_1 ? numbers<A>(*bias_1) : nullptr;
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = 0; i < at.hidden; ++i) {
-        A& value = h[row * at.hidden + i];
-        if (bias) value += bias[i];
-        value = value <= A(0) ? A(0) : value;
-      }
-    const std::vector<A> sums = sum_of_pools(at.B, at.pools, at.hidden, h);
-    times_transposed<A>({at.B, at.hidden, at.C}, sums.data(), numbers<A>(weight_2), g);
-    if (bias_2)
-      for (int64_t b = 0; b < at.B; ++b)
-        for (int64_t c = 0; c < at.C; ++c) g[b * at.C + c] += static_cast<A>(at.pools) * numbers<A>(*bias_2)[c];
-    passes<PerceptronPasses<A>>().sigmoid(at.B * at.C, g);
+    const auto bias = [](const std::optional<Tensor>& of) { return of ? numbers<A>(*of) : nullptr; };
+    aia::cpu::channel_gate_into<A>({at.B, at.pools, at.C, at.hidden}, numbers<A>(pooled),
+                                   {numbers<A>(weight_1), bias(bias_1), numbers<A>(weight_2), bias(bias_2)},
+                                   mutable_numbers<A>(hidden), mutable_numbers<A>(channel));
   });
   return {hidden, channel};
 }
@@ -111,19 +42,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_gate_backward(const T
   Tensor grad_2 = new_numbers(pooled, {C, R}), grad_bias_2 = new_numbers(pooled, {C});
   with_type(pooled, [&](auto zero) {
     using A = decltype(zero);
-    const A *grad = numbers<A>(grad_channel), *g = numbers<A>(channel), *h = numbers<A>(hidden);
-    std::vector<A> of_logits(B * C), of_sums(B * R), of_hidden(B * pools * R);
-    for (int64_t i = 0; i < B * C; ++i) of_logits[i] = grad[i] * g[i] * (A(1) - g[i]);
-    const std::vector<A> sums = sum_of_pools(B, pools, R, h);
-    sum_rows(B, C, of_logits.data(), static_cast<A>(pools), mutable_numbers<A>(grad_bias_2));
-    transposed_times<A>({C, B, R}, of_logits.data(), sums.data(), mutable_numbers<A>(grad_2));
-    times<A>({B, C, R}, of_logits.data(), numbers<A>(weight_2), of_sums.data());
-    for (int64_t row = 0; row < B * pools; ++row)
-      for (int64_t i = 0; i < R; ++i)
-        of_hidden[row * R + i] = h[row * R + i] <= A(0) ? A(0) : of_sums[row / pools * R + i];
-    sum_rows(B * pools, R, of_hidden.data(), A(1), mutable_numbers<A>(grad_bias_1));
-    transposed_times<A>({R, B * pools, C}, of_hidden.data(), numbers<A>(pooled), mutable_numbers<A>(grad_1));
-    times<A>({B * pools, R, C}, of_hidden.data(), numbers<A>(weight_1), mutable_numbers<A>(grad_pooled));
+    aia::cpu::channel_gate_back_into<A>({B, pools, C, R}, numbers<A>(grad_channel), numbers<A>(pooled),
+                                        numbers<A>(hidden), numbers<A>(channel), numbers<A>(weight_1),
+                                        numbers<A>(weight_2), mutable_numbers<A>(grad_pooled),
+                                        {mutable_numbers<A>(grad_1), mutable_numbers<A>(grad_bias_1),
+                                         mutable_numbers<A>(grad_2), mutable_numbers<A>(grad_bias_2)});
   });
   return {grad_pooled, grad_1, grad_bias_1, grad_2, grad_bias_2};
 }

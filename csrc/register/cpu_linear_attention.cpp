@@ -109,11 +109,27 @@ Tensor turned(const Tensor& t) {
   return view_of(t, {at.sizes[0], at.sizes[2], at.sizes[1]}, {at.strides[0], at.strides[2], at.strides[1]});
 }
 
-// Contiguous [B, p, q] as one matrix [1, B p, q], of which one product does what it does to all samples.
-Tensor as_one(const Tensor& t) {
+// Contiguous [n, m, size] as [m, n, size]: itself where one of both is one.
+Tensor exchanged(const Tensor& t, int64_t n, int64_t m, int64_t size) {
+  if (n == 1 || m == 1) return t;
+  Tensor out = new_numbers(t, {n * m * size});
+  const size_t bytes = size * t.element_size();
+  const auto* from = static_cast<const char*>(t.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t k = 0; k < n * m; ++k) std::memcpy(to + (k % m * n + k / m) * bytes, from + k * bytes, bytes);
+  return out;
+}
+// Contiguous [B, H p, q] as [H, B p, q]: what one matrix of a head does to all samples is one product.
+Tensor of_heads(const Tensor& t, int64_t H) {
   const aia::Layout at(t);
-  const int64_t rows = at.sizes[0] * at.sizes[1], columns = at.sizes[2];
-  return view_of(t, {1, rows, columns}, {rows * columns, columns, 1});
+  const int64_t B = at.sizes[0], p = at.sizes[1] / H, q = at.sizes[2];
+  return view_of(exchanged(t, B, H, p * q), {H, B * p, q}, {B * p * q, q, 1});
+}
+// The inverse.
+Tensor of_samples(const Tensor& t, int64_t B) {
+  const aia::Layout at(t);
+  const int64_t H = at.sizes[0], p = at.sizes[1] / B, q = at.sizes[2];
+  return view_of(exchanged(t, H, B, p * q), {B, H * p, q}, {H * p * q, q, 1});
 }
 
 // Multiplied as PyTorch does it: the factor is rounded first.
@@ -122,14 +138,15 @@ void scale(const Tensor& t, double factor) {
     for_numbers(t, [factor](auto& number, int64_t) { number *= static_cast<std::decay_t<decltype(number)>>(factor); });
 }
 
-// x [B, N, C] and the parameters of one head (reference.Weights), in one type that accumulates.
-struct OneHead {
-  int64_t B, N, C, d, R, v, feature;
+// x [B, N, C] and the parameters (reference.Weights) of H heads, in one type that accumulates. The R rows and d
+// features are those of all heads, the v values those of one.
+struct Heads {
+  int64_t B, N, C, H, d, R, v, feature;
   bool maps;
   Tensor projection, value;
   std::optional<Tensor> bias, value_bias, output, output_bias, gamma;
 
-  OneHead(const Tensor& x, const std::vector<std::optional<Tensor>>& weights, int64_t feature) : feature(feature) {
+  Heads(const Tensor& x, const std::vector<std::optional<Tensor>>& weights, int64_t feature) : feature(feature) {
     const aia::Residual at = aia::residual_of(x, "x");
     const auto type = x.scalar_type();
     AIA_CHECK(type == aia::accumulate_type(x), "x must be float32 or float64, got ", aia::name_of(type));
@@ -141,19 +158,21 @@ struct OneHead {
     bias = weights[1], value_bias = weights[3], output = weights[4], output_bias = weights[5], gamma = weights[6];
     const aia::Layout of_projection = aia::check_operand(projection, x, "projection");
     const aia::Layout of_value = aia::check_operand(value, x, "value");
-    AIA_CHECK(of_projection.dim == 2 && of_projection.sizes[0] > 1 && of_projection.sizes[0] % 2 == 0,
-              "projection must be [2 d, C], got ", aia::described(projection));
-    AIA_CHECK(of_value.dim == 3 && of_value.sizes[1] > 0 && (output || of_value.sizes[1] == C),
-              "value must be [1, v, C], v = C without an output, got ", aia::described(value));
-    d = of_projection.sizes[0] / 2, R = d + (feature == 0 ? 1 : 0), v = of_value.sizes[1];
+    AIA_CHECK(of_value.dim == 3 && of_value.sizes[0] > 0 && of_value.sizes[1] > 0,
+              "value must be [heads, v, C] and not empty, got ", aia::described(value));
+    H = of_value.sizes[0], v = of_value.sizes[1];
+    AIA_CHECK(output || v == C, "value must be [heads, C, C] without an output, got ", aia::described(value));
+    AIA_CHECK(of_projection.dim == 2 && of_projection.sizes[0] > 0 && of_projection.sizes[0] % (2 * H) == 0,
+              "projection must be [2 heads d, C] of the ", H, " heads of value, got ", aia::described(projection));
+    d = of_projection.sizes[0] / 2, R = d + (feature == 0 ? H : 0);
     const auto check = [&](const std::optional<Tensor>& t, std::initializer_list<int64_t> sizes, const char* name) {
       if (t) aia::check_contiguous(*t, sizes, type, x, name);
     };
     check(projection, {2 * d, C}, "projection");
-    check(value, {1, v, C}, "value");
+    check(value, {H, v, C}, "value");
     check(bias, {2 * d}, "bias");
-    check(value_bias, {1, v}, "value_bias");
-    check(output, {1, C, v}, "output");
+    check(value_bias, {H, v}, "value_bias");
+    check(output, {H, C, v}, "output");
     check(output_bias, {C}, "output_bias");
     check(gamma, {1}, "gamma");
     AIA_CHECK(output || !output_bias, "output_bias must be None without an output");
@@ -167,7 +186,7 @@ struct OneHead {
 };
 
 // Z [B, 2 d, N] of X.
-Tensor logits_of(const OneHead& at, const Tensor& x) {
+Tensor logits_of(const Heads& at, const Tensor& x) {
   Tensor z = new_numbers(x, {at.B, 2 * at.d, at.N});
   const Tensor projection = view_of(at.projection, {at.B, 2 * at.d, at.C}, {0, at.C, 1});
   if (at.bias)
@@ -178,45 +197,48 @@ Tensor logits_of(const OneHead& at, const Tensor& x) {
 }
 
 // T [B, R, C] of phi(k) and X.
-Tensor over_tokens(const OneHead& at, const Tensor& phi, const Tensor& x) {
+Tensor over_tokens(const Heads& at, const Tensor& phi, const Tensor& x) {
   Tensor t = new_numbers(x, {at.B, at.R, at.C});
   multiply(t, phi, turned(x));
   return t;
 }
 
-// U [1, B R, v], undefined without an output projection, and M [B, R, C].
-std::pair<Tensor, Tensor> memory_matrix(const OneHead& at, const Tensor& t, const Tensor& s) {
-  const int64_t rows = at.B * at.R;
+// U [H, B R, v] of the R rows of a head, undefined without an output projection, and M [B, H R, C].
+std::pair<Tensor, Tensor> memory_matrix(const Heads& at, const Tensor& t, const Tensor& s) {
+  const int64_t rows = at.B * at.R / at.H;
   const double share = at.share(), first = at.output ? 1 : share, last = at.output ? share : 1;
-  Tensor u = new_numbers(t, {1, rows, at.v});
+  const Tensor of_t = of_heads(t, at.H);
+  Tensor u = new_numbers(t, {at.H, rows, at.v});
   if (at.value_bias) {
-    Tensor added = new_numbers(t, {1, rows, at.v});
+    Tensor added = new_numbers(t, {at.H, rows, at.v});
+    const Tensor of_s = exchanged(s, at.B, at.H, at.R / at.H);
     with_type(t, [&](auto zero) {
       using A = decltype(zero);
-      const A *total = numbers<A>(s), *of_value = numbers<A>(*at.value_bias);
+      const A *total = numbers<A>(of_s), *of_value = numbers<A>(*at.value_bias);
       A* to = static_cast<A*>(added.mutable_data_ptr());
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < at.v; ++c) *to++ = total[r] * of_value[c];
+      for (int64_t r = 0; r < at.H * rows; ++r)
+        for (int64_t c = 0; c < at.v; ++c) *to++ = total[r] * of_value[r / rows * at.v + c];
     });
-    multiply_added(u, added, as_one(t), turned(at.value), first, first);
+    multiply_added(u, added, of_t, turned(at.value), first, first);
   } else {
-    multiply(u, as_one(t), turned(at.value));
+    multiply(u, of_t, turned(at.value));
     scale(u, first);
   }
-  if (!at.output) return {Tensor(), view_of(u, {at.B, at.R, at.C}, {at.R * at.C, at.C, 1})};
-  Tensor m = new_numbers(t, {at.B, at.R, at.C});
-  multiply(as_one(m), u, turned(*at.output));
+  if (!at.output) return {Tensor(), of_samples(u, at.B)};
+  Tensor m = new_numbers(t, {at.H, rows, at.C});
+  multiply(m, u, turned(*at.output));
   if (at.output_bias)
     with_type(t, [&](auto zero) {
-      const auto* added = numbers<decltype(zero)>(*at.output_bias);
-      for_numbers(m, [&](auto& number, int64_t i) { number += added[i % at.C]; });
+      using A = decltype(zero);
+      const A *added = numbers<A>(*at.output_bias), share_of_head = static_cast<A>(1.0 / static_cast<double>(at.H));
+      for_numbers(m, [&](auto& number, int64_t i) { number += share_of_head * added[i % at.C]; });
     });
   scale(m, last);
-  return {u, m};
+  return {u, of_samples(m, at.B)};
 }
 
 // The transpose of factors [B, p, C] times rows [B, p, N], stored as x, which is added or not.
-Tensor product_like(const OneHead& at, const Tensor& x, const Tensor& factors, const Tensor& rows, bool residual) {
+Tensor product_like(const Heads& at, const Tensor& x, const Tensor& factors, const Tensor& rows, bool residual) {
   const auto make = [&](std::initializer_list<int64_t> sizes, const Tensor& added, const Tensor& a, const Tensor& b) {
     Tensor out = with_large_pages(new_numbers(x, sizes));
     if (residual)
@@ -231,16 +253,16 @@ Tensor product_like(const OneHead& at, const Tensor& x, const Tensor& factors, c
 
 std::vector<Tensor> propagate(const Tensor& x, std::vector<std::optional<Tensor>> weights, int64_t feature, double eps,
                               bool residual) {
-  const OneHead at(x, weights, feature);
+  const Heads at(x, weights, feature);
   const Tensor columns = at.columns(x), z = logits_of(at, columns);
-  const auto [phi, s] = keys(z, feature, 1, std::nullopt, std::nullopt, false);
+  const auto [phi, s] = keys(z, feature, at.H, std::nullopt, std::nullopt, false);
   const Tensor t = over_tokens(at, phi, columns), m = memory_matrix(at, t, s).second;
-  const Tensor query = queries(z, feature, 1, std::nullopt, s, at.gamma, eps);
+  const Tensor query = queries(z, feature, at.H, std::nullopt, s, at.gamma, eps);
   return {product_like(at, x, m, query, residual), z, t, s};
 }
 
-// dX of dT [1, B R, C] and of rows, phi(k) and dZ.
-Tensor grad_of_x(const OneHead& at, const Tensor& grad, const Tensor& grad_t, const Tensor& rows, bool residual) {
+// dX of dT [B, H R, C] and of rows, phi(k) and dZ.
+Tensor grad_of_x(const Heads& at, const Tensor& grad, const Tensor& grad_t, const Tensor& rows, bool residual) {
   Tensor factors = new_numbers(grad, {at.B, at.R + 2 * at.d, at.C});
   const size_t size = grad.element_size() * at.C, of_t = at.R * size, of_z = 2 * at.d * size;
   auto* to = static_cast<char*>(factors.mutable_data_ptr());
@@ -252,45 +274,50 @@ Tensor grad_of_x(const OneHead& at, const Tensor& grad, const Tensor& grad_t, co
   return product_like(at, grad, factors, rows, residual);
 }
 
-// The gradients of (T, s), [1, B R, C] and [1, B R, 1], for that of M, and into results those of the parameters that
+// The gradients of (T, s), [B, H R, C] and [B, H R, 1], for that of M, and into results those of the parameters that
 // made M of them.
-std::pair<Tensor, Tensor> through_memory(const OneHead& at, const Tensor& grad_m, const Tensor& t, const Tensor& s,
+std::pair<Tensor, Tensor> through_memory(const Heads& at, const Tensor& grad_m, const Tensor& t, const Tensor& s,
                                          const Tensor& u, std::vector<std::optional<Tensor>>& results) {
-  const int64_t rows = at.B * at.R;
-  const Tensor grad = as_one(grad_m);
+  const int64_t rows = at.B * at.R / at.H;
+  const Tensor grad = of_heads(grad_m, at.H);
   Tensor grad_u = grad;
   if (at.output) {
-    results[5] = new_numbers(t, {1, at.C, at.v});
+    results[5] = new_numbers(t, {at.H, at.C, at.v});
     multiply(*results[5], turned(grad), u);
-    grad_u = new_numbers(t, {1, rows, at.v});
+    grad_u = new_numbers(t, {at.H, rows, at.v});
     multiply(grad_u, grad, *at.output);
   }
-  Tensor grad_t = new_numbers(t, {1, rows, at.C}), grad_s = new_numbers(t, {1, rows, 1});
+  Tensor grad_t = new_numbers(t, {at.H, rows, at.C}), grad_s = new_numbers(t, {at.H, rows, 1});
   multiply(grad_t, grad_u, at.value);
   if (at.value_bias) {
-    multiply(grad_s, grad_u, view_of(*at.value_bias, {1, at.v, 1}, {at.v, 1, 1}));
-    Tensor grad_bias = new_numbers(t, {1, at.v, 1});
-    multiply(grad_bias, turned(grad_u), view_of(s, {1, rows, 1}, {rows, 1, 1}));
-    results[4] = view_of(grad_bias, {1, at.v}, {at.v, 1});
+    multiply(grad_s, grad_u, view_of(*at.value_bias, {at.H, at.v, 1}, {at.v, 1, 1}));
+    Tensor grad_bias = new_numbers(t, {at.H, at.v, 1});
+    const Tensor of_s = exchanged(s, at.B, at.H, at.R / at.H);
+    multiply(grad_bias, turned(grad_u), view_of(of_s, {at.H, rows, 1}, {rows, 1, 1}));
+    results[4] = view_of(grad_bias, {at.H, at.v}, {at.v, 1});
   } else {
     for_numbers(grad_s, [](auto& number, int64_t) { number = 0; });
   }
-  results[3] = new_numbers(t, {1, at.v, at.C});
-  multiply(*results[3], turned(grad_u), as_one(t));
-  if (at.output_bias) results[6] = torch::stable::sum(grad, std::vector<int64_t>{0, 1});
-  return {grad_t, grad_s};
+  results[3] = new_numbers(t, {at.H, at.v, at.C});
+  multiply(*results[3], turned(grad_u), of_heads(t, at.H));
+  if (at.output_bias) {
+    results[6] = torch::stable::sum(grad, std::vector<int64_t>{0, 1});
+    for_numbers(*results[6],
+                [&](auto& number, int64_t) { number /= static_cast<std::decay_t<decltype(number)>>(at.H); });
+  }
+  return {of_samples(grad_t, at.B), of_samples(grad_s, at.B)};
 }
 
 std::vector<Tensor> propagate_back(const Tensor& grad, const Tensor& x, std::vector<std::optional<Tensor>> weights,
                                    std::vector<std::optional<Tensor>> kept, int64_t feature, double eps, bool residual,
                                    bool needs_x) {
-  const OneHead at(x, weights, feature);
+  const Heads at(x, weights, feature);
   aia::check_same(grad, x, "grad", "x");
   AIA_CHECK(kept.size() == 3 && kept[1].has_value() == kept[2].has_value(),
             "kept must hold Z and, together, T and s, or None for them, got ", kept.size(), " entries");
   const Tensor columns = at.columns(x), of_y = at.columns(grad), z = kept[0] ? *kept[0] : logits_of(at, columns);
   aia::check_contiguous(z, {at.B, 2 * at.d, at.N}, x.scalar_type(), x, "logits");
-  const auto [rows, here] = keys(z, feature, 1, std::nullopt, std::nullopt, true);
+  const auto [rows, here] = keys(z, feature, at.H, std::nullopt, std::nullopt, true);
   const int64_t sample = (at.R + 2 * at.d) * at.N;
   const Tensor t = kept[1] ? *kept[1] : over_tokens(at, view_of(rows, {at.B, at.R, at.N}, {sample, at.N, 1}), columns);
   const Tensor s = kept[2] ? *kept[2] : here;
@@ -301,7 +328,7 @@ std::vector<Tensor> propagate_back(const Tensor& grad, const Tensor& x, std::vec
   multiply(reached, m, of_y);
   std::vector<std::optional<Tensor>> found(8);
   const auto [query, grad_total, grad_gamma] =
-      queries_backward_(rows, z, feature, 1, std::nullopt, s, at.gamma, eps, reached);
+      queries_backward_(rows, z, feature, at.H, std::nullopt, s, at.gamma, eps, reached);
   multiply(grad_m, query, turned(of_y));
   scale(grad_m, at.share());
   const auto [grad_t, grad_s] = through_memory(at, grad_m, t, s, u, found);
@@ -310,8 +337,8 @@ std::vector<Tensor> propagate_back(const Tensor& grad, const Tensor& x, std::vec
       const auto* added = numbers<decltype(zero)>(grad_total);
       for_numbers(grad_s, [&](auto& number, int64_t i) { number += added[i]; });
     });
-  multiply(reached, view_of(grad_t, {at.B, at.R, at.C}, {at.R * at.C, at.C, 1}), columns);
-  keys_backward_(rows, z, feature, 1, std::nullopt, reached, view_of(grad_s, {at.B, at.R}, {at.R, 1}), std::nullopt);
+  multiply(reached, grad_t, columns);
+  keys_backward_(rows, z, feature, at.H, std::nullopt, reached, view_of(grad_s, {at.B, at.R}, {at.R, 1}), std::nullopt);
   if (needs_x) found[0] = grad_of_x(at, grad, grad_t, rows, residual);
   const Tensor grad_z = view_of(rows, {at.B, 2 * at.d, at.N}, {sample, at.N, 1}, at.R * at.N);
   Tensor of_projection = new_numbers(x, {at.B, 2 * at.d, at.C});

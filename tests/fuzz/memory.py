@@ -205,10 +205,10 @@ def check_keys_backward(before, after, results):
     near(after[0][:, first:last], want[:, first:last], roundings(logits, feature, heads) * inverse * size)
 
 
-def draw_one_head(r) -> list:
+def draw_layer(r) -> list:
     """x, Weights and the settings behind them. What makes keys and queries is positive: nothing is lost in a mass."""
     b, n, c, d = r.choice((1, 2, 3)), r.choice((1, 2, 7, 33, 300)), r.choice((1, 2, 6, 17)), r.choice((1, 3, 8))
-    feature, dtype = r.randrange(3), r.choice(FLOATS[:2])
+    heads, feature, dtype = r.choice((1, 1, 2, 4)), r.randrange(3), r.choice(FLOATS[:2])
     v = r.choice((1, 4, 9)) if FEATURES[feature] == "softmax" else c
 
     def matrix(*shape: int) -> Tensor:
@@ -218,16 +218,17 @@ def draw_one_head(r) -> list:
         return matrix(*shape) if r.random() < 0.6 else None
 
     x = matrix(b, c, n).mT if r.random() < 0.5 else matrix(b, n, c)
-    output = matrix(1, c, v) if FEATURES[feature] == "softmax" else None
-    weights = [matrix(2 * d, c), perhaps(2 * d), matrix(1, v, c), perhaps(1, v), output]
+    output = matrix(heads, c, v) if FEATURES[feature] == "softmax" else None
+    keys = 2 * heads * d
+    weights = [matrix(keys, c), perhaps(keys), matrix(heads, v, c), perhaps(heads, v), output]
     weights += [None if output is None else perhaps(c), perhaps(1)]
     return [x, weights, feature, r.choice((0.0, 1e-6, 0.1)), r.random() < 0.5]
 
 
-def plan(feature: int, eps: float, residual: bool) -> algorithm.Plan:
+def plan(weights: list, feature: int, eps: float, residual: bool) -> algorithm.Plan:
     """Of the passes one by one."""
     passes = SimpleNamespace(**{name: schemas.callable_pass(name) for name in schemas.MEMORY_PASSES})
-    return algorithm.Plan(passes, Form(FEATURES[feature], 1, eps, residual))
+    return algorithm.Plan(passes, Form(FEATURES[feature], len(weights[2]), eps, residual))
 
 
 def tidy(value: Any) -> Any:
@@ -267,12 +268,12 @@ def check_as_one(name: str, one_by_one: Callable[..., list[Tensor]]) -> Callable
 
 
 def forward_one_by_one(x, weights, *settings) -> list[Tensor]:
-    y, logits, sums = algorithm.forward(plan(*settings), x, Weights(*weights), None)
+    y, logits, sums = algorithm.forward(plan(weights, *settings), x, Weights(*weights), None)
     return [y, logits, *sums]
 
 
 def draw_propagate_back(r):
-    x, weights, *settings = draw_one_head(r)
+    x, weights, *settings = draw_layer(r)
     _, *kept = forward_one_by_one(x, weights, *settings)
     keeps_logits, keeps_sums = r.random() < 0.5, r.random() < 0.5
     kept = [t if keeps else None for t, keeps in zip(kept, (keeps_logits, keeps_sums, keeps_sums), strict=True)]
@@ -282,7 +283,7 @@ def draw_propagate_back(r):
 def backward_one_by_one(grad, x, weights, kept, feature, eps, residual, needs_x) -> list[Tensor]:
     logits, *sums = kept
     given = logits, None if sums[0] is None else algorithm.Sums(*sums)
-    found = algorithm.backward(plan(feature, eps, residual), grad, x, Weights(*weights), *given, None, needs_x)
+    found = algorithm.backward(plan(weights, feature, eps, residual), grad, x, Weights(*weights), *given, None, needs_x)
     return [x.new_zeros(0) if g is None else g for g in found]
 
 
@@ -291,6 +292,6 @@ OPERATORS = {
     "memory_queries": Operator(draw_queries, check_queries),
     "memory_queries_backward_": Operator(draw_queries_backward, check_queries_backward),
     "memory_keys_backward_": Operator(draw_keys_backward, check_keys_backward),
-    "memory_propagate": Operator(draw_one_head, check_as_one("memory_propagate", forward_one_by_one)),
+    "memory_propagate": Operator(draw_layer, check_as_one("memory_propagate", forward_one_by_one)),
     "memory_propagate_back": Operator(draw_propagate_back, check_as_one("memory_propagate_back", backward_one_by_one)),
 }

@@ -198,6 +198,37 @@ def test_convolve(passes, case, kernel_size):
         agrees(got, want, sizes, n)
 
 
+@on(*CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", ["batch", "fixed", "none"])
+@pytest.mark.parametrize("size", [(2, 1, 7, 7), (1, 1, 1, 2), (3, 1, 70, 61)], ids=str)
+def test_spatial_gate(passes, size, norm, dtype):
+    z, grad = torch.randn(2, *size, dtype=dtype)
+    scale, shift, mean, var = (torch.randn(1, dtype=t) for t in (dtype, dtype, torch.bfloat16, torch.float64))
+    fixed = (mean, var.exp()) if norm == "fixed" else (None, None)
+    affine = (None, None) if norm == "none" else (scale, shift)
+    spatial, statistics = passes.cbam_spatial_gate(z, *affine, *fixed, 1e-2, norm == "batch")
+    found = passes.cbam_spatial_gate_backward(grad, z, spatial, statistics, affine[0], 1e-2)
+
+    leaves = [t.double().requires_grad_() for t in (z, scale if norm != "none" else torch.ones(1), shift)]
+    wide, factor, added = leaves
+    used = [t.double() for t in fixed] if norm == "fixed" else [torch.tensor(n).double() for n in (0.0, 1.0)]
+    if norm == "batch":
+        used = list(torch.var_mean(wide, correction=0))[::-1]
+    share = 1 / z.numel() if norm == "batch" else 0.0
+    want = factor * (wide - used[0]) / (used[1] + 1e-2).sqrt() + (0.0 if norm == "none" else added)
+    want = want.sigmoid()
+    grads = torch.autograd.grad(want, leaves, grad.double(), allow_unused=True)
+    # Sums of as many products as z has elements, of which none is larger than some ten.
+    bound = {"rtol": 0.0, "atol": 20 * (z.numel() + 8) ** 0.5 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(spatial.double(), want.detach(), **bound)
+    of_all = [float(n.detach()) for n in used] + [share]
+    torch.testing.assert_close(statistics.double(), torch.tensor([of_all], dtype=torch.float64), **bound)
+    for got, exact in zip(found, grads[: 2 if norm == "none" else 3], strict=norm != "none"):
+        torch.testing.assert_close(got.double(), exact.view(got.shape), **bound)
+    assert [t.dtype for t in (spatial, statistics, *found)] == [dtype] * 5
+
+
 #: Samples, pools, channels and hidden features: vectors that are full, in part and less than one, rows beyond a block.
 MLPS = [(1, 1, 1, 1), (1, 2, 5, 3), (3, 2, 70, 17), (8, 2, 64, 16), (9, 3, 33, 40), (17, 2, 256, 31)]
 
@@ -293,6 +324,8 @@ def test_operator_checks_of_the_framework(kind, channels_last):
         (passes.cbam_unpool, (x, None, gates[0], of_c, arg_c, gates[1], of_s, arg_s)),
         (passes.cbam_convolve, (of_s, weight)),
         (passes.cbam_convolve_backward, (gates[1].contiguous(), of_s, weight)),
+        (passes.cbam_spatial_gate, (gates[1], None, *[numbers(x, 1) for _ in range(3)], 1e-3, False)),
+        (passes.cbam_spatial_gate_backward, (gates[1], x[:, :1].contiguous(), gates[1], numbers(x, 1, 3), None, 1e-3)),
         (passes.cbam_channel_gate, (pooled, *mlp)),
         (passes.cbam_channel_gate_backward, (grad, pooled, numbers(x, 2, 2, 3), grad, *mlp[::2])),
     ):

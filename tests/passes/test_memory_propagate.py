@@ -22,13 +22,15 @@ if extension.load() is not None:
 PASSES = backends.passes("cpu", "linear_attention")
 ONE_BY_ONE = SimpleNamespace(**{name: getattr(PASSES, name) for name in schemas.MEMORY_PASSES})
 
-#: Samples, tokens, channels, features of a key and of a value where an output projection follows.
+#: Samples, tokens, channels, and of each head features of a key and of a value where an output projection follows.
 SIZES = {"small": (2, 7, 6, 3, 4), "one": (1, 1, 1, 1, 1), "tiles": (1, 2100, 16, 8, 16), "batch": (3, 300, 24, 5, 9)}
+#: Of most sizes several heads; as many as a power of two, by which a bias is divided without rounding.
+HEADS = {"small": 2, "one": 1, "tiles": 4, "batch": 4}
 
 
 def given(sizes: str, feature: str, bare: bool, maps: bool, dtype: torch.dtype = torch.float32):
     """x, the gradient of y and Weights; bare: without biases and gamma."""
-    b, n, c, d, v = SIZES[sizes]
+    (b, n, c, d, v), heads = SIZES[sizes], HEADS[sizes]
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> torch.Tensor:
@@ -37,15 +39,15 @@ def given(sizes: str, feature: str, bare: bool, maps: bool, dtype: torch.dtype =
     x, grad = (numbers(b, c, n).mT if maps else numbers(b, n, c) for _ in range(2))
     last = feature == "softmax"
     v = v if last else c
-    bias = None if bare else numbers(2 * d), numbers(1, v), numbers(c)
-    of_values = numbers(1, v, c), None if bare else bias[1], numbers(1, c, v) if last else None
+    bias = None if bare else numbers(2 * heads * d), numbers(heads, v), numbers(c)
+    of_values = numbers(heads, v, c), None if bare else bias[1], numbers(heads, c, v) if last else None
     ends = bias[2] if last and not bare else None, None if bare or last else numbers(1)
-    return x, grad, Weights(numbers(2 * d, c), None if bare else bias[0], *of_values, *ends)
+    return x, grad, Weights(numbers(2 * heads * d, c), None if bare else bias[0], *of_values, *ends)
 
 
 def both_ways(passes, feature, x, grad, weights, kept, residual=True, needs_x=True):
     """What forward and backward return, flat."""
-    plan = algorithm.Plan(passes, Form(feature, 1, 1e-3, residual))
+    plan = algorithm.Plan(passes, Form(feature, len(weights.value), 1e-3, residual))
     y, logits, sums = algorithm.forward(plan, x, weights, None)
     of = logits if kept != "nothing" else None, sums if kept == "all" else None
     return [y, logits, *sums, *algorithm.backward(plan, grad, x, weights, *of, None, needs_x)]
@@ -72,7 +74,7 @@ def test_what_goes_one_by_one():
     x, _, _ = given("small", "l2", False, True)
     plan = algorithm.Plan(PASSES, Form("l2"))
     assert algorithm.can_propagate(plan, x, None)
-    assert not algorithm.can_propagate(plan._replace(form=Form("l2", 2)), x, None)
+    assert algorithm.can_propagate(plan._replace(form=Form("l2", 2)), x, None)
     assert not algorithm.can_propagate(plan._replace(shards="0"), x, None)
     assert not algorithm.can_propagate(plan._replace(passes=ONE_BY_ONE), x, None)
     assert not algorithm.can_propagate(plan, x, torch.zeros(2, 7, dtype=torch.bool))
@@ -101,19 +103,25 @@ BAD = {
     "negative eps": (0, 3, lambda _: -1.0, "eps must not be negative"),
     "weights too few": (0, 1, lambda w: w[:6], "weights must hold the 7 tensors of Weights, got 6"),
     "no projection": (0, 1, put(0, None), "projection and value must be tensors, got None"),
-    "an odd projection": (0, 1, put(0, torch.ones(5, 6)), r"projection must be \[2 d, C\]"),
-    "a projection of other channels": (0, 1, put(0, torch.ones(6, 5)), "projection must be contiguous float32"),
-    "a value of two heads": (0, 1, put(2, torch.ones(2, 6, 6)), r"value must be contiguous float32 \[1, 6, 6\]"),
-    "a narrow value": (0, 1, put(2, torch.ones(1, 4, 6)), r"value must be \[1, v, C\], v = C without an output"),
-    "a bias's type": (0, 1, put(1, torch.ones(6).double()), r"bias must be contiguous float32 \[6\]"),
+    "an odd projection": (
+        0,
+        1,
+        put(0, torch.ones(6, 6)),
+        r"projection must be \[2 heads d, C\] of the 2 heads of value",
+    ),
+    "a projection of other channels": (0, 1, put(0, torch.ones(12, 5)), "projection must be contiguous float32"),
+    "a value of another rank": (0, 1, put(2, torch.ones(6, 6)), r"value must be \[heads, v, C\] and not empty"),
+    "a value of other channels": (0, 1, put(2, torch.ones(2, 6, 5)), r"value must be contiguous float32 \[2, 6, 6\]"),
+    "a narrow value": (0, 1, put(2, torch.ones(2, 4, 6)), r"value must be \[heads, C, C\] without an output"),
+    "a bias's type": (0, 1, put(1, torch.ones(12).double()), r"bias must be contiguous float32 \[12\]"),
     "a bias of nothing": (0, 1, put(5, torch.ones(6)), "output_bias must be None without an output"),
     "gamma": (0, 1, put(6, torch.ones(2)), r"gamma must be contiguous float32 \[1\]"),
     "a gradient of another shape": (1, 0, lambda g: g[:1], "grad and x must agree"),
     "kept too few": (1, 3, lambda kept: kept[:2], "kept must hold Z and, together, T and s"),
     "T alone": (1, 3, put(2, None), "kept must hold Z and, together, T and s"),
-    "Z of another shape": (1, 3, put(0, torch.ones(2, 5, 7)), r"logits must be contiguous float32 \[2, 6, 7\]"),
-    "T's type": (1, 3, put(1, torch.ones(2, 4, 6).double()), r"t must be contiguous float32 \[2, 4, 6\]"),
-    "s of another shape": (1, 3, put(2, torch.ones(2, 3)), r"s must be contiguous float32 \[2, 4\]"),
+    "Z of another shape": (1, 3, put(0, torch.ones(2, 6, 7)), r"logits must be contiguous float32 \[2, 12, 7\]"),
+    "T's type": (1, 3, put(1, torch.ones(2, 8, 6).double()), r"t must be contiguous float32 \[2, 8, 6\]"),
+    "s of another shape": (1, 3, put(2, torch.ones(2, 3)), r"s must be contiguous float32 \[2, 8\]"),
 }
 
 
