@@ -266,14 +266,14 @@ def _of_heads(t: Tensor, heads: int) -> Tensor:
     """[B, H R, q] as [H, B R, q]: what one matrix of a head does to all samples is one product."""
     if heads == 1 and t.is_contiguous():
         return t.view(1, -1, t.shape[2])
-    return t.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+    return t.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2).contiguous()  # a view, if a head has one row
 
 
 def _of_samples(t: Tensor, samples: int) -> Tensor:
     """The inverse of _of_heads."""
     if t.shape[0] == 1 and t.is_contiguous():
         return t.view(samples, -1, t.shape[2])
-    return t.unflatten(1, (samples, -1)).transpose(0, 1).flatten(1, 2)
+    return t.unflatten(1, (samples, -1)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def _share(plan: Plan, tokens: int) -> float:

@@ -63,6 +63,8 @@ struct Gates {
       hidden = first.sizes[0];
       check(kWeight1, {hidden, at.C}), check(kBias1, {hidden}), check(kWeight2, {at.C, hidden}), check(kBias2, {at.C});
     }
+    AIA_CHECK(hidden || (!of[kBias1] && !of[kBias2]), "bias_1 and bias_2 must be None without weights");
+    AIA_CHECK(of[kConvolution] || (!of[kScale] && !of[kShift]), "scale and shift must be None without conv");
     if (!of[kConvolution]) return;
     const aia::Layout conv = aia::check_operand(*of[kConvolution], x, "conv");
     constexpr int64_t kMost = 1 << 15;  // its square counts taps
@@ -308,7 +310,8 @@ std::vector<Tensor> propagate_back(const Tensor& grad_y, std::optional<Tensor> g
     }
     Gradients<A> found{};
     for (int i = 0; i < kParameters; ++i) {
-      if (!needs[i] || !parameters[i]) continue;
+      AIA_CHECK(!needs[i] || parameters[i], "needs must be of parameters that are there, got parameter ", i);
+      if (!needs[i]) continue;
       const aia::Layout of(*parameters[i]);
       results.push_back(new_numbers(x, {of.sizes, of.sizes + of.dim}));
       found[i] = mutable_numbers<A>(results.back());

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,13 @@ from pass_cases import double, magnitude
 from plain_cbam import PlainCbam
 from torch import Tensor
 
+from aia_kernels import schemas
+from aia_kernels.algorithms import cbam as algorithm
+from aia_kernels.algorithms.unit import statistics_of
 from aia_kernels.common.dtypes import accumulate_dtype
 
 from .arguments import FLOATS, Operator, numbers, placed, sums_within
+from .wholes import equal, same_bits
 
 plain_cbam = PlainCbam()
 
@@ -202,6 +207,87 @@ def check_mlp_backward(before, after, results):
         sums_within(got, want, of_magnitudes, b * pools + c + hidden)
 
 
+def draw_whole(r):
+    """x, the learned parameters, the fixed or running numbers of BN, and the settings behind them."""
+    x = feature_maps(r)
+    c, k, hidden = x.shape[1], r.choice((1, 3, 7)), r.choice((1, 2, 17))
+    of_channels, of_positions = r.choice(((True, True), (True, True), (True, False), (False, True)))
+
+    def parameter(*shape: int) -> Tensor:
+        return placed(r, torch.randn(shape).to(r.choice((x.dtype, accumulate_dtype(x.dtype)))))
+
+    def number() -> Tensor:
+        return (torch.rand(r.choice(((), (1,)))) + 0.5).to(r.choice(FLOATS))
+
+    mlp = (
+        parameter(hidden, c),
+        r.choice((None, parameter(hidden))),
+        parameter(c, hidden),
+        r.choice((None, parameter(c))),
+    )
+    gate = parameter(1, 2, k, k), r.choice((None, number())), r.choice((None, number()))
+    parameters = [*(mlp if of_channels else [None] * 4), *(gate if of_positions else [None] * 3)]
+    batch = of_positions and r.random() < 0.5
+    fixed = [number(), number()] if of_positions and not batch and r.random() < 0.7 else []
+    running = [number(), number(), torch.tensor(3)][: r.choice((2, 3))] if batch and r.random() < 0.5 else []
+    settings = r.choice((1e-5, 0.1)), batch, r.choice((0.1, 0.9)), r.random() < 0.5, r.random() < 0.5
+    return [x, parameters, fixed, running, *settings]
+
+
+_GATES = schemas.CONVOLVE_PASSES + schemas.CHANNEL_GATE_PASSES + schemas.SPATIAL_GATE_PASSES
+_ONE_BY_ONE = SimpleNamespace(**{name: schemas.callable_pass(name) for name in schemas.CBAM_PASSES + _GATES})
+
+
+def one_by_one(x, parameters, fixed, eps, batch, confounder):
+    """The plan, parameters, results and what is kept of the passes one by one."""
+    plan = algorithm.Plan(_ONE_BY_ONE, batch=batch, eps=eps, confounder=confounder)
+    of_all = algorithm.Parameters(*parameters, *(fixed or (None, None)))
+    return plan, of_all, *algorithm.forward(plan, x, of_all)
+
+
+def check_whole(before, after, results):
+    """The bits of the passes one by one; and what is moved moves as by its pass."""
+    x, parameters, fixed, running, eps, batch, momentum, confounder, _ = before
+    if not all(map(math.isfinite, (eps, momentum))):
+        return
+    _, _, wants, kept = one_by_one(x, parameters, fixed, eps, batch, confounder)
+    same_bits(results[:-1], wants)
+    if kept.statistics is None:
+        return
+    same_bits([statistics_of(results[-1], 1, accumulate_dtype(x.dtype))], [kept.statistics])
+    if running and after[3][0] is not after[3][1]:  # whose copies would be two
+        tracked = running[2:]
+        schemas.callable_pass("move_statistics_")(
+            [running[0].view(1)], [running[1].view(1)], tracked, [kept.statistics], momentum
+        )
+        same_bits([*after[3]], running)
+
+
+def draw_whole_back(r):
+    """What was kept knows of what it was made."""
+    x, parameters, fixed, _, eps, batch, _, confounder, _ = draw_whole(r)
+    settings = fixed, [], eps, batch, 0.1, confounder, True
+    *_, kept = schemas.callable_pass("cbam_propagate_")(x, parameters, *settings)
+    kept = placed(r, kept)
+    kept.made_of = [x.clone(), [*parameters]], fixed, eps, batch, confounder
+    needs = [p is not None and r.random() < 0.8 for p in (*parameters, x)]
+    return [another(r, x), another(r, x) if confounder else None, x, parameters, kept, needs]
+
+
+def check_whole_back(before, after, results):
+    grad_y, grad_confounder, x, parameters, _, needs = before
+    if (made_of := getattr(after[4], "made_of", None)) is None:
+        return
+    given, *settings = made_of
+    if x.stride() != given[0].stride() or not equal(given, [x, parameters]):
+        return
+    if settings[-1] != (grad_confounder is not None):
+        return
+    plan, of_all, _, kept = one_by_one(x, parameters, *settings)
+    grad_x, grads = algorithm.backward(plan, grad_y, grad_confounder, x, of_all, kept)
+    same_bits(results, [g for g, needed in zip((*grads, grad_x), needs, strict=True) if needed])
+
+
 OPERATORS = {
     "cbam_pool_positions": Operator(draw_pool_positions, check_map_pool("cbam_pool_positions")),
     "cbam_pool_channels": Operator(draw_pool_channels, check_map_pool("cbam_pool_channels")),
@@ -211,6 +297,8 @@ OPERATORS = {
     "cbam_unpool": Operator(draw_map_unpool, check_map_unpool),
     "cbam_channel_gate": Operator(draw_mlp, check_mlp),
     "cbam_channel_gate_backward": Operator(draw_mlp_backward, check_mlp_backward),
+    "cbam_propagate_": Operator(draw_whole, check_whole),
+    "cbam_propagate_back": Operator(draw_whole_back, check_whole_back),
     "cbam_convolve": Operator(draw_convolve, check_convolve),
     "cbam_convolve_backward": Operator(draw_convolve_backward, check_convolve_backward),
 }

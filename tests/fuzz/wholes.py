@@ -441,7 +441,7 @@ def check_layer_back(before, after, results):
 
 
 #: Take what another operator kept, between whose parts are numbers that nobody writes.
-TAKE_KEPT = ("unit_propagate_back", "external_propagate_back")
+TAKE_KEPT = ("unit_propagate_back", "external_propagate_back", "cbam_propagate_back")
 
 OPERATORS = {
     "propagate": Operator(draw_propagate, check_propagate),

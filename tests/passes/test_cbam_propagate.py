@@ -179,6 +179,8 @@ BAD = {
         r"conv must be contiguous float32 \[1, 2, 3, 3\]",
     ),
     "scales of several numbers": (0, 1, put(5, torch.ones(2)), "scale must hold one number"),
+    "biases alone": (0, 1, lambda p: [None, p[1], None, *p[3:]], "bias_1 and bias_2 must be None without weights"),
+    "a scale alone": (0, 1, put(4, None), "scale and shift must be None without conv"),
     "a fixed number too few": (0, 2, lambda _: [None], "fixed must be empty or hold mean and variance, got 1"),
     "a running number too few": (0, 3, lambda r: r[:1], "running must be empty or hold mean, variance and perhaps"),
     "running of several numbers": (0, 3, put(0, torch.ones(2)), "running must hold one number in each entry"),
@@ -190,6 +192,7 @@ BAD = {
     "a gradient of another shape": (1, 0, lambda g: g[:1], "grad_y and x must agree"),
     "a confounder's of another type": (1, 1, lambda g: g.double(), "grad_confounder and grad_y must agree"),
     "kept of another size": (1, 4, lambda k: k[:-1], "kept must be contiguous uint8"),
+    "needs of what is not there": (1, 3, put(6, None), "needs must be of parameters that are there, got parameter 6"),
     "no answer for x": (1, 5, lambda n: n[:7], "needs must hold an entry for each of 7 parameters and for x, got 7"),
 }
 

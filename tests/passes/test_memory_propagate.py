@@ -24,8 +24,9 @@ ONE_BY_ONE = SimpleNamespace(**{name: getattr(PASSES, name) for name in schemas.
 
 #: Samples, tokens, channels, and of each head features of a key and of a value where an output projection follows.
 SIZES = {"small": (2, 7, 6, 3, 4), "one": (1, 1, 1, 1, 1), "tiles": (1, 2100, 16, 8, 16), "batch": (3, 300, 24, 5, 9)}
+SIZES["one feature of a head"] = 2, 9, 6, 1, 4
 #: Of most sizes several heads; as many as a power of two, by which a bias is divided without rounding.
-HEADS = {"small": 2, "one": 1, "tiles": 4, "batch": 4}
+HEADS = {"small": 2, "one": 1, "tiles": 4, "batch": 4, "one feature of a head": 2}
 
 
 def given(sizes: str, feature: str, bare: bool, maps: bool, dtype: torch.dtype = torch.float32):
