@@ -54,7 +54,23 @@ def memory_order(t: Tensor) -> tuple[int, ...]:
         return axes
     if t.ndim > 2 and t.movedim(1, -1).is_contiguous():
         return (0, *axes[2:], 1)
-    return tuple(sorted(axes, key=lambda axis: (t.shape[axis] > 1, -t.stride(axis))))
+    return tuple(sorted(_by_strides(t), key=lambda axis: t.shape[axis] > 1))
+
+
+def _by_strides(t: Tensor) -> list[int]:
+    """The axes of a tensor, the outermost first, in the order in which torch's elementwise operators store what they
+    make of it: sorted by strides, where an axis along which it is expanded is neither above nor below another."""
+    found = [*reversed(range(t.ndim))]
+    for i in range(1, len(found)):
+        moved = i
+        for j in reversed(range(i)):
+            inner, outer = ((t.stride(axis), t.shape[axis]) for axis in (found[j], found[moved]))
+            if inner[0] and outer[0] and inner > outer:
+                found[j], found[moved] = found[moved], found[j]
+                moved = j
+            elif inner[0] and outer[0] and inner[0] < outer[0]:
+                break
+    return found[::-1]
 
 
 def in_order(t: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -60,15 +60,22 @@ def as_stored(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A call whose result is stored as that of the network.
 
     storage: How it was seen to be. Without it the result is contiguous, or as the call leaves it for an x in
-    channels_last. convolutions: The weights of those in whose place the call stands.
+    channels_last. convolutions: The weights of those in whose place the call stands. stored_as: What the result was
+    seen to follow in the place of x.
     """
 
     @functools.wraps(call)
-    def stored(x: Tensor, *given: Any, storage: Storage | None = None, convolutions: Sequence[Tensor] = ()) -> Tensor:
+    def stored(
+        x: Tensor,
+        *given: Any,
+        storage: Storage | None = None,
+        convolutions: Sequence[Tensor] = (),
+        stored_as: Tensor | None = None,
+    ) -> Tensor:
         y = call(x, *given)
         if storage is None:
             return y if _is_channels_last(x) else y.contiguous()
-        return storage.store(y, x, convolutions)
+        return storage.store(y, x if stored_as is None else stored_as, convolutions)
 
     return stored
 

@@ -155,6 +155,8 @@ def _attend(reader: Reader, found: Normalization, region: Region) -> Node:
         )
         biases = tuple(None if p is None else _tensor(graph, p.bias) for p in products)
         stored = _stored(reader, region.x, nodes)
+        if block is not None and block.residual is not None:
+            stored |= _stored_as_residual(reader, region.x, block.residual, nodes[-1])
         if block is None:
             dropout = _dropout(reader, region.dropout)
             arguments: Any = region.x, weights, biases, region.form, found.eps, dropout
@@ -243,6 +245,14 @@ def _stored(reader: Reader, x: Node, nodes: Sequence[Node]) -> dict[str, Any]:
         if (weight := _convolution(reader, node)[0]) is not None:
             weights[weight] = None
     return {"storage": storage, "convolutions": tuple(weights)}
+
+
+def _stored_as_residual(reader: Reader, x: Node, residual: Node, end: Node) -> dict[str, Any]:
+    """What tells a call that its result is stored as what is added, and not as x: it came first in the sum."""
+    of_x, of_residual = (storage_of(reader.runs, node, end) for node in (x, residual))
+    if of_residual is None or not of_residual.as_given or (of_x is not None and of_x.as_given):
+        return {}
+    return {"storage": of_residual, "stored_as": residual}
 
 
 def _convolution(reader: Reader, node: Node) -> tuple[Node | None, ...]:

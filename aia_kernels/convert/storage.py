@@ -48,21 +48,27 @@ class Storage(NamedTuple):
             return in_order(y, first)
         known = {tuple(key): order for *key, order in self.seen}
         last, single = any(map(suggests_channels_last, weights)), y.shape[0] == 1
-        orders = memory_order(x), tuple(range(x.ndim))
-        keys = ((given, last, of) for of in (single, False) for given in orders)
+        given = memory_order(x)
+        alike = [order for order, *_ in self.seen if _shown(order, x) == _shown(given, x)]
+        keys = ((order, last, of) for of in (single, False) for order in (given, *alike, tuple(range(x.ndim))))
         return in_order(y, next((known[key] for key in keys if key in known), first))
+
+
+def _shown(order: Order, x: Tensor) -> Order:
+    """An order without axes of one, whose place nobody sees."""
+    return tuple(axis for axis in order if x.shape[axis] > 1)
 
 
 def storage_of(runs: Iterable[Run], x: Node, end: Node) -> Storage | None:
     """How the result of a node is stored, for what was seen; None where nothing was."""
-    seen = {
-        (run.orders[x], run.marked, run.single): run.orders[end]
+    seen = [
+        ((run.orders[x], run.marked, run.single), run.orders[end])
         for run in runs
         if x in run.orders and end in run.orders
-    }
+    ]
     if not seen:
         return None
-    return Storage(all(key[0] == y for key, y in seen.items()), tuple((*key, order) for key, order in seen.items()))
+    return Storage(all(key[0] == y for key, y in seen), tuple((*key, order) for key, order in dict(seen).items()))
 
 
 class _Orders(Interpreter):
@@ -96,19 +102,23 @@ def seen_in_runs(module: nn.Module, graph: Graph, shapes: Iterable[tuple[int, ..
 
 def _layouts(module: nn.Module, shapes: Iterable[tuple[int, ...] | int]) -> Iterator[tuple[nn.Module, list[Any], bool]]:
     """Copies of a module with inputs of these shapes: both contiguous, the inputs with their channels innermost, the
-    weights of convolutions in channels_last, and both."""
+    weights of convolutions in channels_last, and both. Before these, each of several inputs alone with its channels
+    innermost, to tell which of them a result follows."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     weights = [p for p in module.parameters() if p.ndim in _CHANNELS_LAST]
+    shapes = [*shapes]
+    tensors = [i for i, shape in enumerate(shapes) if not isinstance(shape, int)]
+    alone = [{i} for i in tensors] if len(tensors) > 1 else []
     for marked in (False, True) if weights else (False,):
-        for turned in (False, True):
+        for turned in (*alone, set(), {*tensors}):
             copy = behaviour.blank(module, module.training)
             for p in copy.parameters() if marked else ():
                 if p.ndim in _CHANNELS_LAST:
                     p.data = p.data.to(memory_format=_CHANNELS_LAST[p.ndim])
             with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-                inputs = [i if isinstance(i, int) else torch.zeros(i, dtype=dtype) for i in shapes]
-                if turned:
-                    inputs = [_with_channels_innermost(x) if isinstance(x, Tensor) else x for x in inputs]
+                inputs: list[Any] = [i if isinstance(i, int) else torch.zeros(i, dtype=dtype) for i in shapes]
+                for i in turned:
+                    inputs[i] = _with_channels_innermost(inputs[i])
                 yield copy, inputs, marked
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 
 import convert_cases
 import fuse_cases
@@ -204,3 +206,45 @@ def test_orders():
         assert torch.equal(y, x)
     assert memory_order(channels_last(torch.randn(1, 3, 4, 5))) == (0, 2, 3, 1)
     assert memory_order(torch.randn(1, 3, 1, 1)) == (0, 1, 2, 3)
+
+
+class TwoStreams(fuse_cases.NoActivation):
+    """A block beside another tensor, which comes first in their sum or last."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, x, y):
+        z = self.of_block(x)
+        return y + z if self.first else z + y
+
+    def of_block(self, x):
+        b, c, h, w = x.size()
+        attn = self.linear_0(self.conv1(x).reshape(b, c, h * w)).softmax(-1)
+        attn = attn / (1e-9 + attn.sum(dim=1, keepdim=True))
+        return self.conv2(self.linear_1(attn).view(b, c, h, w))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_added_may_come_first(first):
+    own = build(lambda: TwoStreams(first), torch.float32).eval()
+    model = copy.deepcopy(own)
+    assert aia_kernels.fuse(model).converted[0].now == "external_attention_block"
+    for of_x, of_y in itertools.product(ALL_LAYOUTS.values(), repeat=2):
+        x, y = (layout(torch.randn(3, 6, 4, 5)) for layout in (of_x, of_y))
+        assert_stored_alike(model(x, y), own(x, y))
+
+
+def test_order_of_what_is_made_of_a_tensor():
+    """As torch's elementwise operators have it, of expanded tensors too."""
+    r = random.Random(0)
+    for _ in range(500):
+        n = r.randint(2, 5)
+        order = r.sample(range(n), n)
+        x = torch.empty([r.choice((1, 2, 3)) for _ in order]).permute(order)
+        if r.random() < 0.5:
+            axis = r.randrange(n)
+            x = x.narrow(axis, 0, 1).expand([2 if i == axis else -1 for i in range(n)])
+        x = x[tuple(slice(None, None, r.choice((1, 2))) for _ in range(n))]
+        assert_stored_alike(in_order(torch.empty(x.shape), memory_order(x)), x.sigmoid() * 1.0)
