@@ -240,7 +240,8 @@ def _special(lanes: Lanes, step: Step) -> None:
     known["SR_LTMASK"] = (np.uint32(1) << lane) - np.uint32(1)
     zero = np.zeros(LANES, np.uint32)
     source = step.operands[1]
-    if source not in known and source not in ("SRZ", "SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"):
+    zeros = ("SRZ", "SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId", "SR_SWINHI")
+    if source not in known and source not in zeros:
         raise NotImplementedError(source)
     lanes.put(step.operands[0], known.get(source, zero))
     if step.kind == "CS2R" and "32" not in step.parts:

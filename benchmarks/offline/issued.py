@@ -37,7 +37,7 @@ from .lanes import LANES
 FILE = records.RESULTS / "issued.csv"
 PAGE = ROOT / "docs" / "gpu.md"
 BUILD = ROOT / "build" / "issued"
-SOURCES = ("pool", "recalibrate", "strips", "unpool")
+SOURCES = ("bricks", "pool", "recalibrate", "strips", "unpool")
 FLAGS = ("-std=c++20", "-O3", "-cudart", "none", "-Xcompiler", "-fPIC", "-arch=sm_90")
 
 MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.7e9, 4.3e12
@@ -55,19 +55,20 @@ TRAFFIC = {
     "recalibrate": (1, 1),
     "recalibrate_reduce": (2, 0),
     "unpool_reduce": (1, 0),
+    "unpool_reduce by bricks": (1, 0),
     "unpool": (1, 1),
 }
 #: Passes that serve some units and layouts alone.
 ONLY = {
     "inner pool": (("CinST",), ("TCHW",)),
     "recalibrate": (("CinST",), ("TCHW",)),
-    "unpool_reduce": (("CinST",), ("TCHW",)),
+    "unpool_reduce by bricks": (("CinST",), ("TCHW",)),
     "pool by strips": (("CinST",), ("TCHW",)),
     "unpool_reduce by strips": (("STinC",), ("TCHW",)),
     "recalibrate_reduce by strips": (("CinST",), ("TCHW",)),
 }
 #: In the layouts of ONLY.
-BY_FRAME = ("inner pool", "unpool_reduce")
+BY_FRAME = ("inner pool",)
 #: Instructions of a warp.
 LONG = 20_000
 COLUMNS = [
@@ -151,7 +152,8 @@ def row(library: Library, name: str, unit: str, side: int, layout: str, dtype: s
     elements, size = math.prod(shape), launches.SIZES[dtype]
     moved = sum(count.read + count.written for count in counts)
     expected = sum(TRAFFIC[name]) * elements * size
-    if abs(moved / expected - 1) > 0.05:  # elements of 16 bits are copied in words; warps share those at their ends
+    # Elements of 16 bits are copied in words; warps share those at their ends, two elements of 32 where they lie alone.
+    if abs(moved / expected - 1) > 0.07:
         raise AssertionError(f"{name} moves {moved / expected:.3f} of what it should: {shape}, {layout}, {dtype}")
     instructions = sum(count.instructions for count in counts)
     issue = instructions / (MULTIPROCESSORS * 4 * CLOCK)

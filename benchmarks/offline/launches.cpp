@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "../../csrc/cuda/bricks.h"
 #include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/strips.h"
 
@@ -15,6 +16,7 @@ namespace aia::cuda {
 [[gnu::weak]] int pool(const Shape&, const void*, int, Gate, void*, void*, int, void*);
 [[gnu::weak]] int pool_by_strips(const Shape&, const void*, Gate, void*, void*, int, void*);
 [[gnu::weak]] int unpool_reduce_by_strips(const Shape&, const void*, Unpooled, void*, void*);
+[[gnu::weak]] int unpool_reduce_by_bricks(const Shape&, const void*, Unpooled, void*, void*);
 [[gnu::weak]] int recalibrate_reduce_by_strips(const Shape&, const void*, const void*, void*, void*);
 [[gnu::weak]] int unpool(const Shape&, const void*, Gate, Unpooled, Gate, Unpooled, void*, void*);
 [[gnu::weak]] int unpool_reduce(const Shape&, const void*, Unpooled, int, void*, void*);
@@ -67,6 +69,13 @@ cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 bl
                                         cudaStream_t) {
   return cudaLaunchKernel(function, grid, block, arguments, bytes, nullptr);
 }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+  return cudaLaunchKernel(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, nullptr);
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t*) {
+  *count = 1;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -75,7 +84,11 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return ""; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : attribute == cudaDevAttrL2CacheSize ? 50 << 20 : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? 132
+           : attribute == cudaDevAttrL2CacheSize                  ? 50 << 20
+           : attribute == cudaDevAttrClusterLaunch                ? 1
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 << 10
+                                                                  : 0;
   return cudaSuccess;
 }
 
@@ -107,6 +120,8 @@ int launches_of(const char* pass, const int64_t* sizes, int order, int scalar, i
   if (name == "recalibrate" && cuda::recalibrate) return cuda::recalibrate(shape, buffer(1), gate, buffer(3), nullptr);
   if (name == "recalibrate_reduce" && cuda::recalibrate_reduce)
     return cuda::recalibrate_reduce(shape, buffer(1), buffer(2), context, buffer(4), nullptr);
+  if (name == "unpool_reduce by bricks" && cuda::unpool_reduce_by_bricks)
+    return cuda::unpool_reduce_by_bricks(shape, buffer(1), outer, buffer(5), nullptr);
   if (name == "unpool_reduce" && cuda::unpool_reduce)
     return cuda::unpool_reduce(shape, buffer(1), outer, gate_context, buffer(5), nullptr);
   if (name == "unpool" && cuda::unpool)

@@ -8,6 +8,7 @@ barrier none waits, as no value that is loaded matters.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import re
 import struct
@@ -46,7 +47,9 @@ class Program:
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
-        self.place = {i.address: k for k, i in enumerate(kernel.instructions)}
+        # A branch may lead to an instruction that does nothing, which the kernel is read without.
+        addresses = [i.address for i in kernel.instructions]
+        self.place = {at: bisect.bisect_left(addresses, at) for at in range(0, addresses[-1] + 1, 16)}
         self.steps = [Step(i) for i in kernel.instructions]
 
     def bank(self, parameters: bytes, grid: int, threads: int) -> bytes:

@@ -2,6 +2,7 @@
 //
 //   pool           reads 1 |X|   maximum, its first index, and mean of x * G over the axes of a context
 //   unpool_reduce  reads 1 |X|   sum of x * U over the axes of a context, over its number of maps
+#include "bricks.h"
 #include "max_mean.cuh"
 #include "reduce.cuh"
 #include "strips.h"
@@ -44,21 +45,6 @@ struct PoolOp {
   }
 };
 
-// The sum of x * U over C, where U has indices of a byte and vectors of x meet vectors of its maps; -1 elsewhere.
-template <class T>
-int sum_of_bytes(const Shape& shape, const Plain<T>& source, Unpooled unpooled, void* grad_gate, void* stream) {
-  using A = Accumulate<T>;
-  if (shape.order == Order::kTHWC || unpooled.context != kSpacetime || unpooled.index_bytes != 1) return -1;
-  const auto run = [&](auto rows) {
-    const SumOp<A, UnpooledBytes<A, rows.value>> op(UnpooledBytes<A, rows.value>(unpooled), kChannel, grad_gate);
-    // Where groups leave rows, the places of eight elements in two maps take more registers than there are.
-    return reduce_over_planes<rows.value ? 16 / sizeof(T) : 4>(shape, source, op, stream);
-  };
-  const Volume<A> v = Volume<A>(shape).with_vectors(are_aligned({unpooled.grad, unpooled.argmax, grad_gate}));
-  if (!v.runs_t || !source.aligned()) return -1;
-  return v.in_rows ? run(std::true_type{}) : run(std::false_type{});
-}
-
 }  // namespace
 
 int pool(const Shape& shape, const void* x, int context, Gate gate, void* pooled, void* argmax, int index_bytes,
@@ -80,15 +66,14 @@ int unpool_reduce(const Shape& shape, const void* x, Unpooled unpooled, int gate
   if (gate_context == kSpacetime) {
     const int error = unpool_reduce_by_strips(shape, x, unpooled, grad_gate, stream);
     if (error >= 0) return error;
+  } else {
+    const int error = unpool_reduce_by_bricks(shape, x, unpooled, grad_gate, stream);
+    if (error >= 0) return error;
   }
   return with_scalar(shape.scalar, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;
     const Plain<T> source{static_cast<const T*>(x)};
-    if constexpr (sizeof(A) == 4) {
-      const int error = gate_context == kChannel ? sum_of_bytes(shape, source, unpooled, grad_gate, stream) : -1;
-      if (error >= 0) return error;
-    }
     const SumOp<A, UnpooledField<A>> op(UnpooledField<A>(unpooled), gate_context, grad_gate);
     return reduce(shape, source, gate_context, op, stream);
   });

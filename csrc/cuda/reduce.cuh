@@ -11,7 +11,6 @@
 //   op.aligned()            whether all maps begin at aligned addresses
 #pragma once
 
-#include "channel_steps.cuh"
 #include "volume.cuh"
 
 namespace aia::cuda {
@@ -31,10 +30,7 @@ struct Plain {
   }
   template <int V>
   static __device__ __forceinline__ Vector<Accumulate<T>, V> widen(const Vector<T, V>& loaded) {
-    Vector<Accumulate<T>, V> values;
-#pragma unroll
-    for (int k = 0; k < V; ++k) values.at[k] = aia::widen(loaded.at[k]);
-    return values;
+    return widened(loaded);
   }
   bool aligned() const { return are_aligned({x}); }
 };
@@ -55,9 +51,10 @@ struct Product {
   }
   template <int V>
   static __device__ __forceinline__ Vector<Accumulate<T>, V> widen(const Pair<V>& loaded) {
-    Vector<Accumulate<T>, V> values;
+    Vector<Accumulate<T>, V> values = widened(loaded.a);
+    const auto others = widened(loaded.b);
 #pragma unroll
-    for (int k = 0; k < V; ++k) values.at[k] = aia::widen(loaded.a.at[k]) * aia::widen(loaded.b.at[k]);
+    for (int k = 0; k < V; ++k) values.at[k] *= others.at[k];
     return values;
   }
   bool aligned() const { return are_aligned({a, b}); }
@@ -71,6 +68,32 @@ struct One {
 
 template <class Source, int V>
 using Loaded = decltype(std::declval<Source>().template load<V>(0));
+
+// The field that meets a vector of x while its thread steps through the channels.
+// multiply(values, c): V neighbours in memory, c channels behind those at p.
+template <int V, class A, class Field>
+struct ChannelSteps {
+  const Volume<A>& v;
+  const Field& field;
+  int64_t clip;
+  Position p;
+
+  __device__ __forceinline__ ChannelSteps(const Volume<A>& v, const Field& field, int64_t clip, const Position& p)
+      : v(v), field(field), clip(clip), p(p) {}
+  __device__ __forceinline__ void multiply(Vector<A, V>& values, int c) const {
+    if (Field::kAbsent == 1 && field.context == kNone) return;  // a factor of 1
+    Position here = p;
+    if (v.I > 1)
+      here.i += c;
+    else
+      here.o += c;
+    for_groups<V>(v, here, [&](int first) {
+      const auto factors = spread<kGroupOf<V, A>>(field, v, clip, here);
+#pragma unroll
+      for (int k = 0; k < kGroupOf<V, A>; ++k) values.at[first + k] *= factors.at[k];
+    });
+  }
+};
 
 template <int V, class A>
 struct ChannelSteps<V, A, One<A>> {

@@ -61,10 +61,10 @@ struct PoolPass {
   }
   template <int V, class T, class At>
   __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V> (&x)[1]) const {
-    Vector<A, V> factors, found;
+    Vector<A, V> factors, found = widened(x[0]);
     if constexpr (kGated) factors = load_vector<V>(gate + walk.of_vector(r).channel_map);
 #pragma unroll
-    for (int j = 0; j < V; ++j) found.at[j] = settled(kGated ? widen(x[0].at[j]) * factors.at[j] : widen(x[0].at[j]));
+    for (int j = 0; j < V; ++j) found.at[j] = settled(kGated ? found.at[j] * factors.at[j] : found.at[j]);
     return found;
   }
   template <int V>
@@ -110,8 +110,9 @@ struct UnpooledSumPass {
     Vector<A, V> found{};
     gradient.add_mean(found, walk.v.per_c);
     gradient.add_maximum(found, walk.p.channel());
+    const Vector<A, V> values = widened(x[0]);
 #pragma unroll
-    for (int j = 0; j < V; ++j) found.at[j] *= widen(x[0].at[j]);
+    for (int j = 0; j < V; ++j) found.at[j] *= values.at[j];
     return found;
   }
   template <int V>
@@ -133,9 +134,10 @@ struct ProductSumPass {
   }
   template <int V, class T, class At>
   __device__ __forceinline__ Vector<A, V> values(const At&, int, const Vector<T, V> (&x)[2]) const {
-    Vector<A, V> found;
+    Vector<A, V> found = widened(x[0]);
+    const Vector<A, V> others = widened(x[1]);
 #pragma unroll
-    for (int j = 0; j < V; ++j) found.at[j] = widen(x[0].at[j]) * widen(x[1].at[j]);
+    for (int j = 0; j < V; ++j) found.at[j] *= others.at[j];
     return found;
   }
   template <int V>

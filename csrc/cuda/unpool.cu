@@ -108,10 +108,11 @@ __global__ void __launch_bounds__(kElementThreads, 2)
       const Places here = walk.of_vector(r);
       const auto unpooled = outer.of_vector(walk, here, r), result = inner.of_vector(walk, here, r);
       const auto g = gate.of_vector(here, r), inside = inner_gate.of_vector(here, r);
+      const Vector<A, V> values = widened(grads[r]);
       Vector<T, V> stored;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        A value = widen(grads[r].at[j]) * g.at[j];
+        A value = values.at[j] * g.at[j];
         if constexpr (Unit::unpools) value += inside.at[j] * unpooled.at[j] + result.at[j];
         stored.at[j] = narrow<T>(value);
       }
@@ -188,10 +189,12 @@ struct Unpooling {
       if (fours && v.O % kPlanes == 0)
         return bytes ? run<T, 4, kPlanes, false, Of, uint8_t, uint8_t>()
                      : run<T, 4, kPlanes, false, Of, int16_t, uint8_t>();
-      if (maps && v.I == 1 && !bytes && length % 2 == 0 && packed % 2 == 0 && v.O % 4 == 0)
-        return run<T, 2, 4, false, Of, int16_t, uint8_t>();
+      // Indices over C are loaded once for eight elements of a frame: telling their width there costs little.
+      if (maps && v.I == 1 && length % 2 == 0 && packed % 2 == 0 && v.O % 4 == 0)
+        return run<T, 2, 4, false, Of, ByteOrShort, uint8_t>();
       const bool words = sizeof(T) == 4 || are_aligned({grad_y});
-      if (narrow && words && v.I == 1 && !bytes && v.O % 4 == 0) return run<T, 1, 4, false, Of, int16_t, uint8_t>();
+      if (narrow && words && v.I == 1 && v.O % 4 == 0)
+        return bytes ? run<T, 1, 4, false, Of, uint8_t, uint8_t>() : run<T, 1, 4, false, Of, int16_t, uint8_t>();
     }
     return v.I > 1 ? run<T, 1, 1, true, Of, int, int>() : run<T, 1, 1, false, Of, int, int>();
   }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "../common/packed.h"
 #include "../common/scalar.h"
@@ -35,6 +36,24 @@ using Words = Vector<uint32_t, V * sizeof(T) / sizeof(uint32_t)>;
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& value) {
   return __builtin_bit_cast(To, value);
+}
+
+// Exact conversion to the accumulation type. Of a word with two elements of bfloat16, each takes one instruction.
+template <class T, int V>
+__device__ __forceinline__ Vector<Accumulate<T>, V> widened(const Vector<T, V>& from) {
+  Vector<Accumulate<T>, V> to;
+  if constexpr (std::is_same_v<T, BFloat16> && V % 2 == 0) {
+    const auto words = bits_as<Words<T, V>>(from);
+#pragma unroll
+    for (int j = 0; j < V; j += 2) {
+      to.at[j] = bits_as<float>(words.at[j / 2] << 16);
+      to.at[j + 1] = bits_as<float>(words.at[j / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) to.at[j] = widen(from.at[j]);
+  }
+  return to;
 }
 
 // Whether vectors of 16 bytes may begin at all of these addresses.

@@ -10,8 +10,13 @@
 
 namespace aia::cuda {
 
+// An index of one byte or of two.
+struct ByteOrShort {
+  int index;
+};
+
 // Indices of V neighbours, compared as they are stored: a pattern holds the index that is asked for at every place of a
-// word. Of an Index int, they are stored in any width.
+// word. Of an Index int or ByteOrShort, they are stored in any width, or in either of two.
 template <class Index, int V>
 struct StoredIndices {
   static constexpr bool kAny = sizeof(Index) == 4;
@@ -23,7 +28,8 @@ struct StoredIndices {
 
   __device__ __forceinline__ void load(const Indices& from, uint32_t k) {
     if constexpr (kAny) {
-      const auto loaded = from.template load<V>(k);
+      const bool either = std::is_same_v<Index, ByteOrShort> && from.bytes != 1;
+      const auto loaded = Indices{from.data, either ? 2 : from.bytes}.template load<V>(k);
 #pragma unroll
       for (int j = 0; j < kWords; ++j) words[j] = static_cast<uint32_t>(loaded.at[j]);
     } else {

@@ -20,27 +20,26 @@ KIB_IN_FLIGHT = 48
 #: in bf16. Rows that no vector of four divides meet their maps in twos, at 14, or one by one, at 7.
 REACHED = {
     ("unpool", "TCHW", "fp32"): (0.59, 0.59, 0.74, 1.11),
-    ("unpool", "TCHW", "bf16"): (1.22, 1.22, 1.62, 2.43),
+    ("unpool", "TCHW", "bf16"): (1.16, 1.20, 1.60, 2.43),
     ("unpool", "THWC", "fp32"): (0.54, 0.54, 0.54, 0.54),
-    ("unpool", "THWC", "bf16"): (1.1, 1.1, 1.1, 1.1),
+    ("unpool", "THWC", "bf16"): (1.06, 1.07, 1.07, 1.09),
     ("inner pool", "TCHW", "fp32"): (0.39, 0.38, 0.40, 0.36),
-    ("inner pool", "TCHW", "bf16"): (0.75, 0.82, 0.92, 0.75),
+    ("inner pool", "TCHW", "bf16"): (0.71, 0.77, 0.9, 0.69),
     ("recalibrate", "TCHW", "fp32"): (0.21, 0.21, 0.28, 0.53),
     ("recalibrate", "TCHW", "bf16"): (0.41, 0.41, 0.66, 1.25),
-    ("unpool_reduce", "TCHW", "fp32"): (0.97, 1.04, 1.92, 1.53),
-    ("unpool_reduce", "TCHW", "bf16"): (1.99, 2.38, 4.05, 3.27),
+    ("unpool_reduce by bricks", "TCHW", "fp32"): (0.59, 0.60, 0.75, 1.85),
+    ("unpool_reduce by bricks", "TCHW", "bf16"): (1.24, 1.27, 1.59, 4.35),
     ("pool by strips", "TCHW", "fp32"): (1.1, 1.11, 1.26, 1.96),
-    ("pool by strips", "TCHW", "bf16"): (2.34, 2.36, 2.64, 4.42),
+    ("pool by strips", "TCHW", "bf16"): (2.3, 2.32, 2.61, 4.38),
     ("unpool_reduce by strips", "TCHW", "fp32"): (0.78, 0.88, 1.07, 1.73),
-    ("unpool_reduce by strips", "TCHW", "bf16"): (1.69, 1.89, 2.29, 3.98),
+    ("unpool_reduce by strips", "TCHW", "bf16"): (1.68, 1.88, 2.25, 3.98),
     ("recalibrate_reduce by strips", "TCHW", "fp32"): (0.30, 0.31, 0.37, 0.65),
-    ("recalibrate_reduce by strips", "TCHW", "bf16"): (0.76, 0.77, 0.85, 1.83),
+    ("recalibrate_reduce by strips", "TCHW", "bf16"): (0.74, 0.74, 0.82, 1.83),
 }
 
 
-#: KiB in flight, where fewer were reached: reductions over C have a block or two for a frame where rows are short, and
-#: of the one that meets three maps a multiprocessor holds one block.
-FEWER_IN_FLIGHT = {"inner pool": 8, "unpool_reduce": 4}
+#: KiB in flight, where fewer were reached: pool of x over C has a block or two for a frame where rows are short.
+FEWER_IN_FLIGHT = {"inner pool": 8}
 
 #: By gate pass and layout, what was reached of instructions for each multiply-add over T, H and W, at 56, 28, 14 and 7,
 #: and a hundredth. Wanted are 1.5. Rows of 7 have no vectors.
@@ -57,7 +56,7 @@ GATES_OVER_C = 3.4
 
 
 #: Microseconds that were reached of a modelled step, by stage. Wanted are 150, 87, 59 and 51.
-STEP = {56: 121, 28: 72, 14: 62, 7: 47}
+STEP = {56: 114, 28: 69, 14: 55, 7: 45}
 
 
 def hold(row: dict) -> None:
@@ -68,7 +67,8 @@ def hold(row: dict) -> None:
     assert float(row["issue_per_memory"]) <= 1.05 * REACHED[of][(56, 28, 14, 7).index(stage)], row
     # Of elements of 16 bits that lie alone, half of each word that is copied counts.
     alone = (*of[1:], stage) == ("TCHW", "bf16", 7)
-    least = {"unpool": 32, "pool by strips": 24}.get(row["pass"], KIB_IN_FLIGHT) if alone else KIB_IN_FLIGHT
+    halves = {"unpool": 32, "unpool_reduce by bricks": 32, "pool by strips": 24}
+    least = halves.get(row["pass"], KIB_IN_FLIGHT) if alone else KIB_IN_FLIGHT
     least = FEWER_IN_FLIGHT.get(row["pass"], least)
     assert int(row["in_flight_kib_per_sm"]) >= least, row
 
@@ -132,9 +132,9 @@ def library_of(folder, *sources: str) -> issued.Library:
 
 
 def test_what_a_small_source_gives(tmp_path):
-    """That of the reductions by strips compiles in seconds."""
-    library = library_of(tmp_path, "strips")
-    for row in issued.rows(library, [name for name in issued.ONLY if name.endswith("by strips")], [28, 14, 7]):
+    """Those of the reductions by strips and by bricks compile in seconds."""
+    library = library_of(tmp_path, "bricks", "strips")
+    for row in issued.rows(library, [name for name in issued.ONLY if " by " in name], [28, 14, 7]):
         hold(row)
     with pytest.raises(ValueError, match="unpool gave the error -1; -1: the library has no such pass"):
         library.recorder.launches("unpool", (1, 2, 8, 8, 8), "TCHW", "fp32", launches.SPACETIME)

@@ -112,7 +112,7 @@ def memories(passes) -> list[torch.Tensor]:
 FAMILIES = {
     "attention_in_attention": (
         pools_and_gates,
-        {"average.cu", "reduce.cuh", "strips.cu", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
+        {"average.cu", "bricks.cu", "reduce.cuh", "strips.cu", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
     ),
     "external_attention": (double_norm_fold_and_residual, {"columns.cuh", "fold.cu"}),
     "cbam": (cbam, {"columns.cuh", "rows.cuh"}),
