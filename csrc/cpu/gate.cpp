@@ -23,7 +23,7 @@ struct Box {
   int64_t b, d0, slabs, d1, rows;
   const int64_t* dims;
   int64_t offset;  // of the map in the packed clip
-  int64_t index;   // among all units
+  int64_t index;   // of its partial results: clip by clip, of each map by map
   int64_t ahead;   // from its start to that of the next unit: in a map of the packed clip, and that of a feature
   int64_t ahead_pooled;
 
@@ -37,18 +37,24 @@ struct Box {
 
 // The box of a unit among all, of which the last ones may be smaller than the others.
 inline Box box_at(const PackedDims& maps, int64_t index) {
-  int64_t local = index;
+  int64_t local = index, before = 0;
   int map = 0;
-  while (local >= maps.B * map_units(maps, map)) local -= maps.B * map_units(maps, map++);
+  for (int64_t units; local >= maps.B * (units = map_units(maps, map)); ++map) local -= maps.B * units, before += units;
   const int64_t* dims = maps.dims[map];
   const UnitSize unit = unit_size(maps, map);
-  const int64_t across = (dims[1] + unit.rows - 1) / unit.rows, of_clip = local % map_units(maps, map);
+  const int64_t units = map_units(maps, map), across = (dims[1] + unit.rows - 1) / unit.rows;
+  const int64_t b = local / units, of_clip = local % units;
   const int64_t d0 = of_clip / across * unit.slabs, d1 = of_clip % across * unit.rows;
-  return {map,   local / map_units(maps, map),
-          d0,    std::min(unit.slabs, dims[0] - d0),
-          d1,    std::min(unit.rows, dims[1] - d1),
-          dims,  maps.offset(map),
-          index, 0,
+  return {map,
+          b,
+          d0,
+          std::min(unit.slabs, dims[0] - d0),
+          d1,
+          std::min(unit.rows, dims[1] - d1),
+          dims,
+          maps.offset(map),
+          b * clip_units(maps) + before + of_clip,
+          0,
           0};
 }
 
@@ -130,12 +136,14 @@ class Neighbours {
     period_ = plane / std::gcd<int64_t>(plane, kLanes);
     while (period_ < kBlocks) period_ *= 2;
     masks_.resize(period_ + kBlocks);
-    for (int64_t i = 0, at = 0; i < period_ + kBlocks; ++i)
-      for (int lane = 0; lane < kLanes; ++lane, at = at + 1 == plane ? 0 : at + 1) {
-        if (at % length > 0) insert_lane<A>(masks_[i].left, lane);
-        if (at % length + 1 < length) insert_lane<A>(masks_[i].right, lane);
+    for (int64_t i = 0, at = 0, column = 0; i < period_ + kBlocks; ++i)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (column > 0) insert_lane<A>(masks_[i].left, lane);
+        if (column + 1 < length) insert_lane<A>(masks_[i].right, lane);
         if (at >= length) insert_lane<A>(masks_[i].above, lane);
         if (at + length < plane) insert_lane<A>(masks_[i].below, lane);
+        at = at + 1 == plane ? 0 : at + 1;
+        column = column + 1 == length ? 0 : column + 1;
       }
   }
 

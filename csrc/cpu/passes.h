@@ -50,11 +50,12 @@ inline int64_t map_units(const PackedDims& maps, int map) {  // of one clip
   const UnitSize unit = unit_size(maps, map);
   return (maps.dims[map][0] + unit.slabs - 1) / unit.slabs * ((maps.dims[map][1] + unit.rows - 1) / unit.rows);
 }
-inline int64_t gate_units(const PackedDims& maps) {
+inline int64_t clip_units(const PackedDims& maps) {
   int64_t sum = 0;
-  for (int i = 0; i < maps.n; ++i) sum += maps.B * map_units(maps, i);
+  for (int i = 0; i < maps.n; ++i) sum += map_units(maps, i);
   return sum;
 }
+inline int64_t gate_units(const PackedDims& maps) { return maps.B * clip_units(maps); }
 
 constexpr int kScalars = 4;
 
@@ -157,7 +158,7 @@ struct RecalibratePasses {
 constexpr int kMomentPartials = 3, kNormPartials = 2, kWeightPartials = 54;
 
 // On n packed maps of type A, float or double: pooled and its gradient [B, 2, M], z, gate and its gradient [B, M],
-// weight [n, 54], norm [n, 4], correction [n, 2], partial [gate_units, as above].
+// weight [n, 54], norm [n, 4], correction [n, 2], partial [B, clip_units, as above].
 template <class A>
 struct GatePasses {
   static const GatePasses base, v3, v4;

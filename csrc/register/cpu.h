@@ -101,17 +101,18 @@ void split(int64_t units, int64_t elements, const Body& body) {
     parallel(units, body);
 }
 
-// An activation as passes see it whose vectors have so many lanes.
-inline Volume volume_of(const Activation& a, int lanes = 1) {
+// An activation as passes see it that so many threads share, and whose vectors have so many lanes.
+inline Volume volume_of(const Activation& a, int64_t threads = 1, int lanes = 1) {
   const int64_t plane = a.H * a.W;
   Volume v{a.B, a.T, a.C, a.H, a.W, a.T * a.C * plane, a.C * plane, plane, 1, a.scalar, lanes};
   if (a.order == Order::kTHWC) v.stride_c = 1, v.stride_p = a.C;
   if (a.order == Order::kCTHW) v.stride_t = plane, v.stride_c = a.T * plane;
-  // Where channels lie side by side several blocks of them make longer pieces, if every thread still has a few units.
+  // Where channels lie side by side several blocks of them make longer pieces, if each of several threads still has a
+  // few units.
   if (channels_side_by_side(v)) {
     constexpr int64_t kMostChannels = 64;
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    v.blocks = std::clamp<int64_t>(v.B * channel_blocks(v) / (4 * threads), 1, kMostChannels / lanes);
+    const int64_t units = v.B * channel_blocks(v);
+    v.blocks = std::clamp<int64_t>(threads > 1 ? units / (4 * threads) : units, 1, kMostChannels / lanes);
   }
   return v;
 }

@@ -46,6 +46,7 @@ using aia::unpooled_of;
 using aia::cpu::mutable_numbers;
 using aia::cpu::numbers;
 using aia::cpu::output_like;
+using aia::cpu::Shared;
 using aia::cpu::with_large_pages;
 using aia::cpu::with_type;
 using torch::headeronly::ScalarType;
@@ -147,8 +148,11 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& pooled, std::vector<Tensor
   Tensor statistics = torch::stable::new_empty(pooled, {d.n, 3});
   with_type(pooled, [&](auto zero) {
     using A = decltype(zero);
-    aia::cpu::gate_into(d, gates, numbers<A>(pooled), mutable_numbers<A>(gate), mutable_numbers<A>(norm),
-                        mutable_numbers<A>(statistics));
+    aia::cpu::GatesForward<A> made(d, gates, numbers<A>(pooled), mutable_numbers<A>(gate), mutable_numbers<A>(norm),
+                                   mutable_numbers<A>(statistics));
+    made.convolve(0, d.B, Shared{});
+    made.finish();
+    made.activate(0, d.B, Shared{});
   });
   return {gate, norm, statistics};
 }
@@ -162,8 +166,8 @@ std::tuple<Tensor, Tensor> gate_again(const Tensor& pooled, std::vector<Tensor> 
   Tensor z = output_like(gate);
   with_type(pooled, [&](auto zero) {
     using A = decltype(zero);
-    aia::cpu::gate_again_into(d, gates, numbers<A>(pooled), numbers<A>(norm), mutable_numbers<A>(z),
-                              mutable_numbers<A>(gate));
+    aia::cpu::gate_again_into(d, aia::cpu::contiguous_weights<A>(gates, d.n).data(), numbers<A>(pooled),
+                              numbers<A>(norm), mutable_numbers<A>(z), mutable_numbers<A>(gate), Shared{});
   });
   return {gate, z};
 }
@@ -175,8 +179,9 @@ Tensor gate_backward_reduce(const Tensor& grad_gate, const Tensor& z, const Tens
     using A = decltype(zero);
     const A* gates = nullptr;
     A* grad = nullptr;
-    aia::cpu::sums_into(d, numbers<A>(grad_gate), numbers<A>(z), gates, numbers<A>(norm), grad,
-                        mutable_numbers<A>(sums));
+    aia::cpu::NormsBackward<A> norms(d, numbers<A>(norm), mutable_numbers<A>(sums));
+    norms.reduce(0, d.B, numbers<A>(grad_gate), numbers<A>(z), gates, grad, Shared{});
+    norms.finish();
   });
   return sums;
 }
@@ -198,10 +203,11 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> gate_backward(const Tensor& grad
     using A = decltype(zero);
     const A* of_norm = numbers<A>(*sums);
     for (int i = 0; i < 2 * d.n; ++i) aia::write(affine, i, of_norm[i]);
-    aia::cpu::back_through_convolution_into<A>(
-        d, gates, numbers<A>(grad_gate), true,
-        {numbers<A>(z), numbers<A>(norm), numbers<A>(statistics), numbers<A>(pooled)}, of_norm,
-        mutable_numbers<A>(grad_pooled), grads);
+    aia::cpu::ConvolutionsBackward<A> convolutions(
+        d, gates, {numbers<A>(pooled), numbers<A>(norm), numbers<A>(statistics)}, of_norm);
+    convolutions.convolve(0, d.B, numbers<A>(grad_gate), true, numbers<A>(z), mutable_numbers<A>(grad_pooled),
+                          Shared{});
+    convolutions.finish(grads);
   });
   return {grad_pooled, grad_weight, grad_affine};
 }

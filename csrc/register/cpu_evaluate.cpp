@@ -74,7 +74,8 @@ template <class A>
 void evaluate_clips(const Activation& a, const ContextOfGates& inner, const ContextOfGates& outer, const char* data,
                     char* y) {
   const int64_t itemsize = aia::bytes_of(a.scalar);
-  const Volume x = aia::cpu::volume_of(a, passes<PoolPasses>(a.scalar).lanes);
+  const Volume x = aia::cpu::volume_of(a, aia::cpu::takes_own_clips(a) ? 1 : torch::stable::get_num_threads(),
+                                       passes<PoolPasses>(a.scalar).lanes);
   Volume clip = x;
   clip.B = 1;
   const ContextGates<A> guide_of(clip, inner.gates, inner.context), gate_of(clip, outer.gates, outer.context);

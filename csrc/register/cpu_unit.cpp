@@ -52,10 +52,10 @@ struct Context {
 
   // The context of the gates as they multiply x.
   int of_gate() const { return averaged ? kChannel : context; }
-  Unpooled unpooled(const void* grad) const { return {grad, argmax, index_bytes, context}; }
 };
 
 PackedDims dims_of(const Activation& a, int context) {
+  if (context == kNone) return {};
   PackedDims d = aia::cpu::maps_of(aia::cpu::volume_of(a), context);
   d.B = a.B;
   return d;
@@ -66,33 +66,78 @@ Tensor new_maps(const Tensor& x, const Activation& a, int context, int64_t each)
   return with_large_pages(new_numbers(x, {a.B * each * a.packed(context)}));
 }
 
-// Spacetime gates, averaged over the channels into memory for them.
-Gate average_of(const Activation& a, const Gate& gate, const Tensor& to) {
-  with_type(to, [&](auto zero) {
-    using A = decltype(zero);
-    aia::cpu::average_into(a, static_cast<const A*>(gate.maps), mutable_numbers<A>(to));
-  });
-  return {to.const_data_ptr(), kChannel};
+// Clips [first, first + count) of x, and how their passes are done.
+template <class Way>
+struct Clips {
+  Activation a;  // of these clips
+  int64_t first, count;
+  const Way& way;
+
+  Clips(const Activation& all, int64_t first, int64_t count, const Way& way)
+      : a(all), first(first), count(count), way(way) {
+    a.B = count;
+  }
+
+  // Where they lie in memory for all clips: in a tensor like x, and in `each` numbers for each element of maps.
+  const void* in(const void* x) const { return static_cast<const char*>(x) + offset(); }
+  void* in(void* x) const { return static_cast<char*>(x) + offset(); }
+  template <class A>
+  A* of_maps(A* maps, int context, int64_t each) const {
+    return maps + first * each * a.packed(context);
+  }
+
+ private:
+  int64_t offset() const { return first * a.T * a.C * a.H * a.W * aia::bytes_of(a.scalar); }
+};
+
+// Calls each(clips). Passes that follow each other there are done clip by clip where that serves all threads.
+template <class Each>
+void for_clips(const Activation& a, const Each& each) {
+  aia::cpu::for_clips(a, [&](int64_t first, int64_t count, const auto& way) { each(Clips(a, first, count, way)); });
 }
 
+// Passes wait for each other where a gate needs the statistics of all clips.
+template <class A>
 void forward(const Tensor& x, const Activation& a, const Context& inner, const Context& outer, const Tensor& y) {
   const void* data = x.const_data_ptr();
-  const auto gates_of = [&](const Context& of, const Gate& guide, const Tensor& made) -> Gate {
-    aia::cpu::pool_into(a, data, guide, of.context, of.pooled, of.argmax, of.index_bytes);
-    with_type(made, [&](auto zero) {
-      using A = decltype(zero);
-      aia::cpu::gate_into(dims_of(a, of.context), of.gates, static_cast<const A*>(of.pooled), mutable_numbers<A>(made),
-                          static_cast<A*>(of.norm), static_cast<A*>(of.statistics));
-    });
-    return {made.const_data_ptr(), of.context};
+  void* out = y.mutable_data_ptr();
+  const Tensor of_inner = new_maps(x, a, inner.context, 1), of_outer = new_maps(x, a, outer.context, 1),
+               average = new_maps(x, a, inner.averaged ? kChannel : kNone, 1);
+  A *inner_gate = mutable_numbers<A>(of_inner), *gate = mutable_numbers<A>(of_outer);
+  const auto gates_of = [&](const Context& of, A* made) {
+    return aia::cpu::GatesForward<A>(dims_of(a, of.context), of.gates, static_cast<const A*>(of.pooled), made,
+                                     static_cast<A*>(of.norm), static_cast<A*>(of.statistics));
   };
-  Gate guide{nullptr, kNone};
-  Tensor of_inner, average;
-  if (inner.context) guide = gates_of(inner, guide, of_inner = new_maps(x, a, inner.context, 1));
-  if (inner.averaged) guide = average_of(a, guide, average = new_maps(x, a, kChannel, 1));
-  const Tensor of_outer = new_maps(x, a, outer.context, 1);
-  const Gate gate = gates_of(outer, guide, of_outer);
-  aia::cpu::recalibrate_into(a, data, gate, y.mutable_data_ptr());
+  const auto pool = [&](const auto& clips, const Context& of, const Gate& guide, aia::cpu::GatesForward<A>& gates) {
+    aia::cpu::pool_into(
+        clips.a, clips.in(data), guide, of.context, clips.of_maps(static_cast<A*>(of.pooled), of.context, 2),
+        clips.of_maps(static_cast<char*>(of.argmax), of.context, of.index_bytes), of.index_bytes, clips.way);
+    gates.convolve(clips.first, clips.count, clips.way);
+  };
+  aia::cpu::GatesForward<A> outer_gates = gates_of(outer, gate);
+  if (inner.context) {
+    aia::cpu::GatesForward<A> inner_gates = gates_of(inner, inner_gate);
+    for_clips(a, [&](const auto& clips) { pool(clips, inner, {nullptr, kNone}, inner_gates); });
+    inner_gates.finish();
+    for_clips(a, [&](const auto& clips) {
+      inner_gates.activate(clips.first, clips.count, clips.way);
+      const A* guide = clips.of_maps(inner_gate, inner.context, 1);
+      if (inner.averaged) {
+        A* averaged = clips.of_maps(mutable_numbers<A>(average), kChannel, 1);
+        aia::cpu::average_into(clips.a, guide, averaged, clips.way);
+        guide = averaged;
+      }
+      pool(clips, outer, {guide, inner.of_gate()}, outer_gates);
+    });
+  } else {
+    for_clips(a, [&](const auto& clips) { pool(clips, outer, {nullptr, kNone}, outer_gates); });
+  }
+  outer_gates.finish();
+  for_clips(a, [&](const auto& clips) {
+    outer_gates.activate(clips.first, clips.count, clips.way);
+    aia::cpu::recalibrate_into(clips.a, clips.in(data), {clips.of_maps(gate, outer.context, 1), outer.context},
+                               clips.in(out), clips.way);
+  });
 }
 
 // Where gradients go: those of the weights of a context, as far as they are there, and of shift and scale, [n, 2].
@@ -102,54 +147,145 @@ struct Gradients {
   A* sums;
 };
 
-// The gates of a context, and the gradient of its pooled features, in memory of their own.
-struct Back {
-  Tensor memory;
-  const void *gate = nullptr, *grad_pooled = nullptr;
+// Memory for z and for the gradient of the gates of both contexts, [2, count, M] for the clips of a call. If it has
+// room, the gradient of x of the same clips is where they lie, which is written last of all: fresh memory costs as much
+// as a pass.
+template <class A>
+class Scratch {
+ public:
+  Scratch(const Tensor& x, const Activation& a, const Context& inner, const Context& outer, const Tensor& grad_x)
+      : outer_(2 * a.packed(outer.context)), of_clip_(outer_ + 2 * a.packed(inner.context)) {
+    const int64_t room = a.T * a.C * a.H * a.W * aia::bytes_of(a.scalar);
+    if (grad_x.defined() && of_clip_ * int64_t{sizeof(A)} + kLine <= room)
+      grad_x_ = grad_x.mutable_data_ptr();
+    else
+      own_ = with_large_pages(new_numbers(x, {a.B * of_clip_}));
+  }
+
+  template <class Clips>
+  A* of_outer(const Clips& clips) const {
+    if (!grad_x_) return mutable_numbers<A>(own_) + clips.first * of_clip_;
+    const auto place = reinterpret_cast<uintptr_t>(clips.in(grad_x_));
+    return reinterpret_cast<A*>((place + kLine - 1) / kLine * kLine);
+  }
+  template <class Clips>
+  A* of_inner(const Clips& clips) const {
+    return of_outer(clips) + clips.count * outer_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  const int64_t outer_, of_clip_;
+  void* grad_x_ = nullptr;
+  Tensor own_;
 };
 
-// The gates are made again. gradient_of_gates(memory) writes their gradient.
-template <class A, class GradientOfGates>
-Back back_through(const Tensor& x, const Activation& a, const Context& of, const Gradients<A>& found,
-                  const GradientOfGates& gradient_of_gates) {
-  const PackedDims d = dims_of(a, of.context);
-  const int64_t M = a.B * a.packed(of.context);
-  const Tensor scratch = new_maps(x, a, of.context, 2), results = new_maps(x, a, of.context, 3);
-  A *z = mutable_numbers<A>(scratch), *grad = z + M, *gate = mutable_numbers<A>(results), *grad_pooled = gate + M;
-  const aia::cpu::MadeOf<A> from{z, static_cast<const A*>(of.norm), static_cast<const A*>(of.statistics),
-                                 static_cast<const A*>(of.pooled)};
-  aia::cpu::gate_again_into(d, of.gates, from.pooled, from.norm, z, gate);
-  gradient_of_gates(grad);
-  aia::cpu::sums_into<A>(d, grad, z, gate, from.norm, grad, found.sums);
-  aia::cpu::back_through_convolution_into<A>(d, of.gates, grad, false, from, found.sums, grad_pooled, found.weights);
-  return {results, gate, grad_pooled};
-}
+// The gates of a context, which are made again, and the gradient of its pooled features.
+template <class A>
+class Back {
+ public:
+  Back(const Tensor& x, const Activation& a, const Context& of, const Gradients<A>& found)
+      : a_(a),
+        of_(of),
+        found_(found),
+        norms_(dims_of(a, of.context), static_cast<const A*>(of.norm), found.sums),
+        convolutions_(
+            dims_of(a, of.context), of.gates,
+            {static_cast<const A*>(of.pooled), static_cast<const A*>(of.norm), static_cast<const A*>(of.statistics)},
+            found.sums),
+        results_(new_maps(x, a, of.context, 3)) {}
+
+  template <class Clips>
+  A* gate(const Clips& clips) const {
+    return clips.of_maps(mutable_numbers<A>(results_), of_.context, 1);
+  }
+  template <class Clips>
+  A* grad_pooled(const Clips& clips) const {
+    return clips.of_maps(mutable_numbers<A>(results_) + a_.B * a_.packed(of_.context), of_.context, 2);
+  }
+  template <class Clips>
+  Unpooled unpooled(const Clips& clips) const {
+    if (of_.context == kNone) return {nullptr, nullptr, 1, kNone};
+    return {grad_pooled(clips), clips.of_maps(static_cast<const char*>(of_.argmax), of_.context, of_.index_bytes),
+            of_.index_bytes, of_.context};
+  }
+
+  // gradient_of_gates(memory) writes the gradient of the gates of these clips. scratch: [2, count, M], for convolve.
+  template <class Clips, class GradientOfGates>
+  void reduce(const Clips& clips, A* scratch, const GradientOfGates& gradient_of_gates) {
+    A *z = scratch, *grad = scratch + maps(clips), *known = gate(clips);
+    convolutions_.again(clips.first, clips.count, z, known, clips.way);
+    gradient_of_gates(grad);
+    norms_.reduce(clips.first, clips.count, grad, z, known, grad, clips.way);
+  }
+  // When all clips are reduced.
+  void finish_sums() { norms_.finish(); }
+  template <class Clips>
+  void convolve(const Clips& clips, const A* scratch) {
+    convolutions_.convolve(clips.first, clips.count, scratch + maps(clips), false, scratch, grad_pooled(clips),
+                           clips.way);
+  }
+  // When all clips are convolved.
+  void finish_weights() { convolutions_.finish(found_.weights); }
+
+ private:
+  template <class Clips>
+  int64_t maps(const Clips& clips) const {
+    return clips.count * a_.packed(of_.context);
+  }
+
+  const Activation& a_;
+  const Context& of_;
+  const Gradients<A>& found_;
+  aia::cpu::NormsBackward<A> norms_;
+  aia::cpu::ConvolutionsBackward<A> convolutions_;
+  const Tensor results_;
+};
 
 // grad_x is undefined where it is not needed.
 template <class A>
 void backward(const Tensor& grad_y, const Tensor& x, const Activation& a, const Context& inner, const Context& outer,
               const Gradients<A>& of_inner, const Gradients<A>& of_outer, const Tensor& grad_x) {
   const void *data = x.const_data_ptr(), *grad = grad_y.const_data_ptr();
-  const Back of_gate = back_through(
-      x, a, outer, of_outer, [&](A* out) { aia::cpu::recalibrate_reduce_into(a, grad, data, outer.context, out); });
-  const Unpooled from_outer = outer.unpooled(of_gate.grad_pooled);
-  Back of_guide;
-  Tensor average;
-  if (inner.averaged) {
-    average = new_maps(x, a, kChannel, 1);
-    A* of_average = mutable_numbers<A>(average);
-    aia::cpu::unpool_reduce_into(a, data, from_outer, kChannel, of_average);
-    of_guide = back_through(x, a, inner, of_inner, [&](A* out) { aia::cpu::spread_into<A>(a, of_average, out); });
-    of_guide.gate = average_of(a, {of_guide.gate, inner.context}, average).maps;
-  } else if (inner.context) {
-    of_guide = back_through(x, a, inner, of_inner,
-                            [&](A* out) { aia::cpu::unpool_reduce_into(a, data, from_outer, inner.context, out); });
-  }
-  if (!grad_x.defined()) return;
-  const Unpooled from_inner =
-      inner.context ? inner.unpooled(of_guide.grad_pooled) : Unpooled{nullptr, nullptr, 1, kNone};
-  aia::cpu::unpool_into(a, grad, {of_gate.gate, outer.context}, from_outer, {of_guide.gate, inner.of_gate()},
-                        from_inner, grad_x.mutable_data_ptr());
+  const Scratch<A> scratch(x, a, inner, outer, grad_x);
+  Back<A> from_outer(x, a, outer, of_outer), from_inner(x, a, inner, of_inner);
+  const Tensor average = new_maps(x, a, inner.averaged ? kChannel : kNone, 1);
+  const auto averaged = [&](const auto& clips) { return clips.of_maps(mutable_numbers<A>(average), kChannel, 1); };
+  const auto unpool = [&](const auto& clips, const Gate& guide) {
+    if (!grad_x.defined()) return;
+    aia::cpu::unpool_into(clips.a, clips.in(grad), {from_outer.gate(clips), outer.context}, from_outer.unpooled(clips),
+                          guide, from_inner.unpooled(clips), clips.in(grad_x.mutable_data_ptr()), clips.way);
+  };
+  for_clips(a, [&](const auto& clips) {
+    from_outer.reduce(clips, scratch.of_outer(clips), [&](A* out) {
+      aia::cpu::recalibrate_reduce_into(clips.a, clips.in(grad), clips.in(data), outer.context, out, clips.way);
+    });
+  });
+  from_outer.finish_sums();
+  for_clips(a, [&](const auto& clips) {
+    from_outer.convolve(clips, scratch.of_outer(clips));
+    if (!inner.context) return unpool(clips, {nullptr, kNone});
+    from_inner.reduce(clips, scratch.of_inner(clips), [&](A* out) {
+      A* of_gate = inner.averaged ? averaged(clips) : out;
+      aia::cpu::unpool_reduce_into(clips.a, clips.in(data), from_outer.unpooled(clips), inner.of_gate(), of_gate,
+                                   clips.way);
+      if (inner.averaged) aia::cpu::spread_into<A>(clips.a, of_gate, out, clips.way);
+    });
+  });
+  from_outer.finish_weights();
+  if (!inner.context) return;
+  from_inner.finish_sums();
+  for_clips(a, [&](const auto& clips) {
+    from_inner.convolve(clips, scratch.of_inner(clips));
+    const A* guide = from_inner.gate(clips);
+    if (inner.averaged) {
+      aia::cpu::average_into(clips.a, guide, averaged(clips), clips.way);
+      guide = averaged(clips);
+    }
+    unpool(clips, {guide, inner.of_gate()});
+  });
+  from_inner.finish_weights();
 }
 
 // For the gradient of a parameter, stored as it.
@@ -198,7 +334,7 @@ std::vector<Tensor> propagate(const Tensor& x, std::vector<Tensor> weight, Numbe
     return context_of(&results[results.size() - 4], of, x, a, context);
   };
   const Context of_inner = new_context(inner, gates.inner), of_outer = new_context(outer, gates.outer);
-  forward(x, a, of_inner, of_outer, results[0]);
+  with_type(x, [&](auto zero) { forward<decltype(zero)>(x, a, of_inner, of_outer, results[0]); });
   return results;
 }
 
@@ -432,7 +568,7 @@ std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numb
       pooled.push_back(new_maps(x, a, of->context, 2));
       of->pooled = pooled.back().mutable_data_ptr();
     }
-  forward(x, a, of_inner, of_outer, y);
+  with_type(x, [&](auto zero) { forward<decltype(zero)>(x, a, of_inner, of_outer, y); });
   moved.move(of_inner, first_of(inner, outer), x);
   moved.move(of_outer, first_of(outer, inner), x);
   return {y, kept};

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pass_cases import CASES
+from pass_cases import CASES, Case, same_bits_with_any_threads
 from torch.library import opcheck
 from torch.testing import assert_close
 from unit_cases import NORMS, ONE_BY_ONE, PASSES, arguments
@@ -53,6 +53,40 @@ def test_as_one_by_one(unit, case, norm):
         needs = [i != left_out and g is not None for i, g in enumerate(wanted)]
         found = PASSES.unit_propagate_back(grad_y, x, of_unit.frames, parameters, kept, *contexts, needs)
         assert_close(found, [g for g, needed in zip(wanted, needs, strict=True) if needed], **BITS)
+
+
+#: Large enough for threads to share: an odd number of elements in a clip, so that what lies in the gradient of x must
+#: be aligned, and more channels than a vector has lanes. In bf16 that gradient has no room for it.
+LARGE = {
+    "odd": Case((4, 7, 23, 11, 13)),
+    "THWC": Case((4, 8, 24, 11, 13), "THWC"),
+    "bf16 CTHW": Case((4, 7, 23, 11, 13), "CTHW", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize(("case", "norm"), [*((case, "batch") for case in LARGE), ("odd", "fixed")])
+@pytest.mark.parametrize("unit", UNITS)
+def test_threads_with_clips_of_their_own_and_threads_that_share_them(unit, case, norm, monkeypatch):
+    """As many clips as threads, more, and fewer: the bits of the passes one by one."""
+    monkeypatch.setitem(CASES, case, LARGE[case])
+    ndim = 5 if case.endswith("CTHW") else 4
+    of_unit, x, grad_y, parameters, fixed, (plan, gates) = given(unit, case, norm, ndim)
+    contexts = UNITS[unit].inner, UNITS[unit].outer, UNITS[unit].averaged
+    want = algorithm.forward(plan, as_clips(x, of_unit.frames), gates)
+    clips = (as_clips(a, of_unit.frames) for a in (grad_y, x))
+    grad_x, grad_weight, _ = algorithm.backward(plan, *clips, parameters[::3], want.inner, want.outer)
+
+    def everything():
+        y, kept = of_units.forward(of_unit, x, parameters, of_units.Buffers(fixed), True)
+        needs = [*(i % 3 == 0 for i in range(len(parameters))), True]
+        found = PASSES.unit_propagate_back(grad_y, x, of_unit.frames, parameters, kept, *contexts, needs)
+        assert_close([y, *found], [as_input(want.y, ndim), *grad_weight, as_input(grad_x, ndim)], **BITS)
+        needs[-1] = False  # with no gradient of x to lie in
+        found = PASSES.unit_propagate_back(grad_y, x, of_unit.frames, parameters, kept, *contexts, needs)
+        assert_close(found, list(grad_weight), **BITS)
+        return [y, of_units.statistics_of(kept, len(gates), accumulate_dtype(x.dtype))]
+
+    same_bits_with_any_threads(everything)
 
 
 @pytest.mark.parametrize("norm", NORMS)
