@@ -24,8 +24,9 @@ MOST_ELEMENTS, _AS_MANY = 32768, 128
 #: In 16 bits, which are converted to float32 here, beyond which that costs more than it saves: elements of all weights;
 #: and of the plain and of the token form multiplications of a product, twice as many where a backward follows.
 _MOST_WEIGHTS, _MOST_PRODUCTS = 2**18, 2**20
-#: And the elements of a memory by which a single row is multiplied in 16 bits in 4 us.
-_OF_ONE_ROW = 2**12
+#: Multiplications up to which PyTorch has loops of its own for a product in 16 bits, which take 4 us (16^3, as ATen's
+#: mkldnn_gemm_min_size); beyond, a call of oneDNN takes 20.
+_FEW_PRODUCTS = 2**12
 
 
 def by_heads(x: Tensor, heads: int, eps: float, *parameters: Tensor | None) -> Tensor:
@@ -55,9 +56,9 @@ def _is_small_in_16_bits(x: Tensor, key: Tensor) -> bool:
     """Whether plain external attention of 16 bits costs less in float32: what is converted, the map, and the products,
     which a large call has faster in 16 bits, where a call of one costs 20 us."""
     elements, rows = x.numel(), x.numel() // x.shape[2]
-    if max(elements, rows * key.shape[0] // 2) > MOST_ELEMENTS or (rows == 1 and key.numel() <= _OF_ONE_ROW):
+    if max(elements, rows * key.shape[0] // 2) > MOST_ELEMENTS:
         return False
-    return rows * key.numel() <= _most_products()
+    return _FEW_PRODUCTS < rows * key.numel() <= _most_products()
 
 
 def _most_products() -> int:

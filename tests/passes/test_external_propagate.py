@@ -45,6 +45,7 @@ HEADS = {"one": (8, 1, (1, 9)), "odd": (12, 3, (2, 5)), "one token": (6, 2, (3, 
 @pytest.fixture(autouse=True)
 def as_installed(monkeypatch, fused_at_any_size) -> None:
     monkeypatch.setattr(choices, "CALL_COST", COST)
+    monkeypatch.setattr(small_calls, "_FEW_PRODUCTS", 0)
 
 
 def block(sizes: str, dtype=torch.float64, **settings) -> tuple[nn.Module, torch.Tensor]:
