@@ -91,6 +91,8 @@ def unpooled(grad_ptr, argmax_ptr, b, i, other, LENGTH: tl.constexpr, POOLED: tl
 def pool_kernel(x_ptr, gate_ptr, pooled_ptr, argmax_ptr, M: tl.constexpr, OVER_ROWS: tl.constexpr):
     """Maximum, mean and index of x times a gate along the axis that is pooled: over the columns of each row, or over
     the rows of each column. The gate is that of the pooled axis. Reads 1 |X|."""
+    BR: tl.constexpr = M.BR
+    BN: tl.constexpr = M.BN
     ACC: tl.constexpr = pooled_ptr.dtype.element_ty
     KEPT: tl.constexpr = M.N if OVER_ROWS else M.R
     POOLED: tl.constexpr = M.R if OVER_ROWS else M.N
@@ -98,9 +100,9 @@ def pool_kernel(x_ptr, gate_ptr, pooled_ptr, argmax_ptr, M: tl.constexpr, OVER_R
     BLOCK: tl.constexpr = M.BN if OVER_ROWS else M.BR
     AXIS: tl.constexpr = 0 if OVER_ROWS else 1
     b, part = place((KEPT + BLOCK - 1) // BLOCK)
-    best = tl.full([M.BR, M.BN], least_key(ACC), key_type(ACC))
-    index = tl.zeros([M.BR, M.BN], tl.int32)
-    total = tl.zeros([M.BR, M.BN], ACC)
+    best = tl.full([BR, BN], least_key(ACC), key_type(ACC))
+    index = tl.zeros([BR, BN], tl.int32)
+    total = tl.zeros([BR, BN], ACC)
     x_ptr += b * (M.R * M.N)
     for start in range(0, POOLED, STEP):
         r, n, inside, offsets = block_at(start if OVER_ROWS else part * BLOCK, part * BLOCK if OVER_ROWS else start, M)
@@ -148,11 +150,13 @@ def reduce_kernel(
 ):
     """Of q = grad_y * x the sums over columns of q times their gate [B, R], and over this block's rows those of q times
     theirs, [B, blocks of rows, N]. Reads 2 |X|, or 3 |X| with a confounder."""
+    BR: tl.constexpr = M.BR
+    BN: tl.constexpr = M.BN
     ACC: tl.constexpr = over_rows_ptr.dtype.element_ty
     blocks: tl.constexpr = (M.R + M.BR - 1) // M.BR
     b, part = place(blocks)
     sample = b * (M.R * M.N)
-    total = tl.zeros([M.BR, M.BN], ACC)
+    total = tl.zeros([BR, BN], ACC)
     for start in range(0, M.N, M.BN):
         r, n, inside, offsets = block_at(part * M.BR, start, M)
         q = gradient(grad_ptr, confounder_ptr, sample + offsets, inside, ACC)
@@ -167,13 +171,15 @@ def reduce_kernel(
 @tiles.launched
 def unpool_reduce_kernel(x_ptr, grad_ptr, argmax_ptr, out_ptr, M: tl.constexpr):
     """The sums over positions of x * U, U of the spatial features, for each channel. Reads 1 |X|."""
+    BR: tl.constexpr = M.BR
+    BN: tl.constexpr = M.BN
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     CHANNELS: tl.constexpr = M.R if M.rows_are_channels else M.N
     POSITIONS: tl.constexpr = M.N if M.rows_are_channels else M.R
     STEP: tl.constexpr = M.BN if M.rows_are_channels else M.BR
     BLOCK: tl.constexpr = M.BR if M.rows_are_channels else M.BN
     b, part = place((CHANNELS + BLOCK - 1) // BLOCK)
-    total = tl.zeros([M.BR, M.BN], ACC)
+    total = tl.zeros([BR, BN], ACC)
     x_ptr += b * (M.R * M.N)
     for start in range(0, POSITIONS, STEP):
         first = part * BLOCK

@@ -164,6 +164,7 @@ def double_norm_kernel(
     WIDE: tl.constexpr,
 ):
     """A over the logits, and mass = eps + the sum of P over the group."""
+    BM: tl.constexpr = C.block
     M: tl.constexpr = column_count(C)
     ACC: tl.constexpr = mass_ptr.dtype.element_ty
     b, block, head, span = place(n, C.heads, spans(C), BT)
@@ -172,7 +173,7 @@ def double_norm_kernel(
     lse_ptr += b * M
     r, total = span_total(logits_ptr, lse_ptr, t, shown, head, span, C, ACC)
     norm = norm_of(total, r, EPS)
-    mass = tl.broadcast_to(total * tl.exp(r) + tl.full([1, 1], EPS, ACC), [BT, C.block])
+    mass = tl.broadcast_to(total * tl.exp(r) + tl.full([1, 1], EPS, ACC), [BT, BM])
     for piece in range(pieces(C)):
         m, exists, group = columns_at(head, span, piece, C)
         mask = shown[:, None] & exists[None, :]

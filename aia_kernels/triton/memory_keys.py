@@ -76,6 +76,7 @@ def statistics_kernel(
     G: tl.constexpr,
 ):
     """Of each row of keys the maximum and the sum of exp(logit - maximum) over the tokens of a strip."""
+    BLOCK: tl.constexpr = G.block
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     M: tl.constexpr = G.heads * G.d
     strips = tl.cdiv(n, G.tokens * blocks)
@@ -83,7 +84,7 @@ def statistics_kernel(
     strip, part, b = pid % strips, pid // strips % row_blocks(G), (pid // (strips * row_blocks(G))).to(tl.int64)
     r, exists = rows_from(part * G.block, M, G)
     logits_ptr += b * (2 * M) * n
-    maximum, total = tl.full([G.block], float("-inf"), ACC), tl.zeros([G.block], ACC)
+    maximum, total = tl.full([BLOCK], float("-inf"), ACC), tl.zeros([BLOCK], ACC)
     for i in range(blocks):
         t, shown = strip_at(i, strip, blocks, n, b, padding_ptr, G)
         mask = exists[:, None] & shown[None, :]
@@ -150,6 +151,7 @@ def keys_backward_kernel(
     G: tl.constexpr,
 ):
     """The gradient of keys whose phi is of each token alone, which is made again."""
+    BT: tl.constexpr = G.tokens
     ACC: tl.constexpr = grad_sums_ptr.dtype.element_ty
     UNIT: tl.constexpr = G.rows - G.d
     b, block, head, _ = place(n, G.heads, 1, G.tokens)
@@ -160,7 +162,7 @@ def keys_backward_kernel(
     rows_ptr += (b * (G.heads * (G.rows + 2 * G.d)) + head * G.d) * n
     if G.feature == L2:
         inverse = inverse_lengths(z_ptr, t, shown, n, G, ACC)
-        along = tl.zeros([G.tokens], ACC)
+        along = tl.zeros([BT], ACC)
         for first in range(0, G.d, G.block):
             r, exists = rows_from(first, G.d, G)
             mask = exists[:, None] & shown[None, :]
@@ -189,6 +191,7 @@ def reduced_kernel(
     G: tl.constexpr,
 ):
     """The sum of phi(k) times its gradient over the tokens of a strip, where phi is a softmax over tokens."""
+    BLOCK: tl.constexpr = G.block
     ACC: tl.constexpr = grad_sums_ptr.dtype.element_ty
     M: tl.constexpr = G.heads * G.d
     strips = tl.cdiv(n, G.tokens * blocks)
@@ -196,7 +199,7 @@ def reduced_kernel(
     strip, part, b = pid % strips, pid // strips % row_blocks(G), (pid // (strips * row_blocks(G))).to(tl.int64)
     r, exists = rows_from(part * G.block, M, G)
     grad_sum = tl.load(grad_sums_ptr + b * M + r, mask=exists, other=0)
-    total = tl.zeros([G.block], ACC)
+    total = tl.zeros([BLOCK], ACC)
     for i in range(blocks):
         t, inside = strip_at(i, strip, blocks, n, b, None, G)
         mask = exists[:, None] & inside[None, :]

@@ -51,7 +51,8 @@ def weights_of(sums_ptr, r, exists, n, EPS: tl.constexpr):
 @triton.jit
 def maxima_of(z_ptr, t, shown, n, G: tl.constexpr, ACC: tl.constexpr):
     """The maximum over the rows of a head, [BT]; 0 where there is none."""
-    maximum = tl.full([G.tokens], float("-inf"), ACC)
+    BT: tl.constexpr = G.tokens
+    maximum = tl.full([BT], float("-inf"), ACC)
     for first in range(0, G.d, G.block):
         r, exists = rows_from(first, G.d, G)
         mask = exists[:, None] & shown[None, :]
@@ -76,7 +77,8 @@ def phi_of(z_ptr, scale, r, t, mask, n, FEATURE: tl.constexpr, ACC: tl.constexpr
 @triton.jit
 def scale_of(z_ptr, t, shown, n, G: tl.constexpr, ACC: tl.constexpr):
     """What phi_of is given."""
-    scale = tl.full([G.tokens], 1, ACC)
+    BT: tl.constexpr = G.tokens
+    scale = tl.full([BT], 1, ACC)
     if G.feature == L2:
         scale = inverse_lengths(z_ptr, t, shown, n, G, ACC)
     elif G.feature == SOFTMAX:
@@ -96,6 +98,7 @@ def queries_kernel(
     G: tl.constexpr,
 ):
     """phi(q)'."""
+    BT: tl.constexpr = G.tokens
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     UNIT: tl.constexpr = G.rows - G.d
     b, block, head, _ = place(n, G.heads, 1, G.tokens)
@@ -104,7 +107,7 @@ def queries_kernel(
     query_ptr += (b * G.heads + head) * G.rows * n
     sums_ptr += (b * G.heads + head) * G.rows
     scale = scale_of(z_ptr, t, shown, n, G, ACC)
-    mass = tl.zeros([G.tokens], ACC)
+    mass = tl.zeros([BT], ACC)
     if UNIT:
         mass += tiles.quotient(tl.load(sums_ptr), tl.zeros([], ACC) + n)
     for first in range(0, G.d, G.block):
@@ -142,6 +145,7 @@ def queries_backward_kernel(
     With the mass of phi(q) and its product with P, both by the rows of a head, ratio = product / mass is the gradient
     of gamma, and that of the mass -ratio * factor.
     """
+    BT: tl.constexpr = G.tokens
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     UNIT: tl.constexpr = G.rows - G.d
     COLUMNS: tl.constexpr = 0 if G.feature == SOFTMAX else G.rows
@@ -155,7 +159,7 @@ def queries_backward_kernel(
     partial_ptr += ((b * G.heads + head) * tl.cdiv(n, G.tokens) + block) * (COLUMNS + 1)
     scale = scale_of(z_ptr, t, shown, n, G, ACC)
     # Of the features alone, without the constant.
-    mass, product = tl.zeros([G.tokens], ACC), tl.zeros([G.tokens], ACC)
+    mass, product = tl.zeros([BT], ACC), tl.zeros([BT], ACC)
     for first in range(0, G.d, G.block):
         r, exists = rows_from(first, G.d, G)
         mask = exists[:, None] & shown[None, :]

@@ -133,7 +133,8 @@ def sigmoid(z):
 @triton.jit
 def inverse_lengths(z_ptr, t, shown, n, G: tl.constexpr, ACC: tl.constexpr):
     """1 / |z| of each token, [BT], over the rows from z on; 1 where that is zero."""
-    square = tl.zeros([G.tokens], ACC)
+    BT: tl.constexpr = G.tokens
+    square = tl.zeros([BT], ACC)
     for first in range(0, G.d, G.block):
         r, exists = rows_from(first, G.d, G)
         z = load_rows(z_ptr, r, t, exists[:, None] & shown[None, :], n).to(ACC)

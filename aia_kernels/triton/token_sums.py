@@ -66,6 +66,7 @@ def token_sum_kernel(
 ):
     """x^T factor over the tokens of this program: partial, factor as factor_tile. With sums, also those of x. Program p
     takes blocks p, p + P, ... of all samples."""
+    BM: tl.constexpr = C.block
     M: tl.constexpr = column_count(C)
     WIDTH: tl.constexpr = C.width
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
@@ -80,7 +81,7 @@ def token_sum_kernel(
     program = (pid // C.heads).to(tl.int64)
     blocks = tl.cdiv(n, BT)
     f = part * BF + tl.arange(0, BF)
-    total = tl.zeros([BF, C.block], ACC)
+    total = tl.zeros([BF, BM], ACC)
     sums = tl.zeros([BF], ACC)
     for task in range(pid // C.heads, batch * blocks, tl.num_programs(0) // (PARTS * TILES * C.heads)):
         b = (task // blocks).to(tl.int64)
@@ -125,13 +126,14 @@ def attention_sums_kernel(
     WIDE: tl.constexpr,
 ):
     """Sums of A over the tokens of this program, [P, M]."""
+    BM: tl.constexpr = C.block
     M: tl.constexpr = column_count(C)
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
     TILES: tl.constexpr = spans(C) * pieces(C)
     tile = tl.program_id(0) % TILES
     program = tl.program_id(0) // TILES
     blocks = tl.cdiv(n, BT)
-    sums = tl.zeros([C.block], ACC)
+    sums = tl.zeros([BM], ACC)
     for task in range(program, batch * blocks, tl.num_programs(0) // TILES):
         b = (task // blocks).to(tl.int64)
         t, inside, shown = tokens_at(b, task % blocks, n, padding_ptr, BT, WIDE)
@@ -163,6 +165,7 @@ def moments_kernel(
 
     Both are made of A' rounded to the type of the product, so that the covariance that follows is one.
     """
+    BM: tl.constexpr = C.block
     M: tl.constexpr = column_count(C)
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
     TYPE: tl.constexpr = logits_ptr.dtype.element_ty
@@ -173,8 +176,8 @@ def moments_kernel(
     blocks = tl.cdiv(n, BT)
     i, i_exists, _ = columns_at(0, left // pieces(C), left % pieces(C), C)
     j, j_exists, _ = columns_at(0, right // pieces(C), right % pieces(C), C)
-    second = tl.zeros([C.block, C.block], ACC)
-    sums = tl.zeros([C.block], ACC)
+    second = tl.zeros([BM, BM], ACC)
+    sums = tl.zeros([BM], ACC)
     for task in range(program, batch * blocks, tl.num_programs(0) // (TILES * TILES)):
         b = (task // blocks).to(tl.int64)
         t, inside, shown = tokens_at(b, task % blocks, n, padding_ptr, BT, WIDE)
