@@ -360,7 +360,7 @@ def _(grad, x, weights, kept, feature, eps, residual, needs_x):
 
 @_fake("external_propagate_")
 def _(x, weights, norm, running, heads, eps, fold, batch, norm_eps, momentum):
-    first, key, value, _, last, _ = weights
+    first, key, value, _, last, *_ = weights
     on_maps = x.ndim == 4
     c, (slots, k), v = x.shape[1 if on_maps else 2], key.shape[:2], value.shape[0]
     b, rows, outputs = x.shape[0], x.numel() // c, (value if last is None else last).shape[0]

@@ -306,11 +306,13 @@ _MEMORY_PROPAGATE_SCHEMAS = {
 #     u = V A + b_V    z = W_2 u + b_2        and, where norm is not empty, y = relu(BN(z) + x), else y = z
 #
 # weights are W_1 [heads * k, C], K, V, b_V, W_2 [O, heads * v] and b_2; W_1, W_2 and biases may be absent, the former
-# two of one head alone. fold: K W_1 and W_2 V are made first, and h and u never. norm is empty, or scale, shift, mean
-# and variance [C]; the latter two serve where batch is not set, else the moments of z do. x is contiguous [B, N, C] or
-# maps [B, C, H, W] in either order, as it is where norm is not empty; and not empty; all else is contiguous and of its
-# type. In 16 bits all of it is made in float32, and what is kept is float32. Maps come out with as many channels, and
-# take no biases. Weights may have axes of one behind, as those of pointwise convolutions. A backend may lack them.
+# two of one head alone. Behind them b_1, or None, says that there is a residual, of tokens and one head: then h is
+# W_1 x + b_1, and y = z + h. fold: K W_1 and W_2 V are made first, and h and u never. norm is empty, or scale, shift,
+# mean and variance [C]; the latter two serve where batch is not set, else the moments of z do. x is contiguous
+# [B, N, C] or maps [B, C, H, W] in either order, as it is where norm is not empty; and not empty; all else is
+# contiguous and of its type. In 16 bits all of it is made in float32, and what is kept is float32. Maps come out with
+# as many channels, and take no biases. Weights may have axes of one behind, as those of pointwise convolutions. A
+# backend may lack them.
 _EXTERNAL_PROPAGATE_SCHEMAS = {
     # y, stored as x, and all that is kept for a backward, in one tensor of parts whose lengths are multiples of 16; the
     # last one of a block begins with its statistics [C, 3]: mean, biased variance and share of one token, 0 where they

@@ -39,8 +39,8 @@ def measured_order(device_name: str, family: str, dtype: str) -> tuple[str, ...]
 CALL_COST, ELEMENT_GAIN = 8_000_000, 30
 #: What a few calls of submodules or small operators cost, as a part of CALL_COST: below it products are not counted.
 PLAIN_CALLS = 16
-#: Of attention by a memory per sample, in the same unit: what a call of its algorithm costs over efficient attention's
-#: flow of a dozen operators, and what it saves for an element of that flow's tensors of all tokens.
+#: Of attention by a memory per sample, in the same unit: what a call of its algorithm costs over a flow of a dozen
+#: operators, and what it saves for an element of that flow's tensors of all tokens.
 FOLDING_COST, TRAFFIC_GAIN = 5_000_000, 100
 #: Fewer slots than these do not fill a vector at AVX-512, along which the lanes of the passes lie. PyTorch with the
 #: tokens side by side (algorithms/few_slots.py) is faster then, at any size; and a product of fewer columns is slower.

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ..algorithms.external_layer import Buffers, ExternalLayerFunction, Plan, forward
 from ..backends.choices import FEW_SLOTS
+from ..common.functions import apply_of
 from ..reference import Norm
 from ..reference.norm import is_number_of_batches
 from . import plain
+
+_apply = apply_of(ExternalLayerFunction)
 
 #: Elements of x and of the map beyond which operators of PyTorch, which share the work among threads, cost as little;
 #: and slots as many as which fewer than FEW_SLOTS count.
@@ -65,28 +68,19 @@ def _most_products() -> int:
     return _MOST_PRODUCTS * (2 if torch.is_grad_enabled() else 1)
 
 
-def tokens(
-    q: Tensor,
-    key: Tensor,
-    value: Tensor,
-    value_bias: Tensor | None,
-    last: Tensor,
-    last_bias: Tensor | None,
-    eps: float,
-) -> Tensor | None:
-    """External attention of q [B, N, d] and a product behind it, to d features again; None where there is no such
-    operator for it."""
-    parameters = key, value, value_bias, last, last_bias
-    rows = q.numel() // q.shape[2]
-    if last.shape[0] != q.shape[2] or not q.is_contiguous():
+def tokens(x: Tensor, eps: float, *parameters: Tensor | None) -> Tensor | None:
+    """The layer of a T2T stage on x [B, N, d], h = q_linear(x) and y = h + proj(EA(h)), without dropouts, from the
+    weight and the bias of each of its products; None where there is no such operator for it."""
+    first, first_bias, key, key_bias, value, value_bias, last, last_bias = parameters
+    rows = x.numel() // x.shape[2]
+    products = rows * (first.numel() + 2 * key.numel() + last.numel())
+    if not x.is_contiguous() or (x.dtype.itemsize < 4 and products > 2 * _most_products()):
         return None
-    if q.dtype.itemsize < 4 and rows * (2 * key.numel() + last.numel()) > 2 * _most_products():
+    passes = _passes(x, rows, key.shape[0], parameters)
+    if passes is None or last.shape[0] != first.shape[0]:
         return None
-    passes = _passes(q, rows, key.shape[0], parameters)
-    if passes is None:
-        return None
-    layer = None, *parameters, None, None, None, None
-    return _called(q, Plan(passes, 1, eps), layer, Buffers())
+    layer = first, key, value, value_bias, last, last_bias, None, None, first_bias, key_bias
+    return _called(x, Plan(passes, 1, eps, residual=True), layer, Buffers())
 
 
 def values_of_maps(
@@ -153,5 +147,5 @@ def _passes_for(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> Any:
 def _called(x: Tensor, plan: Plan, layer: Sequence[Tensor | None], buffers: Buffers) -> Tensor:
     """y, by way of autograd where somebody wants gradients."""
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in layer)):
-        return ExternalLayerFunction.apply(x, plan, buffers, *layer)
+        return _apply(x, plan, buffers, *layer)
     return forward(plan, x, layer, buffers)[0]

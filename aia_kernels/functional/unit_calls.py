@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from .. import backends
 from ..algorithms.unit import Buffers, Plan, UnitFunction, forward
+from ..common.functions import apply_of
 from ..reference import Norm, Unit
 from ..reference.norm import is_number_of_batches, updates
 
 FAMILY = "attention_in_attention"
+_apply = apply_of(UnitFunction)
 
 
 class GatesRead(NamedTuple):
@@ -64,17 +67,30 @@ def at_once(x: Tensor, unit: Unit, frames: Any, read: GatesRead) -> Tensor | Non
     # At least one map may have a single value, or none.
     if x.numel() <= max(x.shape) or not (x.is_contiguous() or x.is_contiguous(memory_format=channels_last)):
         return None
-    if backends.chosen_backend() not in ("auto", "cpu") or backends.select(x.device, x.dtype, FAMILY) != "cpu":
+    if backends.chosen_backend() not in ("auto", "cpu") or (passes := _passes_of(x.dtype)) is None:
+        return None
+    plan = Plan(unit, passes, frames, read.batch, read.eps, read.momentum)
+    return called(plan, x, read.parameters, read.buffers, _apply)[0]
+
+
+@functools.cache
+def _passes_of(dtype: torch.dtype) -> Any:
+    """The passes that "auto" takes on a CPU for a type, if they have a unit as one operator; else None."""
+    if backends.why_not("cpu", "cpu", dtype, FAMILY):
         return None
     passes = backends.passes("cpu", FAMILY)
-    if not has_units(passes):
-        return None
-    return called(Plan(unit, passes, frames, *read[2:]), x, read.parameters, read.buffers)[0]
+    return passes if has_units(passes) else None
 
 
-def called(plan: Plan, x: Tensor, parameters: Sequence[Tensor | None], buffers: Buffers) -> tuple[Tensor, Tensor]:
+def called(
+    plan: Plan,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    buffers: Buffers,
+    apply: Callable[..., Any] = UnitFunction.apply,
+) -> tuple[Tensor, Tensor]:
     """y and what is kept, by way of autograd where somebody wants gradients."""
     if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
-        y, (kept,) = UnitFunction.apply(x, plan, buffers, *parameters)
+        y, (kept,) = apply(x, plan, buffers, *parameters)
         return y, kept
     return forward(plan, x, parameters, buffers, False)

@@ -524,10 +524,10 @@ class TokenExternalAttention(nn.Module):
         fits = x.shape[2] == query.shape[1] and query.shape[0] == key.shape[1] and key_bias is None and x.numel()
         if not fits or not backends.plain_is_faster(x.device, _rows_to_fuse(x), key.shape[0]):
             return None
+        if (y := small_calls.tokens(x, EPS, *found)) is not None:
+            return y
         q = nn.functional.linear(x, query, query_bias)
-        o = small_calls.tokens(q, key, value, value_bias, proj, bias, EPS)
-        if o is None:
-            o = nn.functional.linear(plain.external_attention(q, key, value, None, value_bias, EPS), proj, bias)
+        o = nn.functional.linear(plain.external_attention(q, key, value, None, value_bias, EPS), proj, bias)
         return q + o
 
     def _through_submodules(self, x: Tensor) -> Tensor:

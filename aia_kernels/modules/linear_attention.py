@@ -158,7 +158,12 @@ def linear_flow_is_faster(x: Tensor, channels: int, keys: int, calls: float = 1)
     return backends.published_flow_is_faster(x.device, 2 * x.numel(), saved, calls)
 
 
-def efficient_flow_is_faster(x: Tensor, channels: int, keys: int, values: int, heads: int) -> bool:
+#: The flow of efficient attention has a dozen operators, ours one for each direction. Measured over 36 sizes, 16 to 576
+#: positions of 32, 64 and 256 channels, one head and four: ours is faster from 1.5 million on, in a step from 2.3.
+EFFICIENT_CALLS = 0.5
+
+
+def efficient_flow_is_faster(x: Tensor, channels: int, keys: int, values: int, heads: int, calls: float = 1) -> bool:
     """The same of efficient attention. Per position, folding leaves out the products of the values and of the
     reprojection and puts wider ones in their places; in training keys and queries are made twice where they are not
     small beside x."""
@@ -168,7 +173,7 @@ def efficient_flow_is_faster(x: Tensor, channels: int, keys: int, values: int, h
     positions = x.numel() // channels
     per_sample = 4 * keys * channels * values // heads  # small products, at half the speed of large ones
     elements = 2 * (keys + values) * positions // 3  # measured: x itself is met less often than in linear attention
-    return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0])
+    return backends.published_flow_is_faster(x.device, elements, saved * positions - per_sample * x.shape[0], calls)
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, feature: str, eps: float) -> Tensor:
@@ -271,7 +276,7 @@ class EfficientAttention(_OnMaps):
     def _published_is_faster(self, x: Tensor) -> bool:
         keys, values = held(self, "keys"), held(self, "values")
         sizes = keys.in_channels, keys.out_channels, values.out_channels
-        return efficient_flow_is_faster(x, *sizes, self.head_count)
+        return efficient_flow_is_faster(x, *sizes, self.head_count, EFFICIENT_CALLS)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         o = self._as_published(*(held(self, name)(x).flatten(2) for name in ("queries", "keys", "values")))

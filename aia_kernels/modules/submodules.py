@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
@@ -85,6 +86,8 @@ def _type_of_ordinary(x: Tensor) -> torch.dtype | None:
     if is_observed() or _has_any_global_hook():  # first, as torch.compile would guard each later check
         return None
     if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+        return None
+    if is_functorch_wrapped_tensor(x):  # left behind by a transform
         return None
     return x.dtype if x.dtype in plain.FLOATING else None
 

@@ -131,7 +131,7 @@ def join_statistics_kernel(
 ):
     """Statistics [B, 2, M], and lse, from those of blocks of tokens, partial [B, blocks, 2, M]."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    SPANS: tl.constexpr = tl.cdiv(M, BM)
+    SPANS: tl.constexpr = (M + BM - 1) // BM
     b = (tl.program_id(0) // SPANS).to(tl.int64)
     m = tl.program_id(0) % SPANS * BM + tl.arange(0, BM)
     maximum, total = tl.full([BM], float("-inf"), ACC), tl.zeros([BM], ACC)

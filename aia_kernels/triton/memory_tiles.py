@@ -176,7 +176,7 @@ def join_kernel(
 ):
     """Sums over the blocks of tokens, by heads, and of the last column over all heads."""
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
-    PARTS: tl.constexpr = tl.cdiv(R, BR)
+    PARTS: tl.constexpr = (R + BR - 1) // BR
     WIDTH: tl.constexpr = COLUMNS + (0 if total_ptr is None else 1)
     pid = tl.program_id(0)
     i = tl.arange(0, BP).to(tl.int64)

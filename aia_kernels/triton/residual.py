@@ -118,7 +118,7 @@ def signed_kernel(
     WIDE: tl.constexpr,
 ):
     """g = grad_y where the sign is set, and this program's share of its sums, partial [P, F]."""
-    BLOCKS: tl.constexpr = tl.cdiv(F, BF)
+    BLOCKS: tl.constexpr = (F + BF - 1) // BF
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     first_f = tl.program_id(0) % BLOCKS * BF
     program = tl.program_id(0) // BLOCKS

@@ -70,7 +70,7 @@ def token_sum_kernel(
     M: tl.constexpr = column_count(C)
     WIDTH: tl.constexpr = C.width
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
-    PARTS: tl.constexpr = tl.cdiv(F, BF)
+    PARTS: tl.constexpr = (F + BF - 1) // BF
     TILES: tl.constexpr = spans(C) * pieces(C)
     pid = tl.program_id(0)
     part = pid % PARTS

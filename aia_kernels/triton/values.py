@@ -70,7 +70,7 @@ def features_kernel(
     WIDTH: tl.constexpr = C.width
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
     TYPE: tl.constexpr = o_ptr.dtype.element_ty
-    PARTS: tl.constexpr = tl.cdiv(F, BF)
+    PARTS: tl.constexpr = (F + BF - 1) // BF
     b, block, head, part = place(n, C.heads, PARTS, BT)
     t, inside, shown = tokens_at(b, block, n, padding_ptr, BT, WIDE)
     f = part * BF + tl.arange(0, BF)

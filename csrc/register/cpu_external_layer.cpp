@@ -25,8 +25,7 @@ using aia::cpu::double_norm_backward_;
 using aia::cpu::double_norm_backward_reduce;
 using aia::cpu::for_numbers;
 using aia::cpu::is_narrow;
-using aia::cpu::multiply;
-using aia::cpu::multiply_matrices;
+using aia::cpu::multiply_small;
 using aia::cpu::mutable_numbers;
 using aia::cpu::narrowed;
 using aia::cpu::normalize;
@@ -41,6 +40,15 @@ using torch::stable::Tensor;
 
 using Sizes = std::initializer_list<int64_t>;
 using Optional = std::optional<Tensor>;
+
+// Of matrices [p, q] and [q, r], and of as many of them as there are samples.
+void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (multiply_small(out, a, b)) return;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (!multiply_small(out, a, b)) aia::cpu::multiply(out, a, b);
+}
 
 Tensor product(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns) {
   Tensor out = new_numbers(a, {rows, columns});
@@ -148,12 +156,12 @@ Tensor stored_as(const Tensor& x) {
 struct Layer {
   Side x, y;
   int64_t heads, S, k, v;  // slots, and the features of a head before K and behind V
-  bool on_maps, block;
+  bool on_maps, block, residual;
   Tensor first, key, value, last;  // undefined where there is none
-  Optional value_bias, last_bias;
+  Optional value_bias, last_bias, first_bias;
 
   Layer(const Tensor& tokens, const std::vector<Optional>& weights, const std::vector<Optional>& norm, int64_t heads)
-      : heads(heads), block(!norm.empty()) {
+      : heads(heads), block(!norm.empty()), residual(weights.size() == 7) {
     const aia::Layout at = aia::check_operand(tokens, tokens, "x");
     const auto type = tokens.scalar_type();
     AIA_CHECK(type == aia::accumulate_type(tokens), "x must be float32 or float64, got ", aia::name_of(type));
@@ -166,7 +174,8 @@ struct Layer {
     const bool channels_last = on_maps && aia::cpu::is_channels_last(at);
     AIA_CHECK(contiguous || channels_last, "x must be contiguous or, of maps, channels_last, got ",
               aia::described(tokens));
-    AIA_CHECK(weights.size() == 6 && weights[1] && weights[2], "weights must be W_1, K, V, a bias, W_2 and a bias, ",
+    AIA_CHECK((weights.size() == 6 || residual) && weights[1] && weights[2],
+              "weights must be W_1, K, V, a bias, W_2, a bias and, of a residual, one of W_1, ",
               "of which K and V are there, got ", weights.size(), " entries");
     AIA_CHECK(heads == 1 || (heads > 1 && weights[0] && weights[4]), "several heads need W_1 and W_2");
     const Optional of_first = weight_of(weights[0], tokens, "W_1"), of_last = weight_of(weights[4], tokens, "W_2");
@@ -189,6 +198,12 @@ struct Layer {
     check(of_last, {outputs, heads * v}, "W_2");
     check(last_bias, {outputs}, "the bias of W_2");
     AIA_CHECK(of_last || !last_bias, "a bias of W_2 needs W_2");
+    if (residual) {
+      AIA_CHECK(of_first && heads == 1 && !on_maps && outputs == k,
+                "a residual is of one head and tokens, with W_1 and as many features behind as h has");
+      first_bias = weights[6];
+      check(first_bias, {k}, "the bias of W_1");
+    }
     AIA_CHECK(!on_maps || (outputs == C && !value_bias && !last_bias),
               "maps must have as many channels behind as before, and no biases");
     if (!block) return;
@@ -217,8 +232,8 @@ struct Kept {
   Tensor all, a, mass, h, u, z, statistics;
 
   Kept(const Layer& given, const Tensor& x, bool fold, const Optional& known = std::nullopt) {
-    AIA_CHECK(!fold || (given.heads == 1 && given.first.defined() && !given.value_bias),
-              "weights of one head fold, with W_1 and no bias of V");
+    AIA_CHECK(!fold || (given.heads == 1 && given.first.defined() && !given.value_bias && !given.residual),
+              "weights of one head fold, with W_1, no bias of V and no residual");
     const int64_t B = given.x.B, N = given.x.N, R = B * N, heads = given.heads, M = heads * given.S;
     const int64_t of_h = fold ? given.S * given.x.p : given.first.defined() ? R * heads * given.k : 0;
     const int64_t of_u = !given.last.defined() ? 0 : fold ? given.y.p * given.S : R * heads * given.v;
@@ -264,6 +279,13 @@ void add_bias(const Side& side, const Optional& bias, const Tensor& to) {
   with_batch_norm(to, [&](auto zero, const auto& pass) {
     using A = decltype(zero);
     pass.add(rows_of(side, aia::scalar_of(to, "x")), numbers<A>(*bias), mutable_numbers<A>(to));
+  });
+}
+// Adds the numbers of one tensor to those of another, both contiguous or stored alike.
+void add(const Tensor& from, const Tensor& to) {
+  with_type(to, [&](auto zero) {
+    const auto* added = numbers<decltype(zero)>(from);
+    for_numbers(to, [&](auto& number, int64_t i) { number += added[i]; });
   });
 }
 Tensor sums_over_tokens(const Side& side, const Tensor& of) {
@@ -322,6 +344,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::vector<Optional>&
   const int64_t rows = at.R() * heads, M = heads * at.S;
   if (at.first.defined()) {
     at.x.times_into(kept.h, x, at.first, heads * at.k, true);
+    add_bias({1, at.R(), heads * at.k, false}, at.first_bias, kept.h);
     multiply_matrices(matrix(kept.a, rows, at.S), matrix(kept.h, rows, at.k), turned(at.key, at.S, at.k));
   } else {
     at.x.times_into(kept.a, x, at.key, at.S, true);
@@ -338,6 +361,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::vector<Optional>&
     at.y.multiply_into(z, kept.a, at.value, at.S, true);
     add_bias(at.y, at.value_bias, z);
   }
+  if (at.residual) add(kept.h, y);
   if (!at.block) return {y, kept.all};
   find_statistics(at.y, z, norm[2], norm[3], batch, kept.statistics);
   if (!running.empty())
@@ -353,19 +377,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::vector<Optional>&
   return {y, kept.all};
 }
 
-std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, std::vector<Optional> weights,
-                                               std::vector<Optional> norm, std::vector<Tensor> running, int64_t heads,
-                                               double eps, bool fold, bool batch, double norm_eps, double momentum) {
+std::tuple<Tensor, Tensor> external_propagate_(const Tensor& x, const std::vector<Optional>& weights,
+                                               const std::vector<Optional>& norm, const std::vector<Tensor>& running,
+                                               int64_t heads, double eps, bool fold, bool batch, double norm_eps,
+                                               double momentum) {
   if (!is_narrow(x)) return forward(x, weights, norm, running, heads, eps, fold, batch, norm_eps, momentum);
   const auto type = x.scalar_type();
   const Tensor wide = widened(x, "x");
-  auto [y, kept] = forward(wide, widened(std::move(weights), type, "weights"), widened(std::move(norm), type, "norm"),
-                           running, heads, eps, fold, batch, norm_eps, momentum);
+  auto [y, kept] = forward(wide, widened(weights, type, "weights"), widened(norm, type, "norm"), running, heads, eps,
+                           fold, batch, norm_eps, momentum);
   return {narrowed(y, x), kept};
 }
 
-// The gradients of W_1, K, V, the bias of V, W_2 and its bias, of scale and shift, and of x, in this order.
-enum Gradient { kFirst, kKey, kValue, kValueBias, kLast, kLastBias, kScale, kShift, kX, kGradients };
+// The gradients of W_1, K, V, the bias of V, W_2 and its bias, of the bias of W_1, which a residual alone has, of scale
+// and shift, and of x, in this order.
+enum Gradient { kFirst, kKey, kValue, kValueBias, kLast, kLastBias, kFirstBias, kScale, kShift, kX, kGradients };
 using Found = std::array<Tensor, kGradients>;
 
 // Behind relu and batch norm: the gradients of z and of the residual, and of scale and shift.
@@ -412,7 +438,8 @@ Tensor through_values(const Layer& at, const Tensor& grad_z, const Kept& kept, c
 }
 
 // The gradients of what stands before A, for that of the logits.
-void through_keys(const Layer& at, const Tensor& grad_logits, const Tensor& x, const Kept& kept,
+// grad: that of y, which a residual gives h too.
+void through_keys(const Layer& at, const Tensor& grad_logits, const Tensor& grad, const Tensor& x, const Kept& kept,
                   const std::vector<bool>& needs, Found& found) {
   if (!at.first.defined()) {
     if (needs[kKey] || needs[kFirst]) found[kKey] = at.x.over_tokens(x, grad_logits, at.S, true);
@@ -422,6 +449,8 @@ void through_keys(const Layer& at, const Tensor& grad_logits, const Tensor& x, c
   const int64_t rows = at.R() * at.heads, width = at.heads * at.k;
   if (needs[kKey]) found[kKey] = product(turned(grad_logits, rows, at.S), matrix(kept.h, rows, at.k), at.S, at.k);
   const Tensor grad_h = product(matrix(grad_logits, rows, at.S), matrix(at.key, at.S, at.k), rows, at.k);
+  if (at.residual) add(grad, grad_h);
+  if (needs[kFirstBias]) found[kFirstBias] = sums_over_tokens({1, rows, at.k, false}, grad_h);
   if (needs[kFirst]) found[kFirst] = at.x.over_tokens(x, grad_h, width, true);
   if (needs[kX]) at.x.multiply_into(found[kX] = stored_as(x), grad_h, at.first, width, false);
 }
@@ -443,10 +472,13 @@ void unfold(const Layer& given, Found& found) {
 std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const Optional& y,
                              const std::vector<Optional>& weights, const std::vector<Optional>& norm,
                              const Tensor& kept_before, int64_t heads, bool fold, double norm_eps,
-                             const std::vector<bool>& needs) {
+                             const std::vector<bool>& given_needs) {
   const Layer given(x, weights, norm, heads);
   const bool block = given.block;
-  AIA_CHECK(needs.size() == kGradients, "needs must hold ", int{kGradients}, " entries, got ", needs.size());
+  const size_t expected = given.residual ? kGradients : kGradients - 1;
+  AIA_CHECK(given_needs.size() == expected, "needs must hold ", expected, " entries, got ", given_needs.size());
+  std::vector<bool> needs = given_needs;
+  if (!given.residual) needs.insert(needs.begin() + kFirstBias, false);
   for (int i = 0; i < kX; ++i)
     AIA_CHECK(!needs[i] || (i < kScale ? weights[i].has_value() : block), "needs must be of weights that are there");
   AIA_CHECK(block == y.has_value(), "y must be given for a block, and for nothing else");
@@ -462,34 +494,29 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const Optional
   if (block) std::tie(grad_z, g) = through_norm(at, grad, *y, kept, norm[0], norm_eps, found);
   const Tensor grad_a = view_of(through_values(at, grad_z, kept, needs, found), {at.x.B, at.x.N, heads * at.S},
                                 {at.x.N * heads * at.S, heads * at.S, 1});
-  if (needs[kX] || needs[kKey] || needs[kFirst]) {
+  if (needs[kX] || needs[kKey] || needs[kFirst] || needs[kFirstBias]) {
     double_norm_backward_(grad_a, kept.a, kept.mass, double_norm_backward_reduce(grad_a, kept.a, at.S), at.S);
-    through_keys(at, grad_a, x, kept, needs, found);
+    through_keys(at, grad_a, grad, x, kept, needs, found);
   }
   if (fold) unfold(given, found);
-  if (block && needs[kX])
-    with_type(x, [&](auto zero) {
-      const auto* added = numbers<decltype(zero)>(g);
-      for_numbers(found[kX], [&](auto& number, int64_t i) { number += added[i]; });
-    });
+  if (block && needs[kX]) add(g, found[kX]);
   std::vector<Tensor> results;
   for (int i = 0; i < kGradients; ++i)
     if (needs[i]) results.push_back(i < kScale ? shaped_as(found[i], *weights[i]) : found[i]);
   return results;
 }
 
-std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x, Optional y,
-                                            std::vector<Optional> weights, std::vector<Optional> norm,
+std::vector<Tensor> external_propagate_back(const Tensor& grad, const Tensor& x, const Optional& y,
+                                            const std::vector<Optional>& weights, const std::vector<Optional>& norm,
                                             const Tensor& kept, int64_t heads, bool fold, double norm_eps,
-                                            std::vector<bool> needs) {
+                                            const std::vector<bool>& needs) {
   if (!is_narrow(x)) return backward(grad, x, y, weights, norm, kept, heads, fold, norm_eps, needs);
   const auto type = x.scalar_type();
   for (const Tensor& of_y : {grad, y ? *y : grad})
     AIA_CHECK(of_y.scalar_type() == type, "grad and y must be of the type of x, got ", aia::described(of_y));
-  if (y) y = widened(*y, "y");
   std::vector<Tensor> results =
-      backward(widened(grad, "grad"), widened(x, "x"), y, widened(std::move(weights), type, "weights"),
-               widened(std::move(norm), type, "norm"), kept, heads, fold, norm_eps, needs);
+      backward(widened(grad, "grad"), widened(x, "x"), y ? Optional(widened(*y, "y")) : std::nullopt,
+               widened(weights, type, "weights"), widened(norm, type, "norm"), kept, heads, fold, norm_eps, needs);
   for (Tensor& result : results) result = narrowed(result, x);
   return results;
 }

@@ -5,8 +5,10 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <initializer_list>
+#include <utility>
 
 #include "../cpu/convert.h"
+#include "../cpu/perceptron.h"
 #include "cpu.h"
 
 namespace aia::cpu {
@@ -20,10 +22,83 @@ inline Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std
   return Tensor(view);
 }
 
-// Of matrices [p, q] and [q, r], and of as many of them as there are samples.
-inline void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+// A matrix, or one for each sample: element (i, j) of sample s is data[s * sample_step + i * row_step + j *
+// column_step].
+template <class A>
+struct Strided {
+  A* data;
+  int64_t rows, columns, row_step, column_step, samples = 1, sample_step = 0;
+
+  Strided(A* data, const Layout& at) : data(data) {
+    const int64_t first = at.dim - 2;
+    rows = at.sizes[first], columns = at.sizes[first + 1];
+    row_step = at.strides[first], column_step = at.strides[first + 1];
+    if (first) samples = at.sizes[0], sample_step = at.strides[0];
+    // Steps along axes of one are arbitrary.
+    if (rows == 1) row_step = columns * column_step;
+    if (columns == 1) column_step = row_step == 1 ? rows : 1;
+  }
+  Strided turned() const {
+    Strided t = *this;
+    std::swap(t.rows, t.columns), std::swap(t.row_step, t.column_step);
+    return t;
+  }
+  // Whether a sample is its rows, one after the other.
+  bool dense() const { return column_step == 1 && row_step == columns; }
+};
+
+// A product of PyTorch takes some 2.5 us whatever its size, between other operators twice that. In as long the loops of
+// a channel gate's MLP do so many multiply-adds; an operand that must be turned first costs as eight for each number.
+constexpr int64_t kSmallProduct = 1 << 14, kTurnedNumber = 8;
+
+// The product of small matrices, out = a b; false, and nothing is written, where they are not small or not stored so.
+template <class A>
+bool multiply_small(Strided<A> out, Strided<const A> a, Strided<const A> b) {
+  if (!out.dense()) {
+    const Strided<const A> other = a.turned();
+    out = out.turned(), a = b.turned(), b = other;
+    if (!out.dense()) return false;
+  }
+  const SmallProduct p{out.rows, a.columns, out.columns};
+  const PerceptronPasses<A>& pass = passes<PerceptronPasses<A>>();
+  const bool transposed = !b.dense() && b.turned().dense() && a.dense();
+  const int64_t turned = b.dense() || transposed ? 0 : p.depth * p.columns;
+  if (out.samples * (p.multiply_adds() + kTurnedNumber * turned) > kSmallProduct) return false;
+  A in_order[kSmallProduct / kTurnedNumber];
+  for (int64_t s = 0; s < out.samples; ++s) {
+    const A *of_a = a.data + s * a.sample_step, *of_b = b.data + s * b.sample_step;
+    A* to = out.data + s * out.sample_step;
+    if (transposed) {
+      pass.times_transposed(p, of_a, of_b, to, 0, (p.columns + pass.dot_columns - 1) / pass.dot_columns);
+      continue;
+    }
+    if (turned) {
+      for (int64_t i = 0; i < p.depth; ++i)
+        for (int64_t j = 0; j < p.columns; ++j) in_order[i * p.columns + j] = of_b[i * b.row_step + j * b.column_step];
+      of_b = in_order;
+    }
+    pass.times(p, of_a, a.row_step, a.column_step, of_b, to, 0,
+               (p.columns + pass.block_columns - 1) / pass.block_columns);
+  }
+  return true;
 }
+inline bool multiply_small(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const Layout of_out(out), of_a(a), of_b(b);
+  if (of_out.numel * of_a.sizes[of_a.dim - 1] > kSmallProduct) return false;
+  const auto multiplied = [&](auto zero) {
+    using A = decltype(zero);
+    return multiply_small<A>({static_cast<A*>(out.mutable_data_ptr()), of_out},
+                             {static_cast<const A*>(a.const_data_ptr()), of_a},
+                             {static_cast<const A*>(b.const_data_ptr()), of_b});
+  };
+  switch (out.scalar_type()) {
+    case ScalarType::Float: return multiplied(float{});
+    case ScalarType::Double: return multiplied(double{});
+    default: return false;
+  }
+}
+
+// Of matrices [p, q] and [q, r] for each sample.
 inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
 }
