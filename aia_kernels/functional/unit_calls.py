@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,19 +66,13 @@ def at_once(x: Tensor, unit: Unit, frames: Any, read: GatesRead) -> Tensor | Non
     # At least one map may have a single value, or none.
     if x.numel() <= max(x.shape) or not (x.is_contiguous() or x.is_contiguous(memory_format=channels_last)):
         return None
-    if backends.chosen_backend() not in ("auto", "cpu") or (passes := _passes_of(x.dtype)) is None:
+    if backends.chosen_backend() not in ("auto", "cpu") or backends.select(x.device, x.dtype, FAMILY) != "cpu":
+        return None
+    passes = backends.passes("cpu", FAMILY)
+    if not has_units(passes):
         return None
     plan = Plan(unit, passes, frames, read.batch, read.eps, read.momentum)
     return called(plan, x, read.parameters, read.buffers, _apply)[0]
-
-
-@functools.cache
-def _passes_of(dtype: torch.dtype) -> Any:
-    """The passes that "auto" takes on a CPU for a type, if they have a unit as one operator; else None."""
-    if backends.why_not("cpu", "cpu", dtype, FAMILY):
-        return None
-    passes = backends.passes("cpu", FAMILY)
-    return passes if has_units(passes) else None
 
 
 def called(

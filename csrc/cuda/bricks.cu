@@ -85,7 +85,111 @@ struct BrickCopies {
   static constexpr int kBricks = 256 / (kBytes * kOfBrick);
   using Place = Vector<T, kCopy>;
   static constexpr int kSharedBytes = kBricks * kOfBrick * kBrickThreads * static_cast<int>(sizeof(Place));
+
+  // The elements that lie there, the first of them at k of x.
+  static __device__ __forceinline__ Vector<T, V> taken(const Place* from, uint32_t k) {
+    if constexpr (kInWord)
+      return {reinterpret_cast<const T*>(from)[k % 2]};
+    else
+      return *from;
+  }
 };
+
+// What a thread has to do: its brick, and the channels that it meets.
+template <class A>
+struct OfThread {
+  int chunk, tile, column, slice;
+  int64_t clip;
+  Position p;  // of the brick's first element, in the first channel
+  int end;     // of the channels; 0 where there is no brick
+
+  __device__ __forceinline__ OfThread(const Bricks<A>& at, int rows, int neighbours) {
+    chunk = blockIdx.x;
+    tile = at.by_chunks.divide(chunk);
+    int group = at.by_tiles.divide(tile);
+    clip = at.by_groups.divide(group);
+    column = threadIdx.x;
+    slice = at.by_columns.divide(column);
+    const int brick = tile * at.columns + column;
+    int across = brick;
+    const int down = at.by_across.divide(across);
+    p = {group * kBrickFrames, chunk * at.channels + slice, down * rows, across * neighbours, 0};
+    const bool works = slice < at.slices && brick < at.in_plane;
+    end = works ? min(at.v.O, (chunk + 1) * at.channels) : 0;
+  }
+};
+
+// Adds the elements of a frame's rows, times what is unpooled to them from the three maps, to what was found. p: of the
+// first element. over_t: the map over T in each row. elements(r): those of a row.
+template <int V, int kRows, class A, class Elements>
+__device__ __forceinline__ void add_frame(const ClipGradients<A>& maps, const Volume<A>& v, Position p, int at_h,
+                                          int at_w, const MapGradient<A, uint8_t, V, false> (&over_t)[kRows],
+                                          const Elements& elements, Vector<A, V> (&found)[kRows]) {
+  MapGradient<A, uint8_t, V, false> over_h;
+  MapGradient<A, uint8_t, kRows, false> over_w;  // of rows that lie below each other
+  opaque(at_h), opaque(at_w);
+  over_h.load(maps, at_h);
+  over_w.load(maps, at_w);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    Vector<A, V> factors = over_t[r].mean;
+    const A mean = over_w.mean.at[r] * v.per_w;
+    over_h.add_mean(factors, v.per_h);
+#pragma unroll
+    for (int j = 0; j < V; ++j) factors.at[j] += mean;
+    over_t[r].add_maximum(factors, p.t);
+    over_h.add_maximum(factors, p.h + r);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (over_w.argmax.holds(r, over_w.argmax.pattern(p.w + j))) factors.at[j] += over_w.maximum.at[r];
+    const Vector<A, V> values = widened(elements(r));
+#pragma unroll
+    for (int j = 0; j < V; ++j) found[r].at[j] += values.at[j] * factors.at[j];
+  }
+}
+
+// Adds up what the slices of a block found, which lies side by side, each slice's of all columns as
+// [frame][row][column][neighbour], and then what the blocks of a cluster did.
+template <int V, int kRows, class A>
+__device__ __forceinline__ void add_up(const Bricks<A>& at, const OfThread<A>& own,
+                                       const Vector<A, V> (&found)[kBrickFrames][kRows], A* parts,
+                                       A* __restrict__ sums) {
+  const Volume<A>& v = at.v;
+  const int count = kBrickFrames * kRows * V * at.columns;
+  __syncthreads();
+  if (own.slice < at.slices) {
+    A* const mine = parts + own.slice * count + own.column * V;
+#pragma unroll
+    for (int i = 0; i < kBrickFrames * kRows; ++i) store_vector(mine + i * at.columns * V, found[i / kRows][i % kRows]);
+  }
+  __syncthreads();
+  const auto store = [&](int k, A sum) {
+    int of_column = k / V;
+    const int row = at.by_columns.divide(of_column), t = own.p.t + row / kRows;
+    int w = own.tile * at.columns + of_column;
+    if (w >= at.in_plane || t >= v.T) return;
+    const int h = at.by_across.divide(w) * kRows + row % kRows;
+    sums[own.clip * v.packed(kChannel) + (t * v.H + h) * v.W + w * V + k % V] = sum;
+  };
+  for (int k = threadIdx.x; k < count; k += at.threads) {
+    A sum = parts[k];
+#pragma unroll 2
+    for (int s = 1; s < at.slices; ++s) sum += parts[s * count + k];
+    if (at.chunks == 1)
+      store(k, sum);
+    else
+      parts[k] = sum;  // which no other thread reads before all blocks are here
+  }
+  if (at.chunks == 1) return;
+  cluster_barrier();
+  for (int k = own.chunk * at.threads + threadIdx.x; k < count; k += at.chunks * at.threads) {
+    A sum = 0;
+#pragma unroll 2
+    for (int other = 0; other < at.chunks; ++other) sum += cluster_shared(parts, other)[k];
+    store(k, sum);
+  }
+  cluster_barrier();
+}
 
 template <class T, int V, int kRows, class A = Accumulate<T>>
 __global__ void __launch_bounds__(kBrickThreads, 2)
@@ -95,32 +199,19 @@ __global__ void __launch_bounds__(kBrickThreads, 2)
                                 A* __restrict__ sums)  // [B, T, H, W]
 {
   using Copies = BrickCopies<T, V, kRows>;
-  using Place = typename Copies::Place;
-  AIA_DYNAMIC_SHARED(Place, copies);
-  Place* const mine = copies + threadIdx.x;
+  AIA_DYNAMIC_SHARED(typename Copies::Place, copies);
   const Volume<A>& v = at.v;
-
-  int chunk = blockIdx.x;
-  int tile = at.by_chunks.divide(chunk);
-  int group = at.by_tiles.divide(tile);
-  const int64_t clip = at.by_groups.divide(group);
-  int column = threadIdx.x;
-  const int slice = at.by_columns.divide(column), brick = tile * at.columns + column;
-  int across = brick;
-  const int down = at.by_across.divide(across), t = group * kBrickFrames;
-  const Position p{t, chunk * at.channels + slice, down * kRows, across * V, 0};
-  const bool works = slice < at.slices && brick < at.in_plane;
-  const int end = works ? min(v.O, (chunk + 1) * at.channels) : 0;
-
-  const T* from = x + clip * v.size();
+  const OfThread<A> own(at, kRows, V);
+  const Position& p = own.p;
+  const T* from = x + own.clip * v.size();
   opaque(from);
-  const ClipGradients<A> maps(field, clip, v.packed(kSpacetime));
+  const ClipGradients<A> maps(field, own.clip, v.packed(kSpacetime));
   // The last frame stands in for those behind it, whose sums are not stored.
   const int frames = v.time_inside ? 1 : v.O, planes = v.time_inside ? v.T : 1;
   int of_x[kBrickFrames], of_h[kBrickFrames], of_w[kBrickFrames];
 #pragma unroll
   for (int f = 0; f < kBrickFrames; ++f) {
-    const int frame = min(f, v.T - 1 - t);
+    const int frame = min(f, v.T - 1 - p.t);
     of_x[f] = frame * v.stride_t(), of_h[f] = frame * frames * v.W, of_w[f] = frame * frames * v.H;
     if (f > 0) opaque(of_x[f]), opaque(of_h[f]), opaque(of_w[f]);
   }
@@ -128,12 +219,13 @@ __global__ void __launch_bounds__(kBrickThreads, 2)
                     planes * v.H * at.slices, 0};
   Places here{v.offset(p), v.t_map(p), v.h_map(p), v.w_map(p), 0};
 
+  auto* const mine = copies + threadIdx.x;
   const auto place = [&](int number, int f, int r) {
     return mine + ((number % Copies::kBricks * kBrickFrames + f) * kRows + r) * kBrickThreads;
   };
   int asked = 0;
   const auto ask = [&] {
-    if (p.o + asked * at.slices < end) {
+    if (p.o + asked * at.slices < own.end) {
 #pragma unroll
       for (int f = 0; f < kBrickFrames; ++f)
 #pragma unroll
@@ -150,14 +242,10 @@ __global__ void __launch_bounds__(kBrickThreads, 2)
 #pragma unroll 1
   for (int i = 0; i < Copies::kBricks - 1; ++i) ask();
 
-  Vector<A, V> found[kBrickFrames][kRows];
-#pragma unroll
-  for (int f = 0; f < kBrickFrames; ++f)
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) found[f][r] = {};
+  Vector<A, V> found[kBrickFrames][kRows] = {};
   int first = v.offset(p), number = 0;
 #pragma unroll 1
-  for (int c = p.o; c < end; c += at.slices, ++number) {
+  for (int c = p.o; c < own.end; c += at.slices, ++number) {
     ask();
     wait_for_copies<Copies::kBricks - 1>();
     MapGradient<A, uint8_t, V, false> over_t[kRows];
@@ -169,77 +257,16 @@ __global__ void __launch_bounds__(kBrickThreads, 2)
     }
 #pragma unroll
     for (int f = 0; f < kBrickFrames; ++f) {
-      MapGradient<A, uint8_t, V, false> over_h;
-      MapGradient<A, uint8_t, kRows, false> over_w;  // of rows that lie below each other
-      int at_h = here.h_map + of_h[f], at_w = here.w_map + of_w[f];
-      opaque(at_h), opaque(at_w);
-      over_h.load(maps, at_h);
-      over_w.load(maps, at_w);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        Vector<A, V> factors = over_t[r].mean;
-        const A mean = over_w.mean.at[r] * v.per_w;
-        over_h.add_mean(factors, v.per_h);
-#pragma unroll
-        for (int j = 0; j < V; ++j) factors.at[j] += mean;
-        over_t[r].add_maximum(factors, t + f);
-        over_h.add_maximum(factors, p.h + r);
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-          if (over_w.argmax.holds(r, over_w.argmax.pattern(p.w + j))) factors.at[j] += over_w.maximum.at[r];
-        const Place* const taken = place(number, f, r);
-        Vector<T, V> elements;
-        if constexpr (Copies::kInWord)
-          elements.at[0] = reinterpret_cast<const T*>(taken)[(first + of_x[f] + r * v.W) % 2u];
-        else
-          elements = *taken;
-        const Vector<A, V> values = widened(elements);
-#pragma unroll
-        for (int j = 0; j < V; ++j) found[f][r].at[j] += values.at[j] * factors.at[j];
-      }
+      const auto elements = [&](int r) { return Copies::taken(place(number, f, r), first + of_x[f] + r * v.W); };
+      const Position of_frame{p.t + f, p.o, p.h, p.w, 0};
+      add_frame(maps, v, of_frame, here.h_map + of_h[f], here.w_map + of_w[f], over_t, elements, found[f]);
     }
     here.t_map += step.t_map, here.h_map += step.h_map, here.w_map += step.w_map, first += step.x;
     opaque(here.t_map), opaque(here.h_map), opaque(here.w_map);
   }
 
-  // The slices' sums lie side by side, each those of all columns: [slice][frame][row][column][neighbour].
   AIA_DYNAMIC_SHARED(A, parts);
-  const int count = kBrickFrames * kRows * V * at.columns;
-  __syncthreads();
-  if (slice < at.slices) {
-#pragma unroll
-    for (int f = 0; f < kBrickFrames; ++f)
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        store_vector(parts + slice * count + ((f * kRows + r) * at.columns + column) * V, found[f][r]);
-  }
-  __syncthreads();
-  const auto store = [&](int k, A sum) {
-    int of_column = k / V;
-    const int row = at.by_columns.divide(of_column), f = row / kRows;
-    int w = tile * at.columns + of_column;
-    if (w >= at.in_plane || t + f >= v.T) return;
-    const int h = at.by_across.divide(w) * kRows + row % kRows;
-    sums[clip * v.packed(kChannel) + ((t + f) * v.H + h) * v.W + w * V + k % V] = sum;
-  };
-  for (int k = threadIdx.x; k < count; k += at.threads) {
-    A sum = parts[k];
-#pragma unroll 2
-    for (int s = 1; s < at.slices; ++s) sum += parts[s * count + k];
-    if (at.chunks == 1)
-      store(k, sum);
-    else
-      parts[k] = sum;  // which no other thread reads before all blocks are here
-  }
-  if (at.chunks == 1) return;
-  cluster_barrier();
-  for (int k = chunk * at.threads + threadIdx.x; k < count; k += at.chunks * at.threads) {
-    A sum = 0;
-#pragma unroll 2
-    for (int other = 0; other < at.chunks; ++other) sum += cluster_shared(parts, other)[k];
-    store(k, sum);
-  }
-  cluster_barrier();
+  add_up(at, own, found, parts, sums);
 }
 
 template <class T, int V, int kRows>

@@ -49,9 +49,10 @@ from aia_kernels.common import maps
 
 #: What the CPU alone has.
 NOT_CUDA = schemas.CONVOLVE_PASSES + schemas.CHANNEL_GATE_PASSES + schemas.MEMORY_PROPAGATE_PASSES
-NOT_CUDA += schemas.CBAM_PROPAGATE_PASSES + schemas.SPATIAL_GATE_PASSES
+NOT_CUDA += schemas.CBAM_PROPAGATE_PASSES + schemas.SPATIAL_GATE_PASSES + schemas.UNIT_PASSES
+NOT_CUDA += schemas.NORMALIZE_PASSES + schemas.EXTERNAL_PROPAGATE_PASSES + schemas.PROPAGATE_PASSES
 #: Of Triton the framework's own operators, or part of a product (values, signed).
-NOT_TRITON = ("move_statistics_", "residual_relu_", "residual_relu_backward", *NOT_CUDA)
+NOT_TRITON = ("evaluate", "move_statistics_", *schemas.RESIDUAL_PASSES, *schemas.AVERAGE_PASSES, *NOT_CUDA)
 
 
 def cpu(name: str, arguments: list) -> Any:
