@@ -23,7 +23,7 @@ from ..functional.checks import check_integer
 from ..reference import MLP, Gate
 from ..reference.cbam import POOLS
 from .recorded import one_call
-from .submodules import can_be_read, held, must_be_called, norm_of, read_at_once, read_cbam_at_once
+from .submodules import can_be_read, held, is_hooked, must_be_called, norm_of, read_at_once, read_cbam_at_once
 
 
 class BasicConv(nn.Module):
@@ -88,7 +88,7 @@ class ChannelGate(nn.Module):
         if (
             type(mlp) is not nn.Sequential
             or (*map(type, layers),) != _LAYERS
-            or any(map(_is_hooked, (mlp, *layers[::2])))
+            or any(map(is_hooked, (mlp, *layers[::2])))
         ):
             return None
         if (found := read_at_once(x, layers[1::2])) is None:
@@ -185,14 +185,14 @@ class _BothGates(nn.Module):
             return None
         modules: Any = self._modules
         of_channels, of_positions = modules.get("ChannelGate"), modules.get("SpatialGate")
-        if type(of_channels) is not ChannelGate or _is_hooked(of_channels):
+        if type(of_channels) is not ChannelGate or is_hooked(of_channels):
             return None
         conv = bn = None
         if not self.no_spatial:
-            if type(of_positions) is not SpatialGate or _is_hooked(of_positions):
+            if type(of_positions) is not SpatialGate or is_hooked(of_positions):
                 return None
             spatial = of_positions._modules.get("spatial")
-            if type(spatial) is not BasicConv or _is_hooked(spatial):
+            if type(spatial) is not BasicConv or is_hooked(spatial):
                 return None
             conv, bn = spatial._modules.get("conv"), spatial._modules.get("bn")
             if conv is None or bn is None:
@@ -202,7 +202,7 @@ class _BothGates(nn.Module):
         return at_once(x, read, of_channels.pool_types, confounder)
 
     def _must_be_called(self, gate: nn.Module, kind: type[nn.Module]) -> bool:
-        return _is_hooked(gate) or (not self.gates_are_read and type(gate).forward is not kind.forward)
+        return is_hooked(gate) or (not self.gates_are_read and type(gate).forward is not kind.forward)
 
     def _through_submodules(self, x: Tensor) -> Tensor:
         y = self.ChannelGate(x)
@@ -307,21 +307,15 @@ def _check_channels(name: str, channels: int, reduction_ratio: int) -> None:
         raise ValueError(f"{name}: got {channels}, expected at least reduction_ratio = {reduction_ratio}")
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a module that is not called would miss it: it has hooks, or a forward of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
-
-
 def _read_mlp(gate: Any) -> MLP | None:
     """The parameters of a channel gate, or None where its submodules must be called."""
     mlp = gate.mlp
     if must_be_called(mlp) or len(mlp) != 4:
         return None
     flatten, first, relu, second = mlp
-    if _is_hooked(flatten) or next(flatten.parameters(), None) is not None:
+    if is_hooked(flatten) or next(flatten.parameters(), None) is not None:
         return None
-    if _is_hooked(relu) or type(relu) is not nn.ReLU or not all(can_be_read(m, nn.Linear) for m in (first, second)):
+    if is_hooked(relu) or type(relu) is not nn.ReLU or not all(can_be_read(m, nn.Linear) for m in (first, second)):
         return None
     return MLP(first.weight, first.bias, second.weight, second.bias)
 
@@ -329,7 +323,7 @@ def _read_mlp(gate: Any) -> MLP | None:
 def _read_spatial(gate: Any) -> Gate | None:
     """The parameters of a spatial gate, or None where its submodules must be called."""
     conv, bn = gate.spatial.conv, gate.spatial.bn
-    if _is_hooked(gate.spatial) or must_be_called(conv) or not is_map_convolution(conv):
+    if is_hooked(gate.spatial) or must_be_called(conv) or not is_map_convolution(conv):
         return None
     if bn is not None and not can_be_read(bn, _BatchNorm):
         return None

@@ -203,15 +203,11 @@ _LAYERS_OF_MLP = (nn.Flatten, nn.Linear, nn.ReLU, nn.Linear)
 _NO_GATE = None, None, None
 
 
-def _is_hooked(of: Mapping[str, Any]) -> bool:
-    """Whether a module has hooks or a forward of its own, from its dictionary."""
-    return bool(
-        of["_forward_hooks"]
-        or of["_forward_pre_hooks"]
-        or of["_backward_hooks"]
-        or of["_backward_pre_hooks"]
-        or "forward" in of
-    )
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module that is not called would miss it: it has hooks, or a forward of its own."""
+    of = module.__dict__
+    hooks = of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in of
 
 
 def read_cbam_at_once(x: Tensor, mlp: nn.Module, conv: nn.Module | None, bn: Any) -> cbam_calls.CbamRead | None:
@@ -220,14 +216,14 @@ def read_cbam_at_once(x: Tensor, mlp: nn.Module, conv: nn.Module | None, bn: Any
     if (dtype := _type_of_ordinary(x)) is None:
         return None
     parameters: list[Any] = []
-    layers = (*mlp._modules.values(),)
+    layers: tuple[Any, ...] = (*mlp._modules.values(),)
     if type(mlp) is not nn.Sequential or (*map(type, layers),) != _LAYERS_OF_MLP:
         return None
-    if any(_is_hooked(layer.__dict__) for layer in (mlp, *layers)):
+    if any(map(is_hooked, (mlp, *layers))):
         return None
     try:  # a name that is not there: a submodule computes its parameters
         for layer in layers[1::2]:
-            own = layer.__dict__["_parameters"]  # type: ignore[union-attr]
+            own = layer.__dict__["_parameters"]
             parameters += own["weight"], own["bias"]
         if conv is None:
             parameters += _NO_GATE
@@ -235,12 +231,12 @@ def read_cbam_at_once(x: Tensor, mlp: nn.Module, conv: nn.Module | None, bn: Any
         of = conv.__dict__
         set_as, (k, width) = (of["stride"], of["dilation"], of["groups"], of["padding_mode"]), of["kernel_size"]
         own = of["_parameters"]
-        if type(conv) is not nn.Conv2d or set_as != _OF_MAP or own["bias"] is not None or _is_hooked(of):
+        if type(conv) is not nn.Conv2d or set_as != _OF_MAP or own["bias"] is not None or is_hooked(conv):
             return None
         if k != width or not k % 2 or of["padding"] != (k // 2, k // 2) or own["weight"].shape != (1, 2, k, k):
             return None
         of = bn.__dict__
-        if type(bn) is not nn.BatchNorm2d or _is_hooked(of):
+        if type(bn) is not nn.BatchNorm2d or is_hooked(bn):
             return None
         buffers = of["_buffers"]
         fixed = buffers["running_mean"], buffers["running_var"]
