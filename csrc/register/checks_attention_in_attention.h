@@ -153,6 +153,16 @@ inline Parameter number_of(const std::optional<Tensor>& number, const Tensor& fi
   return found;
 }
 
+// What a gate is normalized by.
+inline void set_norm(GateParameters& gate, const Tensor& first, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& shift, const std::optional<Tensor>& mean,
+                     const std::optional<Tensor>& var, double eps, bool batch) {
+  check_eps(eps);
+  gate.scale = number_of(scale, first, "scale"), gate.shift = number_of(shift, first, "shift");
+  gate.mean = number_of(mean, first, "mean"), gate.var = number_of(var, first, "var");
+  gate.eps = eps, gate.batch = batch;
+}
+
 // Adds what n gates are normalized by: lists of n numbers.
 inline void add_norms(Gates& gates, int n, const Numbers& scale, const Numbers& shift, const Numbers& mean,
                       const Numbers& var, const std::vector<double>& eps, const std::vector<bool>& batch,

@@ -171,18 +171,6 @@ struct SpatialMaps {
   int64_t positions() const { return H * W; }
 };
 
-// What it is normalized by.
-inline GateParameters norm_of(const Tensor& first, const std::optional<Tensor>& scale,
-                              const std::optional<Tensor>& shift, const std::optional<Tensor>& mean,
-                              const std::optional<Tensor>& var, double eps, bool batch) {
-  check_eps(eps);
-  GateParameters of{};
-  of.scale = number_of(scale, first, "scale"), of.shift = number_of(shift, first, "shift");
-  of.mean = number_of(mean, first, "mean"), of.var = number_of(var, first, "var");
-  of.eps = eps, of.batch = batch;
-  return of;
-}
-
 // The MLP of a channel gate: pools of each sample [B, pools, C], and weights [hidden, C] and [C, hidden].
 struct ChannelMlp {
   int64_t B, pools, C, hidden;

@@ -116,7 +116,8 @@ std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_z, const Tensor&
 std::tuple<Tensor, Tensor> spatial_gate(const Tensor& z, std::optional<Tensor> scale, std::optional<Tensor> shift,
                                         std::optional<Tensor> mean, std::optional<Tensor> var, double eps, bool batch) {
   const aia::SpatialMaps at(z);
-  const aia::GateParameters of = aia::norm_of(z, scale, shift, mean, var, eps, batch);
+  aia::GateParameters of{};
+  aia::set_norm(of, z, scale, shift, mean, var, eps, batch);
   Tensor gate = new_numbers(z, {at.B, 1, at.H, at.W}), statistics = new_numbers(z, {1, 3});
   with_type(z, [&](auto zero) {
     using A = decltype(zero);
@@ -135,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> spatial_gate_backward(const Tensor& grad, con
   aia::check_contiguous(grad, {at.B, 1, at.H, at.W}, type, z, "grad");
   aia::check_contiguous(gate, {at.B, 1, at.H, at.W}, type, z, "spatial");
   aia::check_contiguous(statistics, {1, 3}, type, z, "statistics");
-  aia::GateParameters of = aia::norm_of(z, scale, std::nullopt, std::nullopt, std::nullopt, eps, false);
+  aia::GateParameters of{};
+  aia::set_norm(of, z, scale, std::nullopt, std::nullopt, std::nullopt, eps, false);
   Tensor grad_z = new_numbers(z, {at.B, 1, at.H, at.W}), grad_scale = new_numbers(z, {1}),
          grad_shift = new_numbers(z, {1});
   with_type(z, [&](auto zero) {

@@ -4,7 +4,6 @@
 // Samples are met one by one where nothing joins them: what one step has read is in the cache for the next one.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -12,6 +11,7 @@
 
 #include "checks_attention_in_attention.h"
 #include "cpu_cbam_steps.h"
+#include "cpu_running_statistics.h"
 
 namespace {
 
@@ -177,42 +177,6 @@ void forward(const Gates& gates, const Tensor& x, const Kept<A>& kept, void* y, 
   for_samples(gates, false, recalibrate);
 }
 
-// The running mean and variance, and where there is one the number of batches, that move toward those of the batch.
-class Running {
- public:
-  Running(const std::vector<Tensor>& tensors, bool batch, double momentum, const Tensor& x)
-      : tensors_(tensors), momentum_(momentum) {
-    AIA_CHECK(tensors.empty() || tensors.size() == 2 || tensors.size() == 3,
-              "running must be empty or hold mean, variance and perhaps a number, got ", tensors.size(), " entries");
-    if (tensors.empty()) return;
-    AIA_CHECK(std::isfinite(momentum), "momentum must be finite, got ", momentum);
-    AIA_CHECK(batch, "running statistics move toward those of the batch, which must be used");
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      aia::check_operand(tensors[i], x, "running");
-      AIA_CHECK(tensors[i].numel() == 1, "running must hold one number in each entry, got ",
-                aia::described(tensors[i]));
-      if (i == 2)
-        AIA_CHECK(tensors[i].scalar_type() == ScalarType::Long, "running must hold a number of batches in int64, got ",
-                  aia::described(tensors[i]));
-      else
-        aia::scalar_of(tensors[i], "running");
-      aia::check_apart({tensors[i], "running", true}, {{x, "x"}});
-    }
-  }
-
-  template <class A>
-  void move(const A* statistics, const Tensor& x) const {
-    if (tensors_.empty()) return;
-    if (tensors_.size() == 3) ++*static_cast<int64_t*>(tensors_[2].mutable_data_ptr());
-    aia::move_statistics(statistics, static_cast<A>(momentum_), aia::parameter_of(tensors_[0], x, "running", true),
-                         aia::parameter_of(tensors_[1], x, "running", true), 0);
-  }
-
- private:
-  const std::vector<Tensor>& tensors_;
-  const double momentum_;
-};
-
 std::vector<Tensor> propagate_(const Tensor& x, Numbers parameters, Numbers fixed, std::vector<Tensor> running,
                                double eps, bool batch, double momentum, bool with_confounder, bool keep) {
   Gates gates(x, parameters);
@@ -225,7 +189,7 @@ std::vector<Tensor> propagate_(const Tensor& x, Numbers parameters, Numbers fixe
     gates.norm.mean = aia::number_of(fixed[0], x, "mean");
     gates.norm.var = aia::number_of(fixed[1], x, "var");
   }
-  const Running moved(running, batch, momentum, x);
+  const aia::cpu::Running moved(running, {batch}, momentum, x);
   std::vector<Tensor> results{output_like(x)};
   if (with_confounder) results.push_back(output_like(x));
   with_type(new_numbers(x, {0}), [&](auto zero) {
@@ -233,7 +197,7 @@ std::vector<Tensor> propagate_(const Tensor& x, Numbers parameters, Numbers fixe
     const Tensor memory = with_large_pages(new_tensor(x, {kept_bytes<A>(gates)}, ScalarType::Byte));
     const Kept<A> kept(gates, static_cast<char*>(memory.mutable_data_ptr()));
     forward(gates, x, kept, results[0].mutable_data_ptr(), with_confounder ? results[1].mutable_data_ptr() : nullptr);
-    if (gates.k) moved.move(kept.statistics, x);
+    if (gates.k) moved.move(kept.statistics, 0, 1, x);
     if (keep) return results.push_back(memory);
     const int64_t count = gates.k ? 7 * static_cast<int64_t>(sizeof(A)) : 0;
     results.push_back(new_tensor(x, {count}, ScalarType::Byte));
@@ -302,12 +266,7 @@ std::vector<Tensor> propagate_back(const Tensor& grad_y, std::optional<Tensor> g
     using A = decltype(zero);
     const int64_t bytes = kept_bytes<A>(gates);
     aia::check_contiguous(kept, {bytes}, ScalarType::Byte, x, "kept");
-    Tensor own;  // bytes may lie anywhere, numbers may not
-    const void* given = kept.const_data_ptr();
-    if (reinterpret_cast<uintptr_t>(given) % sizeof(double)) {
-      own = new_tensor(x, {bytes}, ScalarType::Byte);
-      given = std::memcpy(own.mutable_data_ptr(), given, bytes);
-    }
+    const Tensor own = aia::cpu::aligned(kept);
     Gradients<A> found{};
     for (int i = 0; i < kParameters; ++i) {
       AIA_CHECK(!needs[i] || parameters[i], "needs must be of parameters that are there, got parameter ", i);
@@ -317,7 +276,7 @@ std::vector<Tensor> propagate_back(const Tensor& grad_y, std::optional<Tensor> g
       found[i] = mutable_numbers<A>(results.back());
     }
     if (needs[kParameters]) results.push_back(output_like(x));
-    const Kept<A> from(gates, static_cast<char*>(const_cast<void*>(given)));
+    const Kept<A> from(gates, static_cast<char*>(const_cast<void*>(own.const_data_ptr())));
     backward(gates, grad_y.const_data_ptr(), confounder, x, from, found,
              needs[kParameters] ? results.back().mutable_data_ptr() : nullptr);
   });

@@ -4,6 +4,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <utility>
 
@@ -20,6 +22,14 @@ inline Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                         strides.begin(), first, &view));
   return Tensor(view);
+}
+
+// Bytes in which numbers lie: a tensor of bytes, or a copy of one that begins where no number may.
+inline Tensor aligned(const Tensor& bytes) {
+  if (reinterpret_cast<uintptr_t>(bytes.const_data_ptr()) % sizeof(double) == 0) return bytes;
+  Tensor own = new_tensor(bytes, {bytes.numel()}, ScalarType::Byte);
+  std::memcpy(own.mutable_data_ptr(), bytes.const_data_ptr(), bytes.numel());
+  return own;
 }
 
 // A matrix, or one for each sample: element (i, j) of sample s is data[s * sample_step + i * row_step + j *

@@ -5,13 +5,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu_products.h"
+#include "cpu_running_statistics.h"
 #include "cpu_unit_steps.h"
 
 namespace {
@@ -473,68 +472,14 @@ struct UnitGates {
       const int first = first_of(context, other);
       for (int i = 0; i < context; ++i) {
         const int k = first + i;
-        aia::check_eps(eps[k]);
-        gates[i].scale = aia::number_of(parameters[3 * k + 1], x, "scale");
-        gates[i].shift = aia::number_of(parameters[3 * k + 2], x, "shift");
-        if (!fixed.empty()) {
-          gates[i].mean = aia::number_of(fixed[2 * k], x, "mean");
-          gates[i].var = aia::number_of(fixed[2 * k + 1], x, "var");
-        }
-        gates[i].eps = eps[k], gates[i].batch = batch[k];
+        const auto of_bn = [&](int number) { return fixed.empty() ? std::nullopt : fixed[2 * k + number]; };
+        aia::set_norm(gates[i], x, parameters[3 * k + 1], parameters[3 * k + 2], of_bn(0), of_bn(1), eps[k], batch[k]);
       }
       return gates;
     };
     check_weights(parameters);
     inner = of(inner_context, outer_context), outer = of(outer_context, inner_context);
   }
-};
-
-// Running mean and variance, and where there is one the number of batches, of each gate.
-class Running {
- public:
-  Running(const std::vector<Tensor>& tensors, const std::vector<bool>& batch, double momentum, const Tensor& x)
-      : tensors_(tensors), each_(tensors.size() / batch.size()), momentum_(momentum) {
-    const size_t n = batch.size();
-    AIA_CHECK(tensors.empty() || tensors.size() == 2 * n || tensors.size() == 3 * n,
-              "running must be empty or hold mean, variance and perhaps a number for each of ", n, " gates, got ",
-              tensors.size(), " entries");
-    if (tensors.empty()) return;
-    AIA_CHECK(std::isfinite(momentum), "momentum must be finite, got ", momentum);
-    AIA_CHECK(std::all_of(batch.begin(), batch.end(), [](bool of_batch) { return of_batch; }),
-              "running statistics move toward those of the batch, which every gate must use");
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const bool is_number = i % each_ == 2;
-      aia::check_operand(tensors[i], x, "running");
-      AIA_CHECK(tensors[i].numel() == 1, "running must hold one number in each entry, got ",
-                aia::described(tensors[i]));
-      if (is_number)
-        AIA_CHECK(tensors[i].scalar_type() == ScalarType::Long, "running must hold numbers of batches in int64, got ",
-                  aia::described(tensors[i]));
-      else
-        aia::scalar_of(tensors[i], "running");
-      aia::check_apart({tensors[i], "running", true}, {{x, "x"}});
-    }
-  }
-
-  // Those of a context move, one after the other: gates may share them.
-  void move(const Context& of, int64_t first, const Tensor& x) const {
-    if (tensors_.empty()) return;
-    with_type(x, [&](auto zero) {
-      using A = decltype(zero);
-      for (int64_t i = 0; i < of.context; ++i) {
-        const Tensor* own = &tensors_[each_ * (first + i)];
-        if (each_ == 3) ++*static_cast<int64_t*>(own[2].mutable_data_ptr());
-        aia::move_statistics(static_cast<const A*>(of.statistics) + 3 * i, static_cast<A>(momentum_),
-                             aia::parameter_of(own[0], x, "running", true),
-                             aia::parameter_of(own[1], x, "running", true), 0);
-      }
-    });
-  }
-
- private:
-  const std::vector<Tensor>& tensors_;
-  const size_t each_;
-  const double momentum_;
 };
 
 std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numbers parameters, Numbers fixed,
@@ -548,7 +493,7 @@ std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numb
   const Tensor clips = clips_of(x, frames);
   const Activation a = activation_of(clips, "x");
   const UnitGates gates(x, a, parameters, fixed, eps, batch, inner, outer);
-  const Running moved(running, batch, momentum, x);
+  const aia::cpu::Running moved(running, batch, momentum, x);
   Tensor y = output_like(x);
   const bool of_batch = std::any_of(batch.begin(), batch.end(), [](bool used) { return used; });
   if (!keep && !of_batch) {
@@ -569,8 +514,8 @@ std::tuple<Tensor, Tensor> unit_propagate_(const Tensor& x, int64_t frames, Numb
       of->pooled = pooled.back().mutable_data_ptr();
     }
   with_type(x, [&](auto zero) { forward<decltype(zero)>(x, a, of_inner, of_outer, y); });
-  moved.move(of_inner, first_of(inner, outer), x);
-  moved.move(of_outer, first_of(outer, inner), x);
+  moved.move(of_inner.statistics, first_of(inner, outer), of_inner.context, x);
+  moved.move(of_outer.statistics, first_of(outer, inner), of_outer.context, x);
   return {y, kept};
 }
 
@@ -588,13 +533,8 @@ std::vector<Tensor> unit_propagate_back(const Tensor& grad_y, const Tensor& x, i
   check_same(grad_y, x, "grad_y", "x");
   const Places places(x, a, inner, outer, true);
   aia::check_contiguous(kept, {places.bytes}, ScalarType::Byte, x, "kept");
-  Tensor own;  // bytes may lie anywhere, numbers may not
-  const void* given = kept.const_data_ptr();
-  if (reinterpret_cast<uintptr_t>(given) % sizeof(double)) {
-    own = new_tensor(x, {places.bytes}, ScalarType::Byte);
-    given = std::memcpy(own.mutable_data_ptr(), given, places.bytes);
-  }
-  auto* memory = static_cast<char*>(const_cast<void*>(given));
+  const Tensor own = aia::cpu::aligned(kept);
+  auto* memory = static_cast<char*>(const_cast<void*>(own.const_data_ptr()));
   Context of_inner = places.at(memory, x, a, turned_weights(parameters, inner, outer, a, x), inner, outer, false);
   of_inner.averaged = averaged;
   const Context of_outer = places.at(memory, x, a, turned_weights(parameters, outer, inner, a, x), outer, inner, true);
