@@ -140,6 +140,16 @@ STRIPS = {
     "strips of 56x56": Case((1, 2, 2, 56, 56)),
 }
 
+#: The same by patches of 7 x 7: the warps of a block with planes of their own, one of them with few or none, and with
+#: frames of the same planes; more frames than are on their way, and than have their fields staged at a time.
+PATCHES = {
+    "patches": Case((1, 3, 72, 7, 7)),
+    "patches bf16, many frames": Case((1, 9, 8, 7, 7), "TCHW", torch.bfloat16),
+    "patches bf16, four shares": Case((1, 8, 40, 7, 7), "TCHW", torch.bfloat16),
+    "patches of 14x14": Case((2, 4, 10, 14, 14), "TCHW", torch.float16),
+    "patches of 28x28": Case((1, 5, 3, 28, 28)),
+}
+
 #: Axes whose maxima have an index of two bytes or four, and where the vectors of CUDA matter. Longer than they need be
 #: for all else.
 WIDE_INDICES = {
@@ -191,6 +201,7 @@ SPECIAL = (
     (CUDA, pick(VECTORS, "vectors in rows", "vectors across planes", "vectors across planes bf16")),
     (CUDA, pick(VECTORS, "plane beyond a tile THWC")),
     (CUDA, pick(STRIPS, "strips of fours, blocks", "strips of twos")),
+    (CUDA, pick(PATCHES, "patches of 14x14")),
 )
 
 

@@ -59,6 +59,14 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
   return larger;
 }
 __device__ __forceinline__ bool same_bits(float a, float b) { return __float_as_int(a) == __float_as_int(b); }
+// Puts the lowest byte of another word into a word, at one of its four places, if one number is greater than another.
+// One instruction under a predicate, where the compiler would make a new word and choose between the two.
+__device__ __forceinline__ void replace_byte_if_greater(float a, float b, uint32_t& word, int place, uint32_t byte) {
+  const uint32_t selector = (0x3210 & ~(0xf << 4 * place)) | 4 << 4 * place;
+  asm("{ .reg .pred p; setp.gt.f32 p, %1, %2; @p prmt.b32 %0, %0, %3, %4; }"
+      : "+r"(word)
+      : "f"(a), "f"(b), "r"(byte), "r"(selector));
+}
 
 // 2 to the power of a number, and 1 over a number of at least 1, by one instruction each: right to about two units in
 // the last place; what is below the least normal number is 0.
@@ -105,6 +113,10 @@ template <int kLater>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 }
+
+// Waits for all threads of the warp; what they wrote to shared memory before is then visible to them.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // Waits for all blocks of a launch_together; what they wrote to global memory before is then visible to all.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }

@@ -13,10 +13,11 @@
 //                             memory known(), of type Known, beside an index where it has one (kIndexed)
 //   Pass::kTensors            how many tensors are read: x, or x and y
 //   pass.values(walk, r, x)   of the vector in row r of the frame, which loaded x [kTensors]
-//   pass.store<V>(k, parts, per_length)   the results of V lines from element k of the maps on
+//   pass.results              where results go (spacetime_results.cuh)
 #include "strips.h"
 
-#include "max_mean.cuh"
+#include "patches.h"
+#include "spacetime_results.cuh"
 #include "walk.cuh"
 
 namespace aia::cuda {
@@ -49,15 +50,11 @@ struct PoolPass {
   using Part = Extreme<A>;
   static constexpr int kTensors = 1;
   const A* gate;  // [T, H, W]
-  A *maximum, *mean;
-  uint8_t* argmax;
+  PooledMaps<A> results;
 
   __device__ __forceinline__ PoolPass(const Volume<A>& v, int64_t clip, const A* gate, A* pooled, uint8_t* argmax)
-      : gate(kGated ? gate + clip * v.packed(kChannel) : gate),
-        maximum(pooled + 2 * clip * v.packed(kSpacetime)),
-        mean(maximum + v.packed(kSpacetime)),
-        argmax(argmax + clip * v.packed(kSpacetime)) {
-    opaque(this->gate), opaque(maximum), opaque(mean), opaque(this->argmax);
+      : gate(kGated ? gate + clip * v.packed(kChannel) : gate), results(v, clip, pooled, argmax) {
+    opaque(this->gate);
   }
   template <int V, class T, class At>
   __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V> (&x)[1]) const {
@@ -67,29 +64,7 @@ struct PoolPass {
     for (int j = 0; j < V; ++j) found.at[j] = settled(kGated ? found.at[j] * factors.at[j] : found.at[j]);
     return found;
   }
-  template <int V>
-  __device__ __forceinline__ void store(int k, const Part* of, A per_length) const {
-    Vector<A, V> maxima, means;
-    Vector<uint8_t, V> indices;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      maxima.at[j] = of[j].value;
-      means.at[j] = of[j].sum * per_length;
-      indices.at[j] = static_cast<uint8_t>(of[j].index);
-    }
-    store_vector(maximum + k, maxima);
-    store_vector(mean + k, means);
-    store_vector(argmax + k, indices);
-  }
 };
-
-template <int V, class A>
-__device__ __forceinline__ void store_sums(A* to, const Plus<A>* of) {
-  Vector<A, V> found;
-#pragma unroll
-  for (int j = 0; j < V; ++j) found.at[j] = of[j].sum * (A(1) / A(kSpacetime));
-  store_vector(to, found);
-}
 
 // unpool_reduce, of one clip: the sum over an axis, divided by the number of maps.
 template <class A>
@@ -97,12 +72,10 @@ struct UnpooledSumPass {
   using Part = Plus<A>;
   static constexpr int kTensors = 1;
   ClipGradients<A> maps;  // [T, H, W]
-  A* sums;
+  SummedMaps<A> results;
 
   __device__ __forceinline__ UnpooledSumPass(const Volume<A>& v, int64_t clip, const UnpooledField<A>& field, A* sums)
-      : maps(field, clip, v.packed(kChannel)), sums(sums + clip * v.packed(kSpacetime)) {
-    opaque(this->sums);
-  }
+      : maps(field, clip, v.packed(kChannel)), results(v, clip, sums) {}
   template <int V, class T, class At>
   __device__ __forceinline__ Vector<A, V> values(const At& walk, int r, const Vector<T, V> (&x)[1]) const {
     MapGradient<A, int, V, false> gradient;
@@ -115,10 +88,6 @@ struct UnpooledSumPass {
     for (int j = 0; j < V; ++j) found.at[j] *= values.at[j];
     return found;
   }
-  template <int V>
-  __device__ __forceinline__ void store(int k, const Part* of, A) const {
-    store_sums<V>(sums + k, of);
-  }
 };
 
 // recalibrate_reduce, of one clip: as above.
@@ -126,12 +95,9 @@ template <class A>
 struct ProductSumPass {
   using Part = Plus<A>;
   static constexpr int kTensors = 2;
-  A* sums;
+  SummedMaps<A> results;
 
-  __device__ __forceinline__ ProductSumPass(const Volume<A>& v, int64_t clip, A* sums)
-      : sums(sums + clip * v.packed(kSpacetime)) {
-    opaque(this->sums);
-  }
+  __device__ __forceinline__ ProductSumPass(const Volume<A>& v, int64_t clip, A* sums) : results(v, clip, sums) {}
   template <int V, class T, class At>
   __device__ __forceinline__ Vector<A, V> values(const At&, int, const Vector<T, V> (&x)[2]) const {
     Vector<A, V> found = widened(x[0]);
@@ -139,10 +105,6 @@ struct ProductSumPass {
 #pragma unroll
     for (int j = 0; j < V; ++j) found.at[j] *= others.at[j];
     return found;
-  }
-  template <int V>
-  __device__ __forceinline__ void store(int k, const Part* of, A) const {
-    store_sums<V>(sums + k, of);
   }
 };
 
@@ -201,7 +163,7 @@ class Strip {
     }
     if (!walk_.has_vectors()) return;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) pass_.template store<V>(walk_.of_vector(r).t_map, over_t[r], at_.v.per_t);
+    for (int r = 0; r < kRows; ++r) pass_.results.template store<V>(walk_.of_vector(r).t_map, over_t[r], at_.v.per_t);
   }
 
  private:
@@ -303,7 +265,7 @@ class Strip {
       if (line.over_h) before = at_.by_w.divide(before);
       total.index = before * line.length + places_[total.index];
     }
-    pass_.template store<1>(line.map, &total, line.over_h ? at_.v.per_h : at_.v.per_w);
+    pass_.results.template store<1>(line.map, &total, line.over_h ? at_.v.per_h : at_.v.per_w);
     line.map += line.frame;
   }
 
@@ -398,6 +360,8 @@ int in_strips(const Shape& shape, bool served, std::initializer_list<const void*
 
 int pool_by_strips(const Shape& shape, const void* x, Gate gate, void* pooled, void* argmax, int index_bytes,
                    void* stream) {
+  const int error = pool_by_patches(shape, x, gate, pooled, argmax, index_bytes, stream);
+  if (error >= 0) return error;
   const bool served = gate.context != kSpacetime && index_bytes == 1;
   return in_strips(shape, served, {x, gate.maps, pooled, argmax}, [&](auto type, auto V, auto rows) {
     using T = decltype(type);
@@ -414,6 +378,8 @@ int pool_by_strips(const Shape& shape, const void* x, Gate gate, void* pooled, v
 }
 
 int unpool_reduce_by_strips(const Shape& shape, const void* x, Unpooled unpooled, void* sums, void* stream) {
+  const int error = unpool_reduce_by_patches(shape, x, unpooled, sums, stream);
+  if (error >= 0) return error;
   const bool served = unpooled.context == kChannel;
   return in_strips(shape, served, {x, unpooled.grad, unpooled.argmax, sums}, [&](auto type, auto V, auto rows) {
     using T = decltype(type);
@@ -426,6 +392,8 @@ int unpool_reduce_by_strips(const Shape& shape, const void* x, Unpooled unpooled
 }
 
 int recalibrate_reduce_by_strips(const Shape& shape, const void* grad_y, const void* x, void* sums, void* stream) {
+  const int error = recalibrate_reduce_by_patches(shape, grad_y, x, sums, stream);
+  if (error >= 0) return error;
   return in_strips(shape, true, {grad_y, x, sums}, [&](auto type, auto V, auto rows) {
     using T = decltype(type);
     const StripPlanes<float> at(shape, V.value, rows.value);

@@ -329,6 +329,11 @@ inline float settled(float value) { return value != value ? std::numeric_limits<
 inline float larger_or_nan(float a, float b) { return settled(a != a || a > b ? a : b); }
 inline bool same_bits(float a, float b) { return std::bit_cast<int>(a) == std::bit_cast<int>(b); }
 
+inline void replace_byte_if_greater(float a, float b, uint32_t& word, int place, uint32_t byte) {
+  if (a > b) word = (word & ~(0xffu << 8 * place)) | (byte & 0xff) << 8 * place;
+}
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
 inline float power_of_two(float exponent) { return std::exp2(exponent); }
 inline float one_over(float value) { return 1 / value; }
 
@@ -351,6 +356,11 @@ void wait_for_copies() {
     for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     groups.erase(groups.begin());
   }
+}
+
+// All warps of the block must come, which is more than CUDA asks for.
+inline void warp_barrier(const std::source_location& where = std::source_location::current()) {
+  emulator::running->barrier(where);
 }
 
 inline void grid_barrier(const std::source_location& where = std::source_location::current()) {

@@ -29,12 +29,12 @@ REACHED = {
     ("recalibrate", "TCHW", "bf16"): (0.41, 0.41, 0.66, 1.25),
     ("unpool_reduce by bricks", "TCHW", "fp32"): (0.59, 0.60, 0.75, 1.85),
     ("unpool_reduce by bricks", "TCHW", "bf16"): (1.24, 1.27, 1.59, 4.35),
-    ("pool by strips", "TCHW", "fp32"): (1.1, 1.11, 1.26, 1.96),
-    ("pool by strips", "TCHW", "bf16"): (2.3, 2.32, 2.61, 4.38),
-    ("unpool_reduce by strips", "TCHW", "fp32"): (0.78, 0.88, 1.07, 1.73),
-    ("unpool_reduce by strips", "TCHW", "bf16"): (1.68, 1.88, 2.25, 3.98),
-    ("recalibrate_reduce by strips", "TCHW", "fp32"): (0.30, 0.31, 0.37, 0.65),
-    ("recalibrate_reduce by strips", "TCHW", "bf16"): (0.74, 0.74, 0.82, 1.83),
+    ("pool by strips", "TCHW", "fp32"): (1.1, 0.84, 0.80, 0.76),
+    ("pool by strips", "TCHW", "bf16"): (2.3, 1.75, 1.67, 1.62),
+    ("unpool_reduce by strips", "TCHW", "fp32"): (0.78, 0.51, 0.44, 0.41),
+    ("unpool_reduce by strips", "TCHW", "bf16"): (1.68, 1.11, 0.95, 0.89),
+    ("recalibrate_reduce by strips", "TCHW", "fp32"): (0.30, 0.18, 0.18, 0.18),
+    ("recalibrate_reduce by strips", "TCHW", "bf16"): (0.74, 0.43, 0.43, 0.43),
 }
 
 
@@ -56,7 +56,7 @@ GATES_OVER_C = 3.4
 
 
 #: Microseconds that were reached of a modelled step, by stage. Wanted are 150, 87, 59 and 51.
-STEP = {56: 114, 28: 69, 14: 55, 7: 45}
+STEP = {56: 114, 28: 67, 14: 51, 7: 41}
 
 
 def hold(row: dict) -> None:
@@ -67,7 +67,7 @@ def hold(row: dict) -> None:
     assert float(row["issue_per_memory"]) <= 1.05 * REACHED[of][(56, 28, 14, 7).index(stage)], row
     # Of elements of 16 bits that lie alone, half of each word that is copied counts.
     alone = (*of[1:], stage) == ("TCHW", "bf16", 7)
-    halves = {"unpool": 32, "unpool_reduce by bricks": 32, "pool by strips": 24}
+    halves = {"unpool": 32, "unpool_reduce by bricks": 32}
     least = halves.get(row["pass"], KIB_IN_FLIGHT) if alone else KIB_IN_FLIGHT
     least = FEWER_IN_FLIGHT.get(row["pass"], least)
     assert int(row["in_flight_kib_per_sm"]) >= least, row
@@ -132,8 +132,8 @@ def library_of(folder, *sources: str) -> issued.Library:
 
 
 def test_what_a_small_source_gives(tmp_path):
-    """Those of the reductions by strips and by bricks compile in seconds."""
-    library = library_of(tmp_path, "bricks", "strips")
+    """Those of the reductions by strips, of patches and by bricks compile in seconds."""
+    library = library_of(tmp_path, "bricks", "patches", "strips")
     for row in issued.rows(library, [name for name in issued.ONLY if " by " in name], [28, 14, 7]):
         hold(row)
     with pytest.raises(ValueError, match="unpool gave the error -1; -1: the library has no such pass"):

@@ -31,7 +31,8 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
     """Results of all kernels of Attention in Attention that have barriers, from the same inputs every time."""
     torch.manual_seed(0)
     results = []
-    for case in (Case((1, 3, 20, 7, 8)), Case((1, 2, 40, 7, 7)), Case((1, 2, 24, 3, 5), "THWC", torch.bfloat16)):
+    cases = Case((1, 3, 20, 7, 8)), Case((1, 2, 44, 7, 7)), Case((1, 2, 24, 3, 5), "THWC", torch.bfloat16)
+    for case in (*cases, Case((1, 8, 8, 7, 7)), Case((1, 5, 3, 28, 28))):
         x = activation(case)
         for context in CONTEXTS:
             results += passes.pool(x, context, gate_of(x, maps.CHANNEL), maps.CHANNEL)
@@ -112,7 +113,8 @@ def memories(passes) -> list[torch.Tensor]:
 FAMILIES = {
     "attention_in_attention": (
         pools_and_gates,
-        {"average.cu", "bricks.cu", "reduce.cuh", "strips.cu", "gate.cu", "gate_backward.cu", "packed_maps.cuh"},
+        {"average.cu", "bricks.cu", "patches.cu", "reduce.cuh", "strips.cu"}
+        | {"gate.cu", "gate_backward.cu", "packed_maps.cuh"},
     ),
     "external_attention": (double_norm_fold_and_residual, {"columns.cuh", "fold.cu"}),
     "cbam": (cbam, {"columns.cuh", "rows.cuh"}),

@@ -14,6 +14,7 @@ from pass_cases import (
     FRAMES,
     GATE_ROUNDINGS,
     OTHERS,
+    PATCHES,
     SPECIAL,
     STRIPS,
     SWEPT,
@@ -116,7 +117,7 @@ def gated_pool_agrees(passes, plain, x, context, gate_context):
         agrees(m, chosen, chosen.abs(), 1)
 
 
-@each((CUDA, STRIPS))
+@each((CUDA, STRIPS), (CUDA, PATCHES))
 def test_reductions_by_strips(passes, plain, case):
     pool_agrees(passes, plain, activation(case), maps.SPACETIME)
     gated_pool_agrees(passes, plain, activation(case), maps.SPACETIME, maps.CHANNEL)
