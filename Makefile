@@ -61,8 +61,9 @@ test-all: lint  ## the tests and their sweeps, with CUDA compiled where nvcc is
 fuzz: $(TOOLS)  ## argument sets to the CPU operators, under sanitizers at every level (N=100000, ONLY=seed)
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(if $(ONLY),--only $(ONLY),--sets $(or $(N),10000)) $(ARGS)
 
-rehearse-cuda: $(CUDA_PYTHON)  ## the tests for a GPU without one, 5 GB of torch (CUDA_PYTHON=python that has torch for CUDA)
-	PYTHONPATH=tests $(CUDA_PYTHON) -m rehearsal $(ARGS)
+# A Python of one's own is not made here, and its path may have spaces.
+rehearse-cuda: $(if $(filter file,$(origin CUDA_PYTHON)),$(CUDA_PYTHON))  ## the tests for a GPU without one, 5 GB of torch (CUDA_PYTHON=python that has torch for CUDA)
+	PYTHONPATH=tests "$(CUDA_PYTHON)" -m rehearsal $(ARGS)
 
 $(CUDA_VENV)/bin/python:
 	$(call make-environment,$(CUDA_VENV))

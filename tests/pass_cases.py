@@ -124,7 +124,13 @@ FRAMES = {
     "56x56 bf16": Case((1, 2, 4, 56, 56), "TCHW", torch.bfloat16),
     "28x28": Case((1, 2, 4, 28, 28)),
     "14x14 bf16": Case((1, 8, 4, 14, 14), "TCHW", torch.bfloat16),
-    "7x7 bf16": Case((1, 8, 8, 7, 7), "TCHW", torch.bfloat16),
+    "7x7 bf16": Case((1, 8, 16, 7, 7), "TCHW", torch.bfloat16),
+    # Vectors of four that leave planes: groups of channels in several blocks, the last of them not full.
+    "across planes": Case((2, 3, 96, 7, 7)),
+    "across planes bf16, 16-bit indices": Case((1, 9, 272, 1, 3), "TCHW", torch.bfloat16),
+    "across rows fp16": Case((1, 5, 16, 4, 5), "TCHW", torch.float16),
+    "across planes of one column": Case((2, 2, 32, 5, 1)),
+    "across planes of three, several blocks": Case((2, 2, 48, 1, 3)),
 }
 
 #: For reductions over T, H and W in CUDA by strips of fours, twos and ones: planes that fill a block and that do not,

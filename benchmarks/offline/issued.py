@@ -37,7 +37,7 @@ from .lanes import LANES
 FILE = records.RESULTS / "issued.csv"
 PAGE = ROOT / "docs" / "gpu.md"
 BUILD = ROOT / "build" / "issued"
-SOURCES = ("bricks", "patches", "pool", "recalibrate", "strips", "unpool")
+SOURCES = ("bricks", "patches", "pool", "recalibrate", "staged", "strips", "unpool")
 FLAGS = ("-std=c++20", "-O3", "-cudart", "none", "-Xcompiler", "-fPIC", "-arch=sm_90")
 
 MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.7e9, 4.3e12

@@ -59,7 +59,7 @@ DTYPES = {
 #: parameter, its first byte and its last).
 X = (
     ("elementwise_kernel<.*RecalibrateOp", "recalibrate", [(1, 0, 8)]),
-    ("elementwise_kernel<.*UnpoolOp|^unpool_kernel", "unpool", [(1, 0, 8)]),
+    ("elementwise_kernel<.*UnpoolOp|^unpool_kernel|^staged_kernel", "unpool", [(1, 0, 8)]),
     ("reduce_over_.*Plain.*PoolOp", "pool", [(1, 0, 8)]),
     ("reduce_over_.*Plain.*UnpooledField", "unpool_reduce", [(1, 0, 8)]),
     ("reduce_over_.*Product", "recalibrate_reduce", [(1, 0, 16)]),

@@ -50,6 +50,15 @@ __device__ __forceinline__ void opaque(T*& address) {
   __builtin_assume(__isGlobal(address));
 }
 
+// No load is issued before what stands above this. The compiler asks for all that it can at once, and then has too few
+// registers; this costs an instruction. All lanes of the warp come along.
+__device__ __forceinline__ void issue_in_order() { __syncwarp(); }
+
+// A word whose bytes are all this one of `word`, from the lowest.
+__device__ __forceinline__ uint32_t byte_everywhere(uint32_t word, int byte) {
+  return __byte_perm(word, 0, 0x1111 * byte);
+}
+
 // The same number, of which there are no two ways to write it: no zero with a sign, and one NaN.
 __device__ __forceinline__ float settled(float value) { return value + 0.0f; }
 // The larger one of settled numbers; NaN if one is.

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "elementwise.cuh"
+#include "staged.h"
 #include "unpool.h"
 #include "walk.cuh"
 
@@ -217,6 +218,15 @@ struct Unpooling {
     return -1;
   }
 
+  // Of units whose gate and gradient of a context belong together.
+  int staged() const {
+    if (is(Unit<3, 3, 0, 0>{}) || is(Unit<3, 3, 1, 1>{}))
+      return unpool_staged(shape, grad_y, {gate, outer, inner_gate, inner, true}, grad_x, stream);
+    if (is(Unit<1, 1, 3, 3>{}))
+      return unpool_staged(shape, grad_y, {inner_gate, inner, gate, outer, false}, grad_x, stream);
+    return -1;
+  }
+
   template <class T>
   int any() const {
     using A = Accumulate<T>;
@@ -234,6 +244,8 @@ struct Unpooling {
 }  // namespace
 
 int recalibrate_by_walk(const Shape& shape, const void* x, Gate gate, void* y, void* stream) {
+  const int error = unpool_staged(shape, x, {gate, {}, {}, {}, true}, y, stream);
+  if (error >= 0) return error;
   const Unpooling call{shape, x, gate, {}, {}, {}, y, stream};
   return with_scalar(shape.scalar, [&](auto type) { return call.of_gate<decltype(type)>(); });
 }
@@ -241,6 +253,8 @@ int recalibrate_by_walk(const Shape& shape, const void* x, Gate gate, void* y, v
 int unpool(const Shape& shape, const void* grad_y, Gate gate, Unpooled outer, Gate inner_gate, Unpooled inner,
            void* grad_x, void* stream) {
   const Unpooling call{shape, grad_y, gate, outer, inner_gate, inner, grad_x, stream};
+  const int error = call.staged();
+  if (error >= 0) return error;
   return with_scalar(shape.scalar, [&](auto type) { return call.any<decltype(type)>(); });
 }
 

@@ -270,17 +270,23 @@ struct Ahead {
   // each frame of all of them before the next.
   template <int kTensors = 1, class At>
   __device__ __forceinline__ void take(const At& walk, Vector<T, V> (&grads)[kVectors]) const {
-    if constexpr (kCopied) wait_for_copies<kTensors*(kFrames - 1)>();
+    wait<kTensors>();
 #pragma unroll
-    for (int r = 0; r < kVectors; ++r) {
-      const int k = walk.of_vector(r).x;
-      if constexpr (!kCopied)
-        grads[r] = load_vector<V>(x + k);
-      else if constexpr (kInWord)
-        grads[r].at[0] = reinterpret_cast<const T*>(place(walk.p.t, r))[k % 2u];
-      else
-        grads[r] = *place(walk.p.t, r);
-    }
+    for (int r = 0; r < kVectors; ++r) grads[r] = of_vector(walk, r);
+  }
+  // The same, vector by vector.
+  template <int kTensors = 1>
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kCopied) wait_for_copies<kTensors*(kFrames - 1)>();
+  }
+  template <class At>
+  __device__ __forceinline__ Vector<T, V> of_vector(const At& walk, int r) const {
+    if constexpr (kCopied && !kInWord) return *place(walk.p.t, r);
+    const int k = walk.of_vector(r).x;
+    if constexpr (kCopied)
+      return {reinterpret_cast<const T*>(place(walk.p.t, r))[k % 2u]};
+    else
+      return load_vector<V>(x + k);
   }
   // Asks for the frame that lies so far ahead of the walk: the one that takes its places, if nothing is said.
   template <class At>

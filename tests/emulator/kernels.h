@@ -322,6 +322,8 @@ inline std::vector<std::vector<Copy>>& copies_of_thread() {
 namespace aia::cuda {
 
 inline void opaque(int&) {}
+inline void issue_in_order() {}
+inline uint32_t byte_everywhere(uint32_t word, int byte) { return (word >> 8 * byte & 0xff) * 0x01010101u; }
 template <class T>
 void opaque(T*&) {}
 

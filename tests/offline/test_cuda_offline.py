@@ -50,8 +50,8 @@ STORING = (
     *("queries_backward_kernel", "softmax_kernel", "softmax_backward_kernel"),
 )
 SINGLE = re.compile(
-    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel|unpool_kernel|join_kernel|"
-    r"\w*_strips_kernel)|"
+    r"(?<=\d)(known_gate_kernel|move_statistics_kernel|residual_relu_kernel|unpool_kernel|staged_kernel|"
+    r"join_kernel|\w*_strips_kernel)|"
     r"reduce_columnsILi1E\S*Join"
 )
 

@@ -17,16 +17,17 @@ KIB_IN_FLIGHT = 48
 
 
 #: By pass, layout and type: what was reached of issue over memory at 56, 28, 14 and 7. Wanted are 0.8 in fp32 and 1.0
-#: in bf16. Rows that no vector of four divides meet their maps in twos, at 14, or one by one, at 7.
+#: in bf16. Rows of 14 meet their maps in twos; those of 7 one by one, but of unpool and recalibrate
+#: from shared memory.
 REACHED = {
-    ("unpool", "TCHW", "fp32"): (0.59, 0.59, 0.74, 1.11),
-    ("unpool", "TCHW", "bf16"): (1.16, 1.20, 1.60, 2.43),
+    ("unpool", "TCHW", "fp32"): (0.59, 0.59, 0.74, 0.66),
+    ("unpool", "TCHW", "bf16"): (1.16, 1.20, 1.60, 1.37),
     ("unpool", "THWC", "fp32"): (0.54, 0.54, 0.54, 0.54),
     ("unpool", "THWC", "bf16"): (1.06, 1.07, 1.07, 1.09),
     ("inner pool", "TCHW", "fp32"): (0.39, 0.38, 0.40, 0.36),
     ("inner pool", "TCHW", "bf16"): (0.71, 0.77, 0.9, 0.69),
-    ("recalibrate", "TCHW", "fp32"): (0.21, 0.21, 0.28, 0.53),
-    ("recalibrate", "TCHW", "bf16"): (0.41, 0.41, 0.66, 1.25),
+    ("recalibrate", "TCHW", "fp32"): (0.21, 0.21, 0.28, 0.30),
+    ("recalibrate", "TCHW", "bf16"): (0.41, 0.41, 0.66, 0.66),
     ("unpool_reduce by bricks", "TCHW", "fp32"): (0.59, 0.60, 0.75, 1.85),
     ("unpool_reduce by bricks", "TCHW", "bf16"): (1.24, 1.27, 1.59, 4.35),
     ("pool by strips", "TCHW", "fp32"): (1.1, 0.84, 0.80, 0.76),
@@ -67,7 +68,7 @@ def hold(row: dict) -> None:
     assert float(row["issue_per_memory"]) <= 1.05 * REACHED[of][(56, 28, 14, 7).index(stage)], row
     # Of elements of 16 bits that lie alone, half of each word that is copied counts.
     alone = (*of[1:], stage) == ("TCHW", "bf16", 7)
-    halves = {"unpool": 32, "unpool_reduce by bricks": 32}
+    halves = {"unpool_reduce by bricks": 32}
     least = halves.get(row["pass"], KIB_IN_FLIGHT) if alone else KIB_IN_FLIGHT
     least = FEWER_IN_FLIGHT.get(row["pass"], least)
     assert int(row["in_flight_kib_per_sm"]) >= least, row

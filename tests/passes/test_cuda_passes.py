@@ -38,6 +38,8 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
             results += passes.pool(x, context, gate_of(x, maps.CHANNEL), maps.CHANNEL)
             results.append(passes.unpool_reduce(x, *features_of(x, context, plain), context, maps.CHANNEL))
             results.append(passes.recalibrate_reduce(x, x, context))
+    x = activation(Case((1, 3, 32, 7, 7)))
+    results.append(passes.recalibrate(x, gate_of(x, maps.SPACETIME), maps.SPACETIME))
     for gate in (GateCase(40, (20, 9, 4, 4, 5, 7, 2, 2, 2), torch.float32), GateCase(2, (5, 41, 37), torch.float64)):
         n = len(gate.weight)
         norms = gate.scale, gate.shift, [None] * n, [None] * n, [1e-5] * n, [True] * n
@@ -113,7 +115,7 @@ def memories(passes) -> list[torch.Tensor]:
 FAMILIES = {
     "attention_in_attention": (
         pools_and_gates,
-        {"average.cu", "bricks.cu", "patches.cu", "reduce.cuh", "strips.cu"}
+        {"average.cu", "bricks.cu", "patches.cu", "reduce.cuh", "staged.cu", "strips.cu"}
         | {"gate.cu", "gate_backward.cu", "packed_maps.cuh"},
     ),
     "external_attention": (double_norm_fold_and_residual, {"columns.cuh", "fold.cu"}),
