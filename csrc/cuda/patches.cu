@@ -10,7 +10,8 @@
 //   Pass::Part              what is known of some elements (max_mean.cuh)
 //   Pass::kTensors          how many tensors are read: x, or x and y
 //   Pass::kMaps             how many numbers of maps over C an element meets, which lie in shared memory
-//   pass.load<V>(k, maps)   these of V neighbours
+//   pass.with_index(body)   calls body with a value of the type in which indices among them are stored
+//   pass.load<Index, V>(k, maps)   these of V neighbours
 //   pass.term(...)          what is reduced of an element: what Part::of and Part::add take
 //   pass.results            where results go (spacetime_results.cuh)
 #include "patches.h"
@@ -28,6 +29,9 @@ constexpr int kPatch = 7, kRow = 8;
 // Warps of a block: fewer where a warp has frames of two tensors on their way.
 template <class Pass>
 constexpr int kPatchWarps = Pass::kTensors == 1 ? 4 : 2;
+
+// Shared memory that a block of any GPU may have.
+constexpr int kMostShared = 99 << 10;
 
 // What 32 patches are, with kSide of them along each side of a plane.
 template <int kSide>
@@ -123,7 +127,11 @@ struct PatchPool {
   const A* gate;  // [T, H, W]
   PooledMaps<A> results;
 
-  template <int V>
+  template <class Body>
+  __device__ __forceinline__ void with_index(Body&& body) const {
+    body(0);
+  }
+  template <class Index, int V>
   __device__ __forceinline__ void load(int k, Vector<A, V> (&maps)[1]) const {
     maps[0] = load_vector<V>(gate + k);
   }
@@ -142,14 +150,24 @@ struct PatchUnpooledSum {
   A per_c;
   SummedMaps<A> results;
 
+  template <class Body>
+  __device__ __forceinline__ void with_index(Body&& body) const {
+    if (maps.argmax.bytes == 1)
+      body(uint8_t{});
+    else if (maps.argmax.bytes == 2)
+      body(int16_t{});
+    else
+      body(int32_t{});
+  }
   // Their share of the mean, the maximum, and the bits of its channel, which take one comparison.
-  template <int V>
+  template <class Index, int V>
   __device__ __forceinline__ void load(int k, Vector<A, V> (&to)[3]) const {
     const auto mean = load_vector<V>(maps.mean + k);
-    const auto argmax = maps.argmax.template load<V>(k);
+    const auto argmax = load_vector<V>(static_cast<const Index*>(maps.argmax.data) + k);
     to[1] = load_vector<V>(maps.maximum + k);
 #pragma unroll
-    for (int i = 0; i < V; ++i) to[0].at[i] = mean.at[i] * per_c, to[2].at[i] = bits_as<A>(argmax.at[i]);
+    for (int i = 0; i < V; ++i)
+      to[0].at[i] = mean.at[i] * per_c, to[2].at[i] = bits_as<A>(static_cast<int>(argmax.at[i]));
   }
   __device__ __forceinline__ Factors<A> term(const PatchRow<A, 3>& row, int channel, int j,
                                              const A (&x)[1][kPatch]) const {
@@ -241,13 +259,17 @@ class PatchWalk {
     Row rows[kPatch];
     Vector<A, 4> apart;
   };
+  template <class Of>
+  static constexpr int kWords = sizeof(Of) / sizeof(A);
   using OverT = OverFrames<Part, kPatch * kPatch>;
   static constexpr int kTensors = Pass::kTensors, kFrames = Memory::kFrames;
 
  public:
   // A block has the fields of some frames, and behind them the memory of each warp.
+  static constexpr int kWarps = kPatchWarps<Pass>, kRoom = kMostShared - kWarps * static_cast<int>(sizeof(Memory));
   static constexpr int kFieldBytes = Pass::kMaps > 0 ? Of::kOfPlane * static_cast<int>(sizeof(Field)) : 0;
-  static constexpr int kMemoryBytes = sizeof(Memory);
+  static constexpr int kMemoryBytes = kWarps * static_cast<int>(sizeof(Memory));
+  static_assert(kRoom >= kFieldBytes);
 
   __device__ __forceinline__ PatchWalk(const PatchBlocks<A>& at, const Pass& pass, int tile)
       : at_(at),
@@ -319,34 +341,47 @@ class PatchWalk {
     end_of_copies();
   }
 
-  // Those of the next frames of each share, from its k-th on. What lies at a place does so in every frame.
+  // Those of the next frames of each share, from its k-th on.
   __device__ __forceinline__ void stage_fields(int k) const {
-    constexpr int V = Of::kPlane % 2 != 0 ? 1 : kSide;
     if (k > 0) __syncthreads();
-    const int frames = min(at_.window, at_.frames - k);
-#pragma unroll 1
-    for (int p = threadIdx.x * V; p < Of::kPlane; p += kPatchWarps<Pass> * kWarp * V) {
-      const int h = p / Of::kEdge, w = p % Of::kEdge;
-      A* places[V];
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        Field& field = fields_[h / kPatch * kSide + (w + i) / kPatch];
-        places[i] = &field.rows[h % kPatch].maps[0].at[(w + i) % kPatch];
-      }
+    pass_.with_index([&](auto index) {
 #pragma unroll 1
       for (int share = 0; share < at_.shares; ++share)
-#pragma unroll 1
-        for (int f = 0; f < frames; ++f) {
-          Vector<A, V> maps[Pass::kMaps];
-          pass_.template load<V>((share * at_.frames + k + f) * Of::kPlane + p, maps);
-          const int frame = (f * at_.shares + share) * Of::kOfPlane * static_cast<int>(sizeof(Field) / sizeof(A));
-#pragma unroll
-          for (int i = 0; i < V; ++i)
-#pragma unroll
-            for (int m = 0; m < Pass::kMaps; ++m) places[i][frame + m * kRow] = maps[m].at[i];
-        }
-    }
+        stage_frames<decltype(index)>(share, share * at_.frames + k, min(at_.window, at_.frames - k));
+    });
     __syncthreads();
+  }
+
+  // Of so many frames of a share from the first on. What lies at a place does so in every frame, so a thread has
+  // places, and asks for several frames of them at once, for the last one again where there are fewer.
+  template <class Index>
+  __device__ __forceinline__ void stage_frames(int share, int first, int frames) const {
+    constexpr int V = Of::kPlane % 2 != 0 ? 1 : kSide, kMost = kRoom / kFieldBytes, kBatch = kMost < 4 ? kMost : 4;
+#pragma unroll 1
+    for (int p = threadIdx.x * V; p < Of::kPlane; p += kWarps * kWarp * V) {
+      int places[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const int h = p / Of::kEdge, w = p % Of::kEdge + i;
+        places[i] = (h / kPatch * kSide + w / kPatch) * kWords<Field> + h % kPatch * kWords<Row> + w % kPatch;
+      }
+#pragma unroll 1
+      for (int f = 0; f < frames; f += kBatch) {
+        Vector<A, V> maps[kBatch][Pass::kMaps];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          pass_.template load<Index, V>((first + min(f + i, frames - 1)) * Of::kPlane + p, maps[i]);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          Field* const of_frame = fields_ + (min(f + i, frames - 1) * at_.shares + share) * Of::kOfPlane;
+          A* const words = of_frame->rows[0].maps[0].at;
+#pragma unroll
+          for (int j = 0; j < V; ++j)
+#pragma unroll
+            for (int m = 0; m < Pass::kMaps; ++m) words[places[j] + m * kRow] = maps[i][m].at[j];
+        }
+      }
+    }
   }
 
   // Leaves a part of a line for the warp.
@@ -528,9 +563,6 @@ __global__ void __launch_bounds__(64, 4) recalibrate_reduce_patches_kernel(Patch
   PatchWalk<T, kSide, PatchProductSum<A>>(at, pass, blockIdx.x % at.tiles).run({grad_y + first, x + first});
 }
 
-// Shared memory that a block of any GPU may have.
-constexpr int kMostShared = 99 << 10;
-
 template <class T, class Body>
 int with_sides(const Shape& shape, Body&& body) {
   const int64_t plane = int64_t{shape.H} * shape.W;
@@ -560,11 +592,9 @@ int in_patches(const Shape& shape, bool served, std::initializer_list<const void
 template <class T, int kSide, class Pass, class Kernel, class... Parameters>
 int queue_patches(const Shape& shape, Kernel kernel, void* stream, Parameters... parameters) {
   using Walk = PatchWalk<T, kSide, Pass>;
-  constexpr int kWarps = kPatchWarps<Pass>, kRoom = kMostShared - kWarps * Walk::kMemoryBytes;
-  static_assert(kRoom >= Walk::kFieldBytes);
-  const PatchBlocks<float> at(shape, Patches<kSide>::kPlanes, kWarps, Walk::kFieldBytes, kRoom);
-  const int bytes = kWarps * Walk::kMemoryBytes + (Pass::kMaps > 0 ? at.shares * at.window * Walk::kFieldBytes : 0);
-  return launch(kernel, shape.B * at.tiles, BlockSize(kWarps * kWarp, bytes), stream, at, parameters...);
+  const PatchBlocks<float> at(shape, Patches<kSide>::kPlanes, Walk::kWarps, Walk::kFieldBytes, Walk::kRoom);
+  const int bytes = Walk::kMemoryBytes + at.shares * at.window * Walk::kFieldBytes;
+  return launch(kernel, shape.B * at.tiles, BlockSize(Walk::kWarps * kWarp, bytes), stream, at, parameters...);
 }
 
 }  // namespace
