@@ -313,7 +313,10 @@ CHUNKS = {
     "rows of fours": (2, (3, 41, 132, 4, 70, 8, 2, 5, 12), torch.float32),
     "rows of twos": (1, (4, 33, 74, 2, 40, 6, 3, 5, 10), torch.float32),
     "fours side by side": (2, (30, 7, 8, 9, 3, 4, 5, 3, 4), torch.float32),
-    "twos side by side": (2, (24, 14, 14, 2, 16, 2, 6, 4, 6), torch.float32),
+    "twos side by side": (2, (24, 14, 12, 2, 16, 2, 6, 4, 6), torch.float32),
+    "rows of seven": (3, (72, 7, 7, 3, 520, 7, 2, 36, 7), torch.float32),
+    "odd rows of seven": (1, (4, 523, 7, 4, 3, 7), torch.float32),
+    "rows of fourteen": (2, (24, 14, 14, 4, 260, 14, 2, 2, 14), torch.float32),
 }
 GATES_BETWEEN_VECTORS = {
     "fp32": (2, (4, 4, 8, 4, 4, 8, 2, 2, 4), torch.float32),

@@ -49,7 +49,8 @@ COLUMNS = [
 HEAD, DIVISORS = 16, 7
 FIELDS = (
     *("d0", "d1", "d2", "start", "length", "chunks", "strip", "across", "wide", "strips", "columns", "slabs"),
-    *("tiles_down", "tiles_across", "pitch", "slab_step", "first_block", "blocks"),
+    *("tiles_down", "tiles_across", "pitch", "slab_step", "first_place", "slab_places", "beside", "together"),
+    *("first_block", "blocks"),
 )
 
 

@@ -190,6 +190,8 @@ def cuda_source(name: str) -> Source:
     passed, pointers = next(((passed, at) for told, passed, at in X if re.search(told, name)), ("", None))
     width = re.search(r"(?<![\w.])\d+", variant)
     access = "" if not width else "element by element" if width[0] == "1" else f"vectors of {width[0]}"
+    if width and width[0] in ("7", "14"):  # strips of a gate
+        access = f"rows of {width[0]}"
     if kernel == "reduce_over_channels" and access:
         access += ", channels innermost" if ", true," in variant else ", positions innermost"
     if kernel == "residual_relu_kernel":

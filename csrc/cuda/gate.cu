@@ -14,67 +14,78 @@ namespace {
 
 // Features of an element that lie side by side in shared memory: both, which one read brings, or each in an array of
 // its own, so that neighbours are vectors of it.
-template <int kWide>
-constexpr int kTogether = kWide > 1 ? 1 : 2;
-template <int kWide>
-constexpr int kArrays = 2 / kTogether<kWide>;
-template <class A, int kWide>
-using Features = Vector<A, kTogether<kWide>>;
+template <Form kForm>
+constexpr int kTogether = kForm == kOnes ? 2 : 1;
+template <Form kForm>
+constexpr int kArrays = 2 / kTogether<kForm>;
+template <class A, Form kForm>
+using Features = Vector<A, kTogether<kForm>>;
 
 // The places of each array, and a vector of them that is none.
-template <class A, int kWide>
-constexpr int kStride = kForwardCapacity<A, kWide>.places + 4;
-template <class A, int kWide>
-constexpr int kSharedBytes = kBuffers * 2 * kStride<A, kWide> * static_cast<int>(sizeof(A));
+template <class A, Form kForm>
+constexpr int kStride = kForwardCapacity<A, kForm>.places + 4;
+template <class A, Form kForm>
+constexpr int kSharedBytes = kBuffers * 2 * kStride<A, kForm> * static_cast<int>(sizeof(A));
 
 // Adds what a strip sees of some features of a plane to the results of a plane, whose taps begin at kTap; as the first
 // ones if kFirst.
-template <int kTap, bool kFirst, class A, class Seen, int kWide>
-__device__ __forceinline__ void add(const FrameWindow<A, Seen, kWide>& window, const A (*w)[27], Strip<A, kWide>& z) {
-  constexpr int kColumns = kAcross<kWide>;
+template <int kTap, bool kFirst, class A, class Seen, Form kForm>
+__device__ __forceinline__ void add(const FrameWindow<A, Seen, kForm>& window, const A (*w)[27], Strip<A, kForm>& z) {
+  for_taps<FrameWindow<A, Seen, kForm>, kStrip<A, kForm>, kAcross<kForm>>(
+      [&](int i, int j, int r, int c, int tap, bool first) {
+        const Seen seen = window.at(i, j);
 #pragma unroll
-  for (int i = 0; i < kStrip<A> + 2; ++i)
-#pragma unroll
-    for (int j = 0; j < kColumns + 2; ++j) {
-      const Seen seen = window.at(i, j);
-#pragma unroll
-      for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r)
-#pragma unroll
-        for (int c = j < 2 ? 0 : j - 2; c <= j && c < kColumns; ++c)
-#pragma unroll
-          for (int f = 0; f < kTogether<kWide>; ++f) {
-            const A product = w[f][kTap + (i - r) * 3 + j - c] * seen.at[f];
-            z[r].at[c] = kFirst && i == r && j == c && f == 0 ? product : z[r].at[c] + product;
-          }
-    }
+        for (int f = 0; f < kTogether<kForm>; ++f) {
+          const A product = w[f][kTap + tap] * seen.at[f];
+          z[r].at[c] = kFirst && first && f == 0 ? product : z[r].at[c] + product;
+        }
+      });
 }
 
 // Adds what a strip sees of plane q, in the buffer of this turn, to the results of the planes before, at and behind it,
 // as far as an item of so many planes has them.
-template <int kTurn, int kWide, class A>
-__device__ __forceinline__ void meet(const Features<A, kWide>* buffers, const FrameRows<A, Features<A, kWide>>& rows,
-                                     const A (&w)[2][27], int length, int q, Strip<A, kWide> (&z)[kBuffers]) {
+template <int kTurn, Form kForm, class A>
+__device__ __forceinline__ void meet(const Features<A, kForm>* buffers,
+                                     const FrameRows<A, Features<A, kForm>, kForm>& rows, const A (&w)[2][27],
+                                     int length, int q, Strip<A, kForm> (&z)[kBuffers]) {
   const auto meet_array = [&](auto array) {
     constexpr int kArray = decltype(array)::value;
     const A(*const taps)[27] = w + kArray;
-    const FrameWindow<A, Features<A, kWide>, kWide> window(
-        buffers + (kTurn * kArrays<kWide> + kArray) * kStride<A, kWide>, rows);
+    const FrameWindow<A, Features<A, kForm>, kForm> window(
+        buffers + (kTurn * kArrays<kForm> + kArray) * kStride<A, kForm>, rows);
     if (in_item(length, q - 1)) add<18, false>(window, taps, z[kTurn]);
     if (in_item(length, q)) add<9, false>(window, taps, z[(kTurn + 1) % kBuffers]);
     if (in_item(length, q + 1)) add<0, kArray == 0>(window, taps, z[(kTurn + 2) % kBuffers]);
   };
   meet_array(std::integral_constant<int, 0>{});
-  if constexpr (kArrays<kWide> == 2) meet_array(std::integral_constant<int, 1>{});
+  if constexpr (kArrays<kForm> == 2) meet_array(std::integral_constant<int, 1>{});
 }
 
-// Convolves the items of this block's map; found(to, k, rows, z) takes a strip of results, of which there are so many
-// rows, the first at to[k] in each of the results' arrays [B, M].
-template <int kWide, class A, int kResults, class Found>
+// Passes on what strips of whole rows leave of a plane in a buffer: behind a barrier, found(to, k, vector) takes the
+// results in the thread's slots, so far behind what the slots hold next. As an item begins, found.begin(z) hears of
+// some of them. The buffer's next plane goes into the same slots, so no thread reads others.
+template <Form kForm, class A, class Slots, int kResults, class Found>
+__device__ __forceinline__ void pass_on(A* buffer, const Own<kForm>& own, const Slots& slots, int plane, int behind,
+                                        const Strip<A, kForm>& z, A* const (&to)[kResults], const Found& found) {
+  if (plane < own.planes) leave_strip<kForm>(buffer + own.place, own.rows, z);
+  __syncthreads();
+  if (plane == 0)
+    slots.for_each([&](int k, auto) {
+      if (slots.has_result(k, behind)) found.begin(buffer[slots.place[k]]);
+    });
+  slots.for_each([&](int k, auto width) {
+    if (slots.has_result(k, behind)) found(to, slots.at[k] - behind, load_vector<width.value>(buffer + slots.place[k]));
+  });
+}
+
+// Convolves the items of this block's map. Of whole rows found(to, k, vector) takes a vector of results, which belongs
+// at to[k] in each of the results' arrays [B, M]; else found(to, k, rows, z) a strip of them, of so many rows.
+template <Form kForm, class A, int kResults, class Found>
 __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const GateParameters& gate,
                                          const A* __restrict__ pooled, A* const (&results)[kResults],
                                          const Found& found) {
-  using Staged = Features<A, kWide>;
-  constexpr int kApart = kArrays<kWide>, kPlaces = kStride<A, kWide>;
+  using Staged = Features<A, kForm>;
+  constexpr int kApart = kArrays<kForm>, kPlaces = kStride<A, kForm>;
   AIA_DYNAMIC_SHARED(Staged, buffers);
   AIA_SHARED(A, weight, kSharedWeight);
   share_weight(gate, weight);
@@ -86,20 +97,19 @@ __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const
   int length = map.length, last_visit = map.last_visit();
   opaque(length), opaque(last_visit);
   const Item step(map, map.blocks);
-  Own own(map, threadIdx.x);
-  Slots<kForwardCapacity<A, kWide>.staged, kWide> slots(map);
+  Own<kForm> own(map, threadIdx.x);
+  Slots<kForwardCapacity<A, kForm>.staged, kForm> slots(map);
   constexpr int kSlots = decltype(slots)::kSlots;
-  const FrameRows<A, Staged> rows(own, map.pitch);
+  const FrameRows<A, Staged, kForm> rows(map, own);
   SharedPlace places[kSlots];
-#pragma unroll
-  for (int k = 0; k < kSlots; ++k) places[k] = shared_place(buffers + slots.place[k]);
+  slots.for_each([&](int k, auto) { places[k] = shared_place(buffers + slots.place[k]); });
   for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
     own.begin(map, item), slots.begin(map, item);
     const A *maximum = pooled + (2 * item.clip * maps.packed + map.start), *mean = maximum + maps.packed;
     A* to[kResults];
 #pragma unroll
     for (int n = 0; n < kResults; ++n) {
-      to[n] = results[n] + (item.clip * maps.packed + own.offset);
+      to[n] = results[n] + (item.clip * maps.packed + (kWholeRows<kForm> ? map.start : own.offset));
       opaque(to[n]);
     }
     // Asks for the next plane.
@@ -107,37 +117,46 @@ __device__ __forceinline__ void convolve(const Maps& maps, const Map& map, const
       constexpr int kFirst = decltype(buffer)::value * kApart * kPlaces * sizeof(Staged);
       constexpr int kSecond = kFirst + (kApart == 1 ? sizeof(A) : kPlaces * sizeof(Staged));
       opaque(maximum), opaque(mean);
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k) {
+      slots.for_each([&](int k, auto width) {
         const bool present = slots.present(k);
-        copy_async_or_zero<kWide * sizeof(A), kFirst>(places[k], maximum + slots.at[k], present);
-        copy_async_or_zero<kWide * sizeof(A), kSecond>(places[k], mean + slots.at[k], present);
+        copy_async_or_zero<width.value * sizeof(A), kFirst>(places[k], maximum + slots.at[k], present);
+        copy_async_or_zero<width.value * sizeof(A), kSecond>(places[k], mean + slots.at[k], present);
         slots.at[k] += slots.plane;
-      }
+      });
       end_of_copies();
     };
-    Strip<A, kWide> z[kBuffers] = {};
+    Strip<A, kForm> z[kBuffers] = {};
     copy(std::integral_constant<int, 0>{});
     if (map.first_visit() < last_visit)
       copy(std::integral_constant<int, 1>{});
     else
       end_of_copies();
-    march(map.first_visit(), length, [&](auto turn, int q) {
+    // Results of whole rows are passed on in the turn behind the one in which they are complete.
+    march(map.first_visit(), length + kWholeRows<kForm>, [&](auto turn, int q) {
       constexpr int kTurn = decltype(turn)::value, kLast = (kTurn + 2) % kBuffers;
-      if (q <= last_visit) {
-        wait_for_copies<1>();
+      const bool visit = q <= last_visit;
+      if (visit || kWholeRows<kForm>) {
+        if (visit) wait_for_copies<1>();
         // What all have copied is here, and nobody reads the plane before any more.
         __syncthreads();
+        if constexpr (kWholeRows<kForm>)
+          if (q > 1) {
+            const int behind = (min(q + 2, last_visit + 1) - (q - 2)) * slots.plane;
+            pass_on<kForm>(reinterpret_cast<A*>(buffers + kLast * kApart * kPlaces), own, slots, q - 2, behind,
+                           z[kLast], to, found);
+          }
         if (q + 2 <= last_visit)
           copy(std::integral_constant<int, kLast>{});
         else
           end_of_copies();
-        if (own.planes) meet<kTurn, kWide>(buffers, rows, w, length, q, z);
+        if (visit && own.planes) meet<kTurn, kForm>(buffers, rows, w, length, q, z);
       }
-      if (q > 0 && q <= own.planes) found(to, (q - 1) * slots.plane, own.rows, z[kTurn]);
+      if constexpr (!kWholeRows<kForm>)
+        if (q > 0 && q <= own.planes) found(to, (q - 1) * slots.plane, own.rows, z[kTurn]);
     });
-    // The first copies of the next item go where this one's last plane may be read.
-    __syncthreads();
+    // The first copies of the next item go where this one's last plane may be read; of whole rows that was before the
+    // last results were passed on.
+    if constexpr (!kWholeRows<kForm>) __syncthreads();
   }
 }
 
@@ -147,16 +166,16 @@ struct Sample {
   A origin = 0, sum = 0, squares = 0;
   int count = 0;
 
-  template <int kColumns>
-  __device__ __forceinline__ void add(const Vector<A, kColumns> (&rows_of)[kStrip<A>], int rows) {
+  template <int kRows, int kColumns>
+  __device__ __forceinline__ void add(const Vector<A, kColumns> (&rows_of)[kRows], int rows) {
     if (count == 0) origin = rows_of[0].at[0];
     count += rows * kColumns;
-    if (rows >= kStrip<A>) {
+    if (rows >= kRows) {
 #pragma unroll
-      for (int r = 0; r < kStrip<A>; ++r) add(rows_of[r]);
+      for (int r = 0; r < kRows; ++r) add(rows_of[r]);
     } else {
 #pragma unroll
-      for (int r = 0; r < kStrip<A> - 1; ++r)
+      for (int r = 0; r < kRows - 1; ++r)
         if (r < rows) add(rows_of[r]);
     }
   }
@@ -167,6 +186,22 @@ struct Sample {
       const A deviation = row.at[c] - origin;
       sum += deviation, squares += deviation * deviation;
     }
+  }
+};
+
+// Stores z, and adds it to a sample.
+template <class A>
+struct SampledZ {
+  Sample<A>& sample;
+
+  __device__ __forceinline__ void begin(A z) const {
+    if (sample.count == 0) sample.origin = z;
+  }
+  template <int V>
+  __device__ __forceinline__ void operator()(A* const (&to)[1], int k, const Vector<A, V>& z) const {
+    store_vector(to[0] + k, z);
+    sample.count += V;
+    sample.add(z);
   }
 };
 
@@ -187,9 +222,10 @@ struct PartialMoments {
 static_assert(sizeof(PartialMoments) == kMomentPartials * sizeof(double));
 
 template <class A>
-__device__ __forceinline__ void leave_moments(const Sample<A>& sample, double* shared, PartialMoments* partial) {
-  // The first thread has a sample.
-  if (threadIdx.x == 0) shared[0] = sample.origin;
+__device__ __forceinline__ void leave_moments(const Sample<A>& sample, int first, double* shared,
+                                              PartialMoments* partial) {
+  // One that has a sample.
+  if (static_cast<int>(threadIdx.x) == first) shared[0] = sample.origin;
   __syncthreads();
   const double origin = shared[0];
   const Deviations own =
@@ -228,7 +264,7 @@ __device__ __forceinline__ void write_norm(int m, const A (&row)[4], const A (&u
   for (int i = 0; i < 3; ++i) statistics[3 * m + i] = used[i];
 }
 
-template <class A, int kWide, int V>
+template <class A, Form kForm, int V>
 __global__ void __launch_bounds__(kGateThreads, 1)
     gate_kernel(Maps maps, Gates gates,
                 const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
@@ -244,13 +280,19 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   int pitch = map.d2;
   opaque(pitch);
   A* const results[] = {gate};
-  const auto found = [&](A* const(&to)[1], int k, int rows, const Strip<A, kWide>& z) {
-    store_strip<kWide>(to[0] + k, pitch, rows, z);
-    sample.add(z, rows);
-  };
-  convolve<kWide>(maps, map, gates.at[own], pooled, results, found);
+  if constexpr (kWholeRows<kForm>) {
+    convolve<kForm>(maps, map, gates.at[own], pooled, results, SampledZ<A>{sample});
+  } else {
+    const auto found = [&](A* const(&to)[1], int k, int rows, const Strip<A, kForm>& z) {
+      store_strip<kForm>(to[0] + k, pitch, rows, z);
+      sample.add(z, rows);
+    };
+    convolve<kForm>(maps, map, gates.at[own], pooled, results, found);
+  }
   PartialMoments* const partial = reinterpret_cast<PartialMoments*>(workspace);
-  leave_moments(sample, shared, partial);
+  // Of whole rows the slots of the first threads may be those of a frame.
+  const int first = kWholeRows<kForm> ? map.frame_across() / (map.wide == 4 ? 4 : 1) : 0;
+  leave_moments(sample, first, shared, partial);
   grid_barrier();
 
   join_moments(maps, partial, [&](int m, double count, double mean, double variance) {
@@ -276,8 +318,25 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   });
 }
 
+// Stores gates, and z where wanted.
+template <class A>
+struct GatesOfZ {
+  const Sigmoid<A>& sigmoid;
+  bool has_z;
+
+  __device__ __forceinline__ void begin(A) const {}
+  template <int V>
+  __device__ __forceinline__ void operator()(A* const (&to)[2], int k, const Vector<A, V>& z) const {
+    Vector<A, V> gates;
+#pragma unroll
+    for (int i = 0; i < V; ++i) gates.at[i] = sigmoid(z.at[i]);
+    store_vector(to[0] + k, gates);
+    if (has_z) store_vector(to[1] + k, z);
+  }
+};
+
 // By a norm that is known, or made of the gates' fixed statistics and then returned; z is stored where wanted.
-template <class A, int kWide>
+template <class A, Form kForm>
 __global__ void __launch_bounds__(kGateThreads, 1)
     known_gate_kernel(Maps maps, Gates gates,
                       const A* __restrict__ pooled,  // [B, 2, M]: maximum, mean
@@ -300,16 +359,20 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   int pitch = map.d2;
   opaque(pitch);
   A* const results[] = {gate, z ? z : gate};
-  const auto found = [&](A* const(&to)[2], int k, int rows, const Strip<A, kWide>& values) {
-    Strip<A, kWide> gates;
+  if constexpr (kWholeRows<kForm>) {
+    convolve<kForm>(maps, map, gates.at[m], pooled, results, GatesOfZ<A>{sigmoid, z != nullptr});
+  } else {
+    const auto found = [&](A* const(&to)[2], int k, int rows, const Strip<A, kForm>& values) {
+      Strip<A, kForm> gates;
 #pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r)
+      for (int r = 0; r < kStrip<A, kForm>; ++r)
 #pragma unroll
-      for (int c = 0; c < kAcross<kWide>; ++c) gates[r].at[c] = sigmoid(values[r].at[c]);
-    store_strip<kWide>(to[0] + k, pitch, rows, gates);
-    if (z) store_strip<kWide>(to[1] + k, pitch, rows, values);
-  };
-  convolve<kWide>(maps, map, gates.at[m], pooled, results, found);
+        for (int c = 0; c < kAcross<kForm>; ++c) gates[r].at[c] = sigmoid(values[r].at[c]);
+      store_strip<kForm>(to[0] + k, pitch, rows, gates);
+      if (z) store_strip<kForm>(to[1] + k, pitch, rows, values);
+    };
+    convolve<kForm>(maps, map, gates.at[m], pooled, results, found);
+  }
 }
 
 }  // namespace
@@ -322,17 +385,17 @@ int gate(const PackedDims& dims, Scalar scalar, const GateParameters* gates, con
   const bool known = std::none_of(gates, gates + dims.n, [](const GateParameters& g) { return g.batch; });
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    return with_widths<A>(dims, {pooled, gate}, [&](auto width, auto straight) {
-      constexpr int kWide = width.value;
-      const BlockSize size(kGateThreads, kSharedBytes<A, kWide>);
+    return with_forms<A>(dims, {pooled, gate}, [&](auto form, auto straight) {
+      constexpr Form kForm = form.value;
+      const BlockSize size(kGateThreads, kSharedBytes<A, kForm>);
       if (known) {
-        const Maps maps = cut(dims, kForwardCapacity<A, kWide>, gate_blocks_together());
-        return launch(known_gate_kernel<A, kWide>, maps.blocks(), size, stream, maps, of_maps,
+        const Maps maps = cut(dims, kForwardCapacity<A, kForm>, gate_blocks_together());
+        return launch(known_gate_kernel<A, kForm>, maps.blocks(), size, stream, maps, of_maps,
                       static_cast<const A*>(pooled), nullptr, static_cast<A*>(gate), nullptr, static_cast<A*>(norm),
                       static_cast<A*>(statistics));
       }
-      const Maps maps = cut(dims, kForwardCapacity<A, kWide>, workspace.blocks);
-      return launch_together(gate_kernel<A, kWide, straight.value>, maps.blocks(), size, stream, maps, of_maps,
+      const Maps maps = cut(dims, kForwardCapacity<A, kForm>, workspace.blocks);
+      return launch_together(gate_kernel<A, kForm, straight.value>, maps.blocks(), size, stream, maps, of_maps,
                              static_cast<const A*>(pooled), static_cast<A*>(gate), static_cast<A*>(norm),
                              static_cast<A*>(statistics), workspace.data);
     });
@@ -343,10 +406,10 @@ int gate_again(const PackedDims& dims, Scalar scalar, const GateParameters* gate
                void* gate, void* z, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    return with_widths<A>(dims, {pooled, gate, z}, [&](auto width, auto) {
-      constexpr int kWide = width.value;
-      const Maps maps = cut(dims, kForwardCapacity<A, kWide>, gate_blocks_together());
-      return launch(known_gate_kernel<A, kWide>, maps.blocks(), {kGateThreads, kSharedBytes<A, kWide>}, stream, maps,
+    return with_forms<A>(dims, {pooled, gate, z}, [&](auto form, auto) {
+      constexpr Form kForm = form.value;
+      const Maps maps = cut(dims, kForwardCapacity<A, kForm>, gate_blocks_together());
+      return launch(known_gate_kernel<A, kForm>, maps.blocks(), {kGateThreads, kSharedBytes<A, kForm>}, stream, maps,
                     gates_of(gates, dims.n), static_cast<const A*>(pooled), static_cast<const A*>(norm),
                     static_cast<A*>(gate), static_cast<A*>(z), nullptr, nullptr);
     });

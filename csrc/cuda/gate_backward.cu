@@ -12,8 +12,11 @@ namespace aia::cuda {
 namespace {
 
 // The places of each buffer, and a vector of them that is none.
-template <class A, int kWide>
-constexpr int kStride = kBackwardCapacity<A, kWide>.places + 4;
+template <class A, Form kForm>
+constexpr int kStride = kBackwardCapacity<A, kForm>.places + 4;
+// Strips of whole rows leave the gradient of the first feature in a buffer of dz, and of the second one in another.
+template <class A, Form kForm>
+constexpr int kSharedBytes = kBuffers * (kWholeRows<kForm> ? 2 : 1) * kStride<A, kForm> * static_cast<int>(sizeof(A));
 
 // The gradient of the sigmoid's argument, and xhat.
 template <class A>
@@ -145,24 +148,16 @@ struct Gradients {
 
 // Of one feature in a plane, whose taps begin at kTap: adds what a strip sees of dz to its gradient, or begins it if
 // kFirst, and to that of the weight.
-template <int kTap, bool kFirst, class A, int kWide>
-__device__ __forceinline__ void add(const FrameWindow<A, A, kWide>& window, const A (&w)[27],
-                                    const Strip<A, kWide>& feature, Strip<A, kWide>& grad, Taps<A>& taps) {
-  constexpr int kColumns = kAcross<kWide>;
-#pragma unroll
-  for (int i = 0; i < kStrip<A> + 2; ++i)
-#pragma unroll
-    for (int j = 0; j < kColumns + 2; ++j) {
-      const A dz = window.at(i, j);
-#pragma unroll
-      for (int r = i < 2 ? 0 : i - 2; r <= i && r < kStrip<A>; ++r)
-#pragma unroll
-        for (int c = j < 2 ? 0 : j - 2; c <= j && c < kColumns; ++c) {
-          const int k = kTap + (2 - i + r) * 3 + 2 - j + c;
-          grad[r].at[c] = kFirst && i == r && j == c ? w[k] * dz : grad[r].at[c] + w[k] * dz;
-          taps.at[k] += feature[r].at[c] * dz;
-        }
-    }
+template <int kTap, bool kFirst, class A, Form kForm>
+__device__ __forceinline__ void add(const FrameWindow<A, A, kForm>& window, const A (&w)[27],
+                                    const Strip<A, kForm>& feature, Strip<A, kForm>& grad, Taps<A>& taps) {
+  for_taps<FrameWindow<A, A, kForm>, kStrip<A, kForm>, kAcross<kForm>>(
+      [&](int i, int j, int r, int c, int tap, bool first) {
+        const A dz = window.at(i, j);
+        const int k = kTap + 8 - tap;
+        grad[r].at[c] = kFirst && first ? w[k] * dz : grad[r].at[c] + w[k] * dz;
+        taps.at[k] += feature[r].at[c] * dz;
+      });
 }
 
 // What dz is made of: as Norm::grad_z says, with factors that are found once. A product with a mean of zero is left
@@ -189,96 +184,172 @@ struct GradientOfZ {
   }
 };
 
-// The arrays of a clip that a thread meets: of dz, and of its feature and the gradient of it from its strip on.
-template <class A>
+// The arrays of a clip that a thread meets: of dz, and of its feature from its strip on. And the gradients of the
+// features: of its own from its strip on, or where strips are whole rows of both, in this map.
+template <class A, Form kForm>
 struct ClipOfMap {
   const A *grad_gate, *z, *feature;
-  A* to;
+  A *to, *to_second;
 
   __device__ __forceinline__ ClipOfMap(const Maps& maps, const Map& map, int64_t clip, int of_feature, int offset,
                                        const A* grad_gate, const A* z, const A* pooled, A* grad_pooled)
       : grad_gate(grad_gate + (clip * maps.packed + map.start)),
         z(z + (clip * maps.packed + map.start)),
         feature(pooled + ((2 * clip + of_feature) * maps.packed + offset)),
-        to(grad_pooled + ((2 * clip + of_feature) * maps.packed + offset)) {
+        to(grad_pooled +
+           (kWholeRows<kForm> ? 2 * clip * maps.packed + map.start : (2 * clip + of_feature) * maps.packed + offset)),
+        to_second(to + maps.packed) {
     opaque(this->grad_gate), opaque(this->z), opaque(feature), opaque(to);
+    if constexpr (kWholeRows<kForm>) opaque(to_second);
   }
 };
 
-// A strip of one feature in a plane, as far as it belongs to the item: zeros elsewhere.
-template <int kWide, class A>
-__device__ __forceinline__ void load_strip(const A* from, int pitch, int rows, Strip<A, kWide>& values) {
+// Calls body(k, width) for numbers of a strip that is so many whole rows: from k on as many as a vector has that may
+// begin there. Planes of an odd number of rows of seven begin between vectors.
+template <Form kForm, class A, class Body>
+__device__ __forceinline__ void for_vectors(const A* address, int rows, const Body& body) {
+  constexpr int kRow = kAcross<kForm>;
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
+  const auto twos = [&](int from, int to) {
 #pragma unroll
-  for (int r = 0; r < kStrip<A>; ++r) values[r] = {};
-  if (rows >= kStrip<A>) {
-#pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r, from += pitch) opaque(from), values[r] = load_vector<kAcross<kWide>>(from);
-  } else {
-#pragma unroll
-    for (int r = 0; r < kStrip<A> - 1; ++r)
-      if (r < rows) values[r] = load_vector<kAcross<kWide>>(from + r * pitch);
+    for (int k = from; k < to; k += 2) body(k, two);
+  };
+  if constexpr (kRow == kLongStrip) {
+    if (rows > 0) twos(0, kRow);
+  } else if (rows > 0) {
+    if (reinterpret_cast<uintptr_t>(address) % sizeof(Vector<A, 2>) == 0) {
+      twos(0, kRow - 1);
+      if (rows > 1)
+        twos(kRow - 1, kLongStrip);
+      else
+        body(kRow - 1, one);
+    } else {
+      body(0, one);
+      twos(1, kRow);
+      if (rows > 1) {
+        twos(kRow, kLongStrip - 1);
+        body(kLongStrip - 1, one);
+      }
+    }
   }
 }
 
+// A strip of one feature in a plane, as far as it belongs to the item: zeros elsewhere.
+template <Form kForm, class A>
+__device__ __forceinline__ void load_strip(const A* from, int pitch, int rows, Strip<A, kForm>& values) {
+#pragma unroll
+  for (int r = 0; r < kStrip<A, kForm>; ++r) values[r] = {};
+  if constexpr (kWholeRows<kForm>) {
+    opaque(from);
+    for_vectors<kForm>(from, rows, [&](int k, auto width) {
+      const auto vector = load_vector<width.value>(from + k);
+#pragma unroll
+      for (int i = 0; i < width.value; ++i)
+        values[(k + i) / kAcross<kForm>].at[(k + i) % kAcross<kForm>] = vector.at[i];
+    });
+  } else if (rows >= kStrip<A, kForm>) {
+#pragma unroll
+    for (int r = 0; r < kStrip<A, kForm>; ++r, from += pitch)
+      opaque(from), values[r] = load_vector<kAcross<kForm>>(from);
+  } else {
+#pragma unroll
+    for (int r = 0; r < kStrip<A, kForm> - 1; ++r)
+      if (r < rows) values[r] = load_vector<kAcross<kForm>>(from + r * pitch);
+  }
+}
+
+// Writes the gradients of both features in the slots of a thread, so far behind what these hold next. The next dz goes
+// into the same slots.
+template <class A, Form kForm, int kStaged>
+__device__ __forceinline__ void pass_on(const Slots<kStaged, kForm>& slots, int behind, const A* first,
+                                        const ClipOfMap<A, kForm>& clip) {
+  const A* const second = first + kBuffers * kStride<A, kForm>;
+  slots.for_each([&](int k, auto width) {
+    if (!slots.has_result(k, behind)) return;
+    const int at = slots.at[k] - behind;
+    store_vector(clip.to + at, load_vector<width.value>(first + slots.place[k]));
+    store_vector(clip.to_second + at, load_vector<width.value>(second + slots.place[k]));
+  });
+}
+
+// The numbers of slot k in vectors that hold those of all slots.
+template <int V, class A, int kVector, int kCount>
+__device__ __forceinline__ Vector<A, V>& of_slot(Vector<A, kVector> (&vectors)[kCount], int k) {
+  return *reinterpret_cast<Vector<A, V>*>(&vectors[k * V / kVector].at[k * V % kVector]);
+}
+
 // An item, in which dz goes from memory by way of a buffer to the strips, whose taps are summed up.
-template <class A, int kWide, int kStaged>
-__device__ __forceinline__ void transpose_item(const Map& map, const Own& own, const FrameRows<A, A>& rows,
-                                               Slots<kStaged, kWide>& slots, const ClipOfMap<A>& clip,
-                                               const GradientOfZ<A>& gradient, const A (&w)[27], A* buffers,
-                                               Taps<A>& taps) {
-  constexpr int kSlots = Slots<kStaged, kWide>::kSlots;
+template <class A, Form kForm, int kStaged>
+__device__ __forceinline__ void transpose_item(const Map& map, const Own<kForm>& own,
+                                               const FrameRows<A, A, kForm>& rows, Slots<kStaged, kForm>& slots,
+                                               const ClipOfMap<A, kForm>& clip, const GradientOfZ<A>& gradient,
+                                               const A (&w)[27], int of_feature, A* buffers, Taps<A>& taps) {
+  constexpr int kVectors = Slots<kStaged, kForm>::kMostVectors, kPlaces = kStride<A, kForm>;
   const int first_visit = map.first_visit();
   int length = map.length, last_visit = map.last_visit(), pitch = map.d2;
   opaque(length), opaque(last_visit), opaque(pitch);
-  Vector<A, kWide> grad_next[kSlots], z_next[kSlots];
+  constexpr int kVector = kWide<kForm>;
+  Vector<A, kVector> grad_next[kVectors], z_next[kVectors];
   const auto fetch = [&] {
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k)
+    slots.for_each([&](int k, auto width) {
       if (slots.present(k)) {
-        grad_next[k] = load_vector<kWide>(clip.grad_gate + slots.at[k]);
-        z_next[k] = load_vector<kWide>(clip.z + slots.at[k]);
+        of_slot<width.value>(grad_next, k) = load_vector<width.value>(clip.grad_gate + slots.at[k]);
+        of_slot<width.value>(z_next, k) = load_vector<width.value>(clip.z + slots.at[k]);
       }
+    });
+  };
+  const auto stage = [&](A* buffer) {
+    slots.for_each([&](int k, auto width) {
+      Vector<A, width.value> dz{};
+      if (slots.present(k))
+#pragma unroll
+        for (int i = 0; i < width.value; ++i)
+          dz.at[i] = gradient(of_slot<width.value>(grad_next, k).at[i], of_slot<width.value>(z_next, k).at[i]);
+      store_vector(buffer + slots.place[k], dz);
+      slots.at[k] += slots.plane;
+    });
   };
   // In the turn of buffers: before, at, after.
-  Strip<A, kWide> grad[kBuffers] = {}, feature[kBuffers];
-  const auto load = [&](int q, Strip<A, kWide>& to) {
-    load_strip<kWide>(clip.feature + q * slots.plane, pitch, in_item(own.planes, q) ? own.rows : 0, to);
+  Strip<A, kForm> grad[kBuffers] = {}, feature[kBuffers];
+  const auto load = [&](int q, Strip<A, kForm>& to) {
+    load_strip<kForm>(clip.feature + q * slots.plane, pitch, in_item(own.planes, q) ? own.rows : 0, to);
   };
   fetch();
   load(first_visit, feature[1]);
   load(first_visit + 1, feature[2]);
-  march(first_visit, length, [&](auto turn, int q) {
+  // Results of whole rows are left in the turn behind the one in which they are complete, where their plane was.
+  march(first_visit, length + kWholeRows<kForm>, [&](auto turn, int q) {
     constexpr int kTurn = decltype(turn)::value, kNext = (kTurn + 1) % kBuffers, kLast = (kTurn + 2) % kBuffers;
-    if (q <= last_visit) {
-      A* const buffer = buffers + kTurn * kStride<A, kWide>;
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k) {
-        Vector<A, kWide> dz{};
-        if (slots.present(k))
-#pragma unroll
-          for (int i = 0; i < kWide; ++i) dz.at[i] = gradient(grad_next[k].at[i], z_next[k].at[i]);
-        store_vector(buffer + slots.place[k], dz);
-        slots.at[k] += slots.plane;
-      }
+    const bool visit = q <= last_visit;
+    if (visit || kWholeRows<kForm>) {
+      A* const buffer = buffers + kTurn * kPlaces;
+      if (visit) stage(buffer);
+      if constexpr (kWholeRows<kForm>)
+        if (q > 1 && q - 2 < own.planes)
+          leave_strip<kForm>(buffers + (kNext + of_feature * kBuffers) * kPlaces + own.place, own.rows, grad[kLast]);
       // One barrier a plane keeps writers and readers of a buffer apart, for there are three.
       __syncthreads();
+      if constexpr (kWholeRows<kForm>)
+        if (q > 1) pass_on(slots, (min(q, last_visit) + 3 - q) * slots.plane, buffers + kNext * kPlaces, clip);
       if (q < last_visit) fetch();
-      if (own.planes) {
-        const FrameWindow<A, A, kWide> window(buffer, rows);
+      if (visit && own.planes) {
+        const FrameWindow<A, A, kForm> window(buffer, rows);
         if (in_item(length, q - 1)) add<0, false>(window, w, feature[kTurn], grad[kTurn], taps);
         load(q + 2, feature[kTurn]);
         if (in_item(length, q)) add<9, false>(window, w, feature[kNext], grad[kNext], taps);
         if (in_item(length, q + 1)) add<18, true>(window, w, feature[kLast], grad[kLast], taps);
       }
     }
-    if (q > 0 && q <= own.planes) store_strip<kWide>(clip.to + (q - 1) * slots.plane, pitch, own.rows, grad[kTurn]);
+    if constexpr (!kWholeRows<kForm>)
+      if (q > 0 && q <= own.planes) store_strip<kForm>(clip.to + (q - 1) * slots.plane, pitch, own.rows, grad[kTurn]);
   });
   // The next item begins with the first buffer again.
   __syncthreads();
 }
 
 // kSums: the sums are found first; else they are given.
-template <class A, int kWide, int V, bool kSums>
+template <class A, Form kForm, int V, bool kSums>
 __global__ void __launch_bounds__(kGateThreads, 1)
     backward_kernel(Maps maps, Gates gates, Gradients grads,
                     const A* __restrict__ grad_gate,   // [B, M]
@@ -289,8 +360,8 @@ __global__ void __launch_bounds__(kGateThreads, 1)
                     const A* __restrict__ pooled,      // [B, 2, M]: maximum, mean
                     A* __restrict__ grad_pooled,       // [B, 2, M]
                     double* workspace) {               // [blocks, kWeightPartials]
-  constexpr int kPlaces = kStride<A, kWide>;
-  AIA_SHARED(A, buffers, kBuffers * kPlaces);
+  constexpr int kPlaces = kStride<A, kForm>;
+  AIA_DYNAMIC_SHARED(A, buffers);
   AIA_SHARED(JoinedTaps<A>, joined, 1);
   AIA_SHARED(A, weight, kSharedWeight);
   const int m = maps.of_block(blockIdx.x), feature = threadIdx.x % 2;
@@ -319,13 +390,13 @@ __global__ void __launch_bounds__(kGateThreads, 1)
 
   Taps<A> taps{};
   const Item step(map, map.blocks);
-  Own own(map, threadIdx.x / 2);
-  const FrameRows<A, A> rows(own, map.pitch);
-  Slots<kBackwardCapacity<A, kWide>.staged, kWide> slots(map);
+  Own<kForm> own(map, threadIdx.x / 2);
+  const FrameRows<A, A, kForm> rows(map, own);
+  Slots<kBackwardCapacity<A, kForm>.staged, kForm> slots(map);
   for (Item item(map, blockIdx.x - map.first_block); item.clip < maps.batch; item.advance(map, step)) {
     own.begin(map, item), slots.begin(map, item);
-    const ClipOfMap<A> clip(maps, map, item.clip, feature, own.offset, grad_gate, z, pooled, grad_pooled);
-    transpose_item(map, own, rows, slots, clip, gradient, w, buffers, taps);
+    const ClipOfMap<A, kForm> clip(maps, map, item.clip, feature, own.offset, grad_gate, z, pooled, grad_pooled);
+    transpose_item(map, own, rows, slots, clip, gradient, w, feature, buffers, taps);
   }
 
   // Behind the sums, which a block that is late may still be reading.
@@ -339,7 +410,7 @@ int gate_backward_reduce(const PackedDims& dims, Scalar scalar, const void* grad
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
     return with_straight_width<A>(dims, {grad_gate, z}, [&](auto width) {
-      const Maps maps = cut(dims, kBackwardCapacity<A, 1>, workspace.blocks);
+      const Maps maps = cut(dims, kBackwardCapacity<A, kOnes>, workspace.blocks);
       return launch_together(backward_reduce_kernel<A, width.value>, maps.blocks(), kGateThreads, stream, maps,
                              static_cast<const A*>(grad_gate), static_cast<const A*>(z), static_cast<const A*>(norm),
                              static_cast<A*>(sums), workspace.data);
@@ -352,19 +423,19 @@ int gate_backward(const PackedDims& dims, Scalar scalar, const GateParameters* g
                   void* grad_pooled, Workspace workspace, void* stream) {
   return with_maps(scalar, [&](auto type) {
     using A = decltype(type);
-    const auto run = [&](auto kernel, Capacity capacity) {
+    const auto run = [&](auto kernel, Capacity capacity, int shared_bytes) {
       const Maps maps = cut(dims, capacity, workspace.blocks);
-      return launch_together(kernel, maps.blocks(), kGateThreads, stream, maps, gates_of(gates, dims.n),
+      return launch_together(kernel, maps.blocks(), {kGateThreads, shared_bytes}, stream, maps, gates_of(gates, dims.n),
                              Gradients{gates_of(grads, dims.n), grad_affine}, static_cast<const A*>(grad_gate),
                              static_cast<const A*>(kept.z), static_cast<const A*>(kept.norm),
                              static_cast<const A*>(sums), static_cast<const A*>(kept.statistics),
                              static_cast<const A*>(kept.pooled), static_cast<A*>(grad_pooled), workspace.data);
     };
     // Where the sums are those of several devices, a network waits for these: one kernel serves all maps.
-    if (sums) return run(backward_kernel<A, 1, 1, false>, kBackwardCapacity<A, 1>);
-    return with_widths<A>(dims, {grad_gate, kept.z, kept.pooled, grad_pooled}, [&](auto width, auto straight) {
-      constexpr int kWide = width.value;
-      return run(backward_kernel<A, kWide, straight.value, true>, kBackwardCapacity<A, kWide>);
+    if (sums) return run(backward_kernel<A, kOnes, 1, false>, kBackwardCapacity<A, kOnes>, kSharedBytes<A, kOnes>);
+    return with_forms<A>(dims, {grad_gate, kept.z, kept.pooled, grad_pooled}, [&](auto form, auto straight) {
+      constexpr Form kForm = form.value;
+      return run(backward_kernel<A, kForm, straight.value, true>, kBackwardCapacity<A, kForm>, kSharedBytes<A, kForm>);
     });
   });
 }

@@ -18,7 +18,7 @@
 
 namespace aia::cuda {
 
-constexpr int kGateThreads = 256, kGateWarps = kGateThreads / kWarp;
+constexpr int kGateWarps = kGateThreads / kWarp;
 
 // An item of a map: a tile of some chunks of a clip. Those of a block are as far apart as there are blocks of the map.
 struct Item {
@@ -44,6 +44,7 @@ struct Item {
 // What a thread knows of its strip: its slab, its first row and column in a tile, and where these lie among the places
 // of a plane. In an item: of how many planes and rows it has results, none where it lies outside, and where the first
 // one lies in a packed clip.
+template <Form kForm>
 struct Own {
   int slab, row, column, place;
   int planes, rows, offset;
@@ -60,52 +61,121 @@ struct Own {
     const int chunk = item.chunk(map) + slab, plane = chunk * map.length;
     const bool inside = slab < map.slabs && chunk < map.chunks && y < map.d1 && x < map.d2;
     planes = inside ? min(map.length, map.d0 - plane) : 0;
-    rows = min(map.strip, map.d1 - y);
+    rows = kWholeRows<kForm> ? min(map.across, map.d2 - x) / kAcross<kForm> : min(map.strip, map.d1 - y);
     offset = map.start + (plane * map.d1 + y) * map.d2 + x;
   }
 };
 
-// The vectors of a plane that a thread stages: their rows and columns in a tile with its frame, and their places in
-// shared memory. In an item: where in the map the next one lies. What lies outside of the map is zero there.
-template <int kStaged, int kWide>
-struct Slots {
-  static constexpr int kSlots = kStaged / (kGateThreads * kWide);
-  static_assert(kSlots * kGateThreads * kWide == kStaged);
+// The vectors of a plane that a thread stages, one in each of its slots: their places in shared memory and, in an item,
+// where in the map the next one lies. What lies outside of the map is zero there.
+template <int kStaged, Form kForm>
+struct SlotsOfPlane {
+  // Planes of whole rows may be staged by single elements.
+  static constexpr bool kAlone = kForm == kRowsOf7;
+  static constexpr int kVectors = (kStaged + kGateThreads * kWide<kForm> - 1) / (kGateThreads * kWide<kForm>);
+  static constexpr int kSlots = kAlone ? kStaged / kGateThreads : kVectors;
+  static_assert(kStaged % (kGateThreads * (kAlone ? 1 : kWide<kForm>)) == 0);
+  // That hold the elements of all slots.
+  static constexpr int kMostVectors = kAlone && kSlots > kVectors* kWide<kForm> ? kSlots / kWide<kForm> + 1 : kVectors;
   // Far below the map, whose planes come to fewer than 2^31 elements together.
   static constexpr int kNowhere = INT32_MIN;
-  int row[kSlots], column[kSlots], from[kSlots], place[kSlots], at[kSlots], size, plane;
+  int place[kSlots], at[kSlots], size, plane;
+  bool alone;
 
-  __device__ __forceinline__ explicit Slots(const Map& map) {
-    plane = map.plane_size(), size = map.d0 * plane;
+  __device__ __forceinline__ explicit SlotsOfPlane(const Map& map)
+      : size(map.d0 * map.plane_size()), plane(map.plane_size()), alone(kAlone && map.wide == 1) {}
+
+  // Calls body(k, width) for the slots, in which so many elements lie.
+  template <class Body>
+  __device__ __forceinline__ void for_each(const Body& body) const {
+    if constexpr (kAlone)
+      if (alone) {
+#pragma unroll
+        for (int k = 0; k < kSlots; ++k) body(k, std::integral_constant<int, 1>{});
+        return;
+      }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) body(k, std::integral_constant<int, kWide<kForm>>{});
+  }
+  __device__ __forceinline__ bool present(int k) const {
+    return static_cast<uint32_t>(at[k]) < static_cast<uint32_t>(size);
+  }
+};
+
+// Of rows of any length, which with their frame are counted through.
+template <int kStaged, Form kForm>
+struct Slots : SlotsOfPlane<kStaged, kForm> {
+  using Base = SlotsOfPlane<kStaged, kForm>;
+  using Base::at, Base::place, Base::plane, Base::for_each, Base::kNowhere, Base::kSlots;
+  int row[kSlots], column[kSlots], from[kSlots];
+
+  __device__ __forceinline__ explicit Slots(const Map& map) : Base(map) {
+    constexpr int kVector = kWide<kForm>;
     const int count = map.staged(), columns = map.staged_columns(), rows = map.staged_rows();
     int x = threadIdx.x, y = map.by_vectors.divide(x), slab = map.by_staged_rows.divide(y);
-    y -= map.frame_down(), x = x * kWide - map.frame_across();
+    y -= map.frame_down(), x = x * kVector - map.frame_across();
     int across = kGateThreads, down = map.by_vectors.divide(across), on = map.by_staged_rows.divide(down);
-    across *= kWide;
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
-      const bool own = (k * kGateThreads + static_cast<int>(threadIdx.x)) * kWide < count;
+    across *= kVector;
+    for_each([&](int k, auto) {
+      const bool own = (k * kGateThreads + static_cast<int>(threadIdx.x)) * kVector < count;
       row[k] = y, column[k] = x;
       from[k] = own ? (slab * map.length + map.first_visit()) * plane + y * map.d2 + x : kNowhere;
       place[k] = own ? slab * map.slab_step + map.place(y, x) : map.places();
       x += across, y += down, slab += on;
       if (x >= columns - map.frame_across()) x -= columns, ++y;
       if (y >= rows - map.frame_down()) y -= rows, ++slab;
-    }
+    });
   }
   __device__ __forceinline__ void begin(const Map& map, const Item& item) {
     int y, x;
     item.place(map, y, x);
     const int first = item.chunk(map) * map.length * plane + y * map.d2 + x;
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
+    for_each([&](int k, auto) {
       const bool inside = from[k] != kNowhere && static_cast<uint32_t>(y + row[k]) < static_cast<uint32_t>(map.d1) &&
                           static_cast<uint32_t>(x + column[k]) < static_cast<uint32_t>(map.d2);
       at[k] = inside ? first + from[k] : kNowhere;
-    }
+    });
   }
-  __device__ __forceinline__ bool present(int k) const {
-    return static_cast<uint32_t>(at[k]) < static_cast<uint32_t>(size);
+};
+
+// Of whole rows: either a slot goes on in the long row, or the threads stage some slabs at a time, whole ones. So slots
+// lie equally far apart.
+template <int kStaged, Form kForm>
+  requires kWholeRows<kForm>
+struct Slots<kStaged, kForm> : SlotsOfPlane<kStaged, kForm> {
+  using Base = SlotsOfPlane<kStaged, kForm>;
+  using Base::at, Base::place, Base::plane, Base::size, Base::for_each, Base::kNowhere;
+  int slab, column, together, across = 0;
+  int frame = 0;  // bits of slots whose elements belong to the frame
+
+  __device__ __forceinline__ explicit Slots(const Map& map) : Base(map), column(threadIdx.x), together(map.together) {
+    slab = map.by_vectors.divide(column);
+    if (together == 0) across = kGateThreads * map.wide;
+    column = column * map.wide - map.frame_across();
+    const int end = map.staged_columns() - map.frame_across();
+    const int slabs = together > 0 && slab >= together ? 0 : map.slabs;
+    for_each([&](int k, auto) {
+      const bool own = slab + k * together < slabs && column + k * across < end;
+      place[k] = own ? (slab + k * together) * map.slab_step + map.place(0, column + k * across) : map.places();
+      if (static_cast<uint32_t>(column + k * across) >= static_cast<uint32_t>(map.columns)) frame |= 1 << k;
+    });
+  }
+  // Whether an element of the map so far behind those of the slot is a result. No map is so large that an absent one
+  // would be.
+  __device__ __forceinline__ bool has_result(int k, int behind) const {
+    return !(frame >> k & 1) && static_cast<uint32_t>(at[k]) < static_cast<uint32_t>(size + behind);
+  }
+  __device__ __forceinline__ void begin(const Map& map, const Item& item) {
+    int y, x;
+    item.place(map, y, x);
+    x += column;
+    const int first = ((item.chunk(map) + slab) * map.length + map.first_visit()) * plane + x;
+    const int step = together * map.length * plane + across;
+    for_each([&](int k, auto) {
+      const bool inside =
+          place[k] != map.places() && static_cast<uint32_t>(x + k * across) < static_cast<uint32_t>(map.d2);
+      at[k] = inside ? first + k * step : kNowhere;
+    });
   }
 };
 
@@ -161,19 +231,35 @@ __device__ __forceinline__ void for_each_run(const Maps& maps, const Map& map, c
 }
 
 // Numbers of a strip.
-template <class A, int kWide>
-using Strip = Vector<A, kAcross<kWide>>[kStrip<A>];
+template <class A, Form kForm>
+using Strip = Vector<A, kAcross<kForm>>[kStrip<A, kForm>];
 
 // Writes the rows of a strip that are there, which lie `pitch` apart.
-template <int kWide, class A>
-__device__ __forceinline__ void store_strip(A* to, int pitch, int rows, const Strip<A, kWide>& values) {
-  if (rows >= kStrip<A>) {
+template <Form kForm, class A>
+__device__ __forceinline__ void store_strip(A* to, int pitch, int rows, const Strip<A, kForm>& values) {
+  if (rows >= kStrip<A, kForm>) {
 #pragma unroll
-    for (int r = 0; r < kStrip<A>; ++r, to += pitch) opaque(to), store_vector(to, values[r]);
+    for (int r = 0; r < kStrip<A, kForm>; ++r, to += pitch) opaque(to), store_vector(to, values[r]);
   } else {
 #pragma unroll
-    for (int r = 0; r < kStrip<A> - 1; ++r)
+    for (int r = 0; r < kStrip<A, kForm> - 1; ++r)
       if (r < rows) store_vector(to + r * pitch, values[r]);
+  }
+}
+
+// Strips of whole rows lie one behind the other, so each store of a warp to memory would meet the lines of all of them.
+// Instead they leave their results among the places of a plane, from where vectors of them go on. Behind a strip that
+// is cut short zeros follow, and stay.
+template <Form kForm, class A>
+__device__ __forceinline__ void leave_strip(A* places, int rows, const Strip<A, kForm>& values) {
+  constexpr int kRow = kAcross<kForm>;
+#pragma unroll
+  for (int k = 0; k < kLongStrip; k += 2) {
+    const Vector<A, 2> two{values[k / kRow].at[k % kRow], values[(k + 1) / kRow].at[(k + 1) % kRow]};
+    if (k + 2 <= kRow || rows > 1 || kRow == kLongStrip)
+      store_vector(places + k, two);
+    else if (k < kRow)
+      places[k] = two.at[0];
   }
 }
 
@@ -213,15 +299,22 @@ __device__ __forceinline__ bool in_item(int length, int plane) {
 }
 
 // Where the rows of a strip, and those above and below it, begin in a buffer, in bytes; found once, so that no visit
-// adds them up.
-template <class A, class Staged>
+// adds them up. Whole rows follow each other: these are the strip's own place, and that of the row below it, which is
+// among zeros where the strip is cut short, as another slab may follow.
+template <class A, class Staged, Form kForm>
 struct FrameRows {
-  int at[kStrip<A> + 2];
+  static constexpr int kRows = kWholeRows<kForm> ? 2 : kStrip<A, kForm> + 2;
+  int at[kRows];
 
-  __device__ __forceinline__ FrameRows(const Own& own, int pitch) {
+  __device__ __forceinline__ FrameRows(const Map& map, const Own<kForm>& own) {
 #pragma unroll
-    for (int i = 0; i < kStrip<A> + 2; ++i) {
-      at[i] = (own.place + (i - 1) * pitch) * static_cast<int>(sizeof(Staged));
+    for (int i = 0; i < kRows; ++i) {
+      int place = own.place + (i - 1) * map.pitch;
+      if (kWholeRows<kForm>) {
+        const bool cut = map.tiles_across == 1 && own.column + kLongStrip > map.d2;
+        place = i == 0 ? own.place : cut ? 0 : own.place + kLongStrip;
+      }
+      at[i] = place * static_cast<int>(sizeof(Staged));
       opaque(at[i]);
     }
   }
@@ -230,22 +323,22 @@ struct FrameRows {
   }
 };
 
-// What a strip sees of a plane in a buffer, a column to its left and one to its right among it. Floats are held in
-// registers for the planes that meet them, doubles are read anew by each, as registers are short.
-template <class A, class Staged, int kWide>
+// What a strip sees of a plane in a buffer: its rows, the one above and the one below it, and a column at each side of
+// them unless they are whole. Floats are held in registers for the planes that meet them, doubles are read anew by
+// each, as registers are short.
+template <class A, class Staged, Form kForm>
 class FrameWindow {
-  static constexpr bool kHeld = sizeof(A) == 4;
-  static constexpr int kColumns = kAcross<kWide> + 2;
-  const Staged* buffer_;
-  const FrameRows<A, Staged>& rows_;
-  Staged held_[kHeld ? kStrip<A> + 2 : 1][kColumns];
-
  public:
-  __device__ __forceinline__ FrameWindow(const Staged* buffer, const FrameRows<A, Staged>& rows)
+  static constexpr int kBeside = kWholeRows<kForm> ? 0 : 1;
+  static constexpr int kRows = kStrip<A, kForm> + 2, kColumns = kAcross<kForm> + 2 * kBeside;
+
+  __device__ __forceinline__ FrameWindow(const Staged* buffer, const FrameRows<A, Staged, kForm>& rows)
       : buffer_(buffer), rows_(rows) {
-    if constexpr (kHeld)
+    if constexpr (kWholeRows<kForm>)
+      load_whole_rows();
+    else if constexpr (kHeld)
 #pragma unroll
-      for (int i = 0; i < kStrip<A> + 2; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         const Staged* const row = rows.row(buffer, i);
         const auto own = load_vector<kColumns - 2>(row);
         held_[i][0] = row[-1], held_[i][kColumns - 1] = row[kColumns - 2];
@@ -259,7 +352,45 @@ class FrameWindow {
     else
       return rows_.row(buffer_, row)[column - 1];
   }
+
+ private:
+  static constexpr bool kHeld = sizeof(A) == 4;
+  const Staged* buffer_;
+  const FrameRows<A, Staged, kForm>& rows_;
+  Staged held_[kHeld ? kRows : 1][kColumns];
+
+  // By twos, as strips begin with one: so with a number of no use before the row above that has an odd length, and one
+  // behind the row below it.
+  __device__ __forceinline__ void load_whole_rows() {
+    constexpr int kFirst = -(kColumns + kColumns % 2);
+#pragma unroll
+    for (int k = kFirst; k < kLongStrip + kColumns; k += 2) {
+      const auto two = k < kLongStrip ? load_vector<2>(rows_.row(buffer_, 0) + k)
+                                      : load_vector<2>(rows_.row(buffer_, 1) + (k - kLongStrip));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int n = k + i + kColumns;
+        if (n >= 0 && n < kRows * kColumns) held_[n / kColumns][n % kColumns] = two.at[i];
+      }
+    }
+  }
 };
+
+// Calls body(i, j, r, c, tap, first) for each number at (i, j) of what a strip sees of a plane and each number (r, c)
+// of the strip that it meets by this tap of nine; whether it is the first that meets the latter.
+template <class Window, int kRows, int kColumns, class Body>
+__device__ __forceinline__ void for_taps(const Body& body) {
+  constexpr int kFirst = 1 - Window::kBeside;
+#pragma unroll
+  for (int i = 0; i < kRows + 2; ++i)
+#pragma unroll
+    for (int j = kFirst; j < kColumns + 2 - kFirst; ++j)
+#pragma unroll
+      for (int r = i < 2 ? 0 : i - 2; r <= i && r < kRows; ++r)
+#pragma unroll
+        for (int c = j < 2 ? 0 : j - 2; c <= j && c < kColumns; ++c)
+          body(i, j - kFirst, r, c, (i - r) * 3 + j - c, i == r && j == (c < kFirst ? kFirst : c));
+}
 
 // The weight of a gate in shared memory: the taps of a feature, 27, and those of the other. Behind it a barrier is
 // needed.
@@ -316,17 +447,16 @@ int with_straight_width(const PackedDims& dims, std::initializer_list<const void
   return wide ? body(std::integral_constant<int, kWide>{}) : body(std::integral_constant<int, 1>{});
 }
 
-// The same, behind the width of the vectors in which their rows can be moved: of floats 4, 2 or 1, of doubles 1.
+// The same, behind the form of their strips.
 template <class A, class Body>
-int with_widths(const PackedDims& dims, std::initializer_list<const void*> addresses, Body&& body) {
+int with_forms(const PackedDims& dims, std::initializer_list<const void*> addresses, Body&& body) {
   return with_straight_width<A>(dims, addresses, [&](auto straight) {
-    if constexpr (straight.value == 4) {
-      int64_t rows = 0;
-      for (int m = 0; m < dims.n; ++m) rows |= dims.dims[m][2];
-      if (rows % 4 == 0) return body(straight, straight);
-      if (rows % 2 == 0) return body(std::integral_constant<int, 2>{}, straight);
-    }
-    return body(std::integral_constant<int, 1>{}, straight);
+    return with_form<A>(dims, straight.value > 1, [&](auto form) {
+      // Other forms than of ones need what straight vectors do.
+      constexpr bool kTogether = form.value == kOnes || straight.value > 1;
+      if constexpr (kTogether) return body(form, straight);
+      return -1;
+    });
   });
 }
 

@@ -14,20 +14,39 @@
 
 namespace aia::cuda {
 
-// The rows of a column that a thread computes: what it reads of shared memory serves three of them. Planes of a ResNet
-// have multiples of seven; doubles are short of registers.
-template <class A>
-constexpr int kStrip = sizeof(A) == 4 ? 7 : 3;  // odd, for Map::lay_out
-// The threads that shared memory serves in a turn.
-constexpr int kTurn = 16;
+constexpr int kGateThreads = 256;
 
+// How a strip, what a thread computes of a plane, lies there. Of rows of any length it is some rows of a column, or of
+// two where rows are copied in vectors, of two or of four. Of rows of 14 or 7 it is whole rows: it has no neighbours at
+// its sides and its numbers follow each other in memory, so a plane is one long row that is copied as such.
+using Form = int;
+constexpr Form kOnes = 1, kTwos = 2, kFours = 4, kRowsOf7 = 7, kRowsOf14 = 14;
+template <Form kForm>
+constexpr bool kWholeRows = kForm >= kRowsOf7;
+// The numbers of a strip of whole rows.
+constexpr int kLongStrip = 14;
+
+// The rows of a strip: what it reads of shared memory serves three of them. Planes of a ResNet have multiples of seven;
+// doubles are short of registers.
+template <class A, Form kForm>
+constexpr int kStrip = kWholeRows<kForm> ? kLongStrip / kForm
+                       : sizeof(A) == 4  ? 7
+                                         : 3;  // odd, for Map::lay_out
 // And its columns: two where rows are copied in vectors, which then begin and end with them.
-template <int kWide>
-constexpr int kAcross = kWide > 1 ? 2 : 1;
+template <Form kForm>
+constexpr int kAcross = kWholeRows<kForm> ? kForm
+                        : kForm == kOnes  ? 1
+                                          : 2;
+// The widest vectors that are copied. Planes of whole rows are copied by single elements where no vector divides them,
+// as those of an odd number of rows of seven.
+template <Form kForm>
+constexpr int kWide = kWholeRows<kForm> ? 4 : kForm;
+// The threads that shared memory serves in a turn, and its banks.
+constexpr int kTurn = 16, kBanks = 32;
 
 // One map [d0, d1, d2] of each clip, cut into items of work for a block: a tile of the planes, some strips high, of
 // `slabs` neighbouring chunks of a clip; a chunk has `length` planes, a strip so many rows and columns. Rows are copied
-// in vectors of `wide` neighbours, which divides d2.
+// in vectors of `wide` neighbours, which divides d2. Where strips are whole rows, planes are one row each: d1 is 1.
 struct Map {
   int d0, d1, d2;
   int start;  // in a packed clip
@@ -35,7 +54,11 @@ struct Map {
   int strip, across, wide;
   int strips, columns, slabs;
   int tiles_down, tiles_across;
-  int pitch, slab_step;  // how far apart rows, and slabs, lie among the places of a plane in shared memory
+  // Among the places of a plane in shared memory: how far apart rows and slabs lie, where the first element does, and
+  // the places of a slab.
+  int pitch, slab_step, first_place, slab_places;
+  int beside;    // columns of a frame at each side of a tile
+  int together;  // slabs of whole rows that threads stage in a turn, 0 where one takes several
   int first_block, blocks;
   Divisor by_strips_across, by_strips, by_vectors, by_staged_rows, by_tiles_across, by_tiles, by_groups;
 
@@ -44,30 +67,42 @@ struct Map {
   AIA_HOST_DEVICE int tiles() const { return tiles_down * tiles_across; }
   AIA_HOST_DEVICE int groups() const { return (chunks + slabs - 1) / slabs; }
 
-  // A tile that has neighbours is staged with a frame of them, one row, and one vector of columns. The others have a
-  // frame of zeros, of which neighbouring rows, and slabs, share one side. `frame`: how many neighbours; staged rows
-  // and columns of a slab; the rows from a slab to the next one; the places of all.
+  // A tile that has neighbours is staged with a frame of them, one row, and one vector of columns; of whole rows as
+  // many as begin with a strip and with a vector. The others have a frame of zeros, of which neighbouring rows, and
+  // slabs, share one side. `frame`: how many neighbours; staged rows and columns of a slab; the places of all.
   AIA_HOST_DEVICE int frame_down() const { return tiles_down > 1; }
-  AIA_HOST_DEVICE int frame_across() const { return tiles_across > 1 ? wide : 0; }
+  AIA_HOST_DEVICE int frame_across() const { return tiles_across > 1 ? beside : 0; }
   AIA_HOST_DEVICE int staged_rows() const { return tiles_down > 1 ? rows() + 2 : d1; }
-  AIA_HOST_DEVICE int staged_columns() const { return columns + 2 * frame_across(); }
-  AIA_HOST_DEVICE int height() const { return rows() + 1 + frame_down(); }
+  AIA_HOST_DEVICE int staged_columns() const { return tiles_across > 1 ? columns + 2 * beside : d2; }
   AIA_HOST_DEVICE int staged() const { return slabs * staged_rows() * staged_columns(); }
   AIA_HOST_DEVICE int strips_across() const { return columns / across; }
-  AIA_HOST_DEVICE int places() const { return (slabs - 1) * slab_step + places_of_slab(); }
-  AIA_HOST_DEVICE int places_of_slab() const { return (height() + 1 - frame_down()) * pitch + wide - frame_across(); }
+  AIA_HOST_DEVICE int places() const { return (slabs - 1) * slab_step + slab_places; }
   // Where an element of a slab lies, from the slab's first place on.
-  AIA_HOST_DEVICE int place(int row, int column) const { return (row + 1) * pitch + column + wide; }
+  AIA_HOST_DEVICE int place(int row, int column) const { return first_place + row * pitch + column; }
 
   // Lays rows and slabs out: side by side, or each so far apart that shared memory, which serves so many threads a
   // turn, sees the strips of neighbouring ones side by side.
   void lay_out(bool rows_apart, bool slabs_apart) {
+    const auto apart = [&](int& step, int unit, int wanted, int turn) {
+      while ((wanted - step * unit) % turn) step += wide;
+    };
     const int turn = kTurn * across;
-    const auto reaching = [&](int residue, int step) { return ((residue - step) % turn + turn) % turn; };
     pitch = columns + wide + frame_across();
-    while (rows_apart && strips > 1 && reaching(columns, strip * pitch)) pitch += wide;
-    slab_step = height() * pitch;
-    while (slabs_apart && reaching(strips * columns, slab_step)) slab_step += wide;
+    if (rows_apart && strips > 1) apart(pitch, strip, columns, turn);
+    const int height = rows() + 1 + frame_down();
+    slab_step = height * pitch;
+    if (slabs_apart) apart(slab_step, 1, strips * columns, turn);
+    first_place = pitch + wide;
+    slab_places = (height + 1 - frame_down()) * pitch + wide - frame_across();
+  }
+  // The same for rows of this length whose strips are whole ones. Strips side by side meet in no bank, as they begin at
+  // each second one.
+  void lay_out_whole_rows(int row, bool slabs_apart) {
+    constexpr int kZeros = 16;  // a strip, up to a vector
+    const int frame = tiles_across > 1 ? beside : kZeros;
+    pitch = 0, first_place = frame, slab_places = columns + 2 * frame;
+    slab_step = columns + (tiles_across > 1 ? 2 * frame : columns - d2 >= row ? 0 : kZeros);
+    while (slabs_apart && (columns - slab_step) % kBanks) slab_step += wide;
   }
 
   // The planes of an item that are visited: from its first on, or from the one before.
@@ -78,6 +113,7 @@ struct Map {
 
   // What a launch needs of a map that is cut, so that blocks need no division.
   void prepare() {
+    together = kGateThreads / (staged_columns() / wide);
     by_strips_across = Divisor(strips_across()), by_strips = Divisor(strips);
     by_vectors = Divisor(staged_columns() / wide), by_staged_rows = Divisor(staged_rows());
     by_tiles_across = Divisor(tiles_across), by_tiles = Divisor(tiles()), by_groups = Divisor(groups());
@@ -96,29 +132,72 @@ struct Maps {
 };
 
 // What a block has room for: strips of so many rows and columns that its threads compute, elements of a plane that they
-// stage, in vectors, and their places in shared memory.
+// stage, in vectors, and their places in shared memory. `whole_row`: the length of whole rows, or 0.
 struct Capacity {
-  int strip, across, wide, strips, staged, places;
+  int whole_row, strip, across, wide, strips, staged, places;
 
+  // In which threads can stage a vector each.
+  int staging_turns(const Map& map) const { return ceil_div(staged, kGateThreads * map.wide); }
+  // The slabs that can be staged. Of whole rows threads stage a slab or more in a turn, or in several turns one.
+  int staged_slabs(const Map& map) const {
+    if (!whole_row) return staged / (map.staged_rows() * map.staged_columns());
+    const int turns = staging_turns(map);
+    const int vectors = map.staged_columns() / map.wide, together = kGateThreads / vectors;
+    return together > 0 ? turns * together : vectors <= turns * kGateThreads;
+  }
   bool holds(const Map& map) const {
-    return map.slabs * map.strips * map.strips_across() <= strips && map.staged() <= staged && map.places() <= places;
+    return map.slabs * map.strips * map.strips_across() <= strips && map.slabs <= staged_slabs(map) &&
+           map.places() <= places;
   }
 };
 
 // Forward a thread has a strip; backward two have one, each for a feature. A block of every device has so much shared
 // memory.
-template <class A, int kWide>
-constexpr Capacity kForwardCapacity{kStrip<A>,
-                                    kAcross<kWide>,
-                                    kWide,
-                                    256,
-                                    kStrip<A> != 7 ? 1280
-                                    : kWide == 4   ? 4096
-                                                   : 1792 * kWide,
-                                    kStrip<A> != 7 ? 2048 : 4160};
-template <class A, int kWide>
-constexpr Capacity kBackwardCapacity{
-    kStrip<A>, kAcross<kWide>, kWide, 128, kStrip<A> != 7 ? 512 : 1024 * kAcross<kWide>, kStrip<A> != 7 ? 640 : 2304};
+template <class A, Form kForm>
+constexpr Capacity capacity_of(int strips, int staged, int places) {
+  constexpr bool kWhole = kWholeRows<kForm>;
+  return {kWhole ? kAcross<kForm> : 0,
+          kWhole ? 1 : kStrip<A, kForm>,
+          kWhole ? kLongStrip : kAcross<kForm>,
+          kWide<kForm>,
+          strips,
+          staged,
+          places};
+}
+template <class A, Form kForm>
+constexpr Capacity kForwardCapacity = capacity_of<A, kForm>(256,
+                                                            sizeof(A) != 4      ? 1280
+                                                            : kForm == kRowsOf7 ? 13 * kGateThreads
+                                                            : kWide<kForm> == 4 ? 4096
+                                                                                : 1792 * kWide<kForm>,
+                                                            sizeof(A) != 4 ? 2048 : 4160);
+template <class A, Form kForm>
+constexpr Capacity kBackwardCapacity = capacity_of<A, kForm>(128,
+                                                             sizeof(A) != 4      ? 512
+                                                             : kForm == kOnes    ? 1024
+                                                             : kForm == kRowsOf7 ? 7 * kGateThreads
+                                                                                 : 2048,
+                                                             sizeof(A) != 4 ? 640 : 2304);
+
+// Calls body with the form of strips in packed maps that can be moved in vectors of 16 bytes, or only one by one.
+template <class A, class Body>
+int with_form(const PackedDims& dims, bool wide, Body&& body) {
+  if constexpr (sizeof(A) == 4) {
+    const auto all = [&](auto&& of_map) { return std::all_of(dims.dims, dims.dims + dims.n, of_map); };
+    const auto rows_of = [](int64_t length) { return [=](const int64_t (&map)[3]) { return map[2] == length; }; };
+    // Whole rows are found in maps of fewer than 2^30 elements.
+    bool small = true;
+    for (int m = 0; m < dims.n; ++m) small = small && dims.numel(m) < int64_t{1} << 30;
+    if (small && wide && all(rows_of(7))) return body(std::integral_constant<Form, kRowsOf7>{});
+    if (small && wide && all(rows_of(14)) && all([](const int64_t (&map)[3]) { return map[1] % 2 == 0; }))
+      return body(std::integral_constant<Form, kRowsOf14>{});
+    if (wide && all([](const int64_t (&map)[3]) { return map[2] % 4 == 0; }))
+      return body(std::integral_constant<Form, kFours>{});
+    if (wide && all([](const int64_t (&map)[3]) { return map[2] % 2 == 0; }))
+      return body(std::integral_constant<Form, kTwos>{});
+  }
+  return body(std::integral_constant<Form, kOnes>{});
+}
 
 // The least length of parts that are as many as those of `most`.
 inline int even(int length, int most) { return ceil_div(length, ceil_div(length, most)); }
@@ -126,9 +205,8 @@ inline int even(int length, int most) { return ceil_div(length, ceil_div(length,
 // The neighbouring chunks that an item can have at most.
 inline int most_slabs(const Map& map, Capacity capacity) {
   const int strips = capacity.strips / (map.strips * map.strips_across());
-  const int staged = capacity.staged / (map.staged_rows() * map.staged_columns());
-  const int places = 1 + (capacity.places - map.places_of_slab()) / map.slab_step;
-  return std::max(1, std::min({map.chunks, strips, staged, places}));
+  const int places = 1 + (capacity.places - map.slab_places) / map.slab_step;
+  return std::max(1, std::min({map.chunks, strips, capacity.staged_slabs(map), places}));
 }
 
 // Lays a tile out as far apart as costs no slab; whether there is room for it.
@@ -145,6 +223,24 @@ inline bool lay_out(Map& map, Capacity capacity) {
   return true;
 }
 
+// Planes of whole rows, of which neighbouring tiles have as many as begin with a vector.
+inline void tile_whole_rows(Map& map, Capacity capacity) {
+  constexpr int kUnit = 2 * kLongStrip;
+  map.d2 *= map.d1, map.d1 = map.strips = map.tiles_down = 1;
+  if (map.d2 % map.wide != 0) map.wide = 1;
+  const int most =
+      std::min(capacity.strips * kLongStrip, capacity.staging_turns(map) * kGateThreads * map.wide - 2 * kUnit);
+  map.columns =
+      map.d2 <= most ? ceil_div(map.d2, kLongStrip) * kLongStrip : even(ceil_div(map.d2, kUnit), most / kUnit) * kUnit;
+  map.tiles_across = ceil_div(map.d2, map.columns);
+  map.beside = kUnit;
+  map.lay_out_whole_rows(capacity.whole_row, false);
+  map.chunks = map.d0;
+  const int slabs = most_slabs(map, capacity);
+  map.lay_out_whole_rows(capacity.whole_row, true);
+  if (!capacity.holds(map) || most_slabs(map, capacity) < slabs) map.lay_out_whole_rows(capacity.whole_row, false);
+}
+
 inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
   constexpr int kWhole = 64, kHigh = 8;
   Map map{};
@@ -153,6 +249,11 @@ inline Map tiled(const PackedDims& dims, int m, Capacity capacity) {
   map.d2 = static_cast<int>(dims.dims[m][2]);
   map.start = static_cast<int>(dims.offset(m));
   map.strip = capacity.strip, map.across = capacity.across, map.wide = capacity.wide, map.slabs = 1;
+  if (capacity.whole_row) {
+    tile_whole_rows(map, capacity);
+    return map;
+  }
+  map.beside = map.wide;
   const int strips = ceil_div(map.d1, map.strip);
   // Whole rows need no frame at their ends. Longer ones are cut for tiles of about as many rows as columns.
   const int high = std::min(strips, kHigh);

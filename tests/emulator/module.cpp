@@ -194,15 +194,12 @@ PYBIND11_MODULE(aia_emulator, m) {
     });
   });
   m.def("shares", [](int64_t batch, std::vector<int64_t> dims, bool backward, int blocks) {
-    const auto of_width = [&](auto width) {
-      return backward ? kBackwardCapacity<float, width.value> : kForwardCapacity<float, width.value>;
-    };
-    int64_t rows = 0;
-    for (size_t i = 2; i < dims.size(); i += 3) rows |= dims[i];
-    Capacity capacity = rows % 4 == 0   ? of_width(std::integral_constant<int, 4>{})
-                        : rows % 2 == 0 ? of_width(std::integral_constant<int, 2>{})
-                                        : of_width(std::integral_constant<int, 1>{});
     const PackedDims packed = dims_of(batch, dims);
+    Capacity capacity{};
+    with_form<float>(packed, true, [&](auto form) {
+      capacity = backward ? kBackwardCapacity<float, form.value> : kForwardCapacity<float, form.value>;
+      return 0;
+    });
     const Maps maps = cut(packed, capacity, blocks), large = cut_into_large_tiles(packed, capacity, blocks);
     if (std::memcmp(&maps, &large, sizeof(Maps)) != 0) capacity.strips /= 2;
     std::vector<std::array<int64_t, 5>> found;

@@ -40,7 +40,8 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
             results.append(passes.recalibrate_reduce(x, x, context))
     x = activation(Case((1, 3, 32, 7, 7)))
     results.append(passes.recalibrate(x, gate_of(x, maps.SPACETIME), maps.SPACETIME))
-    for gate in (GateCase(40, (20, 9, 4, 4, 5, 7, 2, 2, 2), torch.float32), GateCase(2, (5, 41, 37), torch.float64)):
+    gates = (40, (20, 9, 4, 4, 5, 7, 2, 2, 2), torch.float32), (2, (5, 41, 37), torch.float64)
+    for gate in (GateCase(*of) for of in (*gates, (13, (4, 6, 7), torch.float32))):
         n = len(gate.weight)
         norms = gate.scale, gate.shift, [None] * n, [None] * n, [1e-5] * n, [True] * n
         results += passes.gate(gate.pooled, gate.weight, *norms, gate.dims)

@@ -66,8 +66,8 @@ FAULTS = {
     "more blocks than fit together": Fault(
         *(
             "cuda/gate.cu",
-            "launch_together(gate_kernel<A, kWide, straight.value>, maps.blocks(),",
-            "launch_together(gate_kernel<A, kWide, straight.value>, maps.blocks() + 2000,",
+            "launch_together(gate_kernel<A, kForm, straight.value>, maps.blocks(),",
+            "launch_together(gate_kernel<A, kForm, straight.value>, maps.blocks() + 2000,",
         ),
         *(_GATE, "test_where and CinST and default", "blocks fit together"),
     ),
