@@ -32,7 +32,7 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
     torch.manual_seed(0)
     results = []
     cases = Case((1, 3, 20, 7, 8)), Case((1, 2, 44, 7, 7)), Case((1, 2, 24, 3, 5), "THWC", torch.bfloat16)
-    for case in (*cases, Case((1, 8, 8, 7, 7)), Case((1, 5, 3, 28, 28))):
+    for case in (*cases, Case((1, 5, 1, 28, 28))):
         x = activation(case)
         for context in CONTEXTS:
             results += passes.pool(x, context, gate_of(x, maps.CHANNEL), maps.CHANNEL)
