@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 #: Files with barriers of a warp, for which the emulator takes one of the block: beside these it cannot tell whether a
 #: barrier of the block is needed.
 WITH_BARRIERS_OF_WARPS = {"patches.cu"}
