@@ -69,7 +69,6 @@ AIA_INLINE void store_index32(int32_t* p, IVec<A> wide, Lanes n) {
   __builtin_memcpy(p, &index, sizeof index);
 }
 
-constexpr unsigned kAllLanes = (1u << kLanes) - 1;
 template <class A>
 constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
@@ -186,8 +185,9 @@ template <class A, class Rows>
 AIA_INLINE void pool_some_rows(int count, Rows&& rows, A share, A* maximum, A* mean, int32_t* argmax) {
   Vec<A> sums[kLanes] = {}, maxima[kLanes] = {};
   for (int k = 0; k < count; ++k) sum_and_max<A>(rows(k), sums[k], maxima[k]);
-  const Vec<A> sum = join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
-  const Vec<A> max = join_each<A>(maxima, [](Vec<A> a, Vec<A> b) { return larger<A>(a, b); });
+  const Vec<A> sum = join_each<A, kLanes>([&](int i) { return sums[i]; }, [](Vec<A> a, Vec<A> b) { return a + b; });
+  const Vec<A> max =
+      join_each<A, kLanes>([&](int i) { return maxima[i]; }, [](Vec<A> a, Vec<A> b) { return larger<A>(a, b); });
   store(maximum, max, count);
   store(mean, sum * share, count);
   const unsigned numbers = equal_lanes<A>(sum, sum);

@@ -21,7 +21,7 @@ struct NoIndices {};
 template <class A, class Stored>
 struct Indices {
   using I = IVec<A>;
-  static constexpr bool kKnown = true, kOfMasks = false;
+  static constexpr bool kKnown = true;
 
   static AIA_INLINE I splat(int64_t index) { return splat_index<A>(index); }
   static AIA_INLINE I counting(int64_t first) { return iota<A>() + splat_index<A>(first); }
@@ -73,7 +73,7 @@ struct Indices {
 template <class A>
 struct Indices<A, NoIndices> {
   struct I {};
-  static constexpr bool kKnown = false, kOfMasks = false;
+  static constexpr bool kKnown = false;
 
   static AIA_INLINE I splat(int64_t) { return {}; }
   static AIA_INLINE I counting(int64_t) { return {}; }
@@ -98,7 +98,7 @@ struct Indices<float, IndexBytes<1>> {
   struct I {
     __m128i bytes;
   };
-  static constexpr bool kKnown = true, kOfMasks = true;
+  static constexpr bool kKnown = true;
 
   static AIA_INLINE I splat(int64_t index) { return {_mm_set1_epi8(static_cast<char>(index))}; }
   static AIA_INLINE I counting(int64_t first) {
@@ -123,21 +123,6 @@ struct Indices<float, IndexBytes<1>> {
     const __m128i found = _mm_mask_mov_epi8(_mm_set1_epi8(-1), mask, index.bytes);
     const __m128i least = _mm_and_si128(_mm_min_epu8(found, _mm_srli_epi16(found, 8)), _mm_set1_epi16(255));
     return _mm_extract_epi16(_mm_minpos_epu16(least), 0);
-  }
-  // Lane i: the lowest bit in the low byte of mask(i), and lane 8 + i: that in the high one; 255 where it has none.
-  template <class Mask>
-  static AIA_INLINE I lowest_of_masks(Mask&& mask) {
-    const auto four = [&](int i) {
-      const auto two = [&](int j) { return _mm512_kunpackw(mask(j + 1), mask(j)); };
-      return static_cast<int64_t>(_mm512_kunpackd(two(i + 2), two(i)));
-    };
-    const __m128i bytes = _mm_set_epi64x(four(4), four(0)), nibble = _mm_set1_epi8(15);
-    const __m128i of_low = _mm_setr_epi8(-1, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0);
-    const __m128i of_high = _mm_setr_epi8(-1, 4, 5, 4, 6, 4, 5, 4, 7, 4, 5, 4, 6, 4, 5, 4);
-    const __m128i low = _mm_shuffle_epi8(of_low, _mm_and_si128(bytes, nibble));
-    const __m128i high = _mm_shuffle_epi8(of_high, _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble));
-    const __m128i halves = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    return {_mm_shuffle_epi8(_mm_min_epu8(low, high), halves)};
   }
   template <bool numbers>
   static AIA_INLINE void max_first(Vec<float> v, I index, Vec<float>& best, I& best_index) {

@@ -143,6 +143,9 @@ struct Part {
   AIA_INLINE operator int() const { return n; }
 };
 
+// The same of a row behind which others will be stored: the other lanes may be stored too.
+struct PartBefore : Part {};
+
 // The first n lanes; the others load as zero and are not stored. A full count takes the direct path, the rest is not
 // inlined: it is met at the end of a piece of memory, and compiled many times over.
 namespace detail {
@@ -217,6 +220,11 @@ AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, Part part) {
   store(p, v, part.n);
 }
 
+template <class T>
+AIA_INLINE void store(T* p, Vec<Accumulate<T>> v, PartBefore) {
+  store(p, v);
+}
+
 // Whether two halves of a vector are loaded from two places at little cost.
 template <class A>
 #if defined(__AVX512F__)
@@ -281,6 +289,13 @@ AIA_INLINE IVec<A> load_index(const Index* p, int n) {
     return detail::bit_cast<IVec<A>>(_mm512_cvtepi16_epi32(words));
   }
 #elif defined(__AVX2__)
+  if constexpr (sizeof(Index) == 2 && sizeof(A) == 4)
+    if (n < kLanes && n > kLanes / 2) {  // two halves that overlap
+      uint64_t first, last;
+      std::memcpy(&first, p, sizeof first), std::memcpy(&last, p + n - kLanes / 2, sizeof last);
+      const __m128i all = _mm_set_epi64x(static_cast<int64_t>(last >> 16 * (kLanes - n)), static_cast<int64_t>(first));
+      return detail::bit_cast<IVec<A>>(_mm256_cvtepi16_epi32(all));
+    }
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4)
     if (n < kLanes && n >= kLanes / 2) {  // two halves that overlap
       const uint64_t first = _mm_cvtsi128_si32(_mm_loadu_si32(p)) & 0xffffffffu;
@@ -379,6 +394,21 @@ AIA_INLINE void store_to_each(T* first, T* second, Vec<Accumulate<T>> v, Part n)
   }
 #endif
   store(first, v, n), store(second, swap_halves(v), n);
+}
+template <class T>
+AIA_INLINE void store_to_each(T* first, T* second, Vec<Accumulate<T>> v, PartBefore n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m512 both = detail::bit_cast<__m512>(v);
+    _mm256_storeu_ps(first, _mm512_castps512_ps256(both));
+    return _mm256_storeu_ps(second, _mm512_extractf32x8_ps(both, 1));
+  } else if constexpr (sizeof(T) == 2) {
+    const __m256i both = detail::bit_cast<__m256i>(detail::narrowed<T>(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(both));
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(both, 1));
+  }
+#endif
+  store_to_each(first, second, v, Part{n});
 }
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

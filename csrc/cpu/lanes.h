@@ -166,6 +166,13 @@ AIA_INLINE Vec<A> in_register(Vec<A> v) {
   return v;
 }
 
+// An index that a compiler knows nothing of: where one meets many arrays it would make a pointer of each, of which
+// there are more than registers.
+AIA_INLINE int64_t as_index(int64_t i) {
+  asm("" : "+r"(i));
+  return i;
+}
+
 // A product, rounded: a compiler would make one multiply-add of it and of a sum that takes it.
 template <class A>
 AIA_INLINE Vec<A> rounded(Vec<A> product) {
@@ -228,6 +235,8 @@ AIA_INLINE void max_first_of_numbers(Vec<A> v, IVec<A> index, Vec<A>& best, IVec
   best_index = v > best ? index : best_index;
   best = larger<A>(v, best);
 }
+
+constexpr unsigned kAllLanes = (1u << kLanes) - 1;
 
 // One bit for each lane in which two vectors are equal.
 template <class A>
@@ -303,12 +312,22 @@ AIA_INLINE void swap_all_blocks(V (&r)[n]) {
   }
 }
 
-template <int d, int n, class V, class Join>
-AIA_INLINE void join_blocks(V (&r)[n], Join&& join) {
-  if constexpr (d >= 4) {
-    for (int i = 0; i < d; ++i) swap_blocks<d>(r[i], r[i + d], AllLanes{}), r[i] = join(r[i], r[i + d]);
-    join_blocks<d / 2>(r, join);
-  }
+// Of two vectors that are joined, block by block of d lanes: the first block of a with its second, and the second of b
+// with its first.
+template <int d, class V, class Join, int... lane>
+AIA_INLINE V join_pairs(V a, V b, Join&& join, std::integer_sequence<int, lane...>) {
+  return join(__builtin_shufflevector(a, b, (lane & d ? lane + kLanes : lane)...),
+              __builtin_shufflevector(a, b, (lane & d ? lane - d + kLanes : lane + d)...));
+}
+
+// Rows i, i + d, i + 2 d ... below n, joined so that each has a block of d lanes.
+template <int d, int n, class Row, class Join>
+AIA_INLINE auto join_blocks(int i, Row&& row, Join&& join) {
+  if constexpr (d >= n)
+    return row(i);
+  else
+    return join_pairs<d>(join_blocks<2 * d, n>(i, row, join), join_blocks<2 * d, n>(i + d, row, join), join,
+                         AllLanes{});
 }
 
 }  // namespace detail
@@ -359,16 +378,16 @@ AIA_INLINE Vec<A> splat_each(A first, A second) {
   return from_halves(splat(first), splat(second));
 }
 
-// Lane i of the result: the lanes of r[i] joined, two by two; of its first n lanes and, where n is less than all, lane
-// n + i those of the next n.
-template <class A, int n, class Join>
-AIA_INLINE Vec<A> join_each(Vec<A> (&r)[n], Join&& join) {
+// Lane i of the result: the lanes of row(i) joined, two by two; of its first n lanes and, where n is less than all,
+// lane n + i those of the next n. Rows are met one after the other: few registers hold what is not joined yet.
+template <class A, int n, class Row, class Join>
+AIA_INLINE Vec<A> join_each(Row&& row, Join&& join) {
   constexpr AllLanes lanes;
-  detail::join_blocks<n / 2>(r, join);
+  const auto four = [&](int i) { return detail::join_blocks<4, n>(i, row, join); };
   const auto halves = [&](Vec<A> a, Vec<A> b) {
     return join(detail::interleave<0, 1>(a, b, lanes), detail::interleave<2, 1>(a, b, lanes));
   };
-  const Vec<A> ab = halves(r[0], r[1]), cd = halves(r[2], r[3]);
+  const Vec<A> ab = halves(four(0), four(1)), cd = halves(four(2), four(3));
   return join(detail::interleave<0, 2>(ab, cd, lanes), detail::interleave<2, 2>(ab, cd, lanes));
 }
 

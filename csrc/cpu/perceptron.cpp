@@ -38,7 +38,8 @@ void times_transposed(const SmallProduct& p, const A* a, const A* b, A* out, int
       int64_t k = 0;
       for (; k + kLanes <= p.depth; k += kLanes) add(k, kFull);
       if (k < p.depth) add(k, static_cast<int>(p.depth - k));
-      const Vec<A> total = join_each<A>(sums, [](Vec<A> x, Vec<A> y) { return x + y; });
+      const Vec<A> total =
+          join_each<A, kLanes>([&](int i) { return sums[i]; }, [](Vec<A> x, Vec<A> y) { return x + y; });
       const int64_t columns = std::min<int64_t>(kDotColumns, p.columns - column);
       for (int64_t i = 0; i < std::min<int64_t>(kDotRows, p.rows - row); ++i)
         for (int64_t j = 0; j < columns; ++j) out[(row + i) * p.columns + column + j] = total[i * kDotColumns + j];

@@ -82,10 +82,9 @@ void pool(const Volume& x, const T* data, const Gate& gate, int context, Accumul
     const auto gated = [&](auto of_gate, auto&& to) {
       const GateRows<A, Kind, of_gate> field(x, gate);
       to([&](const RowPlane<Kind>& at) {
-        return [from = data + plane_offset(at), second = at.second(x.stride_c), ahead = at.ahead,
-                g = field.plane(at)](int64_t r) {
-          return [from, second, ahead, row = g.row(r)](int64_t i, int64_t column, auto n) {
-            return row.times(load_row_ahead<Kind>(from + i, second, ahead, n), i, column, n);
+        return [from = data + at.in_x, second = at.second(x.stride_c), at, g = field.plane(at)](int64_t r) {
+          return [from, second, ahead = at.ahead_of(r, second), row = g.row(r)](int64_t i, int64_t column, auto n) {
+            return row.times(load_row_ahead<Kind>(from + i, second, ahead, n), row.over_t(i, n), i, column, n);
           };
         };
       });
@@ -142,38 +141,82 @@ struct UnpoolContexts {
   static constexpr int kOuter = of_outer, kGuide = of_guide, kInner = of_inner;
 };
 
+// One frame of a plane.
+template <class T, class Kind, class Contexts>
+struct UnpooledFrame {
+  using A = Accumulate<T>;
+  using OuterGate = GateRows<A, Kind, Contexts::kOuter>;
+  using Guide = GateRows<A, Kind, Contexts::kGuide>;
+  using Outer = UnpooledRows<A, typename Contexts::Outer, Kind, Contexts::kOuter>;
+  using Inner = UnpooledRows<A, typename Contexts::Inner, Kind, Contexts::kInner>;
+
+  struct OfT {
+    Vec<A> gate, guide;
+    typename Outer::OfT outer;
+    typename Inner::OfT inner;
+  };
+
+  struct Row {
+    typename OuterGate::Row gate;
+    typename Guide::Row guide;
+    typename Outer::Row outer;
+    typename Inner::Row inner;
+    bool has_inner;
+    const T* from;
+    T* to;
+    int64_t second, ahead;
+
+    template <class Lanes>
+    AIA_INLINE OfT over_t(int64_t i, Lanes n) const {
+      return {gate.over_t(i, n), guide.over_t(i, n), outer.over_t(i, n), inner.over_t(i, n)};
+    }
+    template <class Lanes>
+    AIA_INLINE void store(const OfT& of_t, int64_t i, int64_t column, Lanes n) const {
+      Vec<A> field = guide.times(outer(of_t.outer, i, column, n), of_t.guide, i, column, n);
+      if (has_inner) field += inner(of_t.inner, i, column, n);
+      const Vec<A> grad = load_row_ahead<Kind>(from + i, second, ahead, n);
+      store_row_ahead<Kind>(to + i, second, ahead, grad * gate(of_t.gate, i, column, n) + field, n);
+    }
+  };
+
+  const RowPlane<Kind>& at;
+  typename OuterGate::Plane gate;
+  typename Guide::Plane guide;
+  typename Outer::Plane outer;
+  typename Inner::Plane inner;
+  bool has_inner;
+  const T* from;
+  T* to;
+  int64_t second;
+
+  AIA_INLINE Row row(int64_t r) const {
+    return {gate.row(r), guide.row(r), outer.row(r), inner.row(r), has_inner, from, to, second, at.ahead_of(r, second)};
+  }
+};
+
 template <class T, class Kind, class Contexts>
 __attribute__((flatten)) void unpool_rows(const Volume& x, const T* grad_y, const Gate& gate, const Unpooled& outer,
                                           const Gate& inner_gate, const Unpooled& inner, T* grad_x, int64_t begin,
                                           int64_t end) {
-  using A = Accumulate<T>;
-  const GateRows<A, Kind, Contexts::kOuter> outer_gate(x, gate);
-  const GateRows<A, Kind, Contexts::kGuide> guide(x, inner_gate);
-  const UnpooledRows<A, typename Contexts::Outer, Kind, Contexts::kOuter> outer_field(x, outer);
-  const UnpooledRows<A, typename Contexts::Inner, Kind, Contexts::kInner> inner_field(x, inner);
+  using Frame = UnpooledFrame<T, Kind, Contexts>;
+  const typename Frame::OuterGate outer_gate(x, gate);
+  const typename Frame::Guide guide(x, inner_gate);
+  const typename Frame::Outer outer_field(x, outer);
+  const typename Frame::Inner inner_field(x, inner);
+  const auto frame = [&](const RowPlane<Kind>& at) {
+    return Frame{at,
+                 outer_gate.plane(at),
+                 guide.plane(at),
+                 outer_field.plane(at),
+                 inner_field.plane(at),
+                 inner_field.given(),
+                 grad_y + at.in_x,
+                 grad_x + at.in_x,
+                 at.second(x.stride_c)};
+  };
   for (int64_t unit = begin; unit < end; ++unit)
-    for_row_planes<Kind>(x, unit, [&](const RowPlane<Kind>& at) {
-      const auto g = outer_gate.plane(at);
-      const auto h = guide.plane(at);
-      const auto u = outer_field.plane(at);
-      const auto v = inner_field.plane(at);
-      const T* from = grad_y + plane_offset(at);
-      T* to = grad_x + plane_offset(at);
-      const int64_t second = at.second(x.stride_c);
-      at.for_rows([&](int64_t r, auto lanes) {
-        const auto of_g = g.row(r);
-        const auto of_h = h.row(r);
-        const auto of_u = u.row(r);
-        const auto of_v = v.row(r);
-        at.for_vectors([&](int64_t, int64_t column) {
-          const int64_t i = r * at.W + column;
-          Vec<A> field = of_h.times(of_u(i, column, lanes), i, column, lanes);
-          if (inner_field.given()) field += of_v(i, column, lanes);
-          const Vec<A> grad = load_row_ahead<Kind>(from + i, second, at.ahead, lanes);
-          store_row_ahead<Kind>(to + i, second, at.ahead, grad * of_g(i, column, lanes) + field, lanes);
-        });
-      });
-    });
+    for_row_planes<Kind>(
+        x, unit, [&](const RowPlane<Kind>& at, const auto&... next) { store_rows(at, frame(at), frame(next)...); });
 }
 
 template <class T>
@@ -253,10 +296,9 @@ void unpool_reduce(const Volume& x, const T* data, const Unpooled& from, int gat
     const auto unpooled = [&](auto context, auto stored, auto&& to) {
       const UnpooledRows<A, decltype(stored), Kind, context> field(x, from);
       to([&](const RowPlane<Kind>& at) {
-        return [source = data + plane_offset(at), second = at.second(x.stride_c), ahead = at.ahead,
-                u = field.plane(at)](int64_t r) {
-          return [source, second, ahead, row = u.row(r)](int64_t i, int64_t column, auto n) {
-            return load_row_ahead<Kind>(source + i, second, ahead, n) * row(i, column, n);
+        return [source = data + at.in_x, second = at.second(x.stride_c), at, u = field.plane(at)](int64_t r) {
+          return [source, second, ahead = at.ahead_of(r, second), row = u.row(r)](int64_t i, int64_t column, auto n) {
+            return load_row_ahead<Kind>(source + i, second, ahead, n) * row(row.over_t(i, n), i, column, n);
           };
         };
       });

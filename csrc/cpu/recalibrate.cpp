@@ -10,28 +10,51 @@ namespace aia::cpu::AIA_CPU_LEVEL {
 
 namespace {
 
+// One frame of a plane.
+template <class T, class Kind>
+struct RecalibratedFrame {
+  using A = Accumulate<T>;
+  using Gates = GateRows<A, Kind, kSpacetime>;
+
+  struct Row {
+    typename Gates::Row gate;
+    const T* from;
+    T* to;
+    int64_t second, ahead;
+
+    template <class Lanes>
+    AIA_INLINE Vec<A> over_t(int64_t i, Lanes n) const {
+      return gate.over_t(i, n);
+    }
+    template <class Lanes>
+    AIA_INLINE void store(Vec<A> of_t, int64_t i, int64_t column, Lanes n) const {
+      const Vec<A> value = load_row_ahead<Kind>(from + i, second, ahead, n);
+      store_row_ahead<Kind>(to + i, second, ahead, value * gate(of_t, i, column, n), n);
+    }
+  };
+
+  const RowPlane<Kind>& at;
+  typename Gates::Plane gate;
+  const T* from;
+  T* to;
+  int64_t second;
+
+  AIA_INLINE Row row(int64_t r) const { return {gate.row(r), from, to, second, at.ahead_of(r, second)}; }
+};
+
 template <class T>
 __attribute__((flatten)) void recalibrate_rows(const Volume& x, const T* data, const Gate& gate, T* y, int64_t begin,
                                                int64_t end) {
-  using A = Accumulate<T>;
-  with_rows<A>(x.W, [&](auto kind) {
+  with_rows<Accumulate<T>>(x.W, [&](auto kind) {
     using Kind = decltype(kind);
-    const GateRows<A, Kind, kSpacetime> field(x, gate);
+    using Frame = RecalibratedFrame<T, Kind>;
+    const typename Frame::Gates field(x, gate);
+    const auto frame = [&](const RowPlane<Kind>& at) {
+      return Frame{at, field.plane(at), data + at.in_x, y + at.in_x, at.second(x.stride_c)};
+    };
     for (int64_t unit = begin; unit < end; ++unit)
-      for_row_planes<Kind>(x, unit, [&](const RowPlane<Kind>& at) {
-        const auto g = field.plane(at);
-        const T* from = data + plane_offset(at);
-        T* to = y + plane_offset(at);
-        const int64_t second = at.second(x.stride_c);
-        at.for_rows([&](int64_t r, auto lanes) {
-          const auto row = g.row(r);
-          at.for_vectors([&](int64_t, int64_t column) {
-            const int64_t i = r * at.W + column;
-            const Vec<A> value = load_row_ahead<Kind>(from + i, second, at.ahead, lanes);
-            store_row_ahead<Kind>(to + i, second, at.ahead, value * row(i, column, lanes), lanes);
-          });
-        });
-      });
+      for_row_planes<Kind>(
+          x, unit, [&](const RowPlane<Kind>& at, const auto&... next) { store_rows(at, frame(at), frame(next)...); });
   });
 }
 
@@ -98,9 +121,9 @@ void recalibrate_reduce(const Volume& x, const T* grad_y, const T* data, int con
     reduce_rows_to_spacetime<A, Kind, Sum<A>, AnyBytes>(
         x, begin, end,
         [&](const RowPlane<Kind>& at) {
-          const int64_t offset = plane_offset(at);
-          return [a = grad_y + offset, b = data + offset, second = at.second(x.stride_c), ahead = at.ahead](int64_t) {
-            return [a, b, second, ahead](int64_t i, int64_t, auto n) {
+          const int64_t offset = at.in_x;
+          return [a = grad_y + offset, b = data + offset, second = at.second(x.stride_c), at](int64_t r) {
+            return [a, b, second, ahead = at.ahead_of(r, second)](int64_t i, int64_t, auto n) {
               return load_row_ahead<Kind>(a + i, second, ahead, n) * load_row_ahead<Kind>(b + i, second, ahead, n);
             };
           };

@@ -19,12 +19,7 @@ struct Sum {
   AIA_INLINE void add(Vec<A> v, I) {
     sum += v;
   }
-  // The value of a row that is one vector: of so many lanes.
-  template <class Numbers, class I>
-  AIA_INLINE void start(IVec<A> inside, Vec<A> v, I) {
-    sum = keep_where<A>(inside, v);
-  }
-  // A value of a longer row; of the last one the lanes that the vector before it has not met.
+  // A value of a row of several vectors; of the last one the lanes that the vector before it has not met.
   template <class Numbers, class I>
   AIA_INLINE void fold(bool is_last, IVec<A> last, Vec<A> v, I) {
     sum += is_last ? keep_where<A>(last, v) : v;
@@ -63,12 +58,6 @@ struct SumAndMax {
     max_first<A>(valid ? v : splat(-std::numeric_limits<A>::infinity()), index, max, argmax);
   }
   // As in Sum. What is met twice does no harm to a maximum.
-  template <class Numbers>
-  AIA_INLINE void start(IVec<A> inside, Vec<A> v, I index) {
-    sum = keep_where<A>(inside, v);
-    max = inside ? v : splat(-std::numeric_limits<A>::infinity());
-    argmax = index;
-  }
   template <class Numbers>
   AIA_INLINE void fold(bool is_last, IVec<A> last, Vec<A> v, I index) {
     sum += is_last ? keep_where<A>(last, v) : v;
@@ -207,9 +196,9 @@ void reduce(const Volume& x, int context, int64_t begin, int64_t end, Fill&& fil
 // maps.
 template <class A>
 auto emit_gate(const Volume& x, int context, A* grad_gate) {
-  return [&x, context, grad_gate, share = A(1) / static_cast<A>(context)](int64_t clip, int64_t offset,
-                                                                          const Sum<A>& total, A, int lanes) {
-    store(grad_gate + clip * x.packed(context) + offset, total.sum * share, lanes);
+  return [packed = x.packed(context), grad_gate, share = A(1) / static_cast<A>(context)](
+             int64_t clip, int64_t offset, const Sum<A>& total, A, auto lanes) {
+    store(grad_gate + clip * packed + offset, total.sum * share, lanes);
   };
 }
 

@@ -1,8 +1,9 @@
 // The two fields that packed maps span over x, row by row of a plane: the gate field G and the unpooled field U.
 //
 // field.plane(at) is what all rows of a plane share, plane.row(r) what the vectors of its r-th row share, and
-// row(i, column, lanes) the field on the vector of that row that begins in that column, at place i of the plane. The
-// context of a field is a constant, kAtMostChannel (that, or none) or kAnyContext.
+// row(of_t, i, column, lanes) the field on the vector of that row that begins in that column, at place i of the plane,
+// where of_t, row.over_t(i, lanes), is that of any frame. The context of a field is a constant, kAtMostChannel (that,
+// or none) or kAnyContext.
 #pragma once
 
 #include "indices.h"
@@ -79,28 +80,26 @@ AIA_INLINE auto counting(int64_t first) {
     return Of::counting(first);
 }
 
-// Whether a field of the context kContext is of the context `is`; `given` is what is known only when it runs.
+// The context of a field of the context kContext; `given` is what is known only when it runs.
+template <int kContext>
+AIA_INLINE int known_context(int given) {
+  return kContext < 0 ? given : kContext;
+}
+
+// Whether it is `is`.
 template <int kContext>
 AIA_INLINE bool context_is(int is, int given) {
   if (kContext == kAtMostChannel && is == kSpacetime) return false;
-  return (kContext < 0 ? given : kContext) == is;
-}
-
-// Rows of a map of a field of the context kContext: channels share those of channel maps.
-template <int kContext>
-constexpr bool kShared = kContext == kChannel || kContext == kAtMostChannel;
-template <class Kind, int kContext, class A, class Lanes>
-AIA_INLINE Vec<A> load_map_row(const A* p, int64_t second, Lanes n) {
-  if constexpr (kShared<kContext>)
-    return load_shared_row<Kind>(p, n);
-  else
-    return load_row<Kind>(p, second, n);
+  return known_context<kContext>(given) == is;
 }
 
 template <class A, class Kind, int kContext>
 class GateRows {
  public:
-  GateRows(const Volume& x, const Gate& gate) : x_(x), gate_(gate) {}
+  GateRows(const Volume& x, const Gate& gate)
+      : maps_(static_cast<const A*>(gate.maps)),
+        context_(known_context<kContext>(gate.context)),
+        packed_(x.packed(context_)) {}
 
   struct Row {
     int context;
@@ -109,15 +108,20 @@ class GateRows {
     Vec<A> of_w;
     const HeldRow<A, Kind>* of_h;  // of the plane: a copy would go through memory
 
+    // What the frames share.
     template <class Lanes>
-    AIA_INLINE Vec<A> operator()(int64_t i, int64_t column, Lanes n) const {
-      const Vec<A> g = load_map_row<Kind, kContext>(map + i, second, n);
-      return context_is<kContext>(kSpacetime, context) ? (g + (*of_h)(column)) * A(1.0 / 3) + of_w : g;
+    AIA_INLINE Vec<A> over_t(int64_t i, Lanes n) const {
+      return context_is<kContext>(kSpacetime, context) ? load_row<Kind>(map + i, second, n) : Vec<A>{};
+    }
+    template <class Lanes>
+    AIA_INLINE Vec<A> operator()(Vec<A> of_t, int64_t i, int64_t column, Lanes n) const {
+      if (context_is<kContext>(kSpacetime, context)) return (of_t + (*of_h)(column)) * A(1.0 / 3) + of_w;
+      return load_shared_row<Kind>(map + i, n);
     }
     // value * G, or the value alone where there is no gate.
     template <class Lanes>
-    AIA_INLINE Vec<A> times(Vec<A> value, int64_t i, int64_t column, Lanes n) const {
-      return context_is<kContext>(kNone, context) ? value : value * (*this)(i, column, n);
+    AIA_INLINE Vec<A> times(Vec<A> value, Vec<A> of_t, int64_t i, int64_t column, Lanes n) const {
+      return context_is<kContext>(kNone, context) ? value : value * (*this)(of_t, i, column, n);
     }
   };
 
@@ -138,21 +142,22 @@ class GateRows {
 
   AIA_INLINE Plane plane(const RowPlane<Kind>& at) const {
     Plane plane;
-    plane.context = gate_.context, plane.second = 0;
-    const A* clip = static_cast<const A*>(gate_.maps) + at.b * x_.packed(gate_.context);
-    if (context_is<kContext>(kSpacetime, plane.context)) {
-      plane.map = clip + offset_t(at), plane.w = clip + offset_w(at);
-      plane.second = at.second(x_.H * x_.W), plane.second_w = at.second(x_.H);
-      plane.of_h = HeldRow<A, Kind>(at, clip + offset_h(at), at.second(x_.W));
+    plane.context = context_, plane.second = 0;
+    const A* clip = maps_ + at.b * packed_;
+    if (context_is<kContext>(kSpacetime, context_)) {
+      plane.map = clip + at.in_t, plane.w = clip + at.in_w;
+      plane.second = at.second(at.H * at.W), plane.second_w = at.second(at.H);
+      plane.of_h = HeldRow<A, Kind>(at, clip + at.in_h, at.second(at.W));
     } else {
-      plane.map = context_is<kContext>(kNone, plane.context) ? nullptr : clip + offset_c(at);
+      plane.map = context_is<kContext>(kNone, context_) ? nullptr : clip + at.in_c;
     }
     return plane;
   }
 
  private:
-  const Volume& x_;
-  const Gate& gate_;
+  const A* maps_;
+  int context_;
+  int64_t packed_;
 };
 
 // Stored: how its indices lie in memory.
@@ -162,8 +167,21 @@ class UnpooledRows {
   using I = typename Of::I;
 
  public:
-  UnpooledRows(const Volume& x, const Unpooled& from) : x_(x), from_(from) {}
+  UnpooledRows(const Volume& x, const Unpooled& from)
+      : grad_(static_cast<const A*>(from.grad)),
+        argmax_(static_cast<const char*>(from.argmax)),
+        context_(known_context<kContext>(from.context)),
+        bytes_(Stored::kCount ? Stored::kCount : from.index_bytes),
+        packed_(x.packed(context_)),
+        share_t_(A(1) / static_cast<A>(x.T)),
+        share_h_(A(1) / static_cast<A>(x.H)),
+        share_w_(A(1) / static_cast<A>(x.W)),
+        share_c_(A(1) / static_cast<A>(x.C)) {}
 
+  struct OfT {
+    Vec<A> mean, peak;
+    I argmax;
+  };
   struct OfH {
     HeldRow<A, Kind> peak, mean;
     HeldIndices<A, Stored, Kind> argmax;
@@ -179,18 +197,25 @@ class UnpooledRows {
     Vec<A> mean_w, peak_w;
     const OfH* of_h;
 
+    // What the frames share.
     template <class Lanes>
-    AIA_INLINE Vec<A> operator()(int64_t i, int64_t column, Lanes n) const {
-      const Vec<A> means = load_map_row<Kind, kContext>(mean + i, second, n) * share;
-      const Vec<A> peaks = load_map_row<Kind, kContext>(peak + i, second, n);
-      const char* indices = argmax + i * bytes;
+    AIA_INLINE OfT over_t(int64_t i, Lanes n) const {
+      OfT of_t{};
+      if (!context_is<kContext>(kSpacetime, context)) return of_t;
+      of_t.mean = load_row<Kind>(mean + i, second, n) * share, of_t.peak = load_row<Kind>(peak + i, second, n);
+      of_t.argmax = load_indices<A, Stored, Kind>(argmax + i * bytes, second, bytes, n);
+      return of_t;
+    }
+    template <class Lanes>
+    AIA_INLINE Vec<A> operator()(const OfT& of_t, int64_t i, int64_t column, Lanes n) const {
       if (!context_is<kContext>(kSpacetime, context)) {
-        I where = Of::load(indices, bytes, n);
+        I where = Of::load(argmax + i * bytes, bytes, n);
         if (Kind::kPair) where = Of::halves(where, where);
-        return Of::add_where_equal(where, channel, means, peaks);
+        return Of::add_where_equal(where, channel, load_shared_row<Kind>(mean + i, n) * share,
+                                   load_shared_row<Kind>(peak + i, n));
       }
-      Vec<A> u = means + (of_h->mean(column) * share_h + mean_w);
-      u = Of::add_where_equal(load_indices<A, Stored, Kind>(indices, second, bytes, n), t, u, peaks);
+      Vec<A> u = of_t.mean + (of_h->mean(column) * share_h + mean_w);
+      u = Of::add_where_equal(of_t.argmax, t, u, of_t.peak);
       u = Of::add_where_equal(of_h->argmax(column, bytes), h, u, of_h->peak(column));
       return Of::add_where_equal(counting<Of, Kind>(column), of_w, u, peak_w);
     }
@@ -225,33 +250,30 @@ class UnpooledRows {
 
   AIA_INLINE Plane plane(const RowPlane<Kind>& at) const {
     Plane plane;
-    plane.context = from_.context, plane.second = 0;
-    plane.bytes = Stored::kCount ? Stored::kCount : from_.index_bytes;
-    const int64_t packed = x_.packed(from_.context);
-    const A* clip = static_cast<const A*>(from_.grad) + at.b * 2 * packed;
-    const char* argmax = static_cast<const char*>(from_.argmax) + at.b * packed * plane.bytes;
+    plane.context = context_, plane.bytes = bytes_, plane.second = 0;
+    const A* clip = grad_ + at.b * 2 * packed_;
+    const char* argmax = argmax_ + at.b * packed_ * bytes_;
     const auto begin = [&](int64_t offset) {
-      plane.peak = clip + offset, plane.mean = plane.peak + packed, plane.argmax = argmax + offset * plane.bytes;
+      plane.peak = clip + offset, plane.mean = plane.peak + packed_, plane.argmax = argmax + offset * bytes_;
     };
-    if (context_is<kContext>(kSpacetime, plane.context)) {
-      begin(offset_t(at));
-      plane.h = at.h, plane.w = offset_w(at) - offset_t(at), plane.t = Of::splat(at.t);
-      plane.second = at.second(x_.H * x_.W), plane.second_w = at.second(x_.H);
-      plane.share = A(1) / static_cast<A>(x_.T), plane.share_h = A(1) / static_cast<A>(x_.H);
-      plane.share_w = A(1) / static_cast<A>(x_.W);
-      const int64_t h = offset_h(at), second = at.second(x_.W);
-      plane.of_h.peak = HeldRow<A, Kind>(at, clip + h, second);
-      plane.of_h.mean = HeldRow<A, Kind>(at, clip + packed + h, second);
-      plane.of_h.argmax = HeldIndices<A, Stored, Kind>(at, argmax + h * plane.bytes, second, plane.bytes);
+    if (context_is<kContext>(kSpacetime, context_)) {
+      begin(at.in_t);
+      plane.h = at.h, plane.w = at.in_w - at.in_t, plane.t = Of::splat(at.t);
+      plane.second = at.second(at.H * at.W), plane.second_w = at.second(at.H);
+      plane.share = share_t_, plane.share_h = share_h_, plane.share_w = share_w_;
+      const int64_t second = at.second(at.W);
+      plane.of_h.peak = HeldRow<A, Kind>(at, clip + at.in_h, second);
+      plane.of_h.mean = HeldRow<A, Kind>(at, clip + packed_ + at.in_h, second);
+      plane.of_h.argmax = HeldIndices<A, Stored, Kind>(at, argmax + at.in_h * bytes_, second, bytes_);
     } else {
-      begin(offset_c(at));
-      plane.share = A(1) / static_cast<A>(x_.C);
+      begin(at.in_c);
+      plane.share = share_c_;
       plane.channel = Of::splat(at.c);
       if (Kind::kPair) plane.channel = Of::halves(plane.channel, Of::splat(at.c + at.second(1)));
     }
     return plane;
   }
-  bool given() const { return !context_is<kContext>(kNone, from_.context); }
+  bool given() const { return !context_is<kContext>(kNone, context_); }
 
  private:
   static AIA_INLINE int64_t index_at(const char* p, int bytes) {
@@ -259,8 +281,11 @@ class UnpooledRows {
     return bytes == 2 ? *reinterpret_cast<const int16_t*>(p) : *reinterpret_cast<const int32_t*>(p);
   }
 
-  const Volume& x_;
-  const Unpooled& from_;
+  const A* grad_;
+  const char* argmax_;
+  int context_, bytes_;
+  int64_t packed_;
+  A share_t_, share_h_, share_w_, share_c_;
 };
 
 }  // namespace aia::cpu::AIA_CPU_LEVEL

@@ -10,7 +10,7 @@
 
 namespace aia::cpu::AIA_CPU_LEVEL {
 
-// One row, folded into a vector: lanes that are no part of it, or are met by the vector before, are left out.
+// Lanes that are of a row of one vector, and those of the last vector of a longer row that the one before has not met.
 template <class A, class Kind>
 struct RowMasks {
   IVec<A> inside, last;
@@ -22,40 +22,60 @@ struct RowMasks {
   }
 };
 
-// The maximum of so many lanes, whichever comes first in the row.
+// A row that waits for the other rows of its block: the values of one that is one vector; a longer one is folded.
+template <class A, class Kind, class Accumulator>
+using WaitingRow = std::conditional_t<Kind::kOne, Vec<A>, Accumulator>;
+
+// Over W: lane i of the total is of the i-th row (of a pair, lane kSide + i of the second plane's). Rows are joined, or
+// where values of single vectors are compared turned, and met column by column.
+template <class A>
+AIA_INLINE Vec<A> joined_sums(Vec<A> a, Vec<A> b) {
+  return a + b;
+}
+template <class Numbers, class Kind, class A>
+AIA_INLINE Sum<A> reduce_over_w(const Vec<A>* rows, const RowMasks<A, Kind>& masks, int64_t, int64_t, Sum<A>) {
+  const auto row = [&](int i) { return keep_where<A>(masks.inside, rows[i]); };
+  return {join_each<A, Kind::kSide>(row, joined_sums<A>)};
+}
+template <class Numbers, class Kind, class A>
+AIA_INLINE Sum<A> reduce_over_w(const Sum<A>* rows, const RowMasks<A, Kind>&, int64_t, int64_t, Sum<A>) {
+  return {join_each<A, kLanes>([&](int i) { return rows[i].sum; }, joined_sums<A>)};
+}
+template <class Numbers, class Kind, class A, class Stored>
+AIA_INLINE SumAndMax<A, Stored> reduce_over_w(const Vec<A>* rows, const RowMasks<A, Kind>&, int64_t W, int64_t,
+                                              const SumAndMax<A, Stored>&) {
+  SumAndMax<A, Stored> total;
+  Vec<A> columns[Kind::kSide];
+  for (int i = 0; i < Kind::kSide; ++i) columns[i] = rows[i];
+  transpose(columns);
+  for_each<Kind::kSide>([&](auto w) {
+    if (w < W) total.template add<Numbers>(columns[w], Indices<A, Stored>::splat(w));
+  });
+  return total;
+}
+
+// The maximum of a row, whichever comes first in it.
 template <class A, class Stored>
-__attribute__((noinline)) MaxFirst<A> first_maximum(const SumAndMax<A, Stored>& row, int first, int count) {
+__attribute__((noinline)) MaxFirst<A> first_maximum(const SumAndMax<A, Stored>& row) {
   A values[kLanes];
   int32_t indices[kLanes] = {};
   store(values, row.max);
   Indices<A, Stored>::store(indices, row.argmax, kLanes);
-  MaxFirst<A> best{values[first], indices[first]};
-  for (int i = first + 1; i < first + count; ++i) best.merge({values[i], indices[i]});
+  MaxFirst<A> best{values[0], indices[0]};
+  for (int i = 1; i < kLanes; ++i) best.merge({values[i], indices[i]});
   return best;
 }
 
 // Where in its row each maximum is. Rows that may hold a NaN are met in order, and tell the maxima too.
-template <class Numbers, class Kind, class A, class Stored>
+template <class Numbers, class A, class Stored>
 AIA_INLINE void find_maxima(const SumAndMax<A, Stored>* rows, int64_t count, SumAndMax<A, Stored>& total) {
-  using Of = Indices<A, Stored>;
-  constexpr int side = Kind::kSide;
   alignas(64) A top[kLanes];
   store(top, total.max);
-  if constexpr (Numbers::value && Kind::kPair && Of::kOfMasks) {
-    total.argmax = Of::lowest_of_masks([&](int r) { return equal_lanes<A>(rows[r].max, spread<Kind>(top + r, side)); });
-    return;
-  }
   alignas(64) IndexOf<A> where[kLanes] = {};
   for (int64_t r = 0; r < count; ++r) {
     if constexpr (!Numbers::value) {
-      for (int half = 0; half < Kind::kChannels; ++half) {
-        const MaxFirst<A> best = first_maximum<A>(rows[r], half * side, side);
-        top[half * side + r] = best.value, where[half * side + r] = best.index;
-      }
-    } else if constexpr (Kind::kOne) {
-      const unsigned bits = equal_lanes<A>(rows[r].max, spread<Kind>(top + r, side));
-      where[r] = __builtin_ctz(bits);
-      if (Kind::kPair) where[side + r] = __builtin_ctz(bits >> side);
+      const MaxFirst<A> best = first_maximum<A>(rows[r]);
+      top[r] = best.value, where[r] = best.index;
     } else {
       where[r] = Indices<A, Stored>::least_where(rows[r].max == splat(top[r]), rows[r].argmax);
     }
@@ -63,25 +83,14 @@ AIA_INLINE void find_maxima(const SumAndMax<A, Stored>* rows, int64_t count, Sum
   if (!Numbers::value) total.max = load(top);
   IVec<A> index;
   __builtin_memcpy(&index, where, sizeof index);
-  total.argmax = Of::from(index);
-}
-
-// Over W: lane i of the result is of the i-th row (of a pair, lane kSide + i of the second plane's).
-template <class Numbers, class Kind, class A>
-AIA_INLINE Sum<A> reduce_rows_over_w(Sum<A>* rows, int64_t) {
-  Vec<A> sums[Kind::kSide];
-  for (int i = 0; i < Kind::kSide; ++i) sums[i] = rows[i].sum;
-  return {join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; })};
+  total.argmax = Indices<A, Stored>::from(index);
 }
 template <class Numbers, class Kind, class A, class Stored>
-AIA_INLINE SumAndMax<A, Stored> reduce_rows_over_w(SumAndMax<A, Stored>* rows, int64_t count) {
-  constexpr int side = Kind::kSide;
-  Vec<A> sums[side], maxima[side];
-  for (int i = 0; i < side; ++i) sums[i] = rows[i].sum, maxima[i] = rows[i].max;
-  SumAndMax<A, Stored> total;
-  total.sum = join_each<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
-  total.max = join_each<A>(maxima, [](Vec<A> a, Vec<A> b) { return larger<A>(a, b); });
-  if constexpr (!Numbers::value || Indices<A, Stored>::kKnown) find_maxima<Numbers, Kind>(rows, count, total);
+AIA_INLINE SumAndMax<A, Stored> reduce_over_w(const SumAndMax<A, Stored>* rows, const RowMasks<A, Kind>&, int64_t,
+                                              int64_t count, SumAndMax<A, Stored> total) {
+  total.sum = join_each<A, kLanes>([&](int i) { return rows[i].sum; }, joined_sums<A>);
+  total.max = join_each<A, kLanes>([&](int i) { return rows[i].max; }, larger<A>);
+  if constexpr (!Numbers::value || Indices<A, Stored>::kKnown) find_maxima<Numbers>(rows, count, total);
   return total;
 }
 
@@ -90,85 +99,71 @@ AIA_INLINE SumAndMax<A, Stored> reduce_rows_over_w(SumAndMax<A, Stored>* rows, i
 template <class A, class Kind, class Accumulator, class Emit>
 class RowMaps {
  public:
-  RowMaps(const Volume& x, Emit& emit)
+  using Waiting = WaitingRow<A, Kind, Accumulator>;
+
+  RowMaps(const Volume& x, const Emit& emit)
       : x_(x),
         emit_(emit),
         pitch_(x.H * vectors_of<Kind>(x)),
         over_t_(new Accumulator[(reduced_group(x) + Kind::kChannels - 1) / Kind::kChannels * pitch_]),
         over_h_(new Accumulator[kFrames * vectors_of<Kind>(x)]),
-        of_w_(new Accumulator[kFrames * kLanes]) {}
+        of_w_(new Waiting[kFrames * kLanes]) {}
 
   // Of the planes of channel c, in a unit that begins with another.
   Accumulator* over_t(int64_t first, int64_t c) { return over_t_.get() + (c - first) / Kind::kChannels * pitch_; }
-  // Of the f-th of the frames that are met together: over H, and of up to a vector's worth of rows, each folded into
-  // one.
-  Accumulator* of_w(int64_t f) { return of_w_.get() + f * kLanes; }
+  // Of the f-th of the frames that are met together: over H, and up to a vector's worth of rows.
+  Waiting* of_w(int64_t f) { return of_w_.get() + f * kLanes; }
   Accumulator* over_h(int64_t f) { return over_h_.get() + f * vectors_of<Kind>(x_); }
 
-  bool all_numbers(int64_t first, int64_t c) {
-    Vec<A> sum{};
-    for (int64_t i = 0; i < pitch_; ++i) sum += over_t(first, c)[i].sum * A(0);
-    return sum_lanes<A>(sum) == A(0);
+  // Puts totals of so many elements of clip b, put(offset, total, lanes, single), to a map in which channels lie
+  // `second` apart. It holds copies: after each store a compiler would load again what lies behind a pointer.
+  AIA_INLINE auto putting(int64_t b, int64_t second, int64_t elements) const {
+    return [emit = emit_, share = A(1) / static_cast<A>(elements), b, second](int64_t offset, const Accumulator& total,
+                                                                              Part lanes, bool single) {
+      emit(b, offset, total, share, lanes);
+      if (!single) emit(b, offset + second, total.halves_swapped(), share, lanes);
+    };
   }
 
-  __attribute__((noinline, flatten)) void finish_t(const RowPlane<Kind>& at, const Accumulator* over_t) {
-    const A share = A(1) / static_cast<A>(x_.T);
-    at.for_rows([&](int64_t r, auto lanes) {
-      at.for_vectors([&](int64_t j, int64_t column) {
-        put(at, offset_t(at) + r * x_.W + column, x_.H * x_.W, over_t[r * at.vectors + j], share, lanes);
+  // Returns whether all values were finite, of a channel or a pair of them, as far as the sums tell.
+  __attribute__((noinline, flatten)) bool finish_t(const RowPlane<Kind>& at, const Accumulator* over_t) {
+    const auto put = putting(at.b, x_.H * x_.W, x_.T);
+    const int64_t offset = at.in_t, W = at.W, vectors = at.vectors;
+    Vec<A> zero{};
+    at.for_rows([=, single = at.single, &zero](int64_t r, auto lanes) {
+      at.for_vectors([=, &zero](int64_t j, int64_t column) {
+        const Accumulator total = over_t[r * vectors + j];
+        zero += total.sum * A(0);
+        put(offset + r * W + column, total, Part{lanes}, single);
       });
     });
-  }
-  // What is stored behind a row without masks belongs to the channels behind it, before `end`: they overwrite it.
-  __attribute__((noinline, flatten)) void finish_h(const RowPlane<Kind>& at, const Accumulator* over_h, int64_t end) {
-    const A share = A(1) / static_cast<A>(x_.H);
-    const bool room = !kMasks && (end - at.c) * x_.W >= kLanes;
-    at.for_vectors([&](int64_t j, int64_t column) {
-      put(at, offset_h(at) + column, x_.W, over_h[j], share, room ? kLanes : at.lanes());
-    });
-  }
-  template <class Numbers>
-  __attribute__((noinline, flatten)) void finish_w(const RowPlane<Kind>& at, Accumulator* rows, int64_t end) {
-    const A share = A(1) / static_cast<A>(x_.W);
-    const bool room = !kMasks && (end - at.c) * x_.H - at.h >= kLanes;
-    const Accumulator total = reduce_rows_over_w<Numbers, Kind, A>(rows, at.rows);
-    put(at, offset_w(at), x_.H, total, share, room ? kLanes : static_cast<int>(at.rows));
+    return equal_lanes<A>(zero, Vec<A>{}) == kAllLanes;
   }
 
  private:
-  // To a map in which channels lie `second` apart.
-  AIA_INLINE void put(const RowPlane<Kind>& at, int64_t offset, int64_t second, const Accumulator& total, A share,
-                      int lanes) {
-    emit_(at.b, offset, total, share, lanes);
-    if (!at.single) emit_(at.b, offset + second, total.halves_swapped(), share, lanes);
-  }
-
   const Volume& x_;
-  Emit& emit_;
+  const Emit emit_;
   const int64_t pitch_;
-  const std::unique_ptr<Accumulator[]> over_t_, over_h_, of_w_;
+  const std::unique_ptr<Accumulator[]> over_t_, over_h_;
+  const std::unique_ptr<Waiting[]> of_w_;
 };
 
 // Up to a vector's worth of rows of a few frames. Accumulators are met in plain loops of constant length: within nested
 // lambdas GCC keeps them in memory.
 template <class Numbers, class Stored, int count, class A, class Kind, class Accumulator, class Emit, class Values>
-AIA_INLINE void reduce_block(RowMaps<A, Kind, Accumulator, Emit>& maps, const RowPlane<Kind>& at,
-                             const RowMasks<A, Kind>& masks, Accumulator* __restrict over_t, int64_t end,
-                             Values&& values) {
+AIA_INLINE void reduce_block(RowMaps<A, Kind, Accumulator, Emit>& maps, const Volume& x, const RowPlane<Kind>& at,
+                             const RowMasks<A, Kind>& masks, Accumulator* __restrict over_t, Values&& values) {
   static_assert(count <= 2);  // as the pragmas say
   using Of = Indices<A, Stored>;
-  const auto frame = [&](int f) {
-    RowPlane<Kind> frame = at;
-    frame.t += f;
-    return frame;
-  };
-  const auto planes = at_each<count>([&](int f) { return values(frame(f)); });
+  const auto planes = at_each<count>([&](int f) { return values(at.later(x, f)); });
   const int64_t vectors = Kind::kOne ? 1 : at.vectors;
+  const auto over_h = at_each<count>([&](int f) { return maps.over_h(f); });
+  const auto of_w = at_each<count>([&](int f) { return maps.of_w(f); });
   Accumulator of_h[count];  // over H of rows that are one vector: in registers
 #pragma GCC unroll 2
   for (int f = 0; f < count; ++f) {
-    if (Kind::kOne && at.h) of_h[f] = *maps.over_h(f);
-    if (!Kind::kOne && at.h == 0) std::fill_n(maps.over_h(f), at.vectors, Accumulator{});
+    if (Kind::kOne && at.h) of_h[f] = *over_h[f];
+    if (!Kind::kOne && at.h == 0) std::fill_n(over_h[f], at.vectors, Accumulator{});
   }
   at.for_rows([&](int64_t r, auto lanes) {
     const auto rows = at_each<count>([&](int f) { return planes[f](r); });
@@ -176,8 +171,7 @@ AIA_INLINE void reduce_block(RowMaps<A, Kind, Accumulator, Emit>& maps, const Ro
     Accumulator folded[count];
     for (int64_t j = 0; j < vectors; ++j) {
       const int64_t column = Kind::kOne ? 0 : std::min(j * kLanes, at.W - kLanes);
-      auto w = Of::counting(column);
-      if (Kind::kPair) w = Of::halves(w, w);
+      const auto w = Of::counting(column);
       Accumulator total;
       if (at.t) total = over_t[r * vectors + j];
 #pragma GCC unroll 2
@@ -186,36 +180,49 @@ AIA_INLINE void reduce_block(RowMaps<A, Kind, Accumulator, Emit>& maps, const Ro
         total.template add<Numbers>(v, Of::splat(at.t + f));
         if constexpr (Kind::kOne) {
           of_h[f].template add<Numbers>(v, h);
-          folded[f].template start<Numbers>(masks.inside, v, w);
+          of_w[f][r] = v;
         } else {
-          maps.over_h(f)[j].template add<Numbers>(v, h);
+          over_h[f][j].template add<Numbers>(v, h);
           folded[f].template fold<Numbers>(j + 1 == vectors, masks.last, v, w);
         }
       }
       over_t[r * vectors + j] = total;
     }
+    if constexpr (!Kind::kOne)
 #pragma GCC unroll 2
-    for (int f = 0; f < count; ++f) maps.of_w(f)[r] = folded[f];
+      for (int f = 0; f < count; ++f) of_w[f][r] = folded[f];
   });
+  if (Kind::kOne)
 #pragma GCC unroll 2
-  for (int f = 0; f < count; ++f) {
-    if (Kind::kOne) *maps.over_h(f) = of_h[f];
-    if (at.h + at.rows == at.x.H) maps.finish_h(frame(f), maps.over_h(f), end);
-    maps.template finish_w<Numbers>(frame(f), maps.of_w(f), end);
-  }
+    for (int f = 0; f < count; ++f) *over_h[f] = of_h[f];
 }
 
-// Channels [c, end) of a unit that begins with channel `first`, in a few frames.
+// Channels [c, end) of a unit that begins with channel `first`, in a few frames. What is stored to a map without masks
+// behind a row belongs to the channels behind it: they overwrite it, if there are any.
 template <class Numbers, class Stored, int count, class A, class Kind, class Accumulator, class Emit, class Values>
 __attribute__((noinline, flatten)) void reduce_frames(RowMaps<A, Kind, Accumulator, Emit>& maps, const Volume& x,
                                                       int64_t b, int64_t t, int64_t first, int64_t c, int64_t end,
                                                       Values& values) {
   const RowMasks<A, Kind> masks(x.W);
-  const int64_t ahead = next_run(x, b, t, first, reduced_group(x), count);
+  const int64_t ahead = next_run(x, b, t, first, reduced_group(x), count), H = x.H, W = x.W;
+  const int64_t frame_h = x.C * W, frame_w = x.C * H;
+  const auto to_h = maps.putting(b, W, H), to_w = maps.putting(b, H, W);
   for (; c < end; c += Kind::kChannels)
-    for (int64_t h = 0; h < x.H; h += Kind::kSide) {
-      const RowPlane<Kind> at(x, b, t, c, h, std::min<int64_t>(Kind::kSide, x.H - h), end, ahead);
-      reduce_block<Numbers, Stored, count>(maps, at, masks, maps.over_t(first, c) + h * at.vectors, end, values);
+    for (int64_t h = 0; h < H; h += Kind::kSide) {
+      const RowPlane<Kind> at(x, b, t, c, h, std::min<int64_t>(Kind::kSide, H - h), end, ahead);
+      int64_t of_h = at.in_h, of_w = at.in_w;
+      const auto room = [&](int64_t behind, int64_t lanes) {
+        return Part{!kMasks && behind >= kLanes ? kLanes : static_cast<int>(lanes)};
+      };
+      const Part lanes_h = room((end - c) * W, at.lanes()), lanes_w = room((end - c) * H - h, at.rows);
+      reduce_block<Numbers, Stored, count>(maps, x, at, masks, maps.over_t(first, c) + h * at.vectors, values);
+#pragma GCC unroll 2
+      for (int f = 0; f < count; ++f, of_h += frame_h, of_w += frame_w) {
+        if (h + Kind::kSide >= H)
+          at.for_vectors(
+              [&](int64_t j, int64_t column) { to_h(of_h + column, maps.over_h(f)[j], lanes_h, at.single); });
+        to_w(of_w, reduce_over_w<Numbers, Kind>(maps.of_w(f), masks, W, at.rows, Accumulator{}), lanes_w, at.single);
+      }
     }
 }
 
@@ -232,11 +239,12 @@ void reduce_rows_to_spacetime(const Volume& x, int64_t begin, int64_t end, Value
       reduce_frames<std::true_type, Stored, kFrames>(maps, x, b, t, first, first, last, values);
     for (; t < x.T; ++t) reduce_frames<std::false_type, Stored, 1>(maps, x, b, t, first, first, last, values);
     for (int64_t c = first; c < last; c += Kind::kChannels) {
-      if (Accumulator::kCompares && !maps.all_numbers(first, c))
-        for (t = 0; t < x.T; ++t)
-          reduce_frames<std::false_type, Stored, 1>(maps, x, b, t, first, c,
-                                                    std::min<int64_t>(last, c + Kind::kChannels), values);
-      maps.finish_t(RowPlane<Kind>(x, b, 0, c, 0, x.H, last, 0), maps.over_t(first, c));
+      const RowPlane<Kind> at(x, b, 0, c, 0, x.H, last, 0);
+      if (maps.finish_t(at, maps.over_t(first, c)) || !Accumulator::kCompares) continue;
+      for (t = 0; t < x.T; ++t)
+        reduce_frames<std::false_type, Stored, 1>(maps, x, b, t, first, c, std::min<int64_t>(last, c + Kind::kChannels),
+                                                  values);
+      maps.finish_t(at, maps.over_t(first, c));
     }
   }
 }
@@ -284,7 +292,7 @@ __attribute__((flatten)) void reduce_rows_to_channel(const Volume& x, int64_t be
       add(c, std::integral_constant<int, kPlanes>{});
     if (c < x.C) add(c, std::integral_constant<int, 1>{});
     const RowPlane<Kind> at = plane_at(0);
-    const int64_t offset = offset_c(at);
+    const int64_t offset = at.in_c;
     at.for_own_rows([&](int64_t r, auto lanes) {
       at.for_vectors([&](int64_t j, int64_t column) {
         Accumulator total = over_c[r * at.vectors + j];

@@ -36,35 +36,69 @@ int64_t vectors_of(const Volume& x) {
 
 // Rows [h, h + rows) of the plane of channel c, in frame t of clip b; where Kind has pairs, and there is one more
 // channel, of the next one too. `ahead` is the distance in elements of x to what will be met a while later, which the
-// hardware does not foresee.
+// hardware does not foresee. All numbers are its own: a compiler would load those of a Volume again after each store.
 template <class Kind>
 struct RowPlane {
-  const Volume& x;
   int64_t b, t, c, h, rows, ahead;
-  int64_t W, vectors;  // of a row; here, as a compiler would load them again after each store
-  bool single;         // the second channel of a pair is the first once more
+  int64_t H, W, vectors;                 // of a row
+  int64_t in_x, in_t, in_h, in_w, in_c;  // where it begins in x, and in the maps [C, H, W], [T, C, W], [T, C, H] and
+                                         // [T, H, W] of a clip
+  bool single;                           // the second channel of a pair is the first once more
 
-  RowPlane(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h, int64_t rows, int64_t channels, int64_t ahead)
-      : x(x),
-        b(b),
+  AIA_INLINE RowPlane(const Volume& x, int64_t b, int64_t t, int64_t c, int64_t h, int64_t rows, int64_t channels,
+                      int64_t ahead)
+      : b(b),
         t(t),
         c(c),
         h(h),
         rows(rows),
         ahead(ahead),
+        H(x.H),
         W(x.W),
         vectors(vectors_of<Kind>(x)),
+        in_x(b * x.stride_b + t * x.stride_t + c * x.stride_c + h * x.W),
+        in_t((c * x.H + h) * x.W),
+        in_h(x.map_t() + (t * x.C + c) * x.W),
+        in_w(x.map_t() + x.map_h() + (t * x.C + c) * x.H + h),
+        in_c((t * x.H + h) * x.W),
         single(!Kind::kPair || c + 1 >= channels) {}
+
+  // The same rows of a later frame.
+  AIA_INLINE RowPlane later(const Volume& x, int64_t frames) const {
+    RowPlane plane = *this;
+    plane.t += frames, plane.in_x += frames * x.stride_t, plane.in_c += frames * H * W;
+    plane.in_h += frames * x.C * W, plane.in_w += frames * x.C * H;
+    return plane;
+  }
 
   // From the first channel of a pair to the second, where channels lie `stride` elements apart.
   int64_t second(int64_t stride) const { return single ? 0 : stride; }
+  // The distance to what the r-th row asks for. The channels of a pair ask in turns: two short rows are one line.
+  int64_t ahead_of(int64_t r, int64_t second) const { return Kind::kPair && r & 1 ? ahead + second : ahead; }
   // Lanes of a row that is met alone.
   int lanes() const { return static_cast<int>(std::min<int64_t>(W, Kind::kSide)); }
 
+  // Rows, the first ones, that are met with what follows them without meeting row `end` of the plane.
+  int64_t whole_rows(int64_t end) const {
+    const int64_t room = (end - h) * W - Kind::kSide;
+    return room < 0 ? 0 : std::min(rows, room / W + 1);
+  }
   // Calls body(r, lanes) for the rows, in ascending order: so many lanes of each half may be met.
   template <class Body>
   AIA_INLINE void for_rows(Body&& body) const {
-    for_rows_before(x.H, body);
+    for_rows_before(H, body);
+  }
+  // The same where rows are stored to x one after the other: what a store puts behind a row is overwritten.
+  template <class Body>
+  AIA_INLINE void for_stored_rows(Body&& body) const {
+    if constexpr (Kind::kOne && kMasks) {
+      const int64_t whole = whole_rows(h + rows);
+      const Part part{lanes()};
+      for (int64_t r = 0; r < whole; ++r) body(r, PartBefore{part});
+      for (int64_t r = whole; r < rows; ++r) body(r, part);
+    } else {
+      for_rows(body);
+    }
   }
   // The same where body stores to a map whose next rows another thread may have stored already.
   template <class Body>
@@ -81,8 +115,7 @@ struct RowPlane {
       const Part part{lanes()};
       for (int64_t r = 0; r < rows; ++r) body(r, part);
     } else {
-      const int64_t room = (end - h) * W - Kind::kSide;
-      const int64_t whole = room < 0 ? 0 : std::min(rows, room / W + 1);
+      const int64_t whole = whole_rows(end);
       for (int64_t r = 0; r < whole; ++r) body(r, full);
       for (int64_t r = whole; r < rows; ++r) body(r, lanes());
     }
@@ -98,28 +131,6 @@ struct RowPlane {
   }
 };
 
-// Where a plane begins in x, and in the maps [C, H, W], [T, C, W], [T, C, H] and [T, H, W] of a clip.
-template <class Kind>
-int64_t plane_offset(const RowPlane<Kind>& at) {
-  return at.b * at.x.stride_b + at.t * at.x.stride_t + at.c * at.x.stride_c + at.h * at.x.W;
-}
-template <class Kind>
-int64_t offset_t(const RowPlane<Kind>& at) {
-  return (at.c * at.x.H + at.h) * at.x.W;
-}
-template <class Kind>
-int64_t offset_h(const RowPlane<Kind>& at) {
-  return at.x.map_t() + (at.t * at.x.C + at.c) * at.x.W;
-}
-template <class Kind>
-int64_t offset_w(const RowPlane<Kind>& at) {
-  return at.x.map_t() + at.x.map_h() + (at.t * at.x.C + at.c) * at.x.H + at.h;
-}
-template <class Kind>
-int64_t offset_c(const RowPlane<Kind>& at) {
-  return (at.t * at.x.H + at.h) * at.x.W;
-}
-
 // Runs of more elements than this would not stay in the L2 cache till they are met; of what is met in the order of
 // memory what follows soon is asked for.
 constexpr int64_t kLongRun = 16384, kSoon = 2048;
@@ -133,15 +144,39 @@ inline int64_t next_run(const Volume& x, int64_t b, int64_t t, int64_t first, in
 }
 
 // The planes of a unit of an elementwise pass that meets spacetime maps, in the order of memory: a fresh page is
-// cleared when it is first met, and is best written while it is in cache. Calls each(plane).
+// cleared when it is first met, and is best written while it is in cache. Calls each(plane) or, where there are
+// registers for the H maps of two frames, each(plane, plane of the next frame): they share what the T map says.
 template <class Kind, class Each>
-void for_row_planes(const Volume& x, int64_t unit, Each&& each) {
+AIA_INLINE void for_row_planes(const Volume& x, int64_t unit, Each&& each) {
   const int64_t group = group_channels(x), groups = (x.C + group - 1) / group;
   const int64_t b = unit / groups, first = unit % groups * group, last = std::min(x.C, first + group);
-  for (int64_t t = 0; t < x.T; ++t) {
-    const int64_t ahead = group * x.H * x.W > kLongRun ? kSoon : next_run(x, b, t, first, group, 1);
-    for (int64_t c = first; c < last; c += Kind::kChannels) each(RowPlane<Kind>(x, b, t, c, 0, x.H, last, ahead));
-  }
+  const auto meet = [&](int64_t t, auto... next) {
+    const int64_t frames = 1 + sizeof...(next);
+    const int64_t ahead = group * x.H * x.W > kLongRun ? kSoon : next_run(x, b, t, first, group, frames);
+    const auto plane = [&](int64_t t, int64_t c) { return RowPlane<Kind>(x, b, t, c, 0, x.H, last, ahead); };
+    for (int64_t c = first; c < last; c += Kind::kChannels) each(plane(t, c), plane(next, c)...);
+  };
+  int64_t t = 0;
+  if constexpr (Kind::kOne && kMasks)
+    for (; t + 2 <= x.T; t += 2) meet(t, t + 1);
+  for (; t < x.T; ++t) meet(t);
+}
+
+// Meets the rows of the planes of for_row_planes one after the other: row.store(of_t, i, column, lanes) stores a vector
+// of each, where of_t, row.over_t(i, lanes), is of all frames.
+template <class Kind, class... Frame>
+AIA_INLINE void store_rows(const RowPlane<Kind>& at, const Frame&... frame) {
+  at.for_stored_rows([&](int64_t r, auto lanes) {
+    const auto meet = [&](const auto& row, const auto&... others) {
+      at.for_vectors([&](int64_t, int64_t column) {
+        const int64_t i = as_index(r * at.W + column);
+        const auto of_t = row.over_t(i, lanes);
+        row.store(of_t, i, column, lanes);
+        (others.store(of_t, i, column, lanes), ...);
+      });
+    };
+    meet(frame.row(r)...);
+  });
 }
 
 // A vector of a row; of a pair a half from each of two places.
@@ -168,20 +203,15 @@ AIA_INLINE void store_row(T* p, int64_t second, Vec<Accumulate<T>> v, Lanes n) {
     store(p, v, n);
 }
 
-// Asks for what lies `ahead`, into the L2 cache: much else is met before it.
-template <class Kind, class T>
-AIA_INLINE void ask_ahead(const T* p, int64_t second, int64_t ahead) {
-  __builtin_prefetch(p + ahead, 0, 2);
-  if (Kind::kPair) __builtin_prefetch(p + second + ahead, 0, 2);
-}
+// The same, and asks for what lies `ahead`, into the L2 cache: much else is met before it.
 template <class Kind, class T, class Lanes>
 AIA_INLINE Vec<Accumulate<T>> load_row_ahead(const T* p, int64_t second, int64_t ahead, Lanes n) {
-  ask_ahead<Kind>(p, second, ahead);
+  __builtin_prefetch(p + ahead, 0, 2);
   return load_row<Kind>(p, second, n);
 }
 template <class Kind, class T, class Lanes>
 AIA_INLINE void store_row_ahead(T* p, int64_t second, int64_t ahead, Vec<Accumulate<T>> v, Lanes n) {
-  ask_ahead<Kind>(p, second, ahead);
+  __builtin_prefetch(p + ahead, 0, 2);
   store_row<Kind>(p, second, v, n);
 }
 
