@@ -69,10 +69,19 @@ AIA_INLINE U16 narrow_f16(Vec<float> v) {
 }
 
 AIA_INLINE U16 narrow_bf16(Vec<float> v) {
+#if defined(__AVX512F__)  // of which GCC makes three instructions more
+  const __m512 value = bit_cast<__m512>(v);
+  const __m512i wide = bit_cast<__m512i>(v), odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(wide, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  const __m512i nan = _mm512_set1_epi32(0x7fc0);
+  return bit_cast<U16>(_mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(nan, is_number, sum, 16)));
+#else
   const U32 bits = bit_cast<U32>(v);
   const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32 is_nan = bit_cast<U32>(v != v);
   return __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), U16);
+#endif
 }
 
 // Elements of 16 bits of type T, and back.
@@ -314,6 +323,10 @@ AIA_INLINE IVec<A> load_index(const Index* p, int n) {
   if constexpr (sizeof(Index) == 1 && sizeof(A) == 4) {
     const __m128i words = _mm_unpacklo_epi8(_mm_loadu_si32(p), __m128i{});
     return detail::bit_cast<IVec<A>>(_mm_unpacklo_epi16(words, __m128i{}));
+  }
+  if constexpr (sizeof(Index) == 2 && sizeof(A) == 4) {
+    const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return detail::bit_cast<IVec<A>>(_mm_srai_epi32(_mm_unpacklo_epi16(words, words), 16));
   }
 #endif
   return detail::load_index_part<A>(p, kLanes);

@@ -1,7 +1,6 @@
 // Reductions over planes that are met row by row: to spacetime maps, and to channel maps of values that spacetime maps
 // make. values(at) is of a plane, values(at)(r) of its r-th row, and values(at)(r)(i, column, lanes) is the value on
-// the vector of that row that begins in that column, at place i of the plane. `emit` as in reduce.h. What does not
-// depend on the values is not inlined: it serves every type of x.
+// the vector of that row that begins in that column, at place i of the plane. `emit` as in reduce.h.
 #pragma once
 
 #include "../common/max_first.h"
@@ -26,20 +25,21 @@ struct RowMasks {
 template <class A, class Kind, class Accumulator>
 using WaitingRow = std::conditional_t<Kind::kOne, Vec<A>, Accumulator>;
 
-// Over W: lane i of the total is of the i-th row (of a pair, lane kSide + i of the second plane's). Rows are joined, or
-// where values of single vectors are compared turned, and met column by column.
+// Over W: lane i of the total is of the i-th row (of a pair, lane kSide + i of the second plane's). Sums are joined
+// across the lanes of each row. Rows of one vector that are compared are transposed and met column by column, in the
+// order of torch.max; longer ones, folded, are joined, and then each is searched for its maximum.
 template <class A>
-AIA_INLINE Vec<A> joined_sums(Vec<A> a, Vec<A> b) {
+AIA_INLINE Vec<A> plus(Vec<A> a, Vec<A> b) {
   return a + b;
 }
 template <class Numbers, class Kind, class A>
 AIA_INLINE Sum<A> reduce_over_w(const Vec<A>* rows, const RowMasks<A, Kind>& masks, int64_t, int64_t, Sum<A>) {
   const auto row = [&](int i) { return keep_where<A>(masks.inside, rows[i]); };
-  return {join_each<A, Kind::kSide>(row, joined_sums<A>)};
+  return {join_each<A, Kind::kSide>(row, plus<A>)};
 }
 template <class Numbers, class Kind, class A>
 AIA_INLINE Sum<A> reduce_over_w(const Sum<A>* rows, const RowMasks<A, Kind>&, int64_t, int64_t, Sum<A>) {
-  return {join_each<A, kLanes>([&](int i) { return rows[i].sum; }, joined_sums<A>)};
+  return {join_each<A, kLanes>([&](int i) { return rows[i].sum; }, plus<A>)};
 }
 template <class Numbers, class Kind, class A, class Stored>
 AIA_INLINE SumAndMax<A, Stored> reduce_over_w(const Vec<A>* rows, const RowMasks<A, Kind>&, int64_t W, int64_t,
@@ -88,7 +88,7 @@ AIA_INLINE void find_maxima(const SumAndMax<A, Stored>* rows, int64_t count, Sum
 template <class Numbers, class Kind, class A, class Stored>
 AIA_INLINE SumAndMax<A, Stored> reduce_over_w(const SumAndMax<A, Stored>* rows, const RowMasks<A, Kind>&, int64_t,
                                               int64_t count, SumAndMax<A, Stored> total) {
-  total.sum = join_each<A, kLanes>([&](int i) { return rows[i].sum; }, joined_sums<A>);
+  total.sum = join_each<A, kLanes>([&](int i) { return rows[i].sum; }, plus<A>);
   total.max = join_each<A, kLanes>([&](int i) { return rows[i].max; }, larger<A>);
   if constexpr (!Numbers::value || Indices<A, Stored>::kKnown) find_maxima<Numbers>(rows, count, total);
   return total;
@@ -107,7 +107,7 @@ class RowMaps {
         pitch_(x.H * vectors_of<Kind>(x)),
         over_t_(new Accumulator[(reduced_group(x) + Kind::kChannels - 1) / Kind::kChannels * pitch_]),
         over_h_(new Accumulator[kFrames * vectors_of<Kind>(x)]),
-        of_w_(new Waiting[kFrames * kLanes]) {}
+        of_w_(new Waiting[kFrames * kLanes]()) {}
 
   // Of the planes of channel c, in a unit that begins with another.
   Accumulator* over_t(int64_t first, int64_t c) { return over_t_.get() + (c - first) / Kind::kChannels * pitch_; }
