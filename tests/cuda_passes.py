@@ -7,10 +7,6 @@ from pathlib import Path
 
 import torch
 
-#: Files with barriers of a warp, for which the emulator takes one of the block: beside these it cannot tell whether a
-#: barrier of the block is needed.
-WITH_BARRIERS_OF_WARPS = {"patches.cu"}
-
 
 def same_in_any_order(emulator, everything: Callable) -> None:
     """Assert that the results everything(emulator) are the same bits when blocks and threads run backward."""
@@ -41,6 +37,5 @@ def every_barrier_is_needed(emulator, everything: Callable, files: set[str]) -> 
     barriers = emulator.barriers()
     found = {Path(barrier.split(":")[0]).name for barrier in barriers}
     assert found == files
-    told = {b for b in barriers if Path(b.split(":")[0]).name not in WITH_BARRIERS_OF_WARPS}
-    unneeded = {b for b in told if same_without(b, False) and same_without(b, True)}
+    unneeded = {b for b in barriers if same_without(b, False) and same_without(b, True)}
     assert not unneeded

@@ -1,10 +1,11 @@
 // CUDA kernels on the host, for tests: stands in for the toolkit when csrc/cuda is compiled by a C++ compiler.
 //
-// The threads of a block are fibers: one runs until its next barrier, then the next one does, and when all have arrived
-// the round starts again. Blocks run one after the other, those of a cluster or of a launch_together likewise up to
-// their next barrier. So a missing barrier shows as a thread that reads what its neighbours have not yet written, the
-// same way on every run, in forward or in backward order of blocks and threads. Shared memory starts as NaN, is NaN
-// again after the end of its block, and lies on the heap where AddressSanitizer sees its bounds.
+// The threads of a block are fibers: one runs until its next barrier, then the next one of its warp does, and when all
+// of the warp have arrived it goes on, until it waits for the other warps; then the next warp runs so far. Blocks run
+// one after the other, those of a cluster or of a launch_together likewise up to their next barrier. So a missing
+// barrier shows as a thread that reads what its neighbours have not yet written, or overwrites what they have not yet
+// read, the same way on every run, in forward or in backward order of blocks, warps and threads. Shared memory starts
+// as NaN, is NaN again after the end of its block, and lies on the heap where AddressSanitizer sees its bounds.
 #pragma once
 
 #include <ucontext.h>
@@ -26,6 +27,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+using std::min;
 
 #define __global__
 #define __device__
@@ -56,7 +59,7 @@ struct Site {
 
 // How launches run, and what they met.
 struct Schedule {
-  bool backward = false;           // the order in which blocks run, and threads between barriers
+  bool backward = false;           // the order in which blocks run, and warps and threads between barriers
   std::string dropped;             // a barrier that is to be skipped, to see whether anything notices
   std::set<std::string> barriers;  // all that were met, as file:line
   int launches = 0;
@@ -66,8 +69,8 @@ struct Schedule {
 
 inline Schedule schedule;
 
-// Who waits at a barrier, and which blocks of a launch run together.
-enum class Scope { kBlock, kCluster, kGrid };
+// Who waits at a barrier, and which blocks of a launch run together; from the fewest threads to the most.
+enum class Scope { kWarp, kBlock, kCluster, kGrid };
 
 class Block {
  public:
@@ -82,25 +85,29 @@ class Block {
   void barrier(const std::source_location& where, Scope scope = Scope::kBlock) {
     const Site site(where);
     if (scope == Scope::kGrid && together_ != scope) fail("a barrier of all blocks, which do not run together");
-    const bool of_blocks = scope != Scope::kBlock && together_ == scope;  // else a cluster is a block
+    const bool of_blocks = scope > Scope::kBlock && together_ == scope;
+    if (!of_blocks) scope = min(scope, Scope::kBlock);  // a cluster of one block
     if (site != met_) {
       met_ = site;
       schedule.barriers.insert(site.text());
       skipped_ = site.text() == schedule.dropped;
     }
     // Without its barrier of several blocks, a kernel keeps that of the block: only the former is in question.
-    if (!skipped_ || of_blocks) wait(site, of_blocks && !skipped_);
+    if (!skipped_)
+      wait(site, scope);
+    else if (of_blocks)
+      wait(site, Scope::kBlock);
   }
 
-  // Called by a thread: the value that another one brings to the same exchange. All threads of the block must come,
-  // which is more than CUDA asks for.
+  // Called by a thread: the value that another one of its warp brings to the same exchange, to which all come.
   template <class T>
   T exchange(T value, int partner, const std::source_location& where) {
     static_assert(sizeof(T) <= sizeof(double));
+    if (partner / kWarp != current_ / kWarp || partner >= threads_) fail("a thread exchanges with none of its warp");
     std::memcpy(&fibers_[current_]->exchanged, &value, sizeof(T));
-    wait(Site(where));
+    wait(Site(where), Scope::kWarp);
     std::memcpy(&value, &fibers_[partner]->exchanged, sizeof(T));
-    wait(Site(where, 1));
+    wait(Site(where, 1), Scope::kWarp);
     return value;
   }
 
@@ -122,11 +129,13 @@ class Block {
 
  private:
   static constexpr size_t kStack = size_t{128} << 10;
+  static constexpr int kWarp = 32;
 
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<std::byte[]> stack = std::make_unique_for_overwrite<std::byte[]>(kStack);
     Site waits_at;
+    Scope waits_for;
     double exchanged;  // bits of any type
     bool done;
   };
@@ -147,20 +156,21 @@ class Block {
   // Called by a thread, from which no exception finds its way out.
   void fail(const std::string& error) {
     error_ = error;
-    wait(Site());
+    wait(Site(), Scope::kBlock);
   }
 
-  void wait(const Site& site, bool for_blocks = false) {
+  void wait(const Site& site, Scope scope) {
     Fiber& self = *fibers_[current_];
     self.waits_at = site;
-    for_blocks_ = for_blocks;
+    self.waits_for = scope;
     swapcontext(&self.context, &scheduler_);
   }
 
   static void enter();
   void start(Fiber& fiber);
+  int run_warp(int first);
   bool resume(int thread);
-  void check_round(int finished) const;
+  void check_round(int first, int count, int finished) const;
 
   const std::function<void()>* kernel_;
   int index_, rank_, threads_;
@@ -171,7 +181,7 @@ class Block {
   ucontext_t scheduler_;
   int current_ = 0;
   Site met_;  // the last barrier, and whether it is the dropped one
-  bool skipped_ = false, for_blocks_ = false, begun_ = false, ended_ = false;
+  bool skipped_ = false, begun_ = false, ended_ = false;
   std::string error_;
 };
 
@@ -198,8 +208,6 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
 inline void __syncthreads(const std::source_location& where = std::source_location::current()) {
   aia::emulator::running->barrier(where);
 }
-
-using std::min;
 
 namespace aia::emulator {
 
@@ -239,15 +247,27 @@ inline bool Block::run() {
   running = this;
   blockIdx.x = index_;
   begun_ = true;
-  for (for_blocks_ = false; !for_blocks_;) {
+  const int warps = (threads_ + kWarp - 1) / kWarp;
+  do {
     int finished = 0;
-    for (int i = 0; i < threads_; ++i) finished += resume(static_cast<int>(schedule.in_order(i, threads_)));
-    check_round(finished);
+    for (int i = 0; i < warps; ++i) finished += run_warp(static_cast<int>(schedule.in_order(i, warps)) * kWarp);
+    check_round(0, threads_, finished);
     if (finished < threads_) continue;
     for (auto& [name, array] : shared_) std::memset(array.bytes.get(), 0xff, array.size);
     return ended_ = true;
-  }
+  } while (fibers_[0]->waits_for == Scope::kBlock);
   return false;
+}
+
+// Runs a warp until all its threads have finished or wait for other warps; how many have finished.
+inline int Block::run_warp(int first) {
+  const int count = min(kWarp, threads_ - first);
+  for (;;) {
+    int finished = 0;
+    for (int i = 0; i < count; ++i) finished += resume(first + static_cast<int>(schedule.in_order(i, count)));
+    check_round(first, count, finished);
+    if (finished == count || fibers_[first]->waits_for > Scope::kWarp) return finished;
+  }
 }
 
 // Runs a thread up to its next barrier; true when it has come to its end.
@@ -260,11 +280,11 @@ inline bool Block::resume(int thread) {
   return fiber.done;
 }
 
-// After a round, either all threads have finished or all wait at one barrier.
-inline void Block::check_round(int finished) const {
-  if (finished == threads_) return;
-  const Site site = fibers_[0]->waits_at;
-  for (int i = 0; i < threads_; ++i)
+// After a round of threads, either all have finished or all wait at one barrier.
+inline void Block::check_round(int first, int count, int finished) const {
+  if (finished == count) return;
+  const Site site = fibers_[first]->waits_at;
+  for (int i = first; i < first + count; ++i)
     if (fibers_[i]->done || fibers_[i]->waits_at != site)
       throw std::runtime_error("thread " + std::to_string(i) + " does not reach the barrier that others wait at");
 }
@@ -360,9 +380,8 @@ void wait_for_copies() {
   }
 }
 
-// All warps of the block must come, which is more than CUDA asks for.
 inline void warp_barrier(const std::source_location& where = std::source_location::current()) {
-  emulator::running->barrier(where);
+  emulator::running->barrier(where, emulator::Scope::kWarp);
 }
 
 inline void grid_barrier(const std::source_location& where = std::source_location::current()) {

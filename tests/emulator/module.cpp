@@ -382,6 +382,7 @@ PYBIND11_MODULE(aia_emulator, m) {
   m.def("turn_among_blocks", [](int64_t blocks, int waiting, py::array values) {
     turn_among_blocks(blocks, waiting, static_cast<float*>(values.mutable_data()));
   });
+  m.def("turn_in_warps", [](py::array values) { turn_in_warps(static_cast<float*>(values.mutable_data())); });
   m.def("turn_in_clusters", [](int64_t blocks, int cluster, int unused_bytes, py::array values) {
     turn_in_clusters(blocks, cluster, unused_bytes, static_cast<float*>(values.mutable_data()));
   });

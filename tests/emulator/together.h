@@ -1,5 +1,5 @@
-// Two kernels whose blocks run together, by which the emulator itself is tested: each block of kTurnThreads threads
-// hands its values to the next one, the last to the first.
+// Kernels by which the emulator itself is tested. Two have blocks that run together: each block of kTurnThreads threads
+// hands its values to the next one, the last to the first. In one, threads hand them on within a warp and a block.
 #pragma once
 
 #include "../../csrc/cuda/launch.cuh"
@@ -30,6 +30,21 @@ inline __global__ void turn_in_clusters_kernel(int cluster, float* values) {
   cluster_barrier();
   values[blockIdx.x * kTurnThreads + thread] = theirs;
 }
+
+// Each thread gets the value of a neighbour in its warp, and that of the thread as far from the end of the block as it
+// is from the begin.
+inline __global__ void turn_in_warps_kernel(float* values) {
+  constexpr int kThreads = 64;
+  AIA_SHARED(float, mine, kThreads);
+  const int thread = threadIdx.x;
+  mine[thread] = values[thread];
+  warp_barrier();
+  const float near = shuffle_xor(mine[thread ^ 1], 2);
+  __syncthreads();
+  values[thread] = kThreads * near + mine[kThreads - 1 - thread];
+}
+
+inline int turn_in_warps(float* values) { return launch(turn_in_warps_kernel, 1, 64, nullptr, values); }
 
 inline int turn_among_blocks(int64_t blocks, int waiting, float* values) {
   return launch_together(turn_among_blocks_kernel, blocks, kTurnThreads, nullptr, static_cast<int>(blocks), waiting,

@@ -32,7 +32,7 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
     torch.manual_seed(0)
     results = []
     cases = Case((1, 3, 20, 7, 8)), Case((1, 2, 44, 7, 7)), Case((1, 2, 24, 3, 5), "THWC", torch.bfloat16)
-    for case in (*cases, Case((1, 5, 1, 28, 28))):
+    for case in (*cases, Case((1, 11, 1, 28, 28)), Case((1, 13, 4, 14, 14))):
         x = activation(case)
         for context in CONTEXTS:
             results += passes.pool(x, context, gate_of(x, maps.CHANNEL), maps.CHANNEL)
@@ -40,8 +40,9 @@ def pools_and_gates(passes) -> list[torch.Tensor]:
             results.append(passes.recalibrate_reduce(x, x, context))
     x = activation(Case((1, 3, 32, 7, 7)))
     results.append(passes.recalibrate(x, gate_of(x, maps.SPACETIME), maps.SPACETIME))
-    gates = (40, (20, 9, 4, 4, 5, 7, 2, 2, 2), torch.float32), (2, (5, 41, 37), torch.float64)
-    for gate in (GateCase(*of) for of in (*gates, (13, (4, 6, 7), torch.float32))):
+    gates = (13, (20, 9, 4, 4, 5, 7, 2, 2, 2), torch.float32), (2, (5, 41, 37), torch.float64)
+    items = (13, (4, 6, 7), torch.float32), (13, (1, 6, 5), torch.float32)  # several of a block
+    for gate in (GateCase(*of) for of in (*gates, *items)):
         n = len(gate.weight)
         norms = gate.scale, gate.shift, [None] * n, [None] * n, [1e-5] * n, [True] * n
         results += passes.gate(gate.pooled, gate.weight, *norms, gate.dims)
@@ -68,7 +69,7 @@ def double_norm_fold_and_residual(passes) -> list[torch.Tensor]:
         reduced = passes.double_norm_backward_reduce(grad, logits, case.group)
         passes.double_norm_backward_(grad, logits, mass, reduced, case.group)
         results += [statistics, lse, logits, mass, reduced, grad]
-    value, second, total, sums = (torch.randn(n, device=pass_cases.DEVICE) for n in ((19, 70), (70, 70), (70,), (19,)))
+    value, second, total, sums = (torch.randn(n, device=pass_cases.DEVICE) for n in ((35, 70), (70, 70), (70,), (35,)))
     folded, _, statistics, off = passes.fold(value, None, None, [total, total, second @ second.mT], 9.0, [], 1e-5)
     joint, center = passes.fold_sums(value, folded, sums, statistics, off, 1e-5)
     results += [folded, statistics, off, joint, center]

@@ -30,6 +30,17 @@ def turn_in_clusters(emulator, blocks: int, cluster: int, unused_bytes: int = 0)
     return emulator.call("turn_in_clusters", *arguments)[1][-1].reshape(blocks, THREADS)
 
 
+def turn_in_warps(emulator) -> numpy.ndarray:
+    return emulator.call("turn_in_warps", numpy.arange(64, dtype=numpy.float32))[1][-1]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_warps_of_a_block(scheduled, backward):
+    scheduled.schedule(backward)
+    threads = numpy.arange(64)
+    assert (turn_in_warps(scheduled) == 64 * (threads ^ 3) + threads[::-1]).all()
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_blocks_that_run_together(scheduled, backward):
     scheduled.schedule(backward)
@@ -41,7 +52,12 @@ def test_blocks_that_run_together(scheduled, backward):
 
 
 @pytest.mark.parametrize(
-    "turn", [lambda emulator: turn_among_blocks(emulator, 6), lambda emulator: turn_in_clusters(emulator, 4, 2)]
+    "turn",
+    [
+        turn_in_warps,  # a barrier of the warp does not stand for the block's after it
+        lambda emulator: turn_among_blocks(emulator, 6),
+        lambda emulator: turn_in_clusters(emulator, 4, 2),
+    ],
 )
 def test_a_missing_barrier_shows(scheduled, turn):
     def same_without(barrier: str, backward: bool) -> bool:
