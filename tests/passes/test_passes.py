@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pass_cases
 import pytest
 import torch
@@ -193,13 +195,45 @@ def test_unpool_walks_over_frames_of_other_units(passes, plain, case, unit):
     unpool_agrees(passes, plain, activation(case), *UNPOOLED[unit])
 
 
+@each((CUDA, pick(FRAMES, "7x7 bf16", "across planes")))
+@pytest.mark.parametrize("unit", ["ST", "CinST", "STinC"])
+def test_unpool_special_values(passes, plain, case, unit):
+    """NaN and infinities of every tensor reach the elements that they reach in the oracle, and no others."""
+    arguments = [not_all_finite(t) for t in arguments_of_unpool(plain, activation(case), *UNPOOLED[unit])]
+    agrees_where_finite(passes.unpool(*arguments), plain.unpool, arguments, 12)
+
+
+@each((CUDA, pick(FRAMES, "7x7 bf16", "across planes")))
+def test_recalibrate_special_values(passes, plain, case):
+    x = activation(case)
+    arguments = not_all_finite(x), not_all_finite(gate_of(x, maps.SPACETIME)), maps.SPACETIME
+    agrees_where_finite(passes.recalibrate(*arguments), plain.recalibrate, arguments, 1)
+
+
+def not_all_finite(value):
+    """A tensor of floating-point numbers with one of each kind that is not finite; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        for special in (math.nan, math.inf, -math.inf):
+            value[tuple(int(torch.randint(size, ())) for size in value.shape)] = special
+    return value
+
+
+def agrees_where_finite(got, oracle, arguments, n):
+    """Assert the error bound of a sum of n products where it is finite, and elsewhere that the value is the same."""
+    want = oracle(*double(*arguments))
+    finite = want.isfinite()
+    assert finite.any() and not finite.all()
+    torch.testing.assert_close(got.cpu().double()[~finite], want[~finite], rtol=0, atol=0, equal_nan=True)
+    agrees(got.cpu()[finite], want[finite], oracle(*magnitude(*arguments))[finite], n)
+
+
 #: By unit: the contexts of the outer gate, of the gate and the features of the inner one.
 UNPOOLED = {"C": (1, 0, 0), "ST": (3, 0, 0), "CinST": (3, 1, 1), "STinC": (1, 3, 3), "STinC2": (1, 1, 3)}
 
 
-def unpool_agrees(passes, plain, grad_y, context, inner_gate_context, inner_context):
+def arguments_of_unpool(plain, grad_y, context, inner_gate_context, inner_context) -> tuple:
     inner = features_of(grad_y, inner_context, plain) if inner_context else (None, None)
-    arguments = (
+    return (
         grad_y,
         gate_of(grad_y, context),
         *features_of(grad_y, context, plain),
@@ -209,6 +243,10 @@ def unpool_agrees(passes, plain, grad_y, context, inner_gate_context, inner_cont
         *inner,
         inner_context,
     )
+
+
+def unpool_agrees(passes, plain, grad_y, *contexts):
+    arguments = arguments_of_unpool(plain, grad_y, *contexts)
     grad_x = passes.unpool(*arguments)
     assert grad_x.dtype == grad_y.dtype and maps.storage_order(grad_x) == maps.storage_order(grad_y)
     agrees(grad_x, plain.unpool(*double(*arguments)), plain.unpool(*magnitude(*arguments)), 12)
