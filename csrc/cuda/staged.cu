@@ -287,6 +287,22 @@ struct Buffers {
   static constexpr int kBytes = 2 * (kNumbers * static_cast<int>(sizeof(Known<Field::kUnpools>)) + kCells * 16);
 };
 
+// Element j of the r-th vector: value, with the gate field and the unpooled one of the spacetime maps.
+template <class Field, class OverC>
+__device__ __forceinline__ float staged_element(const OverC& over_c, int r, int j, float value, float gate,
+                                                float unpooled) {
+  if constexpr (Field::kOverC && Field::kOuter) {
+    float result = over_c.gate.at[j] * unpooled + over_c.mean.at[j];
+    if (over_c.holds(r, j)) result += over_c.maximum.at[j];
+    return value * gate + result;
+  } else if constexpr (Field::kOverC) {
+    const float inner = over_c.holds(r, j) ? over_c.mean.at[j] + over_c.maximum.at[j] : over_c.mean.at[j];
+    return value * over_c.gate.at[j] + (gate * inner + unpooled);
+  } else {
+    return Field::kUnpools ? value * gate + unpooled : value * gate;
+  }
+}
+
 template <class T, class Field>
 __global__ void __launch_bounds__(kStagedThreads, 2)
     staged_kernel(StagedCall call,
@@ -349,18 +365,7 @@ __global__ void __launch_bounds__(kStagedThreads, 2)
         for (int j = 0; j < 4; ++j) {
           float gate, result = 0;
           field.of_element(walk, buffer, r, j, gate, result);
-          float value = values.at[j];
-          if constexpr (Field::kOverC && Field::kOuter) {
-            result = over_c.gate.at[j] * result + over_c.mean.at[j];
-            if (over_c.holds(r, j)) result += over_c.maximum.at[j];
-            value = value * gate + result;
-          } else if constexpr (Field::kOverC) {
-            const float unpooled = over_c.holds(r, j) ? over_c.mean.at[j] + over_c.maximum.at[j] : over_c.mean.at[j];
-            value = value * over_c.gate.at[j] + (gate * unpooled + result);
-          } else {
-            value = Field::kUnpools ? value * gate + result : value * gate;
-          }
-          stored.at[j] = narrow<T>(value);
+          stored.at[j] = narrow<T>(staged_element<Field>(over_c, r, j, values.at[j], gate, result));
         }
         if (there) store_vector(to + walk.of_vector(r).x, stored);
       }
